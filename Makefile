@@ -1,0 +1,43 @@
+# pg_fanout: see README.md
+#
+#   make && make install           PG_CONFIG=... chooses the server
+#   make installcheck              regression, isolation and TAP tests, against
+#                                  private servers (not as root)
+
+EXTENSION = pg_fanout
+MODULE_big = pg_fanout
+PGFILEDESC = "pg_fanout - transactional outbox for RabbitMQ"
+
+# make sure that a VPATH build finds the sources
+srcdir_ := $(dir $(lastword $(MAKEFILE_LIST)))
+sources := $(sort $(notdir $(wildcard $(srcdir_)src/*.c)))
+
+OBJS = $(addprefix src/,$(sources:.c=.o))
+DATA = $(sort $(wildcard $(srcdir_)sql/*--*.sql))
+
+# The version stands once, in the control file.
+version := $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" $(srcdir_)pg_fanout.control)
+
+PKG_CONFIG ?= pkg-config
+PG_CPPFLAGS = -DPG_FANOUT_VERSION='"$(version)"' $(shell $(PKG_CONFIG) --cflags librabbitmq uuid)
+PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
+ifdef WERROR
+PG_CFLAGS += -Werror
+endif
+SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq uuid)
+
+REGRESS = $(sort $(patsubst $(srcdir_)test/sql/%.sql,%,$(wildcard $(srcdir_)test/sql/*.sql)))
+REGRESS_OPTS = --inputdir=$(srcdir_)test --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf
+ISOLATION = $(sort $(patsubst $(srcdir_)test/specs/%.spec,%,$(wildcard $(srcdir_)test/specs/*.spec)))
+ISOLATION_OPTS = --inputdir=$(srcdir_)test --outputdir=. --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf
+
+TAP_TESTS = 1
+PROVE_TESTS = test/t/*.pl
+
+EXTRA_CLEAN = tmp_regress log test/unit/build
+
+PG_CONFIG ?= pg_config
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+
+$(OBJS): $(wildcard $(srcdir_)src/*.h)

@@ -1,0 +1,1200 @@
+-- complain if the script is sourced in psql rather than by CREATE EXTENSION
+\echo Use "CREATE EXTENSION pg_fanout" to load this file. \quit
+
+-- A schema of that name that exists already could hold somebody's traps, so
+-- it is created here, never adopted.
+create schema fanout;
+comment on schema fanout is 'pg_fanout: transactional outbox for RabbitMQ';
+
+
+-- ---------------------------------------------------------------------------
+-- Library
+-- ---------------------------------------------------------------------------
+
+create function fanout.library_version() returns text
+language c stable strict parallel safe
+as 'MODULE_PATHNAME', 'pgf_library_version';
+comment on function fanout.library_version() is
+'version of the loaded library; differs from the extension''s between an upgrade of the package and the restart';
+revoke all on function fanout.library_version() from public;
+
+create function fanout.preloaded() returns boolean
+language c stable strict parallel safe
+as 'MODULE_PATHNAME', 'pgf_preloaded';
+comment on function fanout.preloaded() is
+'is the library in shared_preload_libraries of the running server? Without that, messages are written but nobody publishes them';
+revoke all on function fanout.preloaded() from public;
+
+create function fanout.wake_publisher() returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_wake_publisher';
+comment on function fanout.wake_publisher() is
+'internal: makes the publisher read topics, bindings and held messages again once this transaction has committed';
+revoke all on function fanout.wake_publisher() from public;
+
+create function fanout.topology_changed() returns trigger
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_topology_changed';
+comment on function fanout.topology_changed() is
+'internal: statement trigger on topics and bindings, does what wake_publisher() does';
+revoke all on function fanout.topology_changed() from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Topology: what shall exist on the broker
+-- ---------------------------------------------------------------------------
+
+create sequence fanout.topic_id_seq as integer;
+revoke all on sequence fanout.topic_id_seq from public;
+
+create table fanout.topic (
+    topic_id     integer primary key default nextval('fanout.topic_id_seq'),
+    topic        text not null unique,
+    format       text not null default 'debezium'
+                 check (format in ('debezium', 'row', 'cloudevents')),
+    on_exhausted text not null default 'hold'
+                 check (on_exhausted in ('hold', 'dead_letter')),
+    paused       boolean not null default false,
+    dropping     boolean not null default false,
+    declared_at  timestamptz,
+    last_error   text
+);
+alter sequence fanout.topic_id_seq owned by fanout.topic.topic_id;
+comment on table fanout.topic is
+'internal: one row per topic, that is, per durable fanout exchange; see the view fanout.topics';
+revoke all on fanout.topic from public;
+
+create table fanout.binding (
+    topic_id       integer not null references fanout.topic on delete cascade,
+    consumer_group text not null,
+    queue          text not null unique,
+    queue_type     text not null check (queue_type in ('quorum', 'classic')),
+    arguments      jsonb not null default '{}',
+    drop_if_unused boolean,     -- not null: to be dropped
+    drop_if_empty  boolean,
+    declared_at    timestamptz,
+    last_error     text,
+    primary key (topic_id, consumer_group)
+);
+comment on table fanout.binding is
+'internal: one row per consumer group of a topic, that is, per queue; see the view fanout.bindings';
+revoke all on fanout.binding from public;
+
+-- Definitions travel with pg_dump, messages do not.
+select pg_extension_config_dump('fanout.topic_id_seq', '');
+select pg_extension_config_dump('fanout.topic', '');
+select pg_extension_config_dump('fanout.binding', '');
+
+-- The publisher compares this table with its last snapshot before each batch,
+-- so that it declares what a transaction declared before it publishes what
+-- the same transaction wrote.
+create table fanout.topology_change (
+    xid xid8 not null
+);
+comment on table fanout.topology_change is
+'internal: transactions that changed topics or bindings; emptied by the publisher once it has read them';
+revoke all on fanout.topology_change from public;
+
+-- Columns in which the publisher records the broker's answers are left out.
+create trigger topology_changed
+after insert or delete or truncate or update of topic, format, on_exhausted, paused, dropping
+on fanout.topic
+for each statement execute function fanout.topology_changed();
+
+create trigger topology_changed
+after insert or delete or truncate or update of queue, queue_type, arguments, drop_if_unused, drop_if_empty
+on fanout.binding
+for each statement execute function fanout.topology_changed();
+
+
+-- ---------------------------------------------------------------------------
+-- Outbox
+-- ---------------------------------------------------------------------------
+
+-- CACHE 1: ids of two transactions that change the same row one after the
+-- other must come in that order.
+create sequence fanout.outbox_id_seq cache 1;
+comment on sequence fanout.outbox_id_seq is 'internal: ids of outbox rows, the header "sequence" of their messages';
+revoke all on sequence fanout.outbox_id_seq from public;
+
+create table fanout.outbox (
+    segment    smallint    not null,
+    id         bigint      not null,
+    xid        xid8        not null,
+    topic_id   integer     not null,
+    message_id uuid        not null,
+    type       text,
+    key        text,
+    headers    jsonb,
+    payload    text        not null,
+    queue      text,
+    created_at timestamptz not null
+) partition by list (segment);
+comment on table fanout.outbox is
+'internal: messages, insert-only, in a ring of three segments; see the view fanout.outbox_status';
+comment on column fanout.outbox.xid is 'top-level transaction that wrote the row';
+comment on column fanout.outbox.payload is 'the body, JSON, rendered when the row was written';
+comment on column fanout.outbox.queue is 'NULL: to the topic''s exchange; otherwise to this queue alone';
+revoke all on fanout.outbox from public;
+
+create table fanout.outbox_0 partition of fanout.outbox for values in (0);
+create table fanout.outbox_1 partition of fanout.outbox for values in (1);
+create table fanout.outbox_2 partition of fanout.outbox for values in (2);
+create index outbox_xid_idx on fanout.outbox (xid);
+comment on table fanout.outbox_0 is 'internal: a segment of the outbox';
+comment on table fanout.outbox_1 is 'internal: a segment of the outbox';
+comment on table fanout.outbox_2 is 'internal: a segment of the outbox';
+revoke all on fanout.outbox_0, fanout.outbox_1, fanout.outbox_2 from public;
+
+create table fanout.rotation (
+    current    smallint    not null,
+    rotated_at timestamptz not null
+);
+comment on table fanout.rotation is 'internal: one row, the segment that new messages go to, and since when';
+insert into fanout.rotation values (0, now());
+revoke all on fanout.rotation from public;
+
+create table fanout.sent (
+    sent_id bigint generated always as identity primary key,
+    base    pg_snapshot not null,
+    target  pg_snapshot not null,
+    last_id bigint      not null,
+    count   integer     not null,
+    sent_at timestamptz not null default clock_timestamp()
+);
+create index sent_sent_at_idx on fanout.sent (sent_at);
+comment on table fanout.sent is
+'internal: the ledger. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
+-- Nothing can have been written before this transaction.
+insert into fanout.sent (base, target, last_id, count)
+select s, s, 0, 0 from pg_current_snapshot() s;
+revoke all on fanout.sent from public;
+
+create table fanout.held (
+    id         bigint primary key,
+    xid        xid8        not null,
+    topic_id   integer     not null,
+    message_id uuid        not null,
+    type       text,
+    key        text,
+    headers    jsonb,
+    payload    text        not null,
+    queue      text,
+    created_at timestamptz not null,
+    held_at    timestamptz not null default clock_timestamp()
+);
+create index held_topic_id_idx on fanout.held (topic_id, id);
+comment on table fanout.held is
+'internal: messages of topics that are paused or stalled, waiting in order; see the view fanout.outbox_status';
+revoke all on fanout.held from public;
+
+create table fanout.dead_letter (
+    id         bigint primary key,
+    topic      text        not null,
+    message_id uuid        not null,
+    type       text,
+    key        text,
+    headers    jsonb,
+    payload    text        not null,
+    queue      text,
+    xid        xid8        not null,
+    created_at timestamptz not null,
+    reason     text        not null,
+    attempts   integer     not null,
+    dead_at    timestamptz not null default clock_timestamp()
+);
+comment on table fanout.dead_letter is
+'messages that the publisher gave up; fanout.redrive() tries them again, fanout.purge() removes them';
+comment on column fanout.dead_letter.id is 'the outbox id, header "sequence"';
+comment on column fanout.dead_letter.message_id is 'the message id, stable over all attempts';
+comment on column fanout.dead_letter.payload is 'the body, JSON';
+comment on column fanout.dead_letter.queue is 'NULL: meant for the topic''s exchange; otherwise for this queue alone';
+comment on column fanout.dead_letter.created_at is 'when the change was made';
+comment on column fanout.dead_letter.reason is 'why it was given up, in the broker''s words where it has spoken';
+comment on column fanout.dead_letter.attempts is 'attempts made; 0: it could not even be tried';
+comment on column fanout.dead_letter.dead_at is 'when it was given up';
+revoke all on fanout.dead_letter from public;
+
+create table fanout.stall (
+    topic_id   integer primary key references fanout.topic on delete cascade,
+    stalled_at timestamptz not null,
+    attempts   integer     not null,
+    retry_at   timestamptz not null,
+    last_error text        not null
+);
+comment on table fanout.stall is 'internal: topics that the broker refuses messages of; see the view fanout.stat_topics';
+revoke all on fanout.stall from public;
+
+create table fanout.topic_stat (
+    topic_id   integer primary key references fanout.topic on delete cascade,
+    sent       bigint           not null,
+    rate       double precision not null,
+    updated_at timestamptz      not null
+) with (fillfactor = 50);
+comment on table fanout.topic_stat is 'internal: counters of sent messages, written every few seconds; see the view fanout.stat_topics';
+revoke all on fanout.topic_stat from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Declaring topics, consumer groups and bindings
+-- ---------------------------------------------------------------------------
+
+create function fanout.check_name(what text, name text) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if name is null then
+        raise exception '% must not be null', what
+            using errcode = 'null_value_not_allowed';
+    elsif name = '' then
+        raise exception '% must not be empty', what
+            using errcode = 'invalid_name';
+    elsif octet_length(convert_to(name, 'UTF8')) > 255 then
+        raise exception '% is too long', what
+            using errcode = 'name_too_long',
+                  detail = format('It has %s bytes in UTF-8; AMQP names have at most 255.',
+                                  octet_length(convert_to(name, 'UTF8'))),
+                  hint = 'Choose a shorter name. A queue is named after its topic and consumer group, joined by "_".';
+    elsif name ~ '[\x01-\x1f\x7f]' then
+        raise exception '% "%" contains a control character', what,
+                        regexp_replace(name, '[\x01-\x1f\x7f]', '?', 'g')
+            using errcode = 'invalid_name';
+    elsif starts_with(name, 'amq.') then
+        raise exception '% "%" is reserved', what, name
+            using errcode = 'reserved_name',
+                  detail = 'AMQP keeps names that begin with "amq." for the broker.';
+    end if;
+end
+$$;
+comment on function fanout.check_name(text, text) is 'internal: raises an error unless name can be an AMQP name';
+revoke all on function fanout.check_name(text, text) from public;
+
+create function fanout.require_topic(topic text) returns integer
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    found_id integer;
+begin
+    select t.topic_id into found_id
+    from fanout.topic t
+    where t.topic = require_topic.topic and not t.dropping;
+    if found_id is null then
+        raise exception 'topic "%" does not exist', require_topic.topic
+            using errcode = 'undefined_object',
+                  hint = 'Declare it first, with fanout.declare_topic() or fanout.declare_binding().';
+    end if;
+    return found_id;
+end
+$$;
+comment on function fanout.require_topic(text) is 'internal: the id of a topic, or an error';
+revoke all on function fanout.require_topic(text) from public;
+
+create function fanout.raise_difference(object text, differences text[]) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if array_length(differences, 1) > 0 then
+        raise exception '% already exists with a different declaration', object
+            using errcode = 'duplicate_object',
+                  detail = array_to_string(differences, ' '),
+                  hint = 'Drop it first, or declare it as it is.';
+    end if;
+end
+$$;
+comment on function fanout.raise_difference(text, text[]) is 'internal: the error for declaring something again differently';
+revoke all on function fanout.raise_difference(text, text[]) from public;
+
+create function fanout.difference(what text, old text, new text) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%s is %s, not %s.', what, coalesce(quote_literal(old), 'not set'),
+                  coalesce(quote_literal(new), 'unset'))
+    where old is distinct from new
+$$;
+comment on function fanout.difference(text, text, text) is 'internal: says how two declarations differ, or returns NULL';
+revoke all on function fanout.difference(text, text, text) from public;
+
+create function fanout.declare_topic(topic text, format text default 'debezium', on_exhausted text default 'hold')
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.topic;
+begin
+    perform fanout.check_name('topic', declare_topic.topic);
+    if declare_topic.format is null or declare_topic.format not in ('debezium', 'row', 'cloudevents') then
+        raise exception 'unknown format %', coalesce(quote_literal(declare_topic.format), 'null')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Formats are "debezium", "row" and "cloudevents".';
+    end if;
+    if declare_topic.on_exhausted is null or declare_topic.on_exhausted not in ('hold', 'dead_letter') then
+        raise exception 'unknown on_exhausted %', coalesce(quote_literal(declare_topic.on_exhausted), 'null')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'It is "hold" or "dead_letter".';
+    end if;
+
+    insert into fanout.topic as t (topic, format, on_exhausted)
+    values (declare_topic.topic, declare_topic.format, declare_topic.on_exhausted)
+    on conflict (topic) do update
+        set format = excluded.format, on_exhausted = excluded.on_exhausted,
+            dropping = false, paused = false
+        where t.dropping;
+    if found then
+        return;
+    end if;
+
+    select * into strict old from fanout.topic t where t.topic = declare_topic.topic;
+    perform fanout.raise_difference(
+        pg_catalog.format('topic "%s"', declare_topic.topic),
+        array_remove(array[fanout.difference('format', old.format, declare_topic.format),
+                           fanout.difference('on_exhausted', old.on_exhausted, declare_topic.on_exhausted)],
+                     null));
+end
+$$;
+comment on function fanout.declare_topic(text, text, text) is
+'declares a topic, a durable fanout exchange of that name. format: body of captured changes ("debezium", "row", "cloudevents"); on_exhausted: what happens to a message that the broker refused pg_fanout.retry_limit times ("hold": keep trying, "dead_letter": go on without it). Errors: 22004, 42602, 42622, 42939 for the name, 22023 for the rest, 42710 if it exists with another declaration';
+revoke all on function fanout.declare_topic(text, text, text) from public;
+
+create function fanout.check_arguments(arguments jsonb) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text;
+    value jsonb;
+begin
+    if arguments is null or jsonb_typeof(arguments) <> 'object' then
+        raise exception 'arguments must be a JSON object'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example {"x-max-length": 1000}.';
+    end if;
+    for name, value in select * from jsonb_each(arguments) loop
+        if jsonb_typeof(value) in ('object', 'array') then
+            raise exception 'argument "%" must be a string, a number, a boolean or null', name
+                using errcode = 'invalid_parameter_value';
+        elsif octet_length(convert_to(name, 'UTF8')) not between 1 and 128 then
+            raise exception 'names of arguments have 1 to 128 bytes'
+                using errcode = 'invalid_parameter_value';
+        elsif name = 'x-queue-type' then
+            raise exception 'argument "x-queue-type" cannot be given'
+                using errcode = 'invalid_parameter_value',
+                      hint = 'Use the parameter queue_type.';
+        end if;
+    end loop;
+end
+$$;
+comment on function fanout.check_arguments(jsonb) is 'internal: raises an error unless the queue arguments can be sent';
+revoke all on function fanout.check_arguments(jsonb) from public;
+
+create function fanout.declare_binding(topic text, consumer_group text, queue_type text default 'quorum',
+                                       arguments jsonb default '{}')
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.binding;
+    queue_name text := declare_binding.topic || '_' || declare_binding.consumer_group;
+    id integer;
+begin
+    perform fanout.check_name('topic', declare_binding.topic);
+    perform fanout.check_name('consumer group', declare_binding.consumer_group);
+    perform fanout.check_name('queue', queue_name);
+    perform fanout.check_arguments(declare_binding.arguments);
+    if declare_binding.queue_type is null or declare_binding.queue_type not in ('quorum', 'classic') then
+        raise exception 'unknown queue type %', coalesce(quote_literal(declare_binding.queue_type), 'null')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Queue types are "quorum" and "classic".';
+    end if;
+
+    if not exists (select from fanout.topic t where t.topic = declare_binding.topic and not t.dropping) then
+        perform fanout.declare_topic(declare_binding.topic);
+    end if;
+    id := fanout.require_topic(declare_binding.topic);
+
+    insert into fanout.binding as b (topic_id, consumer_group, queue, queue_type, arguments)
+    values (id, declare_binding.consumer_group, queue_name,
+            declare_binding.queue_type, declare_binding.arguments)
+    on conflict do nothing;
+    if found then
+        return;
+    end if;
+
+    select * into old from fanout.binding b
+    where b.topic_id = id and b.consumer_group = declare_binding.consumer_group
+    for update;
+    if not found then
+        raise exception 'queue "%" belongs to another topic already', queue_name
+            using errcode = 'duplicate_object',
+                  detail = (select pg_catalog.format('Topic "%s" and consumer group "%s" give the same queue name.',
+                                                     t.topic, b.consumer_group)
+                            from fanout.binding b join fanout.topic t using (topic_id)
+                            where b.queue = queue_name),
+                  hint = 'Choose another consumer group.';
+    end if;
+    perform fanout.raise_difference(
+        pg_catalog.format('binding of topic "%s" to consumer group "%s"',
+                          declare_binding.topic, declare_binding.consumer_group),
+        array_remove(array[fanout.difference('queue_type', old.queue_type, declare_binding.queue_type),
+                           fanout.difference('arguments', old.arguments::text, declare_binding.arguments::text)],
+                     null));
+    if old.drop_if_unused is not null then
+        update fanout.binding b set drop_if_unused = null, drop_if_empty = null
+        where b.topic_id = id and b.consumer_group = declare_binding.consumer_group;
+    end if;
+end
+$$;
+comment on function fanout.declare_binding(text, text, text, jsonb) is
+'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum" or "classic"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out). Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
+revoke all on function fanout.declare_binding(text, text, text, jsonb) from public;
+
+create function fanout.declare_bindings(bindings jsonb) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    topic_name text;
+    groups jsonb;
+    consumer_group text;
+begin
+    if bindings is null or jsonb_typeof(bindings) <> 'object' then
+        raise exception 'bindings must be a JSON object of topics'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example {"exchange_user": ["consumer_user_rpc", "consumer_org_rpc"]}.';
+    end if;
+    for topic_name, groups in select * from jsonb_each(bindings) loop
+        if jsonb_typeof(groups) = 'string' then
+            select coalesce(jsonb_agg(trim(name)), '[]') into groups
+            from unnest(string_to_array(groups #>> '{}', ',')) name
+            where trim(name) <> '';
+        elsif jsonb_typeof(groups) <> 'array'
+              or jsonb_path_exists(groups, 'strict $[*] ? (@.type() != "string")') then
+            raise exception 'consumer groups of topic "%" must be an array of strings or a comma-separated string', topic_name
+                using errcode = 'invalid_parameter_value';
+        end if;
+        -- a topic that nobody listens to yet is still declared
+        if jsonb_array_length(groups) = 0
+           and not exists (select from fanout.topic t where t.topic = topic_name and not t.dropping) then
+            perform fanout.declare_topic(topic_name);
+        end if;
+        for consumer_group in select jsonb_array_elements_text(groups) loop
+            perform fanout.declare_binding(topic_name, consumer_group);
+        end loop;
+    end loop;
+end
+$$;
+comment on function fanout.declare_bindings(jsonb) is
+'declares many bindings with default settings at once: {"topic": ["consumer_group", ...], ...}, or a comma-separated string instead of the array. Errors: 22023 if bindings is not of that form, and those of fanout.declare_binding()';
+revoke all on function fanout.declare_bindings(jsonb) from public;
+
+create function fanout.drop_binding(topic text, consumer_group text,
+                                    if_unused boolean default true, if_empty boolean default true)
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    update fanout.binding b
+    set drop_if_unused = coalesce(drop_binding.if_unused, true),
+        drop_if_empty = coalesce(drop_binding.if_empty, true)
+    where b.topic_id = fanout.require_topic(drop_binding.topic)
+      and b.consumer_group = drop_binding.consumer_group;
+    if not found then
+        raise exception 'topic "%" has no binding to consumer group "%"',
+                        drop_binding.topic, drop_binding.consumer_group
+            using errcode = 'undefined_object';
+    end if;
+end
+$$;
+comment on function fanout.drop_binding(text, text, boolean, boolean) is
+'deletes a consumer group''s queue once this transaction has committed. if_unused, if_empty: only if the queue has no consumers, no messages; if the broker has a reason to refuse, the binding stays and fanout.bindings shows the reason. Errors: 42704 if there is no such binding';
+revoke all on function fanout.drop_binding(text, text, boolean, boolean) from public;
+
+create function fanout.capture_trigger() returns trigger
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_capture_trigger';
+comment on function fanout.capture_trigger() is
+'writes a message for each changed row; made into triggers by fanout.capture(). Errors: 42704 if the topic does not exist';
+revoke all on function fanout.capture_trigger() from public;
+
+create function fanout.trigger_arguments(trigger oid) returns text[]
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_trigger_arguments';
+comment on function fanout.trigger_arguments(oid) is 'internal: arguments of a trigger, NULL if there is no such trigger';
+revoke all on function fanout.trigger_arguments(oid) from public;
+
+create function fanout.trigger_option(arguments text[], name text) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    -- topic, then pairs of name and value
+    select arguments[i + 1]
+    from generate_series(2, array_length(arguments, 1) - 1, 2) i
+    where arguments[i] = name
+$$;
+comment on function fanout.trigger_option(text[], text) is 'internal: one option among the arguments of a capture trigger';
+revoke all on function fanout.trigger_option(text[], text) from public;
+
+-- A capture is nothing but its triggers: they are dropped, renamed, dumped and
+-- inherited by partitions together with the table.
+create view fanout.captures as
+select tgrelid::regclass as entity,
+       args[1] as topic,
+       array_agg(distinct operation) as operations,
+       (array_agg(fanout.trigger_option(args, 'columns')))[1]::text[] as columns,
+       (array_agg(fanout.trigger_option(args, 'exclude')))[1]::text[] as exclude,
+       (array_agg(fanout.trigger_option(args, 'key')))[1]::text[] as key,
+       (array_agg(fanout.trigger_option(args, 'when')))[1] as "when",
+       coalesce((array_agg(fanout.trigger_option(args, 'old_row')))[1]::boolean, false) as old_row,
+       bool_and(tgenabled <> 'D') as enabled
+from (select t.*, fanout.trigger_arguments(t.oid) as args
+      from pg_trigger t
+      where t.tgfoid = 'fanout.capture_trigger()'::regprocedure and t.tgparentid = 0) t,
+     lateral (values (4, 'insert'), (16, 'update'), (8, 'delete'), (32, 'truncate')) o(bit, operation)
+where tgtype & bit <> 0
+group by tgrelid, args[1];
+comment on view fanout.captures is 'tables whose changes are captured, and how; made by fanout.capture()';
+comment on column fanout.captures.entity is 'the table';
+comment on column fanout.captures.topic is 'where its changes go';
+comment on column fanout.captures.operations is 'among insert, update, delete, truncate';
+comment on column fanout.captures.columns is 'columns in the message; NULL: all';
+comment on column fanout.captures.exclude is 'columns left out; NULL: none';
+comment on column fanout.captures.key is 'columns of the message key; NULL: primary key, else replica identity, else none';
+comment on column fanout.captures."when" is 'condition as given; NULL: always';
+comment on column fanout.captures.old_row is 'do messages of updates always carry the row as it was before?';
+comment on column fanout.captures.enabled is 'false: a trigger has been disabled with ALTER TABLE';
+revoke all on fanout.captures from public;
+
+create function fanout.drop_topic(topic text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    id integer := fanout.require_topic(drop_topic.topic);
+    dependents text;
+begin
+    select string_agg(object, E'\n') into dependents
+    from (select pg_catalog.format('consumer group "%s" is bound to it', b.consumer_group)
+          from fanout.binding b where b.topic_id = id
+          union all
+          select pg_catalog.format('table %s is captured into it', c.entity)
+          from fanout.captures c where c.topic = drop_topic.topic
+          union all
+          select pg_catalog.format('%s messages are held for it', count(*))
+          from fanout.held h where h.topic_id = id having count(*) > 0) d(object);
+    if dependents is not null then
+        raise exception 'cannot drop topic "%" because something depends on it', drop_topic.topic
+            using errcode = 'dependent_objects_still_exist',
+                  detail = dependents,
+                  hint = 'Use fanout.drop_binding(), fanout.uncapture(), fanout.purge(held => true) first.';
+    end if;
+    update fanout.topic t set dropping = true where t.topic_id = id;
+end
+$$;
+comment on function fanout.drop_topic(text) is
+'deletes a topic''s exchange, if nothing else is bound to it, once this transaction has committed. Errors: 42704 if there is no such topic, 2BP01 if it has bindings, captures or held messages';
+revoke all on function fanout.drop_topic(text) from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Capturing changes
+-- ---------------------------------------------------------------------------
+
+create function fanout.condition_for(operation text, entity regclass, condition text) returns text
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_condition_for';
+comment on function fanout.condition_for(text, regclass, text) is
+'internal: the condition with the row that the operation lacks (OLD of an insert, NEW of a delete) replaced by NULL. Errors: 42601 if it is not one expression';
+revoke all on function fanout.condition_for(text, regclass, text) from public;
+
+create function fanout.trigger_name(topic text, suffix text) returns name
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    -- a long name is cut by characters, and stays unique by its hash
+    select case when octet_length(full_name) < 64 then full_name
+                else 'pg_fanout_' || md5(topic) || suffix end::name
+    from (select 'pg_fanout_' || topic || suffix) n(full_name)
+$$;
+comment on function fanout.trigger_name(text, text) is 'internal: name of a capture''s trigger';
+revoke all on function fanout.trigger_name(text, text) from public;
+
+create function fanout.check_columns(entity regclass, what text, columns text[]) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    missing text;
+begin
+    if columns is null then
+        return;
+    elsif array_length(columns, 1) is null or array_position(columns, null) is not null then
+        raise exception '% must name at least one column, and no null', what
+            using errcode = 'invalid_parameter_value';
+    end if;
+    select c into missing
+    from unnest(columns) c
+    where not exists (select from pg_attribute a
+                      where a.attrelid = entity and a.attname = c and a.attnum > 0 and not a.attisdropped)
+    limit 1;
+    if found then
+        raise exception 'column "%" of table % does not exist', missing, entity
+            using errcode = 'undefined_column',
+                  detail = format('It is named in "%s".', what);
+    end if;
+end
+$$;
+comment on function fanout.check_columns(regclass, text, text[]) is 'internal: raises an error unless all columns exist';
+revoke all on function fanout.check_columns(regclass, text, text[]) from public;
+
+create function fanout.default_key(entity regclass) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array_agg(a.attname::text order by k.ordinality)
+    from (select i.indexrelid, i.indkey::int2[] as indkey, i.indnkeyatts
+          from pg_index i
+          where i.indrelid = entity and (i.indisprimary or i.indisreplident)
+          order by i.indisprimary desc limit 1) i,
+         unnest(i.indkey) with ordinality k(attnum, ordinality)
+         join pg_attribute a on a.attrelid = entity and a.attnum = k.attnum
+    where k.ordinality <= i.indnkeyatts
+$$;
+comment on function fanout.default_key(regclass) is 'internal: columns of the primary key, else of the replica identity, else NULL';
+revoke all on function fanout.default_key(regclass) from public;
+
+-- Runs with the caller's rights: who may not create a trigger on the table may
+-- not capture it, and the condition is the caller's own SQL.
+create function fanout.capture(entity regclass, topic text,
+                               operations text[] default '{insert,update,delete}',
+                               columns text[] default null, exclude text[] default null,
+                               key text[] default null, "when" text default null,
+                               old_row boolean default false)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    row_operations text[];
+    arguments text[];
+    old record;
+    clashing text;
+    operation text;
+    statement text := 'create trigger %I after %s on %s for each %s %s execute function fanout.capture_trigger(%s)';
+    quoted text;
+begin
+    if capture.entity is null then
+        raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
+    end if;
+    perform fanout.check_name('topic', capture.topic);
+    perform fanout.require_topic(capture.topic);
+    if not exists (select from pg_class where oid = capture.entity and relkind in ('r', 'p')) then
+        raise exception '% is not a table', capture.entity
+            using errcode = 'wrong_object_type',
+                  detail = 'Only ordinary and partitioned tables can be captured.';
+    elsif exists (select from pg_class c where c.oid = capture.entity and c.relnamespace = 'fanout'::regnamespace) then
+        raise exception 'tables of pg_fanout cannot be captured'
+            using errcode = 'wrong_object_type';
+    end if;
+    if capture.operations is null or array_length(capture.operations, 1) is null
+       or not capture.operations <@ array['insert', 'update', 'delete', 'truncate']
+    then
+        raise exception 'operations must be among insert, update, delete and truncate'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'They are written in lower case, as in ''{insert,update}''.';
+    end if;
+    perform fanout.check_columns(capture.entity, 'columns', capture.columns);
+    perform fanout.check_columns(capture.entity, 'exclude', capture.exclude);
+    perform fanout.check_columns(capture.entity, 'key', capture.key);
+    if capture.columns is not null and capture.exclude is not null then
+        raise exception 'columns and exclude cannot be given both'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    select c into clashing
+    from unnest(capture.exclude) c
+    where c = any (coalesce(capture.key, fanout.default_key(capture.entity))) limit 1;
+    if found then
+        raise exception 'column "%" cannot be excluded', clashing
+            using errcode = 'invalid_parameter_value',
+                  detail = 'It belongs to the key, and every message carries its key.',
+                  hint = 'Name other columns in "key".';
+    end if;
+
+    arguments := array[capture.topic];
+    if capture.columns is not null then
+        arguments := arguments || array['columns', capture.columns::text];
+    end if;
+    if capture.exclude is not null then
+        arguments := arguments || array['exclude', capture.exclude::text];
+    end if;
+    if capture.key is not null then
+        arguments := arguments || array['key', capture.key::text];
+    end if;
+    if capture."when" is not null then
+        arguments := arguments || array['when', capture."when"];
+    end if;
+    if capture.old_row then
+        arguments := arguments || array['old_row', 'true'];
+    end if;
+
+    select * into old from fanout.captures_of(capture.entity) c where c.topic = capture.topic;
+    if found then
+        perform fanout.raise_difference(
+            format('capture of table %s into topic "%s"', capture.entity, capture.topic),
+            array_remove(array[
+                fanout.difference('operations', old.operations::text,
+                                  (select array_agg(o order by o)::text
+                                   from (select distinct unnest(capture.operations)) u(o))),
+                fanout.difference('columns', old.columns::text, capture.columns::text),
+                fanout.difference('exclude', old.exclude::text, capture.exclude::text),
+                fanout.difference('key', old.key::text, capture.key::text),
+                fanout.difference('when', old."when", capture."when"),
+                fanout.difference('old_row', old.old_row::text, coalesce(capture.old_row, false)::text)], null));
+        return;
+    end if;
+
+    select string_agg(quote_literal(a), ', ' order by n) into quoted
+    from unnest(arguments) with ordinality u(a, n);
+    select array_agg(o order by array_position(array['insert', 'update', 'delete'], o)) into row_operations
+    from (select distinct unnest(capture.operations)) u(o)
+    where o <> 'truncate';
+
+    if row_operations is not null and capture."when" is null then
+        execute format(statement, fanout.trigger_name(capture.topic, ''),
+                       array_to_string(row_operations, ' or '), capture.entity, 'row', '', quoted);
+    elsif row_operations is not null then
+        foreach operation in array row_operations loop
+            execute format(statement, fanout.trigger_name(capture.topic, '_' || operation),
+                           operation, capture.entity, 'row',
+                           format(E'when (%s\n)', fanout.condition_for(operation, capture.entity, capture."when")),
+                           quoted);
+        end loop;
+    end if;
+    if 'truncate' = any (capture.operations) then
+        execute format(statement, fanout.trigger_name(capture.topic, '_truncate'),
+                       'truncate', capture.entity, 'statement', '', quoted);
+    end if;
+end
+$$;
+comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) is
+'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
+revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) from public;
+
+create function fanout.captures_of(entity regclass)
+returns table (topic text, operations text[], columns text[], exclude text[], key text[], "when" text, old_row boolean)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.topic, c.operations, c.columns, c.exclude, c.key, c."when", c.old_row
+    from fanout.captures c where c.entity = captures_of.entity
+$$;
+comment on function fanout.captures_of(regclass) is 'internal: captures of one table';
+revoke all on function fanout.captures_of(regclass) from public;
+
+create function fanout.uncapture(entity regclass, topic text default null) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    trigger_name name;
+    topics text[];
+begin
+    select array_agg(c.topic) into topics
+    from fanout.captures_of(uncapture.entity) c
+    where uncapture.topic is null or c.topic = uncapture.topic;
+
+    for trigger_name in
+        select t.tgname from pg_trigger t
+        where t.tgrelid = uncapture.entity and t.tgparentid = 0
+          and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
+          and (fanout.trigger_arguments(t.oid))[1] = any (topics)
+    loop
+        execute format('drop trigger %I on %s', trigger_name, uncapture.entity);
+    end loop;
+    return coalesce(array_length(topics, 1), 0);
+end
+$$;
+comment on function fanout.uncapture(regclass, text) is
+'ends the capture of a table into a topic (NULL: into all topics); returns how many captures there were. The caller must own the table. Errors: 42501 missing rights';
+revoke all on function fanout.uncapture(regclass, text) from public;
+
+-- Options of a capture name columns; this keeps them true.
+create function fanout.column_altered() returns event_trigger
+language c volatile security definer
+set search_path = pg_catalog, pg_temp
+as 'MODULE_PATHNAME', 'pgf_column_altered';
+comment on function fanout.column_altered() is
+'internal: keeps the options of captures true when columns are renamed. Errors: 2BP01 when a column is dropped that an explicit key names';
+revoke all on function fanout.column_altered() from public;
+
+create function fanout.captured_with_children(entity oid)
+returns table (trigger oid, relid oid, args text[])
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive family(relid) as (
+        select captured_with_children.entity
+        union
+        select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
+    )
+    select t.oid, t.tgrelid, fanout.trigger_arguments(t.oid)
+    from pg_trigger t join family f on t.tgrelid = f.relid
+    where t.tgfoid = 'fanout.capture_trigger()'::regprocedure
+$$;
+comment on function fanout.captured_with_children(oid) is
+'internal: capture triggers of a table and of its partitions and heirs, each with arguments of its own';
+revoke all on function fanout.captured_with_children(oid) from public;
+
+create function fanout.set_trigger_arguments(trigger oid, arguments text[]) returns void
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_set_trigger_arguments';
+comment on function fanout.set_trigger_arguments(oid, text[]) is
+'internal: replaces the arguments of a capture trigger';
+revoke all on function fanout.set_trigger_arguments(oid, text[]) from public;
+
+create function fanout.column_renamed(entity oid, old_name text, new_name text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    t record;
+    new_args text[];
+begin
+    for t in select * from fanout.captured_with_children(entity) loop
+        select array_agg(case when n % 2 = 1 and n > 1 and t.args[n - 1] in ('columns', 'exclude', 'key')
+                              then array_replace(a::text[], old_name, new_name)::text
+                              else a end order by n)
+        into new_args
+        from unnest(t.args) with ordinality u(a, n);
+        if new_args <> t.args then
+            perform fanout.set_trigger_arguments(t.trigger, new_args);
+        end if;
+    end loop;
+end
+$$;
+comment on function fanout.column_renamed(oid, text, text) is 'internal: follows the renaming of a column';
+revoke all on function fanout.column_renamed(oid, text, text) from public;
+
+create function fanout.column_dropped(entity oid, name text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    t record;
+begin
+    for t in select * from fanout.captured_with_children(entity) loop
+        if name = any (fanout.trigger_option(t.args, 'key')::text[])
+           and not exists (select from pg_attribute a
+                           where a.attrelid = t.relid and a.attname = name and not a.attisdropped)
+        then
+            raise exception 'cannot drop column "%" of table %', name, t.relid::regclass
+                using errcode = 'dependent_objects_still_exist',
+                      detail = format('The capture into topic "%s" names it in its key.', t.args[1]),
+                      hint = 'Use fanout.uncapture() first.';
+        end if;
+    end loop;
+end
+$$;
+comment on function fanout.column_dropped(oid, text) is 'internal: refuses to drop a column that a capture''s key names';
+revoke all on function fanout.column_dropped(oid, text) from public;
+
+create event trigger pg_fanout_column_altered on ddl_command_end
+when tag in ('ALTER TABLE')
+execute function fanout.column_altered();
+comment on event trigger pg_fanout_column_altered is 'pg_fanout: keeps the options of captures true when columns are renamed';
+
+
+-- ---------------------------------------------------------------------------
+-- Publishing by hand, and control
+-- ---------------------------------------------------------------------------
+
+create function fanout.publish(topic text, payload jsonb, key text default null,
+                               type text default null, headers jsonb default '{}')
+returns uuid
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_publish';
+comment on function fanout.publish(text, jsonb, text, text, jsonb) is
+'writes a message; it is published once this transaction has committed. payload: the body; key: messages of the same key keep their order; type: AMQP property; headers: object of strings, numbers, booleans, nulls. Returns the message id. Errors: 42704 unknown topic, 22004 payload is null, 22023 bad headers or a type over 255 bytes, 25006 in a read-only transaction';
+revoke all on function fanout.publish(text, jsonb, text, text, jsonb) from public;
+
+create function fanout.pause(topic text) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    update fanout.topic t set paused = true
+    where t.topic_id = fanout.require_topic(pause.topic) and not t.paused
+$$;
+comment on function fanout.pause(text) is
+'holds a topic''s messages back, in order, until fanout.resume(); other topics flow. Errors: 42704 unknown topic';
+revoke all on function fanout.pause(text) from public;
+
+create function fanout.resume(topic text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    id integer := fanout.require_topic(resume.topic);
+begin
+    update fanout.stall s set retry_at = clock_timestamp() where s.topic_id = id;
+    update fanout.topic t set paused = false where t.topic_id = id;
+end
+$$;
+comment on function fanout.resume(text) is
+'lets a paused topic flow again, what was held first; a stalled topic is tried again at once. Errors: 42704 unknown topic';
+revoke all on function fanout.resume(text) from public;
+
+create function fanout.redrive(topic text default null, message_id uuid default null) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    moved bigint;
+begin
+    if redrive.topic is not null then
+        perform fanout.require_topic(redrive.topic);
+    end if;
+    with dead as (
+        delete from fanout.dead_letter d using fanout.topic t
+        where t.topic = d.topic and not t.dropping
+          and (redrive.topic is null or d.topic = redrive.topic)
+          and (redrive.message_id is null or d.message_id = redrive.message_id)
+        returning d.*, t.topic_id
+    )
+    insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)
+    select id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at from dead
+    on conflict (id) do nothing;
+    get diagnostics moved = row_count;
+    if moved > 0 then
+        perform fanout.wake_publisher();
+    end if;
+    return moved;
+end
+$$;
+comment on function fanout.redrive(text, uuid) is
+'tries dead letters again: of a topic (NULL: of all), or a single message. They go out in order of id, under their old message ids. Returns how many. Errors: 42704 unknown topic';
+revoke all on function fanout.redrive(text, uuid) from public;
+
+create function fanout.purge(topic text default null, message_id uuid default null, held boolean default false)
+returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    removed bigint;
+begin
+    if purge.held then
+        delete from fanout.held h using fanout.topic t
+        where t.topic_id = h.topic_id
+          and (purge.topic is null or t.topic = purge.topic)
+          and (purge.message_id is null or h.message_id = purge.message_id);
+    else
+        delete from fanout.dead_letter d
+        where (purge.topic is null or d.topic = purge.topic)
+          and (purge.message_id is null or d.message_id = purge.message_id);
+    end if;
+    get diagnostics removed = row_count;
+    if purge.held and removed > 0 then
+        perform fanout.wake_publisher();
+    end if;
+    return removed;
+end
+$$;
+comment on function fanout.purge(text, uuid, boolean) is
+'removes dead letters for good: of a topic (NULL: of all), or a single message; with held, removes held messages instead. Returns how many';
+revoke all on function fanout.purge(text, uuid, boolean) from public;
+
+create function fanout.flush(timeout interval default '30 s') returns boolean
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_flush';
+comment on function fanout.flush(interval) is
+'waits until the broker has acknowledged everything that was committed before the call, messages and topology; false if that took longer than timeout. Messages held or refused count as not acknowledged. Errors: 55000 if the library is not preloaded, 22023 if timeout is negative or null';
+revoke all on function fanout.flush(interval) from public;
+
+create function fanout.verify(timeout interval default '10 s') returns boolean
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_verify';
+comment on function fanout.verify(interval) is
+'makes the publisher declare everything on the broker again, and waits until it has; false if that took longer than timeout. Errors: as fanout.flush()';
+revoke all on function fanout.verify(interval) from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Views
+-- ---------------------------------------------------------------------------
+
+create view fanout.topics as
+select t.topic, t.format, t.on_exhausted, t.paused,
+       case when t.dropping then 'dropping'
+            when t.last_error is not null then 'error'
+            when t.declared_at is null then 'pending'
+            else 'declared' end as state,
+       t.declared_at, t.last_error
+from fanout.topic t;
+comment on view fanout.topics is 'topics, and what the broker said of their exchanges';
+comment on column fanout.topics.topic is 'name of the topic and of its exchange';
+comment on column fanout.topics.format is 'body of captured changes';
+comment on column fanout.topics.on_exhausted is 'what happens to a message refused pg_fanout.retry_limit times';
+comment on column fanout.topics.paused is 'by fanout.pause()';
+comment on column fanout.topics.state is 'pending: not declared yet; declared; error: refused, see last_error; dropping';
+comment on column fanout.topics.declared_at is 'when the broker last confirmed the exchange; NULL: never';
+comment on column fanout.topics.last_error is 'what the broker said when it last refused; NULL: it did not';
+revoke all on fanout.topics from public;
+
+create view fanout.bindings as
+select t.topic, b.consumer_group, b.queue, b.queue_type, b.arguments,
+       case when b.drop_if_unused is not null then 'dropping'
+            when b.last_error is not null then 'error'
+            when b.declared_at is null then 'pending'
+            else 'declared' end as state,
+       b.declared_at, b.last_error
+from fanout.binding b join fanout.topic t using (topic_id);
+comment on view fanout.bindings is 'queues of consumer groups, and what the broker said of them';
+comment on column fanout.bindings.topic is 'the topic the queue is bound to';
+comment on column fanout.bindings.consumer_group is 'whose queue it is';
+comment on column fanout.bindings.queue is 'name of the queue, <topic>_<consumer_group>';
+comment on column fanout.bindings.queue_type is 'quorum or classic';
+comment on column fanout.bindings.arguments is 'arguments as declared, without pg_fanout''s own';
+comment on column fanout.bindings.state is 'pending: not declared yet; declared; error: refused, see last_error; dropping';
+comment on column fanout.bindings.declared_at is 'when the broker last confirmed queue and binding; NULL: never';
+comment on column fanout.bindings.last_error is 'what the broker said when it last refused; NULL: it did not';
+revoke all on fanout.bindings from public;
+
+create view fanout.outbox_status as
+with ledger as (
+    select * from fanout.sent order by sent_id desc limit 1
+)
+select o.id, t.topic, o.message_id, o.type, o.key, o.created_at,
+       case when s.is_sent then 'sent' else 'pending' end as state,
+       case when s.is_sent then
+           (select e.sent_at from fanout.sent e
+            where e.sent_at >= o.created_at
+              and (pg_visible_in_snapshot(o.xid, e.base)
+                   or (pg_visible_in_snapshot(o.xid, e.target) and o.id <= e.last_id))
+            order by e.sent_at limit 1) end as sent_at
+from fanout.outbox o
+     cross join ledger l
+     left join fanout.topic t using (topic_id),
+     lateral (select pg_visible_in_snapshot(o.xid, l.base)
+                     or (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)) s(is_sent)
+where not exists (select from fanout.held h where h.id = o.id)
+  and not exists (select from fanout.dead_letter d where d.id = o.id)
+union all
+select h.id, t.topic, h.message_id, h.type, h.key, h.created_at, 'held', null
+from fanout.held h left join fanout.topic t using (topic_id)
+union all
+select d.id, d.topic, d.message_id, d.type, d.key, d.created_at, 'dead', null
+from fanout.dead_letter d;
+comment on view fanout.outbox_status is
+'every message in the outbox; sent ones stay for pg_fanout.retention. It reads all of it: for counts per topic see fanout.stat_topics';
+comment on column fanout.outbox_status.id is 'outbox id, the header "sequence"';
+comment on column fanout.outbox_status.topic is 'NULL: the topic was dropped';
+comment on column fanout.outbox_status.message_id is 'AMQP message id';
+comment on column fanout.outbox_status.type is 'AMQP type';
+comment on column fanout.outbox_status.key is 'key of the row or message; NULL: none';
+comment on column fanout.outbox_status.created_at is 'when the change was made';
+comment on column fanout.outbox_status.state is
+'pending: waits for the publisher; sent: acknowledged by the broker; held: its topic is paused or stalled; dead: given up';
+comment on column fanout.outbox_status.sent_at is 'when the broker''s acknowledgement was recorded; NULL: not sent, or too long ago to tell';
+revoke all on fanout.outbox_status from public;
+
+create function fanout.publisher_status(out pid integer, out state text, out since timestamptz,
+    out connected_to text, out connected_at timestamptz, out in_flight integer,
+    out published bigint, out confirmed bigint, out returned bigint, out nacked bigint,
+    out dead bigint, out reconnects bigint, out last_error text, out last_error_at timestamptz)
+returns record
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_publisher_status';
+comment on function fanout.publisher_status() is 'internal: the publisher of this database; see the view fanout.stat_publisher';
+revoke all on function fanout.publisher_status() from public;
+
+create view fanout.stat_publisher as
+select s.* from fanout.publisher_status() s where s.state is not null;
+comment on view fanout.stat_publisher is
+'the publisher of this database; one row, none if the library is not preloaded or no publisher was started yet. Counters begin at the server''s start';
+comment on column fanout.stat_publisher.pid is 'process id; NULL: it is not running';
+comment on column fanout.stat_publisher.state is
+'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; stopped';
+comment on column fanout.stat_publisher.since is 'when it entered that state';
+comment on column fanout.stat_publisher.connected_to is 'host:port/vhost; NULL: not connected';
+comment on column fanout.stat_publisher.connected_at is 'since when; NULL: not connected';
+comment on column fanout.stat_publisher.in_flight is 'messages published and not confirmed yet';
+comment on column fanout.stat_publisher.published is 'messages handed to the broker, repeats included';
+comment on column fanout.stat_publisher.confirmed is 'messages acknowledged';
+comment on column fanout.stat_publisher.returned is 'messages returned as unroutable';
+comment on column fanout.stat_publisher.nacked is 'messages refused by a queue';
+comment on column fanout.stat_publisher.dead is 'messages moved to fanout.dead_letter';
+comment on column fanout.stat_publisher.reconnects is 'connections made after the first';
+comment on column fanout.stat_publisher.last_error is 'most recent error; NULL: none';
+comment on column fanout.stat_publisher.last_error_at is 'when it happened';
+revoke all on fanout.stat_publisher from public;
+
+-- The two branches are those by which the publisher finds its next batch: both
+-- are index scans whose cost does not depend on what was sent already.
+create view fanout.pending as
+with ledger as (
+    select * from fanout.sent order by sent_id desc limit 1
+)
+select o.* from ledger l, fanout.outbox o
+where o.xid >= pg_snapshot_xmax(l.base)
+  and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)
+union all
+select o.* from ledger l, fanout.outbox o
+where o.xid = any (array(select pg_snapshot_xip(l.base)))
+  and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id);
+comment on view fanout.pending is 'internal: messages that the publisher has not passed yet';
+revoke all on fanout.pending from public;
+
+create view fanout.stat_topics as
+select t.topic, t.paused,
+       coalesce(w.pending, 0) as pending,
+       coalesce(h.held, 0) as held,
+       clock_timestamp() - least(w.oldest, h.oldest) as oldest_pending_age,
+       coalesce(s.sent, 0) as sent,
+       case when s.updated_at > clock_timestamp() - interval '30 s' then s.rate else 0 end as rate,
+       coalesce(d.dead, 0) as dead,
+       st.stalled_at as stalled_since,
+       st.last_error as reason,
+       st.attempts, st.retry_at
+from fanout.topic t
+     left join (select topic_id, count(*) as pending, min(created_at) as oldest
+                from fanout.pending group by topic_id) w using (topic_id)
+     left join (select topic_id, count(*) as held, min(created_at) as oldest
+                from fanout.held group by topic_id) h using (topic_id)
+     left join (select topic, count(*) as dead from fanout.dead_letter group by topic) d using (topic)
+     left join fanout.topic_stat s using (topic_id)
+     left join fanout.stall st using (topic_id);
+comment on view fanout.stat_topics is 'per topic: what waits, what was sent, and whether the broker refuses it';
+comment on column fanout.stat_topics.topic is 'the topic';
+comment on column fanout.stat_topics.paused is 'by fanout.pause()';
+comment on column fanout.stat_topics.pending is 'messages committed and not acknowledged yet';
+comment on column fanout.stat_topics.held is 'messages held because the topic is paused or stalled';
+comment on column fanout.stat_topics.oldest_pending_age is 'age of the oldest message pending or held; NULL: none';
+comment on column fanout.stat_topics.sent is 'messages acknowledged since the topic was declared; written every few seconds';
+comment on column fanout.stat_topics.rate is 'messages acknowledged per second, lately';
+comment on column fanout.stat_topics.dead is 'messages in fanout.dead_letter';
+comment on column fanout.stat_topics.stalled_since is 'since when the broker refuses its messages; NULL: it does not';
+comment on column fanout.stat_topics.reason is 'what the broker said';
+comment on column fanout.stat_topics.attempts is 'attempts since';
+comment on column fanout.stat_topics.retry_at is 'when the next one is due';
+revoke all on fanout.stat_topics from public;
+
+-- What monitoring needs, and no message's content.
+grant usage on schema fanout to pg_monitor;
+grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics to pg_monitor;
+grant execute on function fanout.publisher_status(), fanout.preloaded(), fanout.library_version(),
+    fanout.trigger_arguments(oid), fanout.trigger_option(text[], text) to pg_monitor;

@@ -1,0 +1,255 @@
+/*-------------------------------------------------------------------------
+ *
+ * broker.h
+ *		One AMQP 0-9-1 connection to RabbitMQ.
+ *
+ * The only interface through which the rest of pg_fanout sees the broker.
+ * Nothing here raises a PostgreSQL error by itself: results are codes and a
+ * text.  Only the wait callback may not return (it may raise an error or
+ * end the process), so a caller must be able to lose a Broker at any wait.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_BROKER_H
+#define PGF_BROKER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* The largest body RabbitMQ can be configured to take (max_message_size). */
+#define BROKER_MAX_BODY		(512 * 1024 * 1024)
+
+/* Longest AMQP short string: names of exchanges, queues, properties. */
+#define BROKER_MAX_SHORTSTR 255
+
+/* Longest message id: what a return brings back, BrokerEvent.message_id. */
+#define BROKER_MAX_MESSAGE_ID 63
+
+typedef struct Broker Broker;
+
+/* One element of pg_fanout.uri.  All strings are NUL-terminated. */
+typedef struct BrokerAddress
+{
+	char	   *host;
+	int			port;
+	char	   *user;
+	char	   *password;		/* NULL: not given in the URI */
+	char	   *vhost;
+	bool		tls;			/* amqps:// */
+} BrokerAddress;
+
+typedef struct BrokerOptions
+{
+	const char *connection_name;	/* shown by the management UI */
+	const char *tls_ca_file;	/* NULL: the system's store, where the library
+								 * can */
+	const char *tls_cert_file;	/* NULL: no client certificate */
+	const char *tls_key_file;
+	bool		tls_verify;		/* verify the chain and the host name */
+	int			connect_timeout_ms; /* bounds connect + handshake + login */
+	int			rpc_timeout_ms; /* bounds the wait for a reply to a declare */
+	int			heartbeat_s;	/* 0 disables */
+
+	/*
+	 * Waits until fd is readable (or writable) or timeout_ms has passed,
+	 * whichever is first; returns true if the socket is ready.  It must be
+	 * the process's interruptible wait.  For tests outside the server a plain
+	 * poll() will do.
+	 */
+	bool		(*wait) (int fd, bool for_write, long timeout_ms);
+
+	/* Told the socket as soon as it exists, and -1 before it is closed. */
+	void		(*fd_changed) (int fd);
+} BrokerOptions;
+
+typedef enum BrokerResult
+{
+	BROKER_OK,
+	BROKER_REFUSED,				/* the broker closed the channel: code, text */
+	BROKER_LOST,				/* the connection is gone; only broker_close()
+								 * may follow */
+	BROKER_TOO_LARGE,			/* properties do not fit one frame; nothing was
+								 * sent */
+} BrokerResult;
+
+/* Why the last call failed; text never contains a password. */
+typedef struct BrokerError
+{
+	int			code;			/* AMQP reply code, 0 if none */
+	char		text[512];
+} BrokerError;
+
+typedef enum BrokerEventType
+{
+	BROKER_NOTHING,				/* no more frames for now */
+	BROKER_ACK,
+	BROKER_NACK,
+	BROKER_RETURN,				/* message_id, code, text */
+	BROKER_BLOCKED,				/* connection.blocked: text is the reason */
+	BROKER_UNBLOCKED,
+	BROKER_CHANNEL_CLOSED,		/* the publishing channel: code, text; all that
+								 * was in flight is unknown; call
+								 * broker_reopen() */
+	BROKER_DISCONNECTED,		/* code, text */
+} BrokerEventType;
+
+typedef struct BrokerEvent
+{
+	BrokerEventType type;
+	uint64_t	tag;			/* ACK, NACK */
+	bool		multiple;		/* ACK, NACK: all outstanding up to tag */
+	int			code;
+	char		message_id[BROKER_MAX_MESSAGE_ID + 1]; /* RETURN */
+	char		text[512];
+} BrokerEvent;
+
+/* A header or argument value. */
+typedef enum BrokerValueType
+{
+	BROKER_VALUE_NULL,
+	BROKER_VALUE_BOOL,
+	BROKER_VALUE_INT,			/* sent as a 64-bit signed integer */
+	BROKER_VALUE_DOUBLE,
+	BROKER_VALUE_STRING,
+} BrokerValueType;
+
+typedef struct BrokerField
+{
+	const char *name;
+	BrokerValueType type;
+	union
+	{
+		bool		boolean;
+		int64_t		integer;
+		double		real;
+		struct
+		{
+			const char *data;
+			size_t		len;
+		}			string;
+	}			value;
+} BrokerField;
+
+typedef struct BrokerMessage
+{
+	const char *exchange;
+	const char *routing_key;
+	const char *message_id;
+	const char *content_type;
+	const char *type;			/* NULL: property absent */
+	uint64_t	timestamp;		/* seconds since 1970 */
+	const BrokerField *headers;
+	int			nheaders;
+	const char *body;
+	size_t		body_len;
+} BrokerMessage;
+
+/*
+ * Parses a comma-separated list of amqp:// and amqps:// URIs (RabbitMQ URI
+ * specification: percent-decoding, default port 5672 or 5671, default user
+ * "guest" and password "guest" if no user is given, vhost "/" if there is no
+ * path or an empty one).  Returns a malloc'd array of *count
+ * addresses, to be freed with broker_free_addresses(), or NULL with *error
+ * set to a static text that names what is wrong and never quotes the URI.
+ */
+extern BrokerAddress *broker_parse_uri(const char *uri, int *count, const char **error);
+extern void broker_free_addresses(BrokerAddress *addresses, int count);
+
+/*
+ * Connects, logs in, opens the publishing channel in confirm mode.  The
+ * password overrides the address's unless NULL.  Returns NULL with *error
+ * filled on failure.  Blocks at most options->connect_timeout_ms inside the
+ * library, and fd_changed() lets a signal handler cut that short.
+ * The options must outlive the connection.
+ */
+extern Broker *broker_connect(const BrokerAddress *address, const char *password,
+							  const BrokerOptions *options, BrokerError *error);
+
+/*
+ * Closes the socket and frees everything.  polite: say connection.close
+ * without waiting for the answer, only if the connection is healthy and the
+ * socket takes it at once.
+ */
+extern void broker_close(Broker *broker, bool polite);
+
+/* -1 once the connection is lost. */
+extern int	broker_fd(const Broker *broker);
+
+/*
+ * The socket of a TLS handshake that this process is in, or -1.  The handshake
+ * happens inside one library call, before fd_changed() can be told.  Safe in
+ * a signal handler, which is what it is for: shutdown() of it ends the call.
+ */
+extern int	broker_handshake_fd(void);
+
+/* Is the connection blocked by the broker (connection.blocked)? */
+extern bool broker_blocked(const Broker *broker);
+
+/* Milliseconds until the library must be called again for a heartbeat. */
+extern long broker_next_heartbeat(const Broker *broker);
+
+/*
+ * Hands one persistent, mandatory message to the socket.  BROKER_OK only
+ * means that it was written: the confirm decides.  The delivery tag is the
+ * count of messages published since broker_connect() or broker_reopen(),
+ * beginning with 1.  Waits (interruptibly) for room in the socket's buffer
+ * frame by frame, at most timeout_ms in all without any progress; then the
+ * connection is given up as BROKER_LOST.
+ */
+extern BrokerResult broker_publish(Broker *broker, const BrokerMessage *message,
+								   long timeout_ms, BrokerError *error);
+
+/*
+ * Would broker_publish() of a message of so many bytes have to wait for the
+ * socket?  Cheap: asks the kernel only once per 64 kB or so.
+ */
+extern bool broker_writable(Broker *broker, size_t bytes);
+
+/*
+ * Everything published between cork and uncork may be collected into full
+ * segments by the kernel (TCP_CORK); uncork sends the rest at once.
+ */
+extern void broker_cork(Broker *broker);
+extern void broker_uncork(Broker *broker);
+
+/*
+ * Next thing the broker said, without waiting.  BROKER_NOTHING means that
+ * frames queued, bytes buffered (TLS too) and the socket are all drained, so
+ * that it is right to sleep on the socket now.
+ */
+extern void broker_next_event(Broker *broker, BrokerEvent *event);
+
+/*
+ * Opens the publishing channel again in confirm mode after
+ * BROKER_CHANNEL_CLOSED.  Delivery tags start at 1 again.
+ */
+extern BrokerResult broker_reopen(Broker *broker, BrokerError *error);
+
+/*
+ * Topology.  All run on a channel of their own, opened when needed, so that
+ * a refusal (404, 403, 405, 406) never disturbs the messages in flight; they
+ * wait for the reply interruptibly, at most rpc_timeout_ms (then
+ * BROKER_LOST).  Events of the publishing channel that arrive meanwhile are
+ * kept for broker_next_event().
+ */
+extern BrokerResult broker_declare_exchange(Broker *broker, const char *exchange,
+											BrokerError *error);
+extern BrokerResult broker_declare_queue(Broker *broker, const char *queue,
+										 const BrokerField *arguments, int narguments,
+										 BrokerError *error);
+extern BrokerResult broker_bind_queue(Broker *broker, const char *queue,
+									  const char *exchange, BrokerError *error);
+
+/* Passive declare: counts of a queue that exists, BROKER_REFUSED 404 if not. */
+extern BrokerResult broker_inspect_queue(Broker *broker, const char *queue,
+										 uint32_t *messages, uint32_t *consumers,
+										 BrokerError *error);
+extern BrokerResult broker_delete_queue(Broker *broker, const char *queue,
+										bool if_unused, bool if_empty, BrokerError *error);
+extern BrokerResult broker_unbind_queue(Broker *broker, const char *queue,
+										const char *exchange, BrokerError *error);
+extern BrokerResult broker_delete_exchange(Broker *broker, const char *exchange,
+										   bool if_unused, BrokerError *error);
+
+#endif							/* PGF_BROKER_H */

@@ -1,0 +1,193 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *		Differences between PostgreSQL 14 and 18, in one place.
+ *
+ * No other file tests PG_VERSION_NUM.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_COMPAT_H
+#define PGF_COMPAT_H
+
+#include "postgres.h"
+
+#include "catalog/pg_authid.h"
+#include "catalog/pg_database.h"
+#include "commands/dbcommands.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/syscache.h"
+#include "utils/wait_event.h"
+
+#if PG_VERSION_NUM < 140000
+#error "pg_fanout needs PostgreSQL 14 or later"
+#endif
+
+/* 15: shared memory is requested in a hook, not in _PG_init */
+#if PG_VERSION_NUM >= 150000
+#define PGF_HAVE_SHMEM_REQUEST_HOOK 1
+#else
+#define PGF_HAVE_SHMEM_REQUEST_HOOK 0
+#endif
+
+/* 15: a prefix can be reserved */
+#if PG_VERSION_NUM < 150000
+#define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
+#endif
+
+/* 14.9, 15.4 and later: DROP DATABASE that did not finish leaves this mark */
+#ifndef DATCONNLIMIT_INVALID_DB
+#define DATCONNLIMIT_INVALID_DB (-2)
+#endif
+
+/* 17: IsBackgroundWorker has gone */
+#if PG_VERSION_NUM < 170000
+#define AmBackgroundWorkerProcess() (IsBackgroundWorker)
+#endif
+
+/* 18: pg_noreturn stands before the declaration */
+#if PG_VERSION_NUM < 180000
+#define pg_noreturn pg_attribute_noreturn()
+#endif
+
+/* 15: have_createdb_privilege() is exported */
+static inline bool
+pgf_may_create_databases(void)
+{
+#if PG_VERSION_NUM >= 150000
+	return have_createdb_privilege();
+#else
+	bool		result = superuser();
+	HeapTuple	role = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
+
+	if (HeapTupleIsValid(role))
+	{
+		result |= ((Form_pg_authid) GETSTRUCT(role))->rolcreatedb;
+		ReleaseSysCache(role);
+	}
+	return result;
+#endif
+}
+
+/* 16: one function for the ownership of all kinds of objects */
+static inline bool
+pgf_owns_database(Oid database)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_ownercheck(DatabaseRelationId, database, GetUserId());
+#else
+	return pg_database_ownercheck(database, GetUserId());
+#endif
+}
+
+/* 17: an extension's wait events have names */
+typedef enum PgfWait
+{
+	PGF_WAIT_LAUNCHER,
+	PGF_WAIT_PUBLISHER,
+	PGF_WAIT_STOP,
+} PgfWait;
+
+static inline uint32
+pgf_wait_event(PgfWait wait)
+{
+#if PG_VERSION_NUM >= 170000
+	static const char *const names[] = {
+		"PgFanoutLauncherMain", "PgFanoutPublisherMain", "PgFanoutPublisherStop"
+	};
+	static uint32 events[lengthof(names)];
+
+	if (events[wait] == 0)
+		events[wait] = WaitEventExtensionNew(names[wait]);
+	return events[wait];
+#else
+	return PG_WAIT_EXTENSION;
+#endif
+}
+
+/* 16: VARDATA_ANY() and the like have a header of their own */
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
+/*
+ * 18: escape_json_with_len().  It appends a JSON string literal of len bytes,
+ * which need no NUL; the result is that of escape_json(), several times as
+ * fast: bytes are looked at in words, and copied from one escape to the next.
+ */
+#if PG_VERSION_NUM < 180000
+static inline bool
+pgf_json_escapes_byte(unsigned char c)
+{
+	return c < ' ' || c == '"' || c == '\\';
+}
+
+/* The top bit of each byte says whether that byte is zero (or below 0x20). */
+static inline bool
+pgf_json_escapes_word(const char *p)
+{
+	const uint64 ones = UINT64CONST(0x0101010101010101);
+	uint64		word;
+	uint64		quote;
+	uint64		backslash;
+
+	memcpy(&word, p, sizeof(word));
+	quote = word ^ (ones * '"');
+	backslash = word ^ (ones * '\\');
+	return ((((word - ones * ' ') & ~word) |
+			((quote - ones) & ~quote) |
+			((backslash - ones) & ~backslash)) & (ones * 0x80)) != 0;
+}
+
+static inline void
+pgf_append_json_escape(StringInfo buf, char c)
+{
+	static const char letters[] = "\bb\ff\nn\rr\tt\"\"\\\\";
+
+	for (const char *p = letters; *p != '\0'; p += 2)
+	{
+		if (*p == c)
+		{
+			appendStringInfoCharMacro(buf, '\\');
+			appendStringInfoCharMacro(buf, p[1]);
+			return;
+		}
+	}
+	appendStringInfo(buf, "\\u%04x", (unsigned char) c);
+}
+
+static inline void
+escape_json_with_len(StringInfo buf, const char *str, int len)
+{
+	const char *end = str + len;
+
+	enlargeStringInfo(buf, len + 2);
+	appendStringInfoCharMacro(buf, '"');
+	while (str < end)
+	{
+		const char *start = str;
+
+		while (end - str >= (int) sizeof(uint64) && !pgf_json_escapes_word(str))
+			str += sizeof(uint64);
+		while (str < end && !pgf_json_escapes_byte((unsigned char) *str))
+			str++;
+		appendBinaryStringInfo(buf, start, str - start);
+		if (str < end)
+			pgf_append_json_escape(buf, *str++);
+	}
+	appendStringInfoCharMacro(buf, '"');
+}
+#endif
+
+/* Virtual generated columns (18) are not in the heap tuple. */
+#if PG_VERSION_NUM >= 180000
+#define PGF_IS_VIRTUAL_GENERATED(attr) ((attr)->attgenerated == ATTRIBUTE_GENERATED_VIRTUAL)
+#else
+#define PGF_IS_VIRTUAL_GENERATED(attr) false
+#endif
+
+#endif							/* PGF_COMPAT_H */

@@ -1,0 +1,40 @@
+/*-------------------------------------------------------------------------
+ *
+ * init.c
+ *		Where the server meets the library: wiring, and nothing else.
+ *
+ * Preloaded (shared_preload_libraries), the library gets its shared memory,
+ * hooks and launcher.  Loaded later, by a function or a trigger, it only
+ * writes the outbox: rows wait there until a server with the preload reads
+ * them.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+#include "miscadmin.h"
+
+#include "guc.h"
+#include "hooks.h"
+#include "launcher.h"
+#include "shmem.h"
+#include "wakeup.h"
+
+PG_MODULE_MAGIC;
+
+extern PGDLLEXPORT void _PG_init(void);
+
+void
+_PG_init(void)
+{
+	guc_init(process_shared_preload_libraries_in_progress);
+
+	if (!process_shared_preload_libraries_in_progress || IsBinaryUpgrade)
+		return;
+
+	shmem_init();
+	hooks_init();
+	wakeup_init();
+	launcher_register();
+}

@@ -1,0 +1,769 @@
+/*-------------------------------------------------------------------------
+ *
+ * outbox.c
+ *		The outbox tables: writing rows, reading batches, keeping the ledger.
+ *
+ * A batch is what became visible between two snapshots, base and target: rows
+ * whose transaction was running in base and has finished since, and rows of
+ * transactions that began after it; in order of id.  Two transactions that
+ * change the same row do so one after the other (row locks), so the later one
+ * draws the higher id, and no snapshot shows it without the earlier.  That is
+ * all the order there is, and it needs no waiting for the oldest transaction:
+ * one that is open for hours costs a single entry in the batch in which it
+ * ends.
+ *
+ * Rows are never updated or deleted.  The ledger (fanout.sent) says up to
+ * where they were sent; segments are emptied by TRUNCATE.
+ *
+ * Locks: writers hold ROW EXCLUSIVE on a segment until their transaction
+ * ends, so that rotation, which takes ACCESS EXCLUSIVE without waiting, never
+ * meets a row that is still undecided.  Readers read all segments, so that it
+ * never matters which segment a row went to.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "access/xlog_internal.h"
+#include "catalog/indexing.h"
+#include "catalog/pg_type.h"
+#include "commands/sequence.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/portal.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+#include "utils/xid8.h"
+
+#include "broker.h"
+#include "compat.h"
+#include "msgid.h"
+#include "outbox.h"
+#include "relinfo.h"
+#include "shmem.h"
+#include "wakeup.h"
+
+#define PORTAL_NAME "pg_fanout_batch"
+
+#define OUTBOX_NATTS 11
+
+/* What readers select; read_message() takes it apart in this order. */
+#define MESSAGE_COLUMNS \
+	"id, xid, topic_id, message_id, type, key, headers, " \
+	"case when octet_length(payload) <= " CppAsString2(MAX_BODY) " then payload end, " \
+	"octet_length(payload), queue, created_at"
+
+#define MAX_BODY 536870912
+
+StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
+
+/* Most rows fetched at once; they are all in memory together. */
+#define FETCH_MAX 500
+
+/* ---- writing ---- */
+
+static HeapTuple
+form_row(const OutboxRow *row, TupleDesc desc, int segment)
+{
+	Datum		values[OUTBOX_NATTS];
+	bool		nulls[OUTBOX_NATTS] = {0};
+
+	values[0] = Int16GetDatum(segment);
+	values[1] = Int64GetDatum(nextval_internal(relinfo_outbox_sequence(), false));
+	values[2] = FullTransactionIdGetDatum(GetTopFullTransactionId());
+	values[3] = Int32GetDatum(row->topic_id);
+	values[4] = UUIDPGetDatum(&row->message_id);
+	values[5] = row->type ? CStringGetTextDatum(row->type) : (Datum) 0;
+	nulls[5] = (row->type == NULL);
+	values[6] = row->key ? CStringGetTextDatum(row->key) : (Datum) 0;
+	nulls[6] = (row->key == NULL);
+	values[7] = PointerGetDatum(row->headers);
+	nulls[7] = (row->headers == NULL);
+	values[8] = PointerGetDatum(cstring_to_text_with_len(row->payload, row->payload_len));
+	values[9] = (Datum) 0;
+	nulls[9] = true;
+	values[10] = TimestampTzGetDatum(row->created_at);
+	return heap_form_tuple(desc, values, nulls);
+}
+
+/*
+ * The segments have neither constraints to check nor triggers, defaults or
+ * policies, so the row is put straight into heap and index, as the server
+ * does with its own catalogs.  That also spares the writer any right on them.
+ */
+void
+outbox_insert(const OutboxRow *row)
+{
+	DatabaseSlot *slot = shmem_my_slot();
+	int			segment = slot ? pg_atomic_read_u32(&slot->current_segment) : 0;
+	Relation	rel = table_open(relinfo_segment(segment), RowExclusiveLock);
+
+	CatalogTupleInsert(rel, form_row(row, RelationGetDescr(rel), segment));
+	table_close(rel, NoLock);
+	wakeup_publisher_at_commit();
+}
+
+void
+outbox_topology_changed(void)
+{
+	Relation	rel = table_open(relinfo_topology_change(), RowExclusiveLock);
+	Datum		value = FullTransactionIdGetDatum(GetTopFullTransactionId());
+	bool		isnull = false;
+
+	CatalogTupleInsert(rel, heap_form_tuple(RelationGetDescr(rel), &value, &isnull));
+	table_close(rel, NoLock);
+	wakeup_publisher_at_commit();
+}
+
+/* ---- running SQL ---- */
+
+typedef struct CachedQuery
+{
+	const char *sql;
+	SPIPlanPtr	plan;
+} CachedQuery;
+
+static SPIPlanPtr
+prepare(CachedQuery *query, int nargs, Oid *types, int options)
+{
+	if (query->plan == NULL)
+	{
+		query->plan = SPI_prepare_cursor(query->sql, nargs, types, options);
+		if (query->plan == NULL || SPI_keepplan(query->plan) != 0)
+			elog(ERROR, "could not prepare \"%s\": %s", query->sql,
+				 SPI_result_code_string(SPI_result));
+	}
+	return query->plan;
+}
+
+static void
+execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)
+{
+	int			result = SPI_execute_plan(prepare(query, nargs, types, 0), values, nulls, false, 0);
+
+	if (result < 0)
+		elog(ERROR, "could not execute \"%s\": %s", query->sql, SPI_result_code_string(result));
+}
+
+static Datum
+result_value(int row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}
+
+/* ---- snapshots ---- */
+
+static Datum
+keep_snapshot(Datum snapshot, MemoryContext context)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(context);
+	Datum		copy = PointerGetDatum(PG_DETOAST_DATUM_COPY(snapshot));
+
+	MemoryContextSwitchTo(oldcontext);
+	return copy;
+}
+
+static void
+drop_snapshot(Datum *snapshot)
+{
+	if (*snapshot != (Datum) 0)
+		pfree(DatumGetPointer(*snapshot));
+	*snapshot = (Datum) 0;
+}
+
+void
+outbox_load_cursor(Cursor *cursor)
+{
+	static CachedQuery query = {
+		"select base, target, last_id, base::text = target::text"
+		" from fanout.sent order by sent_id desc limit 1"
+	};
+	bool		isnull;
+
+	execute(&query, 0, NULL, NULL, NULL);
+	if (SPI_processed != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("the ledger \"fanout.sent\" is empty"),
+				 errhint("Somebody deleted its rows. What was sent cannot be known any more; insert a row with the snapshot to start from.")));
+	drop_snapshot(&cursor->base);
+	drop_snapshot(&cursor->target);
+	cursor->base = keep_snapshot(result_value(0, 1, &isnull), TopMemoryContext);
+	if (!DatumGetBool(result_value(0, 4, &isnull)))
+		cursor->target = keep_snapshot(result_value(0, 2, &isnull), TopMemoryContext);
+	cursor->last_id = DatumGetInt64(result_value(0, 3, &isnull));
+	cursor->portal_open = false;
+}
+
+/* ---- reading ---- */
+
+static char *
+text_or_null(HeapTuple tuple, TupleDesc desc, int column)
+{
+	bool		isnull;
+	Datum		value = SPI_getbinval(tuple, desc, column, &isnull);
+
+	return isnull ? NULL : TextDatumGetCString(value);
+}
+
+/* A string header, or NULL. */
+static char *
+string_header(Jsonb *headers, const char *name)
+{
+	JsonbValue	buffer;
+	JsonbValue *v = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
+
+	if (v == NULL || v->type != jbvString)
+		return NULL;
+	return pnstrdup(v->val.string.val, v->val.string.len);
+}
+
+static void
+read_headers(Message *message, Datum value)
+{
+	char	   *op;
+
+	message->headers = DatumGetJsonbPCopy(value);
+	message->old_key = string_header(message->headers, "old_key");
+	op = string_header(message->headers, "op");
+	message->truncates = (op != NULL && strcmp(op, "t") == 0);
+}
+
+/* In the current context. */
+static Message *
+read_message(HeapTuple tuple, TupleDesc desc)
+{
+	Message    *message = palloc0(sizeof(Message));
+	bool		isnull;
+	Datum		value;
+
+	message->id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
+	message->xid = DatumGetUInt64(SPI_getbinval(tuple, desc, 2, &isnull));
+	message->topic_id = DatumGetInt32(SPI_getbinval(tuple, desc, 3, &isnull));
+	msgid_format(DatumGetUUIDP(SPI_getbinval(tuple, desc, 4, &isnull)), message->message_id);
+	message->type = text_or_null(tuple, desc, 5);
+	message->key = text_or_null(tuple, desc, 6);
+	value = SPI_getbinval(tuple, desc, 7, &isnull);
+	if (!isnull)
+		read_headers(message, value);
+	message->payload = text_or_null(tuple, desc, 8);
+	message->payload_len = DatumGetInt32(SPI_getbinval(tuple, desc, 9, &isnull));
+	message->queue = text_or_null(tuple, desc, 10);
+	message->created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 11, &isnull));
+	return message;
+}
+
+static Chunk *
+make_chunk(MemoryContext parent, int limit)
+{
+	MemoryContext context = AllocSetContextCreate(parent, "pg_fanout chunk", ALLOCSET_DEFAULT_SIZES);
+	Chunk	   *chunk = MemoryContextAllocZero(context, sizeof(Chunk));
+
+	chunk->context = context;
+	chunk->messages = MemoryContextAlloc(context, limit * sizeof(Message *));
+	return chunk;
+}
+
+/*
+ * Fetches n rows; returns how many there were.  *largest is the largest
+ * payload seen.
+ */
+static int
+fetch_rows(Portal portal, Chunk *chunk, int n, size_t *largest)
+{
+	MemoryContext oldcontext;
+	int			fetched;
+
+	SPI_cursor_fetch(portal, true, n);
+	fetched = SPI_processed;
+	oldcontext = MemoryContextSwitchTo(chunk->context);
+	for (int i = 0; i < fetched; i++)
+	{
+		Message    *message = read_message(SPI_tuptable->vals[i], SPI_tuptable->tupdesc);
+
+		message->chunk = chunk;
+		chunk->messages[chunk->count++] = message;
+		if (message->payload != NULL)
+			chunk->bytes += message->payload_len;
+		*largest = Max(*largest, message->payload_len);
+	}
+	MemoryContextSwitchTo(oldcontext);
+	SPI_freetuptable(SPI_tuptable);
+	return fetched;
+}
+
+/*
+ * Fills a chunk to its limits of count and bytes; sets chunk->last at the end
+ * of the portal.  All rows of one fetch are in memory at once, so it begins
+ * with a single one and grows as long as they prove to be small.
+ */
+static void
+fill_chunk(Portal portal, Chunk *chunk, int limit)
+{
+	int			step = 1;
+	size_t		largest = 1;
+
+	while (chunk->count < limit && chunk->bytes < CHUNK_BYTES)
+	{
+		int			n = Min(step, limit - chunk->count);
+
+		n = Max(1, Min(n, (int) ((CHUNK_BYTES - chunk->bytes) / largest)));
+		if (fetch_rows(portal, chunk, n, &largest) < n)
+		{
+			chunk->last = true;
+			return;
+		}
+		step = Min(step * 4, FETCH_MAX);
+	}
+}
+
+static Portal
+open_batch(const Cursor *cursor)
+{
+	static CachedQuery query = {
+		"select " MESSAGE_COLUMNS " from ("
+		" select * from fanout.outbox"
+		" where xid >= pg_snapshot_xmax($1) and xid < pg_snapshot_xmax($2)"
+		" and pg_visible_in_snapshot(xid, $2)"
+		" union all"
+		" select * from fanout.outbox"
+		" where xid = any (array(select x from pg_snapshot_xip($1) x where pg_visible_in_snapshot(x, $2)))"
+		") o where id > $3 order by id"
+	};
+	Oid			types[3] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID};
+	Datum		values[3] = {cursor->base, cursor->target, Int64GetDatum(cursor->last_id)};
+	SPIPlanPtr	plan = prepare(&query, 3, types, CURSOR_OPT_HOLD | CURSOR_OPT_NO_SCROLL);
+
+	return SPI_cursor_open(PORTAL_NAME, plan, values, NULL, false);
+}
+
+/*
+ * Makes sure that a crash cannot take back what is about to be published:
+ * with synchronous_commit = off a transaction is visible before its commit
+ * record is on disk.
+ */
+static void
+flush_wal(void)
+{
+	XLogRecPtr	upto = GetXLogInsertRecPtr();
+	uint32		in_page = upto % XLOG_BLCKSZ;
+
+	/*
+	 * Just after a page boundary the insert position points behind the
+	 * header of a page that no record has begun yet; XLogFlush() would
+	 * complain that there is not that much.
+	 */
+	if (in_page == SizeOfXLogShortPHD ||
+		(in_page == SizeOfXLogLongPHD && XLogSegmentOffset(upto, wal_segment_size) == in_page))
+		upto -= in_page;
+	XLogFlush(upto);
+}
+
+/* Takes the snapshot up to which a new batch reaches. */
+static void
+begin_batch(Cursor *cursor, bool *topology)
+{
+	static CachedQuery query = {
+		"select pg_current_snapshot(), exists (select from fanout.topology_change)"
+	};
+	static CachedQuery forget = {"delete from fanout.topology_change"};
+	bool		isnull;
+
+	execute(&query, 0, NULL, NULL, NULL);
+	cursor->target = keep_snapshot(result_value(0, 1, &isnull), TopMemoryContext);
+	cursor->last_id = 0;
+	if (DatumGetBool(result_value(0, 2, &isnull)))
+	{
+		/*
+		 * Entries that became visible only now go too.  That is right: what
+		 * they tell of is read after this, with a newer snapshot still.
+		 */
+		*topology = true;
+		execute(&forget, 0, NULL, NULL, NULL);
+	}
+}
+
+static void
+end_batch(Cursor *cursor)
+{
+	drop_snapshot(&cursor->base);
+	cursor->base = cursor->target;
+	cursor->target = (Datum) 0;
+}
+
+Chunk *
+outbox_read(Cursor *cursor, MemoryContext parent, bool *topology)
+{
+	Chunk	   *chunk = make_chunk(parent, CHUNK_MESSAGES);
+	Portal		portal;
+
+	if (cursor->portal_open)
+		portal = SPI_cursor_find(PORTAL_NAME);
+	else
+	{
+		if (cursor->target == (Datum) 0)
+			begin_batch(cursor, topology);
+		portal = open_batch(cursor);
+	}
+
+	fill_chunk(portal, chunk, CHUNK_MESSAGES);
+	chunk->base = keep_snapshot(cursor->base, chunk->context);
+	chunk->target = keep_snapshot(cursor->target, chunk->context);
+	cursor->portal_open = !chunk->last;
+	if (chunk->last)
+	{
+		SPI_cursor_close(portal);
+		end_batch(cursor);
+	}
+	if (chunk->count == 0)
+	{
+		MemoryContextDelete(chunk->context);
+		return NULL;
+	}
+	flush_wal();
+	return chunk;
+}
+
+/* ---- results ---- */
+
+void
+outbox_record_sent(const Chunk *chunk)
+{
+	static CachedQuery query = {
+		"insert into fanout.sent (base, target, last_id, count) values ($1, $2, $3, $4)"
+	};
+	Oid			types[4] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID};
+	Datum		values[4] = {
+		chunk->base, chunk->target,
+		Int64GetDatum(chunk->messages[chunk->count - 1]->id),
+		Int32GetDatum(chunk->count)
+	};
+
+	execute(&query, 4, types, values, NULL);
+}
+
+static Datum
+text_param(const char *s, char *null)
+{
+	*null = (s == NULL) ? 'n' : ' ';
+	return s == NULL ? (Datum) 0 : CStringGetTextDatum(s);
+}
+
+/* Parameters $1 to $10, the columns of a message; xid and uuid as text. */
+#define MESSAGE_PARAMS 10
+
+static void
+message_params(const Message *message, Oid *types, Datum *values, char *nulls)
+{
+	static const Oid message_types[MESSAGE_PARAMS] = {
+		INT8OID, XID8OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, TEXTOID, TIMESTAMPTZOID
+	};
+
+	memcpy(types, message_types, sizeof(message_types));
+	memset(nulls, ' ', MESSAGE_PARAMS);
+	values[0] = Int64GetDatum(message->id);
+	values[1] = UInt64GetDatum(message->xid);
+	values[2] = Int32GetDatum(message->topic_id);
+	values[3] = CStringGetTextDatum(message->message_id);
+	values[4] = text_param(message->type, &nulls[4]);
+	values[5] = text_param(message->key, &nulls[5]);
+	values[6] = PointerGetDatum(message->headers);
+	nulls[6] = (message->headers == NULL) ? 'n' : ' ';
+	values[7] = text_param(message->payload, &nulls[7]);
+	values[8] = text_param(message->queue, &nulls[8]);
+	values[9] = TimestampTzGetDatum(message->created_at);
+}
+
+void
+outbox_hold(Message **messages, int count)
+{
+	static CachedQuery query = {
+		"insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)"
+		" values ($1, $2, $3, $4::uuid, $5, $6, $7, $8, $9, $10)"
+		" on conflict (id) do nothing"
+	};
+
+	for (int i = 0; i < count; i++)
+	{
+		Oid			types[MESSAGE_PARAMS];
+		Datum		values[MESSAGE_PARAMS];
+		char		nulls[MESSAGE_PARAMS];
+
+		message_params(messages[i], types, values, nulls);
+		execute(&query, MESSAGE_PARAMS, types, values, nulls);
+	}
+}
+
+static void
+bury_from_outbox(const Message *message, const char *topic, int attempts)
+{
+	static CachedQuery query = {
+		"insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
+		" select id, $3, message_id, type, key, headers, payload, queue, xid, created_at, $4, $5"
+		" from fanout.outbox where xid = $1 and id = $2"
+		" on conflict (id) do nothing"
+	};
+	Oid			types[5] = {XID8OID, INT8OID, TEXTOID, TEXTOID, INT4OID};
+	Datum		values[5] = {
+		UInt64GetDatum(message->xid), Int64GetDatum(message->id), CStringGetTextDatum(topic),
+		CStringGetTextDatum(message->reason), Int32GetDatum(attempts)
+	};
+
+	execute(&query, 5, types, values, NULL);
+}
+
+static void
+bury_from_memory(const Message *message, const char *topic, int attempts)
+{
+	static CachedQuery query = {
+		"insert into fanout.dead_letter (id, xid, message_id, type, key, headers, payload, queue, created_at, topic, reason, attempts)"
+		" select $1, $2, $4::uuid, $5, $6, $7, $8, $9, $10, $11, $12, $13"
+		" where $3 is not null"
+		" on conflict (id) do nothing"
+	};
+	Oid			types[MESSAGE_PARAMS + 3];
+	Datum		values[MESSAGE_PARAMS + 3];
+	char		nulls[MESSAGE_PARAMS + 3];
+
+	message_params(message, types, values, nulls);
+	types[10] = TEXTOID;
+	values[10] = text_param(topic, &nulls[10]);
+	types[11] = TEXTOID;
+	values[11] = text_param(message->reason, &nulls[11]);
+	types[12] = INT4OID;
+	values[12] = Int32GetDatum(attempts);
+	nulls[12] = ' ';
+	execute(&query, MESSAGE_PARAMS + 3, types, values, nulls);
+}
+
+void
+outbox_bury(Message **messages, int count, const char *topic, int attempts)
+{
+	for (int i = 0; i < count; i++)
+	{
+		if (messages[i]->payload == NULL)
+			bury_from_outbox(messages[i], topic, attempts);
+		else
+			bury_from_memory(messages[i], topic, attempts);
+	}
+	outbox_release(messages, count);
+}
+
+/* ---- held messages ---- */
+
+Chunk *
+outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
+{
+	static CachedQuery query = {
+		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(topic_id)};
+	Chunk	   *chunk = make_chunk(parent, limit);
+	Portal		portal = SPI_cursor_open(NULL, prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
+										 values, NULL, false);
+
+	fill_chunk(portal, chunk, limit);
+	SPI_cursor_close(portal);
+	if (chunk->count == 0)
+	{
+		MemoryContextDelete(chunk->context);
+		return NULL;
+	}
+	return chunk;
+}
+
+void
+outbox_release(Message **messages, int count)
+{
+	static CachedQuery query = {"delete from fanout.held where id = any ($1)"};
+	Oid			types[1] = {INT8ARRAYOID};
+	Datum		values[1];
+	Datum	   *ids;
+
+	if (count == 0)
+		return;
+	ids = palloc(count * sizeof(Datum));
+	for (int i = 0; i < count; i++)
+		ids[i] = Int64GetDatum(messages[i]->id);
+	values[0] = PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64),
+												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	execute(&query, 1, types, values, NULL);
+}
+
+int
+outbox_topics_held(int32 **topic_ids)
+{
+	static CachedQuery query = {
+		"select topic_id from fanout.topic t"
+		" where exists (select from fanout.held h where h.topic_id = t.topic_id)"
+	};
+	int			n;
+	bool		isnull;
+
+	execute(&query, 0, NULL, NULL, NULL);
+	n = SPI_processed;
+	*topic_ids = palloc((n + 1) * sizeof(int32));
+	for (int i = 0; i < n; i++)
+		(*topic_ids)[i] = DatumGetInt32(result_value(i, 1, &isnull));
+	return n;
+}
+
+void
+outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds)
+{
+	static CachedQuery query = {
+		"insert into fanout.topic_stat as s (topic_id, sent, rate, updated_at)"
+		" select t.topic_id, $2, $2 / $3, clock_timestamp() from fanout.topic t where t.topic_id = $1"
+		" on conflict (topic_id) do update"
+		" set sent = s.sent + excluded.sent, rate = excluded.rate, updated_at = excluded.updated_at"
+	};
+	Oid			types[3] = {INT4OID, INT8OID, FLOAT8OID};
+
+	for (int i = 0; i < n; i++)
+	{
+		Datum		values[3] = {
+			Int32GetDatum(topic_ids[i]), Int64GetDatum(counts[i]), Float8GetDatum(seconds)
+		};
+
+		execute(&query, 3, types, values, NULL);
+	}
+}
+
+/* ---- the ring of segments ---- */
+
+int
+outbox_current_segment(void)
+{
+	static CachedQuery query = {"select current::int from fanout.rotation"};
+	bool		isnull;
+
+	execute(&query, 0, NULL, NULL, NULL);
+	if (SPI_processed != 1)
+		return 0;
+	return DatumGetInt32(result_value(0, 1, &isnull));
+}
+
+/*
+ * Do all rows of the segment count as sent by an entry of the ledger that is
+ * older than the retention?  That entry is the newest such one; what it has
+ * passed is decided by the same rule as everywhere.  Only rows from its
+ * base's xmin on can be unsent, so the index finds them.
+ */
+static bool
+segment_expired(int segment, int retention_s)
+{
+	char		sql[1024];
+	bool		isnull;
+
+	snprintf(sql, sizeof(sql),
+			 "with l as (select * from fanout.sent"
+			 " where sent_at < clock_timestamp() - %d * interval '1 s' order by sent_id desc limit 1)"
+			 " select exists (select from l) and not exists (select from l, fanout.outbox_%d o"
+			 " where o.xid >= pg_snapshot_xmin(l.base) and not pg_visible_in_snapshot(o.xid, l.base)"
+			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id))",
+			 retention_s, segment);
+	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
+		elog(ERROR, "could not inspect segment %d", segment);
+	return DatumGetBool(result_value(0, 1, &isnull));
+}
+
+static bool
+segment_empty(int segment)
+{
+	Relation	rel = table_open(relinfo_segment(segment), AccessShareLock);
+	bool		empty = (RelationGetNumberOfBlocks(rel) == 0);
+
+	table_close(rel, AccessShareLock);
+	return empty;
+}
+
+/*
+ * Empties a segment under ACCESS EXCLUSIVE, taken only if nobody has any lock
+ * on it: then no transaction that wrote into it is still undecided, and the
+ * rows are looked at once more under the lock.
+ */
+static void
+empty_segment(int segment, int retention_s)
+{
+	char		sql[128];
+
+	if (segment_empty(segment) || !segment_expired(segment, retention_s))
+		return;
+	if (!ConditionalLockRelationOid(relinfo_segment(segment), AccessExclusiveLock))
+		return;
+	if (!segment_expired(segment, retention_s))
+		return;
+	snprintf(sql, sizeof(sql), "truncate fanout.outbox_%d", segment);
+	if (SPI_execute(sql, false, 0) != SPI_OK_UTILITY)
+		elog(ERROR, "could not empty segment %d", segment);
+}
+
+/* Entries of the ledger that no row of any segment can need any more. */
+static void
+prune_ledger(int retention_s)
+{
+	static CachedQuery query = {
+		"delete from fanout.sent where sent_at < clock_timestamp() - 3 * $1 * interval '1 s'"
+		" and sent_id < (select max(sent_id) from fanout.sent"
+		"                where sent_at < clock_timestamp() - $1 * interval '1 s')"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+
+	execute(&query, 1, types, values, NULL);
+}
+
+static int
+advance_segment(int current)
+{
+	static CachedQuery query = {"update fanout.rotation set current = $1::smallint, rotated_at = clock_timestamp()"};
+	int			next = (current + 1) % OUTBOX_SEGMENTS;
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(next)};
+
+	execute(&query, 1, types, values, NULL);
+	return next;
+}
+
+static bool
+rotation_due(int retention_s)
+{
+	static CachedQuery query = {
+		"select rotated_at < clock_timestamp() - $1 / 2 * interval '1 s' from fanout.rotation"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+	bool		isnull;
+
+	execute(&query, 1, types, values, NULL);
+	return SPI_processed == 1 && DatumGetBool(result_value(0, 1, &isnull));
+}
+
+int
+outbox_rotate(int retention_s)
+{
+	int			current = outbox_current_segment();
+
+	for (int i = 1; i < OUTBOX_SEGMENTS; i++)
+		empty_segment((current + i) % OUTBOX_SEGMENTS, retention_s);
+	if (!segment_empty(current) &&
+		segment_empty((current + 1) % OUTBOX_SEGMENTS) &&
+		rotation_due(retention_s))
+	{
+		current = advance_segment(current);
+		prune_ledger(retention_s);
+	}
+	return current;
+}

@@ -1,0 +1,1453 @@
+/*-------------------------------------------------------------------------
+ *
+ * publisher.c
+ *		The worker that publishes one database's outbox.
+ *
+ * One loop, each round of which does whatever can be done without waiting:
+ *
+ *		connect -> declare topology -> read a chunk -> publish what may go
+ *		-> take confirms -> record settled chunks -> retry what is stalled
+ *
+ * and then waits for the first of: the latch (a commit, a request), the
+ * broker's socket, the next thing due by the clock.
+ *
+ * Messages move so:
+ *
+ *		                  publish             ack
+ *		    WAITING ---------------> IN_FLIGHT ------> SENT
+ *		     |  ^  |                  |  |  | \
+ *		     |  |  |   connection or  |  |  |  basic.return --> RETURNED
+ *		     |  +--|--- channel lost -+  |  |                     | ack
+ *		     |     |                nack |  | alone in flight     |
+ *		     |     v                     v  v and refused         v
+ *		     |   HELD <--- the topic is stalled: nack, return, 403, 404
+ *		     v
+ *		    DEAD   (the broker could never take it: size, headers, encoding)
+ *
+ * At most two chunks of the outbox are in memory: one whose confirms are
+ * awaited while the other is being published.  A chunk is recorded, in one
+ * transaction, when all its messages are settled and all chunks before it are
+ * recorded: held and dead ones are moved, and one entry in the ledger marks
+ * the rest sent.  Messages held of a topic that flows again are read as
+ * chunks of their own; "drain" below.
+ *
+ * While a topic has messages held, all its further ones are held too, so that
+ * its order is kept and nothing else waits for it.
+ *
+ * Which refused message it was: confirms name it.  A channel closed by the
+ * broker does not, and everything in flight is then unknown.  The publisher
+ * isolates: it sends those messages again one at a time, and the one that is
+ * alone in flight when it happens again is the culprit.
+ *
+ * No transaction is open while the broker is waited for.  An error in here
+ * ends the process, the launcher starts it again, and the ledger says where
+ * to go on: messages not recorded are sent again with the same message id.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "common/hashfn.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "storage/ipc.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "broker.h"
+#include "compat.h"
+#include "confirms.h"
+#include "flight.h"
+#include "guc.h"
+#include "outbox.h"
+#include "publisher.h"
+#include "topology.h"
+#include "wire.h"
+#include "worker.h"
+
+#define MAX_CHUNKS 2
+#define DRAIN_MESSAGES 1000
+#define MAX_WINDOW 65535
+#define MAX_WINDOW_BYTES (16 * 1024 * 1024)
+
+/* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
+#define PUBLISH_TIMEOUT_MS 30000
+
+/* Bounds the wait for one answer to a declare. */
+#define RPC_TIMEOUT_MS 10000
+
+#define MAX_RECONNECT_MS 30000
+#define MAX_RETRY_MS 300000
+#define STATISTICS_MS 5000
+
+typedef struct Publisher
+{
+	/* connection */
+	Broker	   *broker;			/* NULL: none */
+	BrokerAddress *addresses;	/* of pg_fanout.uri */
+	int			naddresses;
+	int			next_address;
+	char	   *settings;		/* what the connection was made from */
+	MemoryContext settings_context;
+	BrokerOptions options;
+	int			connect_failures;	/* in a row */
+	TimestampTz connect_at;		/* no sooner */
+	bool		was_connected;
+	char		last_failure[600];	/* so that it is logged once */
+
+	/* reading */
+	Cursor		cursor;
+	bool		more;			/* there may be something to read */
+	Chunk	   *first;			/* chunks of the outbox, oldest first */
+	Chunk	   *newest;
+	int			nchunks;
+	Chunk	   *drain;			/* held messages being sent; NULL: none */
+	Topic	   *drain_topic;	/* looked up anew after each load */
+	int32		drain_topic_id;
+	bool		drain_disturbed;	/* more was held since it was read */
+	uint64		flush_recorded; /* flush() tickets behind the ledger */
+	uint64		verify_pending; /* verify() tickets not served */
+	bool		declare;		/* something may have to be declared */
+
+	/* publishing */
+	Flight		flight;
+	Confirms	window;
+	int			window_limit;
+	size_t		window_bytes;
+	int			isolate;		/* messages to be sent one at a time */
+
+	/* by the clock */
+	TimestampTz statistics_at;	/* 0: nothing to count */
+	TimestampTz statistics_since;
+	TimestampTz maintenance_at;
+} Publisher;
+
+static Publisher pub;
+
+static TimestampTz
+later(long ms)
+{
+	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+}
+
+/*
+ * ms doubled "times" times, at most max, a quarter of it jitter, for which the
+ * microseconds of the clock will do.
+ */
+static long
+backoff(long ms, int times, long max)
+{
+	for (int i = 0; i < times && ms < max; i++)
+		ms *= 2;
+	ms = Min(ms, max);
+	return ms - ms / 8 + (long) (GetCurrentTimestamp() % (ms / 4 + 1));
+}
+
+/* ---- settling messages ---- */
+
+/*
+ * The chunk still knows the message; the flight does not any more.
+ */
+static void
+settle(Message *message, MessageState state)
+{
+	message->state = state;
+	message->chunk->unsettled--;
+	flight_settle(&pub.flight, &message->flight);
+}
+
+static bool
+diverted(const Topic *topic)
+{
+	return topic->paused || topic->stalled || topic->held || topic->holding > 0;
+}
+
+/* May messages held of the topic be sent now? */
+static bool
+may_drain(const Topic *topic, TimestampTz now)
+{
+	return topic->held && !topic->paused && (!topic->stalled || topic->retry_at <= now);
+}
+
+/* Is the message one of fanout.held, being sent at last? */
+static bool
+is_held_message(const Message *message)
+{
+	return message->chunk == pub.drain;
+}
+
+static void
+hold_message(Topic *topic, Message *message)
+{
+	if (!is_held_message(message))
+	{
+		topic->holding++;
+		if (topic == pub.drain_topic)
+			pub.drain_disturbed = true;
+	}
+	settle(message, MESSAGE_HELD);
+}
+
+static void
+bury_message(Message *message, const char *reason)
+{
+	message->reason = MemoryContextStrdup(message->chunk->context, reason);
+	settle(message, MESSAGE_DEAD);
+	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
+}
+
+/*
+ * The broker refused a message of the topic, or its topology: one more
+ * attempt has failed.
+ */
+static void
+stall_topic(Topic *topic, const char *reason)
+{
+	if (topic->stalled && topic->retry_at > GetCurrentTimestamp())
+		return;					/* others of the same window */
+
+	if (!topic->stalled)
+	{
+		topic->stalled = true;
+		topic->stalled_at = GetCurrentTimestamp();
+		topic->attempts = 0;
+		ereport(LOG,
+				(errmsg("topic \"%s\" is stalled", topic->name),
+				 errdetail("%s", reason)));
+	}
+	topic->attempts++;
+	topic->retry_at = later(backoff(pgf_retry_interval, topic->attempts - 1,
+									Max(pgf_retry_interval, MAX_RETRY_MS)));
+	topic->alert = (topic->attempts == pgf_retry_limit);
+	topic->stall_changed = true;
+	if (topic->reason != NULL)
+		pfree(topic->reason);
+	topic->reason = MemoryContextStrdup(TopMemoryContext, reason);
+	worker_set_error(psprintf("topic \"%s\": %s", topic->name, reason));
+}
+
+static void
+unstall_topic(Topic *topic)
+{
+	if (!topic->stalled)
+		return;
+	topic->stalled = false;
+	topic->attempts = 0;
+	topic->stall_changed = true;
+	ereport(LOG, (errmsg("topic \"%s\" flows again", topic->name)));
+}
+
+static void
+refused(Message *message, const char *reason)
+{
+	Topic	   *topic = topology_find(message->topic_id);
+
+	if (topic == NULL)
+	{
+		bury_message(message, reason);
+		return;
+	}
+	stall_topic(topic, reason);
+	hold_message(topic, message);
+}
+
+static void
+left_window(Message *message)
+{
+	pub.window_bytes -= message->wire.body_len;
+	if (pub.isolate > 0)
+		pub.isolate--;
+	pg_atomic_write_u32(&worker_slot->in_flight, pub.window.outstanding);
+}
+
+static void
+acknowledged(void *item, void *arg)
+{
+	Message    *message = item;
+	Topic	   *topic;
+
+	left_window(message);
+	if (message->state == MESSAGE_RETURNED)
+	{
+		refused(message, message->reason);
+		return;
+	}
+	pg_atomic_fetch_add_u64(&worker_slot->confirmed, 1);
+	topic = topology_find(message->topic_id);
+	if (topic != NULL)
+	{
+		topic->sent++;
+		/* the message that was tried went through */
+		if (is_held_message(message))
+			unstall_topic(topic);
+	}
+	settle(message, MESSAGE_SENT);
+}
+
+static void
+nacked(void *item, void *arg)
+{
+	Message    *message = item;
+
+	left_window(message);
+	pg_atomic_fetch_add_u64(&worker_slot->nacked, 1);
+	refused(message, message->state == MESSAGE_RETURNED ? message->reason :
+			"nacked: a queue is full and rejects publishes, or failed");
+}
+
+static bool
+has_message_id(void *item, void *arg)
+{
+	Message    *message = item;
+
+	return message->state == MESSAGE_IN_FLIGHT && strcmp(message->message_id, arg) == 0;
+}
+
+/* The ack that follows will settle it. */
+static void
+returned(BrokerEvent *event)
+{
+	Message    *message = confirms_find(&pub.window, has_message_id, event->message_id);
+
+	pg_atomic_fetch_add_u64(&worker_slot->returned, 1);
+	if (message == NULL)
+		return;
+	message->state = MESSAGE_RETURNED;
+	message->reason = MemoryContextStrdup(message->chunk->context,
+										  psprintf("returned: %d %s", event->code, event->text));
+}
+
+/* ---- losing the connection ---- */
+
+typedef struct InFlight
+{
+	Message   **messages;
+	int			count;
+} InFlight;
+
+static bool
+collect(void *item, void *arg)
+{
+	InFlight   *list = arg;
+
+	list->messages[list->count++] = item;
+	return false;
+}
+
+/*
+ * What is in flight is unknown now, and first in line again.  Returns the
+ * only message in flight, if there was just one.
+ */
+static Message *
+put_back_all(void)
+{
+	InFlight	list;
+	Message    *only;
+
+	list.messages = palloc((pub.window.outstanding + 1) * sizeof(Message *));
+	list.count = 0;
+	(void) confirms_find(&pub.window, collect, &list);
+	for (int i = list.count - 1; i >= 0; i--)
+	{
+		list.messages[i]->state = MESSAGE_WAITING;
+		flight_put_back(&pub.flight, &list.messages[i]->flight);
+	}
+	only = (list.count == 1) ? list.messages[0] : NULL;
+	pfree(list.messages);
+
+	confirms_reset(&pub.window);
+	pub.window_bytes = 0;
+	pg_atomic_write_u32(&worker_slot->in_flight, 0);
+	return only;
+}
+
+static void
+disconnect(bool polite)
+{
+	if (pub.broker == NULL)
+		return;
+	(void) put_back_all();
+	broker_close(pub.broker, polite);
+	pub.broker = NULL;
+	worker_set_connected(NULL);
+}
+
+/* Logs a failure of the broker once, and schedules the next attempt. */
+static void
+broker_failed(const char *text)
+{
+	/* SIGTERM shuts the socket down: then that is all there is to it */
+	CHECK_FOR_INTERRUPTS();
+	if (strcmp(text, pub.last_failure) != 0)
+	{
+		ereport(LOG, (errmsg("pg_fanout publisher is not connected to the broker"),
+					  errdetail("%s", text)));
+		strlcpy(pub.last_failure, text, sizeof(pub.last_failure));
+	}
+	worker_set_error(text);
+	disconnect(false);
+	pub.connect_at = later(backoff(100, pub.connect_failures, MAX_RECONNECT_MS));
+	pub.connect_failures++;
+	worker_set_state(PUBLISHER_DISCONNECTED);
+}
+
+/*
+ * Codes with which the broker closes a connection because of what it was sent
+ * (AMQP 0-9-1, constants: hard errors about frames, syntax and commands).
+ */
+static bool
+blames_content(int code)
+{
+	return code >= 501 && code <= 506;
+}
+
+static Message *
+take_culprit(void)
+{
+	int			n = pub.window.outstanding;
+	Message    *only = put_back_all();
+
+	if (only == NULL)
+	{
+		pub.isolate = n;
+		return NULL;
+	}
+	/* it was put back as the first in line */
+	return (Message *) ((char *) flight_next(&pub.flight) - offsetof(Message, flight));
+}
+
+static void
+disconnected(BrokerEvent *event)
+{
+	if (blames_content(event->code))
+	{
+		Message    *message = take_culprit();
+
+		if (message != NULL)
+			bury_message(message, psprintf("%d %s", event->code, event->text));
+	}
+	broker_failed(event->text);
+}
+
+static void
+channel_closed(BrokerEvent *event)
+{
+	BrokerError error;
+	Message    *message = take_culprit();
+
+	if (message != NULL)
+	{
+		char	   *reason = psprintf("%d %s", event->code, event->text);
+
+		/* 406 of a publish is about the message: larger than the limit */
+		if (event->code == 406)
+			bury_message(message, reason);
+		else
+			refused(message, reason);
+	}
+	if (broker_reopen(pub.broker, &error) != BROKER_OK)
+		broker_failed(error.text);
+}
+
+/* ---- what the broker says ---- */
+
+static void
+handle_event(BrokerEvent *event)
+{
+	switch (event->type)
+	{
+		case BROKER_ACK:
+		case BROKER_NACK:
+			if (!confirms_settle(&pub.window, event->tag, event->multiple,
+								 event->type == BROKER_ACK ? acknowledged : nacked, NULL))
+				broker_failed("the broker confirmed a message that was not in flight");
+			break;
+		case BROKER_RETURN:
+			returned(event);
+			break;
+		case BROKER_BLOCKED:
+			ereport(LOG, (errmsg("pg_fanout publisher is blocked by the broker"),
+						  errdetail("%s", event->text)));
+			break;
+		case BROKER_UNBLOCKED:
+			ereport(LOG, (errmsg("pg_fanout publisher is no longer blocked by the broker")));
+			break;
+		case BROKER_CHANNEL_CLOSED:
+			channel_closed(event);
+			break;
+		case BROKER_DISCONNECTED:
+			disconnected(event);
+			break;
+		case BROKER_NOTHING:
+			break;
+	}
+}
+
+static void
+take_events(void)
+{
+	BrokerEvent event;
+
+	while (pub.broker != NULL)
+	{
+		broker_next_event(pub.broker, &event);
+		if (event.type == BROKER_NOTHING)
+			return;
+		handle_event(&event);
+	}
+}
+
+static void
+check_confirm_timeout(void)
+{
+	Message    *oldest = confirms_oldest(&pub.window);
+
+	if (oldest == NULL || pub.broker == NULL || broker_blocked(pub.broker))
+		return;
+	if (TimestampDifferenceExceeds(oldest->published_at, GetCurrentTimestamp(), pgf_confirm_timeout))
+		broker_failed("the broker did not confirm a message within pg_fanout.confirm_timeout");
+}
+
+/* ---- connecting ---- */
+
+/* A copy, since a reload frees the setting's own value at any wait. */
+static char *
+nonempty(const char *setting)
+{
+	return (setting != NULL && setting[0] != '\0') ? MemoryContextStrdup(pub.settings_context, setting) : NULL;
+}
+
+/* The settings a connection depends on, as one text. */
+static char *
+connection_settings(void)
+{
+	return psprintf("%s|%s|%s|%s|%s|%d|%d|%d", pgf_uri, pgf_password_file, pgf_tls_ca_file,
+					pgf_tls_cert_file, pgf_tls_key_file, pgf_tls_verify, pgf_connect_timeout, pgf_heartbeat);
+}
+
+static void
+use_settings(void)
+{
+	const char *error;
+	char	   *settings = connection_settings();
+
+	pub.window_limit = Min(pgf_max_in_flight, MAX_WINDOW);
+	if (pub.settings != NULL && strcmp(pub.settings, settings) == 0)
+	{
+		pfree(settings);
+		return;
+	}
+	disconnect(true);
+	if (pub.settings_context == NULL)
+		pub.settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
+													 ALLOCSET_SMALL_SIZES);
+	MemoryContextReset(pub.settings_context);
+	pub.settings = MemoryContextStrdup(pub.settings_context, settings);
+	pfree(settings);
+	if (pub.addresses != NULL)
+		broker_free_addresses(pub.addresses, pub.naddresses);
+	pub.addresses = broker_parse_uri(pgf_uri, &pub.naddresses, &error);
+	pub.next_address = pub.naddresses > 1 ? GetCurrentTimestamp() % pub.naddresses : 0;
+	pub.connect_failures = 0;
+	pub.connect_at = 0;
+	pub.last_failure[0] = '\0';
+
+	memset(&pub.options, 0, sizeof(pub.options));
+	pub.options.connection_name = "pg_fanout publisher";
+	pub.options.tls_ca_file = nonempty(pgf_tls_ca_file);
+	pub.options.tls_cert_file = nonempty(pgf_tls_cert_file);
+	pub.options.tls_key_file = nonempty(pgf_tls_key_file);
+	pub.options.tls_verify = pgf_tls_verify;
+	pub.options.connect_timeout_ms = pgf_connect_timeout;
+	pub.options.rpc_timeout_ms = RPC_TIMEOUT_MS;
+	pub.options.heartbeat_s = pgf_heartbeat;
+	pub.options.wait = worker_wait;
+	pub.options.fd_changed = worker_broker_fd;
+}
+
+/* Reads the password file; a problem with it is one of the connection. */
+static bool
+read_password(char **password)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	volatile bool ok = true;
+
+	PG_TRY();
+	{
+		*password = guc_read_password();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(oldcontext);
+		edata = CopyErrorData();
+		FlushErrorState();
+		broker_failed(edata->message);
+		FreeErrorData(edata);
+		ok = false;
+	}
+	PG_END_TRY();
+	return ok;
+}
+
+static void
+connected(const BrokerAddress *address)
+{
+	char		where[256];
+
+	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
+			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
+	worker_set_connected(where);
+	ereport(LOG, (errmsg("pg_fanout publisher connected to the broker at %s", where)));
+	if (pub.was_connected)
+		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
+	pub.was_connected = true;
+	pub.connect_failures = 0;
+	pub.last_failure[0] = '\0';
+	topology_forget_confirmed();
+	pub.declare = true;
+}
+
+static void
+connect_broker(void)
+{
+	BrokerAddress *address;
+	BrokerError error;
+	char	   *password = NULL;
+
+	if (pub.addresses == NULL || !read_password(&password))
+		return;
+	worker_set_state(PUBLISHER_CONNECTING);
+	address = &pub.addresses[pub.next_address];
+	pub.broker = broker_connect(address, password, &pub.options, &error);
+	if (password != NULL)
+	{
+		explicit_bzero(password, strlen(password));
+		pfree(password);
+	}
+	if (pub.broker != NULL)
+		connected(address);
+	else
+	{
+		broker_failed(error.text);
+		pub.next_address = (pub.next_address + 1) % pub.naddresses;
+		/* every host once before the first pause */
+		if (pub.connect_failures < pub.naddresses)
+			pub.connect_at = 0;
+	}
+}
+
+/* ---- recording stalls ---- */
+
+static void
+drop_chunk(Chunk *chunk)
+{
+	MemoryContextDelete(chunk->context);
+}
+
+/*
+ * The first message held has been refused too often: on with the next one.
+ */
+static void
+bury_first_held(Topic *topic)
+{
+	Chunk	   *chunk = outbox_read_held(topic->topic_id, 1, CurrentMemoryContext);
+
+	if (chunk == NULL)
+		return;
+	chunk->messages[0]->reason = topic->reason;
+	outbox_bury(chunk->messages, 1, topic->name, topic->attempts);
+	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
+	drop_chunk(chunk);
+	topic->attempts = 0;
+	topic->retry_at = GetCurrentTimestamp();
+	topic->stall_changed = true;
+}
+
+static void
+bury_exhausted(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->dead_letters && topic->stalled && topic->held &&
+			topic->attempts >= pgf_retry_limit)
+			bury_first_held(topic);
+	}
+}
+
+static void
+record_stalls(void)
+{
+	/* first the alert, which tells of the attempts */
+	topology_record_stalls();
+	bury_exhausted();
+}
+
+/* ---- topology ---- */
+
+/* A topic whose topology is refused must not flow: a queue would miss messages. */
+static void
+stall_refused_topics(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		const char *error = topology_error(topic);
+
+		if (error != NULL && !topic->dropping && !topic->stalled)
+			stall_topic(topic, error);
+	}
+}
+
+static void
+record_topology(void)
+{
+	if (!topology_answered() && !topology_stalls_changed())
+		return;
+	worker_begin();
+	topology_record();
+	record_stalls();
+	worker_commit();
+}
+
+static void
+serve_verify(void)
+{
+	if (pub.verify_pending > pg_atomic_read_u64(&worker_slot->verify_done))
+	{
+		pg_atomic_write_u64(&worker_slot->verify_done, pub.verify_pending);
+		ConditionVariableBroadcast(&worker_slot->progress);
+	}
+}
+
+static void
+declare_topology(void)
+{
+	BrokerError error;
+
+	pub.declare = false;
+	if (topology_declare(pub.broker, &error) == BROKER_LOST)
+		broker_failed(error.text);
+	stall_refused_topics();
+	record_topology();
+	if (pub.broker != NULL)
+		serve_verify();
+}
+
+static void
+load_topology(void)
+{
+	topology_load();
+	pub.drain_topic = pub.drain ? topology_find(pub.drain_topic_id) : NULL;
+	pub.declare = true;
+}
+
+/* ---- reading ---- */
+
+static uint64
+key_hash(const Message *message, const char *key)
+{
+	return hash_bytes_extended((const unsigned char *) key, strlen(key), (uint32) message->topic_id);
+}
+
+static void
+admit_message(Message *message)
+{
+	FlightItem *item = &message->flight;
+
+	if (message->key != NULL)
+		item->keys[item->nkeys++] = key_hash(message, message->key);
+	if (message->old_key != NULL)
+		item->keys[item->nkeys++] = key_hash(message, message->old_key);
+	item->barrier = message->truncates;
+	flight_add(&pub.flight, item);
+}
+
+static void
+admit_chunk(Chunk *chunk)
+{
+	chunk->unsettled = chunk->count;
+	for (int i = 0; i < chunk->count; i++)
+		admit_message(chunk->messages[i]);
+}
+
+static void
+prepare_chunk(Chunk *chunk)
+{
+	for (int i = 0; i < chunk->count; i++)
+		wire_prepare(chunk->messages[i], chunk->context);
+}
+
+static void
+append_chunk(Chunk *chunk)
+{
+	if (pub.newest != NULL)
+		pub.newest->next = chunk;
+	else
+		pub.first = chunk;
+	pub.newest = chunk;
+	pub.nchunks++;
+}
+
+/* A flush() that began before this batch's snapshot is served behind it. */
+static void
+note_flush(Chunk *chunk, uint64 ticket)
+{
+	if (chunk != NULL && chunk->last)
+		chunk->flush_ticket = ticket;
+	else if (chunk == NULL && pub.newest != NULL)
+		pub.newest->flush_ticket = ticket;
+	else if (chunk == NULL)
+		pub.flush_recorded = ticket;
+}
+
+static void
+read_chunk(void)
+{
+	static uint64 batch_ticket = 0;
+	bool		topology = false;
+	Chunk	   *chunk;
+
+	if (pub.cursor.target == (Datum) 0)
+	{
+		batch_ticket = pg_atomic_read_u64(&worker_slot->flush_requested);
+		/* cleared before the snapshot is taken, so that no commit is missed */
+		pub.more = false;
+		pg_atomic_write_u32(&worker_slot->dirty, 0);
+		pg_memory_barrier();
+	}
+	worker_begin();
+	chunk = outbox_read(&pub.cursor, TopMemoryContext, &topology);
+	if (topology)
+		load_topology();
+	if (chunk != NULL)
+		prepare_chunk(chunk);
+	worker_commit();
+
+	note_flush(chunk, batch_ticket);
+	if (chunk == NULL)
+		return;
+	pub.more = true;
+	append_chunk(chunk);
+	/* nothing of it may go before what it came with is declared */
+	if (pub.declare && pub.broker != NULL)
+		declare_topology();
+	admit_chunk(chunk);
+}
+
+/* ---- publishing ---- */
+
+/* Settles a message that cannot or must not be published; true if so. */
+static bool
+turned_away(Message *message, Topic *topic)
+{
+	if (topic == NULL)
+		bury_message(message, "its topic was dropped");
+	else if (message->reason != NULL)
+		bury_message(message, message->reason);
+	else if (is_held_message(message) ? !may_drain(topic, GetCurrentTimestamp()) : diverted(topic))
+		hold_message(topic, message);
+	else
+		return false;
+	return true;
+}
+
+static void
+publish(Message *message, Topic *topic)
+{
+	BrokerMessage *wire = &message->wire;
+	BrokerError error;
+	BrokerResult result;
+
+	wire->exchange = message->queue ? "" : topic->exchange;
+	wire->routing_key = message->queue ? message->queue : "";
+	wire->content_type = topic->content_type;
+	result = broker_publish(pub.broker, wire, PUBLISH_TIMEOUT_MS, &error);
+	if (result == BROKER_TOO_LARGE)
+	{
+		bury_message(message, error.text);
+		return;
+	}
+
+	/* even if the connection broke: then it is one of those to be put back */
+	message->state = MESSAGE_IN_FLIGHT;
+	message->published_at = GetCurrentTimestamp();
+	(void) confirms_add(&pub.window, message);
+	pub.window_bytes += wire->body_len;
+	pg_atomic_fetch_add_u64(&worker_slot->published, 1);
+	pg_atomic_write_u32(&worker_slot->in_flight, pub.window.outstanding);
+	if (result == BROKER_LOST)
+		broker_failed(error.text);
+}
+
+static bool
+window_open(void)
+{
+	if (pub.broker == NULL || broker_blocked(pub.broker))
+		return false;
+	if (pub.window.outstanding == 0)
+		return true;
+	return pub.isolate == 0 &&
+		pub.window.outstanding < pub.window_limit &&
+		pub.window_bytes < MAX_WINDOW_BYTES &&
+		!confirms_full(&pub.window);
+}
+
+/* Publishes what may go.  Returns whether it did anything. */
+static bool
+publish_ready(void)
+{
+	bool		any = false;
+	int			n = 0;
+
+	if (!flight_has_ready(&pub.flight) || !window_open())
+		return false;
+	worker_set_state(PUBLISHER_PUBLISHING);
+	broker_cork(pub.broker);
+	while (flight_has_ready(&pub.flight) && window_open())
+	{
+		Message    *message = (Message *) ((char *) flight_next(&pub.flight) - offsetof(Message, flight));
+		Topic	   *topic = topology_find(message->topic_id);
+
+		any = true;
+		if (!turned_away(message, topic))
+			publish(message, topic);
+		/* confirms free the window, and must not pile up at the broker */
+		if (++n % 100 == 0)
+			take_events();
+	}
+	if (pub.broker != NULL)
+		broker_uncork(pub.broker);
+	return any;
+}
+
+/* ---- recording chunks ---- */
+
+static Message **
+select_messages(const Chunk *chunk, MessageState state, int *count)
+{
+	Message   **selected = palloc((chunk->count + 1) * sizeof(Message *));
+
+	*count = 0;
+	for (int i = 0; i < chunk->count; i++)
+	{
+		if (chunk->messages[i]->state == state)
+			selected[(*count)++] = chunk->messages[i];
+	}
+	return selected;
+}
+
+static void
+record_dead(const Chunk *chunk)
+{
+	int			n;
+	Message   **dead = select_messages(chunk, MESSAGE_DEAD, &n);
+
+	for (int i = 0; i < n; i++)
+	{
+		Topic	   *topic = topology_find(dead[i]->topic_id);
+
+		ereport(WARNING,
+				(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
+						dead[i]->message_id, topic ? topic->name : "(dropped)"),
+				 errdetail("%s", dead[i]->reason)));
+		outbox_bury(&dead[i], 1, topic ? topic->name : psprintf("(dropped: %d)", dead[i]->topic_id), 0);
+	}
+}
+
+static void
+record_held(const Chunk *chunk)
+{
+	int			n;
+	Message   **held = select_messages(chunk, MESSAGE_HELD, &n);
+
+	outbox_hold(held, n);
+	for (int i = 0; i < n; i++)
+	{
+		Topic	   *topic = topology_find(held[i]->topic_id);
+
+		if (topic != NULL)
+		{
+			topic->held = true;
+			topic->holding--;
+		}
+	}
+}
+
+static void
+record_oldest_chunk(void)
+{
+	Chunk	   *chunk = pub.first;
+
+	worker_begin();
+	record_held(chunk);
+	record_dead(chunk);
+	outbox_record_sent(chunk);
+	record_stalls();
+	worker_commit();
+
+	if (chunk->flush_ticket > pub.flush_recorded)
+		pub.flush_recorded = chunk->flush_ticket;
+	pub.first = chunk->next;
+	if (pub.first == NULL)
+		pub.newest = NULL;
+	pub.nchunks--;
+	drop_chunk(chunk);
+}
+
+static void
+record_drain(void)
+{
+	Chunk	   *chunk = pub.drain;
+	Topic	   *topic = pub.drain_topic;
+	int			n;
+	Message   **sent;
+	bool		all = true;
+
+	worker_begin();
+	sent = select_messages(chunk, MESSAGE_SENT, &n);
+	outbox_release(sent, n);
+	record_dead(chunk);
+	record_stalls();
+	worker_commit();
+
+	for (int i = 0; i < chunk->count; i++)
+		all = all && chunk->messages[i]->state != MESSAGE_HELD;
+	/* the last of them is out: the topic flows directly again */
+	if (topic != NULL && all && chunk->last && !pub.drain_disturbed)
+		topic->held = false;
+	pub.drain = NULL;
+	pub.drain_topic = NULL;
+	drop_chunk(chunk);
+}
+
+static bool
+record_settled(void)
+{
+	bool		any = false;
+
+	while (pub.first != NULL && pub.first->unsettled == 0)
+	{
+		record_oldest_chunk();
+		any = true;
+	}
+	if (pub.drain != NULL && pub.drain->unsettled == 0)
+	{
+		record_drain();
+		any = true;
+	}
+	return any;
+}
+
+/* ---- stalled and paused topics ---- */
+
+static bool
+may_retry_topology(const Topic *topic, TimestampTz now)
+{
+	return topic->stalled && topic->retry_at <= now;
+}
+
+/*
+ * A topic is tried again: its topology first, for the queue or the exchange
+ * may be what is missing.
+ */
+static bool
+retry_topology(Topic *topic)
+{
+	BrokerError error;
+	const char *refusal;
+
+	topology_forget_topic(topic);
+	if (topology_declare_topic(pub.broker, topic, &error) == BROKER_LOST)
+	{
+		broker_failed(error.text);
+		return false;
+	}
+	refusal = topology_error(topic);
+	if (refusal != NULL)
+		stall_topic(topic, refusal);
+	else if (!topic->held && topic->holding == 0)
+		unstall_topic(topic);
+	record_topology();
+	return refusal == NULL;
+}
+
+static void
+start_drain(Topic *topic)
+{
+	/* a stalled topic is probed with a single message */
+	int			limit = topic->stalled ? 1 : DRAIN_MESSAGES;
+
+	worker_begin();
+	pub.drain = outbox_read_held(topic->topic_id, limit, TopMemoryContext);
+	if (pub.drain != NULL)
+		prepare_chunk(pub.drain);
+	worker_commit();
+
+	pub.drain_topic = topic;
+	pub.drain_topic_id = topic->topic_id;
+	pub.drain_disturbed = false;
+	if (pub.drain != NULL)
+		admit_chunk(pub.drain);
+	else
+	{
+		/* somebody purged them */
+		topic->held = false;
+		unstall_topic(topic);
+		pub.drain_topic = NULL;
+	}
+}
+
+/* The topic that is due, or NULL. */
+static Topic *
+due_topic(TimestampTz now)
+{
+	Topic	   *topic;
+	Topic	   *due = NULL;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (!may_drain(topic, now) && !may_retry_topology(topic, now))
+			continue;
+		/* whoever waits longest, so that all get their turn */
+		if (due == NULL || topic->retry_at < due->retry_at)
+			due = topic;
+	}
+	return due;
+}
+
+static bool
+retry_stalled(void)
+{
+	Topic	   *topic;
+
+	if (pub.broker == NULL || pub.drain != NULL || broker_blocked(pub.broker))
+		return false;
+	topic = due_topic(GetCurrentTimestamp());
+	if (topic == NULL)
+		return false;
+	if (topic->stalled && !retry_topology(topic))
+		return true;
+	if (pub.broker != NULL && topic->held && !topic->paused)
+	{
+		start_drain(topic);
+		/* those that flow take turns */
+		if (!topic->stalled)
+			topic->retry_at = GetCurrentTimestamp();
+	}
+	return true;
+}
+
+/* When the next stalled topic is due, or 0. */
+static TimestampTz
+next_retry(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	TimestampTz next = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->stalled && (next == 0 || topic->retry_at < next))
+			next = topic->retry_at;
+	}
+	return next;
+}
+
+/* ---- flush() ---- */
+
+/* Is there anything that the broker has refused, or that is held back? */
+static bool
+something_waits(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	bool		waits = false;
+
+	while ((topic = topology_next(&i)) != NULL)
+		waits = waits || topic->held || topic->holding > 0 || topology_error(topic) != NULL;
+	return waits;
+}
+
+static void
+serve_flush(void)
+{
+	if (pub.flush_recorded <= pg_atomic_read_u64(&worker_slot->flush_done))
+		return;
+	if (pub.broker == NULL || pub.declare || something_waits())
+		return;
+	pg_atomic_write_u64(&worker_slot->flush_done, pub.flush_recorded);
+	ConditionVariableBroadcast(&worker_slot->progress);
+}
+
+static void
+take_requests(void)
+{
+	uint64		verify = pg_atomic_read_u64(&worker_slot->verify_requested);
+
+	if (verify > pub.verify_pending)
+	{
+		pub.verify_pending = verify;
+		topology_forget_confirmed();
+		pub.declare = true;
+	}
+	if (pg_atomic_read_u32(&worker_slot->dirty) != 0)
+		pub.more = true;
+	if (worker_reloaded())
+		use_settings();
+}
+
+/* ---- by the clock ---- */
+
+static void
+count_sent(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	int			n = 0;
+	int32	   *ids = palloc(sizeof(int32) * 64);
+	int64	   *counts = palloc(sizeof(int64) * 64);
+	int			room = 64;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->sent == 0)
+			continue;
+		if (n == room)
+		{
+			room *= 2;
+			ids = repalloc(ids, sizeof(int32) * room);
+			counts = repalloc(counts, sizeof(int64) * room);
+		}
+		ids[n] = topic->topic_id;
+		counts[n++] = topic->sent;
+		topic->sent = 0;
+	}
+	outbox_count_sent(ids, counts, n,
+					  Max(1.0, (GetCurrentTimestamp() - pub.statistics_since) / (double) USECS_PER_SEC));
+	pfree(ids);
+	pfree(counts);
+}
+
+static void
+keep_statistics(TimestampTz now)
+{
+	if (pub.statistics_at == 0)
+	{
+		/* the first messages after a pause are counted soon */
+		pub.statistics_since = now;
+		pub.statistics_at = TimestampTzPlusMilliseconds(now, 1000);
+		return;
+	}
+	if (now < pub.statistics_at)
+		return;
+	worker_begin();
+	count_sent();
+	worker_commit();
+	pub.statistics_since = now;
+	pub.statistics_at = (pub.nchunks > 0) ? TimestampTzPlusMilliseconds(now, STATISTICS_MS) : 0;
+}
+
+static void
+maintain(TimestampTz now)
+{
+	int			segment;
+
+	if (now < pub.maintenance_at)
+		return;
+	worker_begin();
+	segment = outbox_rotate(pgf_retention);
+	worker_commit();
+	pg_atomic_write_u32(&worker_slot->current_segment, segment);
+	/* the safety net under the wake-ups */
+	pub.more = true;
+	pub.maintenance_at = TimestampTzPlusMilliseconds(now, Max(1, Min(60, pgf_retention / 4)) * 1000L);
+}
+
+static bool
+sent_uncounted(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	bool		uncounted = false;
+
+	while ((topic = topology_next(&i)) != NULL)
+		uncounted = uncounted || topic->sent > 0;
+	return uncounted;
+}
+
+static void
+work_by_the_clock(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	check_confirm_timeout();
+	maintain(now);
+	if (pub.statistics_at != 0 || sent_uncounted())
+		keep_statistics(now);
+}
+
+/* ---- the loop ---- */
+
+static void
+earlier(long *timeout, TimestampTz now, TimestampTz when)
+{
+	*timeout = Min(*timeout, when <= now ? 0 : (when - now + 999) / 1000);
+}
+
+static void
+wait_for_work(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz retry = next_retry();
+	long		timeout = 60000;
+	int			fd = -1;
+
+	earlier(&timeout, now, pub.maintenance_at);
+	if (pub.statistics_at != 0)
+		earlier(&timeout, now, pub.statistics_at);
+	if (pub.broker != NULL)
+	{
+		fd = broker_fd(pub.broker);
+		timeout = Min(timeout, broker_next_heartbeat(pub.broker));
+		if (retry != 0)
+			earlier(&timeout, now, retry);
+		if (pub.window.outstanding > 0)
+			timeout = Min(timeout, 1000);
+		worker_set_state(broker_blocked(pub.broker) ? PUBLISHER_BLOCKED :
+						 pub.nchunks > 0 || pub.drain != NULL ? PUBLISHER_PUBLISHING : PUBLISHER_IDLE);
+	}
+	else
+		earlier(&timeout, now, pub.connect_at);
+	(void) worker_wait(fd, false, timeout);
+}
+
+static bool
+may_read(void)
+{
+	return pub.broker != NULL && pub.more && pub.nchunks < MAX_CHUNKS &&
+		!broker_blocked(pub.broker);
+}
+
+/* Everything that can be done without waiting; false if that was nothing. */
+static bool
+work(void)
+{
+	bool		any = false;
+
+	take_requests();
+	if (pub.broker == NULL && pub.connect_at <= GetCurrentTimestamp())
+	{
+		connect_broker();
+		any = true;
+	}
+	take_events();
+	if (pub.broker != NULL && pub.declare)
+	{
+		declare_topology();
+		any = true;
+	}
+	any = publish_ready() || any;
+	if (may_read())
+	{
+		read_chunk();
+		any = true;
+	}
+	any = publish_ready() || any;
+	take_events();
+	any = record_settled() || any;
+	any = retry_stalled() || any;
+	if (topology_answered() || topology_stalls_changed())
+		record_topology();
+	work_by_the_clock();
+	serve_flush();
+	return any;
+}
+
+static void
+start(void)
+{
+	FlightKey  *slots;
+	size_t		nslots = flight_key_slots(MAX_CHUNKS * CHUNK_MESSAGES + DRAIN_MESSAGES);
+	void	  **items = MemoryContextAllocHuge(TopMemoryContext, MAX_WINDOW * sizeof(void *));
+
+	slots = MemoryContextAllocZero(TopMemoryContext, nslots * sizeof(FlightKey));
+	flight_init(&pub.flight, slots, nslots);
+	confirms_init(&pub.window, items, MAX_WINDOW);
+
+	worker_begin();
+	outbox_load_cursor(&pub.cursor);
+	pg_atomic_write_u32(&worker_slot->current_segment, outbox_current_segment());
+	load_topology();
+	worker_commit();
+	pub.more = true;
+	pub.maintenance_at = later(1000);
+	use_settings();
+}
+
+static void
+run(void)
+{
+	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
+												ALLOCSET_DEFAULT_SIZES);
+
+	start();
+	for (;;)
+	{
+		bool		any;
+
+		MemoryContextSwitchTo(round);
+		any = work();
+		MemoryContextReset(round);
+		if (!any)
+			wait_for_work();
+		else
+			CHECK_FOR_INTERRUPTS();
+	}
+}
+
+/* The libraries know nothing of exit(); say goodbye if that is possible. */
+static void
+say_goodbye(int code, Datum arg)
+{
+	if (pub.broker != NULL)
+		broker_close(pub.broker, true);
+	pub.broker = NULL;
+}
+
+void
+pg_fanout_publisher_main(Datum main_arg)
+{
+	worker_attach(main_arg, "publisher");
+	before_shmem_exit(say_goodbye, (Datum) 0);
+
+	/*
+	 * Plans are made once, when the tables may be empty; they must be right
+	 * for millions of rows.
+	 */
+	SetConfigOption("enable_seqscan", "off", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("plan_cache_mode", "force_generic_plan", PGC_SUSET, PGC_S_OVERRIDE);
+
+	PG_TRY();
+	{
+		run();
+	}
+	PG_CATCH();
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+		ErrorData  *edata = CopyErrorData();
+
+		worker_set_error(edata->message);
+		MemoryContextSwitchTo(oldcontext);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+}

@@ -1,0 +1,738 @@
+/*-------------------------------------------------------------------------
+ *
+ * topology.c
+ *		Declares on the broker what the catalog says.
+ *
+ * The publisher's picture of topics and bindings lives here.  It is read
+ * again whenever fanout.topology_change says that it changed, in the same
+ * transaction that reads the messages, so that nothing is published before
+ * what was declared with it.  What the broker answers is remembered as
+ * "answered" and written into the catalog by the next transaction: there is
+ * none open while the broker is asked.
+ *
+ * A refusal (404, 403, 405, 406) concerns one topic.  It is not tried again
+ * until somebody calls topology_forget_topic() for it, which the publisher
+ * does with a growing delay, so that nothing loops hot.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "guc.h"
+#include "outbox.h"
+#include "topology.h"
+#include "wire.h"
+
+/*
+ * RabbitMQ 4 drops a message of a quorum queue after 20 deliveries unless
+ * told otherwise; 3.x has no limit but takes no "-1" either.  A number that is
+ * never reached means the same to both, so that the declaration stays
+ * equivalent when the broker is upgraded.
+ */
+#define NO_DELIVERY_LIMIT PG_INT32_MAX
+
+static HTAB *topics = NULL;
+static uint32 current_load = 0;
+
+Topic *
+topology_find(int32 topic_id)
+{
+	return topics == NULL ? NULL : hash_search(topics, &topic_id, HASH_FIND, NULL);
+}
+
+Topic *
+topology_next(int *i)
+{
+	static HASH_SEQ_STATUS scan;
+	Topic	   *topic;
+
+	if (topics == NULL)
+		return NULL;
+	if ((*i)++ == 0)
+		hash_seq_init(&scan, topics);
+	topic = hash_seq_search(&scan);
+	return topic;
+}
+
+/* ---- reading the catalog ---- */
+
+static void
+execute(const char *sql, int nargs, Oid *types, Datum *values, const char *nulls)
+{
+	int			result = SPI_execute_with_args(sql, nargs, types, values, nulls, false, 0);
+
+	if (result < 0)
+		elog(ERROR, "could not execute \"%s\": %s", sql, SPI_result_code_string(result));
+}
+
+static Datum
+column(int row, int number, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, number, isnull);
+}
+
+static char *
+text_column(int row, int number)
+{
+	bool		isnull;
+
+	return TextDatumGetCString(column(row, number, &isnull));
+}
+
+static bool
+bool_column(int row, int number)
+{
+	bool		isnull;
+	Datum		value = column(row, number, &isnull);
+
+	return !isnull && DatumGetBool(value);
+}
+
+static void
+load_topic(int row)
+{
+	bool		isnull;
+	bool		found;
+	size_t		len;
+	int32		topic_id = DatumGetInt32(column(row, 1, &isnull));
+	Topic	   *topic = hash_search(topics, &topic_id, HASH_ENTER, &found);
+	MemoryContext oldcontext;
+	char	   *format;
+
+	if (!found)
+	{
+		memset(topic, 0, sizeof(Topic));
+		topic->topic_id = topic_id;
+	}
+	topic->load = current_load;
+	topic->context = AllocSetContextCreate(TopMemoryContext, "pg_fanout topic", ALLOCSET_SMALL_SIZES);
+	oldcontext = MemoryContextSwitchTo(topic->context);
+	topic->name = text_column(row, 2);
+	topic->exchange = unconstify(char *, wire_utf8(topic->name, strlen(topic->name), &len));
+	format = text_column(row, 3);
+	topic->content_type = (strcmp(format, "cloudevents") == 0) ?
+		"application/cloudevents+json" : "application/json";
+	topic->dead_letters = bool_column(row, 4);
+	topic->paused = bool_column(row, 5);
+	topic->dropping = bool_column(row, 6);
+	topic->bindings = NULL;
+	topic->nbindings = 0;
+	topic->held = false;
+	MemoryContextSwitchTo(oldcontext);
+}
+
+/* Arguments of queue.declare: ours, unless the caller's say otherwise. */
+static void
+set_arguments(Binding *binding, Jsonb *arguments)
+{
+	int			n;
+	BrokerField *fields = wire_fields(arguments, 2, &n);
+	int			kept = 0;
+	bool		limited = binding->classic;
+
+	if (fields == NULL)
+	{
+		binding->error = pstrdup("arguments cannot be converted to UTF-8");
+		return;
+	}
+	for (int i = 0; i < n; i++)
+	{
+		if (strcmp(fields[i].name, "x-delivery-limit") == 0)
+			limited = true;
+		if (fields[i].type != BROKER_VALUE_NULL)
+			fields[kept++] = fields[i];
+	}
+	fields[kept].name = "x-queue-type";
+	fields[kept].type = BROKER_VALUE_STRING;
+	fields[kept].value.string.data = binding->classic ? "classic" : "quorum";
+	fields[kept].value.string.len = strlen(fields[kept].value.string.data);
+	kept++;
+	if (!limited)
+	{
+		fields[kept].name = "x-delivery-limit";
+		fields[kept].type = BROKER_VALUE_INT;
+		fields[kept].value.integer = NO_DELIVERY_LIMIT;
+		kept++;
+	}
+	binding->arguments = fields;
+	binding->narguments = kept;
+}
+
+static void
+load_binding(Binding *binding, int row)
+{
+	bool		isnull;
+	size_t		len;
+	char	   *queue = text_column(row, 3);
+	Jsonb	   *arguments = DatumGetJsonbPCopy(column(row, 5, &isnull));
+
+	memset(binding, 0, sizeof(Binding));
+	binding->consumer_group = text_column(row, 2);
+	binding->queue = unconstify(char *, wire_utf8(queue, strlen(queue), &len));
+	binding->classic = bool_column(row, 4);
+	binding->signature = psprintf("%d %s", binding->classic,
+								  JsonbToCString(NULL, &arguments->root, VARSIZE(arguments)));
+	(void) column(row, 6, &isnull);
+	binding->dropping = !isnull;
+	binding->if_unused = bool_column(row, 6);
+	binding->if_empty = bool_column(row, 7);
+	set_arguments(binding, arguments);
+	if (binding->queue == NULL)
+		binding->error = pstrdup("name cannot be converted to UTF-8");
+}
+
+/* Carries over what was known of the same declaration. */
+static void
+inherit(Topic *topic, Binding *binding, const Binding *old, int nold)
+{
+	for (int i = 0; i < nold; i++)
+	{
+		if (strcmp(old[i].consumer_group, binding->consumer_group) != 0 ||
+			strcmp(old[i].signature, binding->signature) != 0 ||
+			old[i].dropping != binding->dropping)
+			continue;
+		binding->confirmed = old[i].confirmed;
+		binding->answered = old[i].answered;
+		binding->gone = old[i].gone;
+		if (old[i].error != NULL)
+			binding->error = pstrdup(old[i].error);
+		return;
+	}
+	/* something new about a stalled topic is worth a try at once */
+	topic->retry_at = 0;
+}
+
+/* Rows come grouped by topic; returns how many belong to this one. */
+static int
+load_bindings_of(int first, int nrows)
+{
+	bool		isnull;
+	int32		topic_id = DatumGetInt32(column(first, 1, &isnull));
+	Topic	   *topic = topology_find(topic_id);
+	int			n = 1;
+	MemoryContext oldcontext;
+
+	while (first + n < nrows && DatumGetInt32(column(first + n, 1, &isnull)) == topic_id)
+		n++;
+	if (topic == NULL)
+		return n;
+	oldcontext = MemoryContextSwitchTo(topic->context);
+	topic->bindings = palloc0(n * sizeof(Binding));
+	topic->nbindings = n;
+	for (int i = 0; i < n; i++)
+		load_binding(&topic->bindings[i], first + i);
+	MemoryContextSwitchTo(oldcontext);
+	return n;
+}
+
+static void
+load_bindings(void)
+{
+	int			nrows;
+
+	execute("select topic_id, consumer_group, queue, queue_type = 'classic', arguments,"
+			" drop_if_unused, drop_if_empty from fanout.binding order by topic_id, consumer_group",
+			0, NULL, NULL, NULL);
+	nrows = SPI_processed;
+	for (int row = 0; row < nrows;)
+		row += load_bindings_of(row, nrows);
+}
+
+static void
+set_reason(Topic *topic, const char *reason)
+{
+	char	   *copy = reason ? MemoryContextStrdup(TopMemoryContext, reason) : NULL;
+
+	if (topic->reason != NULL)
+		pfree(topic->reason);
+	topic->reason = copy;
+}
+
+static void
+load_stalls(void)
+{
+	bool		isnull;
+
+	execute("select topic_id, stalled_at, attempts, retry_at, last_error from fanout.stall",
+			0, NULL, NULL, NULL);
+	for (int row = 0; row < SPI_processed; row++)
+	{
+		Topic	   *topic = topology_find(DatumGetInt32(column(row, 1, &isnull)));
+		TimestampTz retry_at = DatumGetTimestampTz(column(row, 4, &isnull));
+
+		if (topic == NULL)
+			continue;
+		if (topic->stalled || topic->stall_changed)
+		{
+			/* resume() may have brought the next attempt forward */
+			topic->retry_at = Min(topic->retry_at, retry_at);
+			continue;
+		}
+		topic->stalled = true;
+		topic->stalled_at = DatumGetTimestampTz(column(row, 2, &isnull));
+		topic->attempts = DatumGetInt32(column(row, 3, &isnull));
+		topic->retry_at = retry_at;
+		set_reason(topic, text_column(row, 5));
+	}
+}
+
+static void
+load_held(void)
+{
+	int32	   *ids;
+	int			n = outbox_topics_held(&ids);
+
+	for (int i = 0; i < n; i++)
+	{
+		Topic	   *topic = topology_find(ids[i]);
+
+		if (topic != NULL)
+			topic->held = true;
+	}
+}
+
+/* What a topic had before this load: kept until its bindings were compared. */
+typedef struct Previous
+{
+	Topic	   *topic;
+	MemoryContext context;
+	char	   *exchange;
+	Binding    *bindings;
+	int			nbindings;
+} Previous;
+
+static Previous *
+remember_previous(int *count)
+{
+	Previous   *previous = palloc((topics ? hash_get_num_entries(topics) + 1 : 1) * sizeof(Previous));
+	Topic	   *topic;
+	int			i = 0;
+
+	*count = 0;
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		Previous   *p = &previous[(*count)++];
+
+		p->topic = topic;
+		p->context = topic->context;
+		p->exchange = topic->exchange;
+		p->bindings = topic->bindings;
+		p->nbindings = topic->nbindings;
+	}
+	return previous;
+}
+
+static void
+forget_topic(Topic *topic)
+{
+	set_reason(topic, NULL);
+	if (topic->error != NULL)
+		pfree(topic->error);
+	hash_search(topics, &topic->topic_id, HASH_REMOVE, NULL);
+}
+
+static void
+merge_previous(Previous *previous, int count)
+{
+	for (int i = 0; i < count; i++)
+	{
+		Previous   *p = &previous[i];
+		Topic	   *topic = p->topic;
+
+		if (topic->load != current_load)
+			forget_topic(topic);
+		else
+		{
+			MemoryContext oldcontext = MemoryContextSwitchTo(topic->context);
+
+			for (int b = 0; b < topic->nbindings; b++)
+				inherit(topic, &topic->bindings[b], p->bindings, p->nbindings);
+			MemoryContextSwitchTo(oldcontext);
+		}
+		MemoryContextDelete(p->context);
+	}
+}
+
+void
+topology_load(void)
+{
+	Previous   *previous;
+	int			nprevious;
+
+	if (topics == NULL)
+	{
+		HASHCTL		ctl = {0};
+
+		ctl.keysize = sizeof(int32);
+		ctl.entrysize = sizeof(Topic);
+		topics = hash_create("pg_fanout topology", 64, &ctl, HASH_ELEM | HASH_BLOBS);
+	}
+	previous = remember_previous(&nprevious);
+	current_load++;
+	execute("select topic_id, topic, format, on_exhausted = 'dead_letter', paused, dropping from fanout.topic",
+			0, NULL, NULL, NULL);
+	for (int row = 0; row < SPI_processed; row++)
+		load_topic(row);
+	load_bindings();
+	merge_previous(previous, nprevious);
+	load_stalls();
+	load_held();
+}
+
+/* ---- declaring ---- */
+
+void
+topology_forget_topic(Topic *topic)
+{
+	topic->confirmed = false;
+	if (topic->error != NULL)
+		pfree(topic->error);
+	topic->error = NULL;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		topic->bindings[b].confirmed = false;
+		if (topic->bindings[b].queue != NULL && topic->bindings[b].arguments != NULL)
+			topic->bindings[b].error = NULL;
+	}
+}
+
+void
+topology_forget_confirmed(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+		topology_forget_topic(topic);
+}
+
+const char *
+topology_error(const Topic *topic)
+{
+	if (topic->error != NULL)
+		return topic->error;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		if (topic->bindings[b].error != NULL && !topic->bindings[b].dropping)
+			return topic->bindings[b].error;
+	}
+	return NULL;
+}
+
+static char *
+answer_text(const BrokerError *error, MemoryContext context)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(context);
+	char	   *text = error->code != 0 ? psprintf("%d %s", error->code, error->text) : pstrdup(error->text);
+
+	MemoryContextSwitchTo(oldcontext);
+	return text;
+}
+
+static BrokerResult
+declare_exchange(Broker *broker, Topic *topic, BrokerError *error)
+{
+	BrokerResult result;
+
+	if (topic->exchange == NULL)
+	{
+		snprintf(error->text, sizeof(error->text), "name cannot be converted to UTF-8");
+		error->code = 0;
+		result = BROKER_REFUSED;
+	}
+	else
+		result = broker_declare_exchange(broker, topic->exchange, error);
+	if (result == BROKER_LOST)
+		return result;
+	topic->answered = true;
+	topic->confirmed = (result == BROKER_OK);
+	if (result != BROKER_OK)
+		topic->error = answer_text(error, TopMemoryContext);
+	return BROKER_OK;
+}
+
+static BrokerResult
+declare_binding(Broker *broker, Topic *topic, Binding *binding, BrokerError *error)
+{
+	BrokerResult result = broker_declare_queue(broker, binding->queue, binding->arguments,
+											   binding->narguments, error);
+
+	if (result == BROKER_OK)
+		result = broker_bind_queue(broker, binding->queue, topic->exchange, error);
+	if (result == BROKER_LOST)
+		return result;
+	binding->answered = true;
+	binding->confirmed = (result == BROKER_OK);
+	if (result != BROKER_OK)
+		binding->error = answer_text(error, topic->context);
+	return BROKER_OK;
+}
+
+/*
+ * Quorum queues know neither if-unused nor if-empty (RabbitMQ closes the
+ * connection with 540 NOT_IMPLEMENTED), so their counts are looked at first.
+ */
+static BrokerResult
+may_delete(Broker *broker, const Binding *binding, BrokerError *error)
+{
+	uint32_t	messages;
+	uint32_t	consumers;
+	BrokerResult result = broker_inspect_queue(broker, binding->queue, &messages, &consumers, error);
+
+	if (result != BROKER_OK)
+		return result;
+	error->code = 0;
+	if (binding->if_unused && consumers > 0)
+		snprintf(error->text, sizeof(error->text), "not dropped: the queue has %u consumers", consumers);
+	else if (binding->if_empty && messages > 0)
+		snprintf(error->text, sizeof(error->text), "not dropped: the queue has %u messages", messages);
+	else
+		return BROKER_OK;
+	return BROKER_REFUSED;
+}
+
+static BrokerResult
+delete_queue(Broker *broker, Topic *topic, Binding *binding, BrokerError *error)
+{
+	BrokerResult result = may_delete(broker, binding, error);
+
+	if (result == BROKER_OK)
+		result = broker_delete_queue(broker, binding->queue,
+									 binding->classic && binding->if_unused,
+									 binding->classic && binding->if_empty, error);
+	if (result == BROKER_LOST)
+		return result;
+	binding->answered = true;
+	binding->confirmed = true;
+	binding->gone = (result == BROKER_OK || error->code == 404);
+	if (!binding->gone)
+		binding->error = answer_text(error, topic->context);
+	return BROKER_OK;
+}
+
+static BrokerResult
+delete_exchange(Broker *broker, Topic *topic, BrokerError *error)
+{
+	BrokerResult result = broker_delete_exchange(broker, topic->exchange, true, error);
+
+	if (result == BROKER_LOST)
+		return result;
+	topic->answered = true;
+	topic->confirmed = true;
+	topic->gone = (result == BROKER_OK || error->code == 404);
+	if (!topic->gone)
+		topic->error = answer_text(error, TopMemoryContext);
+	return BROKER_OK;
+}
+
+BrokerResult
+topology_declare_topic(Broker *broker, Topic *topic, BrokerError *error)
+{
+	BrokerResult result = BROKER_OK;
+
+	if (!topic->confirmed && topic->error == NULL && !topic->dropping)
+		result = declare_exchange(broker, topic, error);
+	for (int b = 0; b < topic->nbindings && result == BROKER_OK; b++)
+	{
+		Binding    *binding = &topic->bindings[b];
+
+		if (binding->confirmed || binding->error != NULL)
+			continue;
+		if (binding->dropping)
+			result = delete_queue(broker, topic, binding, error);
+		else if (topic->confirmed)
+			result = declare_binding(broker, topic, binding, error);
+	}
+	if (result == BROKER_OK && topic->dropping && !topic->gone && topic->error == NULL)
+		result = delete_exchange(broker, topic, error);
+	return result;
+}
+
+BrokerResult
+topology_declare(Broker *broker, BrokerError *error)
+{
+	Topic	   *topic;
+	int			i = 0;
+	BrokerResult result = BROKER_OK;
+	Topic	  **all = palloc((hash_get_num_entries(topics) + 1) * sizeof(Topic *));
+	int			n = 0;
+
+	/* asking the broker waits, so no hash scan may be open meanwhile */
+	while ((topic = topology_next(&i)) != NULL)
+		all[n++] = topic;
+	for (i = 0; i < n && result == BROKER_OK; i++)
+		result = topology_declare_topic(broker, all[i], error);
+	pfree(all);
+	return result;
+}
+
+/* ---- recording ---- */
+
+static bool
+topic_answered(const Topic *topic)
+{
+	if (topic->answered)
+		return true;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		if (topic->bindings[b].answered)
+			return true;
+	}
+	return false;
+}
+
+bool
+topology_answered(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	bool		answered = false;
+
+	while ((topic = topology_next(&i)) != NULL)
+		answered = answered || topic_answered(topic);
+	return answered;
+}
+
+static void
+record_binding(Topic *topic, Binding *binding)
+{
+	Oid			types[3] = {INT4OID, TEXTOID, TEXTOID};
+	Datum		values[3] = {Int32GetDatum(topic->topic_id), CStringGetTextDatum(binding->consumer_group), (Datum) 0};
+	char		nulls[3] = {' ', ' ', 'n'};
+
+	if (binding->error != NULL)
+	{
+		values[2] = CStringGetTextDatum(binding->error);
+		nulls[2] = ' ';
+	}
+	if (binding->gone)
+		execute("delete from fanout.binding where topic_id = $1 and consumer_group = $2 and drop_if_unused is not null",
+				2, types, values, nulls);
+	else if (binding->dropping)
+		execute("update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3"
+				" where topic_id = $1 and consumer_group = $2", 3, types, values, nulls);
+	else
+		execute("update fanout.binding set declared_at = case when $3 is null then clock_timestamp() else declared_at end,"
+				" last_error = $3 where topic_id = $1 and consumer_group = $2", 3, types, values, nulls);
+	binding->answered = false;
+}
+
+static void
+record_topic(Topic *topic)
+{
+	Oid			types[2] = {INT4OID, TEXTOID};
+	Datum		values[2] = {Int32GetDatum(topic->topic_id), (Datum) 0};
+	char		nulls[2] = {' ', 'n'};
+
+	if (topic->error != NULL)
+	{
+		values[1] = CStringGetTextDatum(topic->error);
+		nulls[1] = ' ';
+	}
+	if (topic->gone)
+		execute("delete from fanout.topic where topic_id = $1 and dropping", 1, types, values, nulls);
+	else if (topic->dropping)
+		execute("update fanout.topic set dropping = false, last_error = $2 where topic_id = $1",
+				2, types, values, nulls);
+	else
+		execute("update fanout.topic set declared_at = case when $2 is null then clock_timestamp() else declared_at end,"
+				" last_error = $2 where topic_id = $1", 2, types, values, nulls);
+	topic->answered = false;
+}
+
+void
+topology_record(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		for (int b = 0; b < topic->nbindings; b++)
+		{
+			if (topic->bindings[b].answered)
+				record_binding(topic, &topic->bindings[b]);
+		}
+		if (topic->answered)
+			record_topic(topic);
+	}
+}
+
+/* ---- stalls ---- */
+
+bool
+topology_stalls_changed(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	bool		changed = false;
+
+	while ((topic = topology_next(&i)) != NULL)
+		changed = changed || topic->stall_changed;
+	return changed;
+}
+
+static void
+raise_alert(Topic *topic)
+{
+	Oid			types[3] = {TEXTOID, INT4OID, TEXTOID};
+	Datum		values[3] = {
+		CStringGetTextDatum(topic->name), Int32GetDatum(topic->attempts), CStringGetTextDatum(topic->reason)
+	};
+
+	ereport(WARNING,
+			(errmsg("topic \"%s\" was refused by the broker %d times", topic->name, topic->attempts),
+			 errdetail("The broker said: %s", topic->reason),
+			 topic->dead_letters ?
+			 errhint("The first message waiting goes to fanout.dead_letter.") :
+			 errhint("Its messages wait in order; see fanout.stat_topics and fanout.bindings.")));
+	execute("select pg_notify('pg_fanout_alert', json_build_object('topic', $1, 'attempts', $2, 'error', left($3, 1000))::text)",
+			3, types, values, NULL);
+	topic->alert = false;
+}
+
+static void
+record_stall(Topic *topic)
+{
+	Oid			types[5] = {INT4OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID, TEXTOID};
+	Datum		values[5] = {
+		Int32GetDatum(topic->topic_id), TimestampTzGetDatum(topic->stalled_at),
+		Int32GetDatum(topic->attempts), TimestampTzGetDatum(topic->retry_at), (Datum) 0
+	};
+
+	if (!topic->stalled)
+		execute("delete from fanout.stall where topic_id = $1", 1, types, values, NULL);
+	else
+	{
+		values[4] = CStringGetTextDatum(topic->reason);
+		execute("insert into fanout.stall (topic_id, stalled_at, attempts, retry_at, last_error)"
+				" select $1, $2, $3, $4, $5 where exists (select from fanout.topic where topic_id = $1)"
+				" on conflict (topic_id) do update set attempts = excluded.attempts,"
+				" retry_at = excluded.retry_at, last_error = excluded.last_error",
+				5, types, values, NULL);
+	}
+	topic->stall_changed = false;
+}
+
+void
+topology_record_stalls(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->stall_changed)
+			record_stall(topic);
+		if (topic->alert)
+			raise_alert(topic);
+	}
+}

@@ -1,0 +1,107 @@
+/*-------------------------------------------------------------------------
+ *
+ * topology.h
+ *		Declares on the broker what the catalog says.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_TOPOLOGY_H
+#define PGF_TOPOLOGY_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+
+#include "broker.h"
+#include "relinfo.h"
+
+/* A binding, and what the broker said of it. */
+typedef struct Binding
+{
+	char	   *consumer_group; /* server encoding */
+	char	   *queue;			/* UTF-8; NULL if it cannot be converted */
+	BrokerField *arguments;
+	int			narguments;
+	char	   *signature;		/* equal if the declaration is equal */
+	bool		classic;
+	bool		dropping;
+	bool		if_unused;
+	bool		if_empty;
+	bool		confirmed;		/* by the broker, on this connection */
+	bool		answered;		/* there is an answer to record */
+	bool		gone;			/* the answer: it was deleted */
+	char	   *error;			/* the answer: refused */
+} Binding;
+
+/*
+ * A topic as the publisher knows it.  The first half is the catalog's and
+ * comes anew with each topology_load(); the second is the publisher's and is
+ * carried over.
+ */
+typedef struct Topic
+{
+	int32		topic_id;		/* hash key */
+	uint32		load;			/* of which topology_load() */
+	MemoryContext context;		/* holds the texts and bindings */
+	char	   *name;			/* server encoding */
+	char	   *exchange;		/* UTF-8; NULL if it cannot be converted */
+	const char *content_type;
+	bool		dead_letters;	/* on_exhausted = 'dead_letter' */
+	bool		paused;
+	bool		dropping;
+	Binding    *bindings;
+	int			nbindings;
+
+	bool		confirmed;		/* exchange, on this connection */
+	bool		answered;
+	bool		gone;
+	char	   *error;			/* the exchange was refused */
+	bool		held;			/* fanout.held has messages of it */
+	int			holding;		/* held in memory, not recorded yet */
+	bool		stalled;
+	bool		stall_changed;	/* to be recorded */
+	bool		alert;			/* the retry limit was reached just now */
+	int			attempts;
+	TimestampTz stalled_at;
+	TimestampTz retry_at;
+	char	   *reason;			/* TopMemoryContext */
+	int64		sent;			/* not counted in fanout.topic_stat yet */
+} Topic;
+
+/*
+ * Reads topics, bindings, stalls and which topics have held messages, in the
+ * current transaction.  What the broker has confirmed stays confirmed if the
+ * declaration is the same.
+ */
+extern void topology_load(void);
+
+extern Topic *topology_find(int32 topic_id);
+
+/* All topics, in no particular order; begin with *i = 0; NULL at the end. */
+extern Topic *topology_next(int *i);
+
+/* Everything has to be declared again: another connection, or verify(). */
+extern void topology_forget_confirmed(void);
+extern void topology_forget_topic(Topic *topic);
+
+/*
+ * Declares what is not confirmed, deletes what is to be dropped.  Refusals
+ * are remembered as errors of the topic or binding; BROKER_LOST ends it.
+ */
+extern BrokerResult topology_declare(Broker *broker, BrokerError *error);
+extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, BrokerError *error);
+
+/* Is there an answer that topology_record() should write into the catalog? */
+extern bool topology_answered(void);
+
+/* Records the answers, in the current transaction. */
+extern void topology_record(void);
+
+/* The first refusal that keeps a topic from flowing, or NULL. */
+extern const char *topology_error(const Topic *topic);
+
+/* Writes stalls that changed: fanout.stall, WARNING and NOTIFY for alerts. */
+extern bool topology_stalls_changed(void);
+extern void topology_record_stalls(void);
+
+#endif							/* PGF_TOPOLOGY_H */

@@ -1,0 +1,503 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.c
+ *		What every background worker of pg_fanout shares.
+ *
+ * How a worker enters its database, leaves it, begins a transaction and waits.
+ * It knows nothing of the outbox or of the broker, save the broker's socket.
+ *
+ * Ending.  A worker must be gone within 2 s of SIGTERM, whatever it does:
+ *
+ * - in worker_wait(): at once.
+ * - in a query or waiting for a lock: at the server's next
+ *	 CHECK_FOR_INTERRUPTS().
+ * - in the broker's library: the signal handler shuts the socket down, so that
+ *	 every call on it fails at once, and the caller comes to worker_wait().
+ *
+ * The same holds for a ProcSignalBarrier, for which DROP DATABASE and others
+ * wait in every process of the server; there the bound is that no caller may
+ * stay away from worker_wait() for longer than pg_fanout.connect_timeout.
+ * pg_cancel_backend() is ignored: there is no statement of a user to cancel.
+ *
+ * Its slot is given back in an on_shmem_exit callback.  That was registered
+ * before the connection to the database, hence runs after the server's own
+ * callback that takes the process out of the ProcArray.  Who sees that the
+ * slot has no pid (shmem_stop_publisher) can rely on it that DROP DATABASE will
+ * not find us.
+ *
+ * Locking: each transaction locks the extension (AccessShareLock on the object,
+ * as Citus's LockCitusExtension() does) and reads its row again before it
+ * touches a table of it.  DROP EXTENSION locks the extension first, too, so
+ * that the two wait for each other here and nowhere else, and cannot deadlock.
+ *
+ * Scenarios:
+ *
+ * - The slot is not wanted any more, or held: exit before connecting.
+ * - No extension at the start: exit, slot ABSENT.
+ * - The extension is dropped, dropped and created, or updated while we run:
+ *	 exit, slot WANTED; the worker that is started instead begins anew.
+ * - Library and extension differ in version (the library was replaced and
+ *	 ALTER EXTENSION ... UPDATE not run, or the other way round): logged once,
+ *	 looked at again at every wake-up and every VERSION_RECHECK.
+ * - SIGTERM from a command that needs the database, or after a change of
+ *	 settings: exit without a log message.  SIGTERM from anybody else: as the
+ *	 server does it, with one.
+ * - Settings of the database or the role that would break a worker
+ *	 (default_transaction_read_only, statement_timeout, role, search_path):
+ *	 overridden, so that it runs as the bootstrap superuser in a plain session.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+#include <sys/socket.h>
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_extension.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lmgr.h"
+#include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "worker.h"
+
+#define EXTENSION_NAME		"pg_fanout"
+
+/* Milliseconds */
+#define VERSION_RECHECK		10000
+#define HEALTHY_AFTER		60000
+
+/* What pg_extension says of us. */
+typedef struct ExtensionRow
+{
+	Oid			oid;			/* InvalidOid: there is none */
+	char		version[64];
+} ExtensionRow;
+
+DatabaseSlot *worker_slot = NULL;
+
+static volatile sig_atomic_t sigterm_received = false;
+static volatile sig_atomic_t broker_socket = -1;
+
+static TimestampTz attached_at = 0;
+static PublisherEnd end = PUBLISHER_FAILED; /* how we end, if not by SIGTERM */
+static Oid	extension = InvalidOid; /* as seen when we started */
+static bool reloaded = false;
+
+static void handle_sigterm(SIGNAL_ARGS);
+static void detach(int code, Datum arg);
+static void attach(Datum main_arg);
+static void set_name(const char *what);
+static void pin_settings(void);
+static void reset_session_user(void);
+static void wait_for_extension(void);
+static bool extension_usable(bool *logged);
+static void note_version(const char *version, bool *logged);
+static bool lock_extension(ExtensionRow *row);
+static void read_extension(ExtensionRow *row);
+static void check_stop(void);
+static bool stop_is_expected(void);
+pg_noreturn static void end_as(PublisherEnd how);
+
+/* Entering and leaving the database */
+
+void
+worker_attach(Datum main_arg, const char *what)
+{
+	pqsignal(SIGTERM, handle_sigterm);
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGINT, SIG_IGN);
+	on_shmem_exit(detach, (Datum) 0);
+	BackgroundWorkerUnblockSignals();
+
+	attach(main_arg);
+	BackgroundWorkerInitializeConnectionByOid(worker_slot->database, InvalidOid, 0);
+	set_name(what);
+	pin_settings();
+	wait_for_extension();
+}
+
+/*
+ * die() only sets flags; whoever blocks in the broker's library must be told
+ * through the socket.
+ */
+static void
+handle_sigterm(SIGNAL_ARGS)
+{
+	int			save_errno = errno;
+
+	sigterm_received = true;
+	if (broker_socket >= 0)
+		shutdown(broker_socket, SHUT_RDWR);
+	die(postgres_signal_arg);
+	errno = save_errno;
+}
+
+static void
+detach(int code, Datum arg)
+{
+	bool		healthy;
+
+	if (worker_slot == NULL)
+		return;
+	healthy = TimestampDifferenceExceeds(attached_at, GetCurrentTimestamp(), HEALTHY_AFTER);
+	if (end == PUBLISHER_FAILED && (sigterm_received || code == 0))
+		end = PUBLISHER_TERMINATED;
+	worker_set_connected(NULL);
+	worker_set_state(PUBLISHER_STOPPED);
+	pg_atomic_write_u32(&worker_slot->in_flight, 0);
+	shmem_detach(worker_slot, end, healthy);
+	worker_slot = NULL;
+	shmem_wake_launcher(0);
+}
+
+static void
+attach(Datum main_arg)
+{
+	uint32		generation;
+
+	memcpy(&generation, MyBgworkerEntry->bgw_extra, sizeof(generation));
+	worker_slot = shmem_attach(DatumGetInt32(main_arg), generation);
+	if (worker_slot == NULL)
+	{
+		shmem_wake_launcher(0);
+		proc_exit(0);
+	}
+	attached_at = GetCurrentTimestamp();
+	worker_set_state(PUBLISHER_STARTING);
+}
+
+/* pg_stat_activity has bgw_type as backend_type already. */
+static void
+set_name(const char *what)
+{
+	char		name[NAMEDATALEN];
+
+	snprintf(name, sizeof(name), "pg_fanout %s", what);
+	SetConfigOption("application_name", name, PGC_USERSET, PGC_S_OVERRIDE);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/*
+ * Overrides what ALTER DATABASE, ALTER ROLE and postgresql.conf may have set
+ * for applications.  PGC_S_OVERRIDE stays in force after a reload; a SET clause
+ * of a function still works.
+ *
+ * synchronous_commit is off because what a worker writes is its own
+ * bookkeeping: if a crash loses it, some messages are sent again.
+ */
+static void
+pin_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"role", "none"},
+		{"session_replication_role", "origin"},
+		{"search_path", "pg_catalog, pg_temp"},
+		{"row_security", "off"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"default_transaction_deferrable", "off"},
+		{"statement_timeout", "0"},
+		{"lock_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"idle_session_timeout", "0"},
+		{"transaction_timeout", "0"},	/* PostgreSQL 17 */
+		{"synchronous_commit", "off"},
+		{"work_mem", "16MB"},
+		{"jit", "off"},
+		{"max_parallel_workers_per_gather", "0"},
+		{"datestyle", "ISO"},
+		{"intervalstyle", "postgres"},
+	};
+
+	reset_session_user();
+	for (int i = 0; i < lengthof(settings); i++)
+	{
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	}
+}
+
+/*
+ * ALTER ROLE ... SET session_authorization is possible, too.  Unlike the others
+ * it must be set in a transaction, and by name.
+ */
+static void
+reset_session_user(void)
+{
+	StartTransactionCommand();
+	SetConfigOption("session_authorization",
+					GetUserNameFromId(BOOTSTRAP_SUPERUSERID, false),
+					PGC_SUSET, PGC_S_OVERRIDE);
+	CommitTransactionCommand();
+}
+
+/* The extension */
+
+/* ALTER EXTENSION wakes us as a commit with messages does: clear, then look. */
+static void
+wait_for_extension(void)
+{
+	bool		logged = false;
+
+	for (;;)
+	{
+		pg_atomic_exchange_u32(&worker_slot->dirty, 0);
+		if (extension_usable(&logged))
+			break;
+		(void) worker_wait(-1, false, VERSION_RECHECK);
+	}
+	pg_atomic_write_u32(&worker_slot->dirty, 1);
+}
+
+/* Ends the process if there is none; false: it has another version. */
+static bool
+extension_usable(bool *logged)
+{
+	ExtensionRow row;
+	bool		usable;
+
+	StartTransactionCommand();
+	if (!lock_extension(&row))
+		end_as(PUBLISHER_NO_EXTENSION);
+	if (worker_slot->state != SLOT_RUNNING)
+	{
+		shmem_attached_running(worker_slot);
+		shmem_wake_launcher(0);
+	}
+	extension = row.oid;
+	usable = (strcmp(row.version, PG_FANOUT_VERSION) == 0);
+	if (!usable)
+		note_version(row.version, logged);
+	CommitTransactionCommand();
+	return usable;
+}
+
+static void
+note_version(const char *version, bool *logged)
+{
+	char		text[256];
+
+	if (*logged)
+		return;
+	*logged = true;
+	snprintf(text, sizeof(text), "extension version %s does not match library version %s",
+			 version, PG_FANOUT_VERSION);
+	worker_set_error(text);
+	ereport(WARNING,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("pg_fanout publishes nothing from database \"%s\"",
+					get_database_name(MyDatabaseId)),
+			 errdetail("The extension has version %s, the loaded library has version %s.",
+					   version, PG_FANOUT_VERSION),
+			 errhint("Run ALTER EXTENSION pg_fanout UPDATE, or restart the server to load the library that is installed.")));
+}
+
+/*
+ * Locks the extension against DROP EXTENSION until the transaction ends.
+ * Returns false if there is none, or if it changed while we waited.
+ */
+static bool
+lock_extension(ExtensionRow *row)
+{
+	Oid			locked;
+
+	read_extension(row);
+	if (!OidIsValid(row->oid))
+		return false;
+	locked = row->oid;
+	LockDatabaseObject(ExtensionRelationId, locked, 0, AccessShareLock);
+	read_extension(row);
+	return row->oid == locked;
+}
+
+static void
+read_extension(ExtensionRow *row)
+{
+	Relation	relation = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+
+	memset(row, 0, sizeof(*row));
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum(EXTENSION_NAME));
+	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool		isnull;
+		Datum		version = heap_getattr(tuple, Anum_pg_extension_extversion,
+										   RelationGetDescr(relation), &isnull);
+
+		row->oid = ((Form_pg_extension) GETSTRUCT(tuple))->oid;
+		if (!isnull)
+			text_to_cstring_buffer(DatumGetTextPP(version), row->version,
+								   sizeof(row->version));
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+}
+
+/* Transactions */
+
+void
+worker_begin(void)
+{
+	ExtensionRow row;
+
+	SetCurrentStatementStartTimestamp();
+	pgstat_report_activity(STATE_RUNNING, MyBgworkerEntry->bgw_type);
+	StartTransactionCommand();
+	if (!lock_extension(&row) || row.oid != extension ||
+		strcmp(row.version, PG_FANOUT_VERSION) != 0)
+		end_as(PUBLISHER_RESTART);
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+void
+worker_commit(void)
+{
+	SPI_finish();
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* Waiting */
+
+bool
+worker_wait(int fd, bool for_write, long timeout_ms)
+{
+	int			socket_events = 0;
+	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
+
+	if (fd >= 0)
+		socket_events = for_write ? WL_SOCKET_WRITEABLE : WL_SOCKET_READABLE;
+	if (timeout_ms >= 0)
+		events |= WL_TIMEOUT;
+
+	events = WaitLatchOrSocket(MyLatch, events | socket_events,
+							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
+							   pgf_wait_event(PGF_WAIT_PUBLISHER));
+	if (events & WL_LATCH_SET)
+		ResetLatch(MyLatch);
+	check_stop();
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+		reloaded = true;
+	}
+	return (events & socket_events) != 0;
+}
+
+static void
+check_stop(void)
+{
+	if (sigterm_received && stop_is_expected())
+		end_as(PUBLISHER_RESTART);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/* Did we ask for the SIGTERM ourselves?  Then it is no news for the log. */
+static bool
+stop_is_expected(void)
+{
+	bool		expected;
+
+	LWLockAcquire(pgf_shared->lock, LW_SHARED);
+	expected = worker_slot->restart || worker_slot->holds > 0;
+	LWLockRelease(pgf_shared->lock);
+	return expected;
+}
+
+static void
+end_as(PublisherEnd how)
+{
+	end = how;
+	proc_exit(0);
+}
+
+bool
+worker_reloaded(void)
+{
+	bool		result = reloaded;
+
+	reloaded = false;
+	return result;
+}
+
+/*
+ * A SIGTERM that came before there was a socket must not be lost on it: the
+ * flag is looked at after the socket is known to the handler.
+ */
+void
+worker_broker_fd(int fd)
+{
+	broker_socket = fd;
+	if (fd >= 0 && sigterm_received)
+		shutdown(fd, SHUT_RDWR);
+}
+
+/* Status */
+
+void
+worker_set_state(PublisherState state)
+{
+	PublisherStatus *status = &worker_slot->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_slot->mutex);
+	if (status->state != state || status->since == 0)
+	{
+		status->state = state;
+		status->since = now;
+	}
+	SpinLockRelease(&worker_slot->mutex);
+}
+
+void
+worker_set_connected(const char *connected_to)
+{
+	PublisherStatus *status = &worker_slot->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_slot->mutex);
+	status->connected_at = connected_to ? now : 0;
+	strlcpy(status->connected_to, connected_to ? connected_to : "",
+			sizeof(status->connected_to));
+	SpinLockRelease(&worker_slot->mutex);
+}
+
+void
+worker_set_error(const char *text)
+{
+	PublisherStatus *status = &worker_slot->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_slot->mutex);
+	strlcpy(status->last_error, text, sizeof(status->last_error));
+	status->last_error_at = now;
+	SpinLockRelease(&worker_slot->mutex);
+}

@@ -1,0 +1,156 @@
+# env.sh - what test/check and test/demo share; sourced, not run.
+#
+# Both build and run in a scratch directory owned by a user other than root,
+# because neither PostgreSQL nor our RabbitMQ script runs as root.  Root is
+# needed for one thing only, installing missing packages.
+
+# shellcheck shell=bash
+
+# The list of packages, in one place.  PostgreSQL's are added by version below.
+packages=(bison build-essential ca-certificates flex git libipc-run-perl
+	librabbitmq-dev perl pkg-config procps python3 python3-pika
+	rabbitmq-server uuid-dev)
+
+die() {
+	echo "${0##*/}: $*" >&2
+	exit 1
+}
+
+# Runs a command as root.
+as_root() {
+	if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# The user that builds and runs: oneself, or postgres in root's place.
+test_user() {
+	if [ "$(id -u)" = 0 ]; then echo postgres; else id -un; fi
+}
+
+# Runs a command as test_user, in a clean environment: a PGHOST, a PYTHONPATH
+# or a MAKEFLAGS of the caller must not decide what is tested.
+as_user() {
+	local -a become=()
+
+	if [ "$(id -u)" = 0 ]; then
+		become=(setpriv --reuid postgres --regid postgres --init-groups)
+	fi
+	env -i PATH=/usr/local/bin:/usr/bin:/bin LC_ALL=C.UTF-8 \
+		HOME="${scratch:-/}" TMPDIR=/tmp PG_CONFIG="${pg_config:-}" \
+		"${become[@]}" "$@"
+}
+
+# The major version of PostgreSQL that this Debian carries.
+pg_major() {
+	apt-cache policy postgresql | sed -n 's/^ *Candidate: *\([0-9]*\).*/\1/p'
+}
+
+# Installs what is missing, and starts no service: Debian's postinst scripts
+# would start a server and a broker, the latter listening to the whole network.
+install_packages() {
+	local major missing=() package policy=/usr/sbin/policy-rc.d
+
+	[ -n "$(pg_major)" ] || as_root apt-get -qq update
+	major=$(pg_major)
+	for package in "${packages[@]}" "postgresql-$major" "postgresql-server-dev-$major"; do
+		dpkg-query -W -f '${Status}' "$package" 2>/dev/null |
+			grep -q ' installed$' || missing+=("$package")
+	done
+	system_pg_config=/usr/lib/postgresql/$major/bin/pg_config
+	[ ${#missing[@]} -gt 0 ] || return 0
+
+	echo "installing ${missing[*]}"
+	as_root apt-get -qq update
+	[ -e $policy ] && policy=
+	[ -z "$policy" ] || printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null
+	[ -z "$policy" ] || as_root chmod 755 $policy
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+		--no-install-recommends install "${missing[@]}" >/tmp/pg_fanout-apt.$$ 2>&1 ||
+		{ tail -20 /tmp/pg_fanout-apt.$$; missing=(); }
+	rm -f /tmp/pg_fanout-apt.$$
+	[ -z "$policy" ] || as_root rm -f $policy
+	[ ${#missing[@]} -gt 0 ] || die "could not install the packages"
+}
+
+# Sets $scratch to a new directory of test_user, with a short path: the names
+# of unix sockets in it may have 107 bytes at most.
+make_scratch() {
+	scratch=$(as_user mktemp -d /tmp/pgf.XXXXXX)
+}
+
+# Copies the source tree, without what is ignored, to $scratch/src.
+copy_tree() {
+	local top=$1 file
+
+	as_user mkdir "$scratch/src"
+	(
+		cd "$top" || exit
+		# safe.directory: under sudo the clone belongs to somebody else
+		git -c safe.directory='*' ls-files -coz --exclude-standard |
+			while IFS= read -r -d '' file; do
+				[ ! -e "$file" ] || printf '%s\0' "$file"
+			done | tar -c --null -T -
+	) | as_user tar -x -C "$scratch/src"
+}
+
+# Makes a PostgreSQL of our own in $scratch/pg and sets $pg_config.
+#
+# A server finds its extensions relative to its own binary.  So with copies of
+# the binaries, and links to all the rest, "make install" leaves the system's
+# PostgreSQL alone, needs no root, and two runs do not disturb each other.
+make_postgres() {
+	local system=${1:-$system_pg_config} bindir dir
+
+	[ -x "$system" ] || die "no pg_config at $system"
+	bindir=$("$system" --bindir)
+	for dir in "$("$system" --pkglibdir)" "$("$system" --sharedir)"; do
+		as_user mkdir -p "$scratch/pg$(dirname "$dir")"
+		as_user cp -rs "$dir" "$scratch/pg$(dirname "$dir")/"
+	done
+	as_user mkdir -p "$scratch/pg$bindir"
+	as_user cp "$bindir"/* "$scratch/pg$bindir/"
+	dir=$("$system" --includedir)
+	as_user mkdir -p "$scratch/pg$(dirname "$dir")"
+	as_user ln -s "$dir" "$scratch/pg$dir"
+	# an extension that is installed in the system must not be what we test
+	as_user rm -f "$scratch/pg$("$system" --pkglibdir)/pg_fanout.so" \
+		"$scratch/pg$("$system" --sharedir)"/extension/pg_fanout[.-]*
+	pg_config=$scratch/pg$bindir/pg_config
+}
+
+# Prints N free ports of the loopback interface.  They lie below the range that
+# the kernel gives to outgoing connections, so that a port is still free when
+# its server is stopped for a while and started again.
+free_ports() {
+	python3 - "$1" <<-'END'
+		import random, socket, sys
+		low = int(open('/proc/sys/net/ipv4/ip_local_port_range').read().split()[0])
+		high = low if low > 15000 else 65536
+		held = []
+		while len(held) < int(sys.argv[1]):
+		    s = socket.socket()
+		    try:
+		        s.bind(('127.0.0.1', random.randrange(10000, high)))
+		        held.append(s)
+		    except OSError:
+		        s.close()
+		print(*(s.getsockname()[1] for s in held))
+	END
+}
+
+# A process that ended but was not reaped yet does not count as alive.
+alive() {
+	[ -n "$1" ] && grep -qs '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$1/status"
+}
+
+# Waits up to SECONDS until none of the processes is alive.
+wait_gone() {
+	local tenths=$(($1 * 10)) pid
+
+	shift
+	for pid; do
+		while alive "$pid"; do
+			[ $((tenths -= 1)) -gt 0 ] || return 1
+			sleep 0.1
+		done
+	done
+}
