@@ -1193,8 +1193,193 @@ comment on column fanout.stat_topics.attempts is 'attempts since';
 comment on column fanout.stat_topics.retry_at is 'when the next one is due';
 revoke all on fanout.stat_topics from public;
 
+
+-- ---------------------------------------------------------------------------
+-- When nothing arrives
+-- ---------------------------------------------------------------------------
+
+create function fanout.check_server() returns table (item text, ok boolean, detail text, hint text)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    p fanout.stat_publisher;
+    verified boolean := false;
+    installed text := (select extversion from pg_extension where extname = 'pg_fanout');
+begin
+    if fanout.preloaded() then
+        verified := fanout.verify('5 s');
+    end if;
+    select * into p from fanout.stat_publisher;
+
+    item := 'library preloaded';
+    ok := fanout.preloaded();
+    detail := 'shared_preload_libraries = ' || current_setting('shared_preload_libraries');
+    hint := case when not ok then 'Add pg_fanout to shared_preload_libraries and restart the server.' end;
+    return next;
+
+    item := 'versions match';
+    ok := fanout.library_version() = installed;
+    detail := format('library %s, extension %s', fanout.library_version(), installed);
+    hint := case when not ok then 'Restart the server, then ALTER EXTENSION pg_fanout UPDATE.' end;
+    return next;
+
+    item := 'publisher running';
+    ok := p.pid is not null;
+    detail := coalesce('pid ' || p.pid, p.last_error, 'no publisher was started');
+    hint := case when not ok then 'Look into the server log; raise max_worker_processes or pg_fanout.max_databases if it says so.' end;
+    return next;
+
+    item := 'broker connected';
+    ok := p.connected_to is not null;
+    detail := case when ok then format('%s, since %s', p.connected_to, p.connected_at)
+                   else coalesce(p.last_error, 'not connected') end;
+    hint := case when not ok then 'Check pg_fanout.uri, pg_fanout.password_file and the tls settings; they are applied by reload.' end;
+    return next;
+
+    item := 'broker accepts messages';
+    ok := p.state is distinct from 'blocked' and p.connected_to is not null;
+    detail := coalesce('publisher is ' || p.state, 'no publisher');
+    hint := case when p.state = 'blocked' then 'A memory or disk alarm of the broker; it goes on by itself.' end;
+    return next;
+
+    item := 'topology verified';
+    ok := verified;
+    detail := case when ok then 'declared again just now' else 'the publisher did not answer within 5 seconds' end;
+    hint := case when not ok then 'What follows is what the broker said last.' end;
+    return next;
+end
+$$;
+comment on function fanout.check_server() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_server() from public;
+
+create function fanout.check_topology() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('exchange "%s"', t.topic), t.state = 'declared', coalesce(t.last_error, t.state),
+           case t.state when 'pending' then 'The publisher has not declared it yet.'
+                        when 'error' then 'Remove what stands in the way on the broker, or the lack of rights; it is tried again by itself.' end
+    from fanout.topics t
+    union all
+    select format('queue "%s"', b.queue), b.state = 'declared', coalesce(b.last_error, b.state),
+           case b.state when 'pending' then 'The publisher has not declared it yet.'
+                        when 'error' then 'Remove what stands in the way on the broker, or the lack of rights; it is tried again by itself.' end
+    from fanout.bindings b
+    union all
+    select format('topic "%s" has a consumer group', t.topic), false, 'nothing is bound to it',
+           'Its messages are held until a queue is bound; use fanout.declare_binding().'
+    from fanout.topics t
+    where not exists (select from fanout.bindings b where b.topic = t.topic)
+$$;
+comment on function fanout.check_topology() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_topology() from public;
+
+create function fanout.check_flow() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('topic "%s" flows', s.topic),
+           not s.paused and s.stalled_since is null,
+           case when s.paused then format('paused, %s messages held', s.held)
+                when s.stalled_since is not null then format('stalled since %s: %s', s.stalled_since, s.reason)
+                else format('%s pending, %s held', s.pending, s.held) end,
+           case when s.paused then 'Use fanout.resume().'
+                when s.stalled_since is not null then format('It is tried again at %s, or at once with fanout.resume().', s.retry_at) end
+    from fanout.stat_topics s
+    union all
+    select format('topic "%s" has no dead letters', s.topic), false, format('%s in fanout.dead_letter', s.dead),
+           'Look at their "reason", then use fanout.redrive() or fanout.purge().'
+    from fanout.stat_topics s where s.dead > 0
+$$;
+comment on function fanout.check_flow() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_flow() from public;
+
+create function fanout.check_captures() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('capture of %s into "%s"', c.entity, c.topic),
+           t.topic is not null and c.enabled,
+           case when t.topic is null then 'the topic does not exist: writes to the table fail'
+                when not c.enabled then 'a trigger is disabled'
+                else array_to_string(c.operations, ', ') end,
+           case when t.topic is null then 'Declare the topic, or use fanout.uncapture().'
+                when not c.enabled then 'Use ALTER TABLE ... ENABLE TRIGGER.' end
+    from fanout.captures c left join fanout.topic t on t.topic = c.topic and not t.dropping
+    union all
+    select format('capture of %s has a key', c.entity), false, 'its messages have no key, and no order among themselves',
+           'Give the table a primary key, or name columns in "key".'
+    from fanout.captures c
+    where c.key is null and fanout.default_key(c.entity) is null
+      and c.operations && array['insert', 'update', 'delete']
+$$;
+comment on function fanout.check_captures() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_captures() from public;
+
+create function fanout.check_settings() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select 'setting ' || s.name, not s.pending_restart,
+           case when s.name = 'pg_fanout.uri' then 'set' else s.setting end,
+           'It takes effect with the next restart of the server.'
+    from pg_settings s
+    where s.name like 'pg\_fanout.%' and s.pending_restart
+    union all
+    select 'room for workers', free.n >= 0,
+           format('max_worker_processes = %s', current_setting('max_worker_processes')),
+           case when free.n < 0 then 'Raise max_worker_processes: one for the launcher and one for each database with the extension.' end
+    from (select current_setting('max_worker_processes')::int - 2
+                 - (select count(*)::int from pg_stat_activity where backend_type like 'pg\_fanout%') as n) free
+    union all
+    select 'rights of role ' || quote_ident(r.role), true,
+           coalesce('may execute ' || string_agg(p.proname, ', ' order by p.proname), 'may execute nothing'), null
+    from (select session_user::text as role) r
+         left join pg_proc p on p.pronamespace = 'fanout'::regnamespace
+                            and p.proname in ('declare_topic', 'declare_binding', 'capture', 'publish', 'flush', 'redrive', 'purge')
+                            and has_function_privilege(r.role::name, p.oid, 'execute')
+    group by r.role
+$$;
+comment on function fanout.check_settings() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_settings() from public;
+
+create function fanout.check() returns table (item text, ok boolean, detail text, hint text)
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- one after the other: the first makes the publisher renew what the others read
+    return query select * from fanout.check_server();
+    return query select * from fanout.check_topology();
+    return query select * from fanout.check_flow();
+    return query select * from fanout.check_captures();
+    return query select * from fanout.check_settings();
+end
+$$;
+comment on function fanout.check() is
+'for when nothing arrives: one row per thing checked. ok: false is a problem; detail: what was found; hint: what to do, NULL if nothing. Makes the publisher declare all topology again, and waits up to 5 seconds for it';
+revoke all on function fanout.check() from public;
+
+
 -- What monitoring needs, and no message's content.
 grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text) to pg_monitor;
+grant execute on function fanout.check() to pg_monitor;
+
+
+-- ---------------------------------------------------------------------------
+-- Installing without the preload is no error, but not what is wanted
+-- ---------------------------------------------------------------------------
+
+do $$
+begin
+    if not fanout.preloaded() then
+        raise warning 'pg_fanout is not in shared_preload_libraries'
+            using detail = 'Changes are captured and kept, but nothing publishes them.',
+                  hint = 'Add it to shared_preload_libraries and restart the server.';
+    end if;
+end
+$$;

@@ -1,0 +1,622 @@
+/*-------------------------------------------------------------------------
+ *
+ * test_broker.c
+ *		Unit tests of broker.c against brokers that misbehave.
+ *
+ * Each of them is a child process that plays RabbitMQ's part of the login
+ * from raw bytes, up to the step where it does something else.  Promised is
+ * that broker.c neither crashes nor hangs, and gives the right reason.
+ * broker_probe.c has what takes a real broker.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "broker.h"
+#include "tap.h"
+
+#define CONNECT_TIMEOUT 1000
+#define RPC_TIMEOUT		1000
+
+/* Steps of the server at which a script is asked. */
+enum
+{
+	AT_START,
+	AT_TUNE,
+	AT_OPEN_OK,
+	AT_CHANNEL_OPEN_OK,
+	AT_SELECT_OK,
+	AT_CONNECTED,
+};
+
+/* Returns true if it has done the step in its own way. */
+typedef bool (*Script) (int fd, int step);
+
+static int	announced = -1;
+static long longest_wait;
+static int64_t last_wait;
+
+/* What the scripts do, set before the fork. */
+static int	bad_step;
+static const void *bad_bytes;
+static size_t bad_len;
+static unsigned seed;
+
+static int64_t
+now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static bool
+wait_socket(int fd, bool for_write, long timeout_ms)
+{
+	struct pollfd p = {.fd = fd, .events = for_write ? POLLOUT : POLLIN};
+	bool		ready;
+
+	if (last_wait != 0 && now_ms() - last_wait > longest_wait)
+		longest_wait = (long) (now_ms() - last_wait);
+	ready = poll(&p, 1, (int) timeout_ms) > 0;
+	last_wait = now_ms();
+	return ready;
+}
+
+static void
+fd_changed(int fd)
+{
+	announced = fd;
+}
+
+static void
+shut_down(int signal)
+{
+	(void) signal;
+	if (announced >= 0)
+		shutdown(announced, SHUT_RDWR);
+}
+
+static const BrokerOptions options = {
+	.connection_name = "test_broker",
+	.connect_timeout_ms = CONNECT_TIMEOUT,
+	.rpc_timeout_ms = RPC_TIMEOUT,
+	.heartbeat_s = 30,
+	.wait = wait_socket,
+	.fd_changed = fd_changed,
+};
+
+
+/*
+ * The server's side.  It ends silently whenever the client is gone.
+ */
+
+static void
+put(int fd, const void *bytes, size_t len)
+{
+	const char *p = bytes;
+
+	while (len > 0)
+	{
+		ssize_t		n = send(fd, p, len, MSG_NOSIGNAL);
+
+		if (n <= 0)
+			_exit(0);
+		p += n;
+		len -= (size_t) n;
+	}
+}
+
+static size_t
+make_frame(unsigned char *to, int type, int channel, const void *payload, size_t len)
+{
+	to[0] = (unsigned char) type;
+	to[1] = (unsigned char) (channel >> 8);
+	to[2] = (unsigned char) channel;
+	to[3] = (unsigned char) (len >> 24);
+	to[4] = (unsigned char) (len >> 16);
+	to[5] = (unsigned char) (len >> 8);
+	to[6] = (unsigned char) len;
+	memcpy(to + 7, payload, len);
+	to[7 + len] = 0xCE;
+	return len + 8;
+}
+
+static void
+put_frame(int fd, int type, int channel, const void *payload, size_t len)
+{
+	static unsigned char frame[70000];
+
+	put(fd, frame, make_frame(frame, type, channel, payload, len));
+}
+
+static void
+get(int fd, void *bytes, size_t len)
+{
+	char	   *p = bytes;
+
+	while (len > 0)
+	{
+		ssize_t		n = recv(fd, p, len, 0);
+
+		if (n <= 0)
+			_exit(0);
+		p += n;
+		len -= (size_t) n;
+	}
+}
+
+static void
+skip_frame(int fd)
+{
+	unsigned char head[7];
+	char		payload[70000];
+	size_t		len;
+
+	get(fd, head, 7);
+	len = ((size_t) head[3] << 24) + ((size_t) head[4] << 16) + ((size_t) head[5] << 8) + head[6];
+	get(fd, payload, len + 1);
+}
+
+static const unsigned char start[] = {
+	0, 10, 0, 10, 0, 9, 0, 0, 0, 0,
+	0, 0, 0, 14, 'A', 'M', 'Q', 'P', 'L', 'A', 'I', 'N', ' ', 'P', 'L', 'A', 'I', 'N',
+	0, 0, 0, 5, 'e', 'n', '_', 'U', 'S',
+};
+static const unsigned char tune[] = {0, 10, 0, 30, 7, 255, 0, 2, 0, 0, 0, 60};
+static const unsigned char open_ok[] = {0, 10, 0, 41, 0};
+static const unsigned char channel_open_ok[] = {0, 20, 0, 11, 0, 0, 0, 0};
+static const unsigned char select_ok[] = {0, 85, 0, 11};
+static const unsigned char ack[] = {0, 60, 0, 80, 0, 0, 0, 0, 0, 0, 0, 1, 0};
+static const unsigned char returned[] = {0, 60, 0, 50, 1, 56, 2, 'N', 'O', 1, 'x', 0};
+static const unsigned char header_id[] = {
+	0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0x80, 2, 'i', 'd',
+};
+
+/* One connection, then the process ends. */
+static void
+serve(int listener, Script script)
+{
+	int			fd = accept(listener, NULL, NULL);
+	char		header[8];
+
+	get(fd, header, 8);
+	if (!script(fd, AT_START))
+		put_frame(fd, 1, 0, start, sizeof(start));
+	skip_frame(fd);
+	if (!script(fd, AT_TUNE))
+		put_frame(fd, 1, 0, tune, sizeof(tune));
+	skip_frame(fd);
+	skip_frame(fd);
+	if (!script(fd, AT_OPEN_OK))
+		put_frame(fd, 1, 0, open_ok, sizeof(open_ok));
+	skip_frame(fd);
+	if (!script(fd, AT_CHANNEL_OPEN_OK))
+		put_frame(fd, 1, 1, channel_open_ok, sizeof(channel_open_ok));
+	skip_frame(fd);
+	if (!script(fd, AT_SELECT_OK))
+		put_frame(fd, 1, 1, select_ok, sizeof(select_ok));
+	script(fd, AT_CONNECTED);
+	for (;;)
+		skip_frame(fd);
+}
+
+static bool
+script_bytes(int fd, int step)
+{
+	if (step != bad_step)
+		return false;
+	put(fd, bad_bytes, bad_len);
+	return true;
+}
+
+static bool
+script_close(int fd, int step)
+{
+	if (step == bad_step)
+		close(fd);
+	return false;
+}
+
+/* Never stops sending the same. */
+static bool
+script_flood(int fd, int step)
+{
+	static char many[65536];
+	size_t		len = 0;
+
+	if (step != AT_CONNECTED)
+		return false;
+	while (len + bad_len <= sizeof(many))
+	{
+		memcpy(many + len, bad_bytes, bad_len);
+		len += bad_len;
+	}
+	for (;;)
+		put(fd, many, len);
+}
+
+/* Reads nothing before it has got rid of some megabytes of acks. */
+static bool
+script_acks_first(int fd, int step)
+{
+	if (step != AT_CONNECTED)
+		return false;
+	for (int i = 0; i < 200000; i++)
+		put_frame(fd, 1, 1, ack, sizeof(ack));
+	return true;
+}
+
+/* What a broker says, with a few bytes changed, cut or repeated. */
+static bool
+script_fuzz(int fd, int step)
+{
+	unsigned char all[1024];
+	size_t		len = 0;
+
+	if (step != AT_CONNECTED)
+		return false;
+	srand(seed);
+	len += make_frame(all + len, 1, 1, ack, sizeof(ack));
+	len += make_frame(all + len, 1, 1, returned, sizeof(returned));
+	len += make_frame(all + len, 2, 1, header_id, sizeof(header_id));
+	len += make_frame(all + len, 3, 1, "abc", 3);
+	len += make_frame(all + len, 1, 0, "\0\012\0\074\003low", 8);
+	len += make_frame(all + len, 1, 1, "\0\024\0\050\001\224\001x\0\0\0\0", 12);
+	len += make_frame(all + len, 1, 0, "\0\012\0\062\001\100\001x\0\0\0\0", 12);
+	for (int i = rand() % 4; i >= 0; i--)
+		all[(size_t) rand() % len] = (unsigned char) (rand() % 3 ? rand() : 0);
+	put(fd, all, rand() % 4 ? len : (size_t) rand() % len);
+	return true;
+}
+
+
+/*
+ * The client's side
+ */
+
+/* Forks a server; returns its process and where it listens. */
+static pid_t
+start_server(Script script, BrokerAddress *address)
+{
+	struct sockaddr_in in = {.sin_family = AF_INET};
+	socklen_t	len = sizeof(in);
+	int			listener = socket(AF_INET, SOCK_STREAM, 0);
+	pid_t		pid;
+
+	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (bind(listener, (struct sockaddr *) &in, sizeof(in)) < 0 || listen(listener, 5) < 0 ||
+		getsockname(listener, (struct sockaddr *) &in, &len) < 0)
+		abort();
+	pid = fork();
+	if (pid == 0)
+		serve(listener, script);
+	close(listener);
+
+	address->host = "127.0.0.1";
+	address->port = ntohs(in.sin_port);
+	address->user = "guest";
+	address->password = "s3cret";
+	address->vhost = "/";
+	address->tls = false;
+	return pid;
+}
+
+static void
+stop_server(pid_t pid)
+{
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+}
+
+static Broker *
+connect_to(Script script, pid_t *pid, BrokerError *error)
+{
+	BrokerAddress address;
+
+	*pid = start_server(script, &address);
+	error->text[0] = '\0';
+	return broker_connect(&address, NULL, &options, error);
+}
+
+/* A login that must fail, in time, with a reason that contains text. */
+static void
+bad_login(const char *what, const char *text)
+{
+	BrokerError error;
+	int64_t		begin = now_ms();
+	pid_t		pid;
+	Broker	   *broker = connect_to(script_bytes, &pid, &error);
+
+	ok(broker == NULL && strstr(error.text, text) != NULL && announced == -1 &&
+	   now_ms() - begin < CONNECT_TIMEOUT + 500 && strstr(error.text, "s3cret") == NULL,
+	   "login: %s: %s", what, error.text);
+	if (broker != NULL)
+		broker_close(broker, false);
+	stop_server(pid);
+}
+
+static void
+bad_login_bytes(int step, const void *bytes, size_t len, const char *what, const char *text)
+{
+	bad_step = step;
+	bad_bytes = bytes;
+	bad_len = len;
+	bad_login(what, text);
+}
+
+static void
+bad_login_method(int step, const void *payload, size_t len, const char *what, const char *text)
+{
+	unsigned char frame[1000];
+
+	bad_login_bytes(step, frame, make_frame(frame, 1, 0, payload, len), what, text);
+}
+
+static void
+test_login(void)
+{
+	unsigned char bytes[sizeof(tune)];
+	unsigned char other[sizeof(start)];
+
+	for (int step = AT_START; step <= AT_SELECT_OK; step++)
+		bad_login_bytes(step, "", 0, "silence", "no reply");
+	for (int step = AT_START; step <= AT_SELECT_OK; step++)
+	{
+		BrokerError error;
+		pid_t		pid;
+		Broker	   *broker;
+
+		bad_step = step;
+		broker = connect_to(script_close, &pid, &error);
+		ok(broker == NULL && announced == -1, "login: closed: %s", error.text);
+		stop_server(pid);
+	}
+	for (int step = AT_START; step <= AT_SELECT_OK; step++)
+		bad_login_bytes(step, "HTTP/1.1 400 Bad Request\r\n\r\nHTTP/1.1 400 Bad Request\r\n\r\n", 56,
+						"another protocol", "could not read from");
+	bad_login_bytes(AT_START, "AMQP\0\1\0\0", 8, "AMQP 1.0", "does not speak AMQP 0-9-1");
+	bad_login_bytes(AT_START, "\x15\x03\x03\x00\x02\x02\x28\x00\x00\x00\x00", 11, "a TLS alert", "read from");
+
+	memcpy(other, start, sizeof(start));
+	other[5] = 8;
+	bad_login_method(AT_START, other, sizeof(other), "AMQP 0-8", "speaks AMQP 0.8");
+	memcpy(other, start, sizeof(start));
+	other[24] = 'X';
+	bad_login_method(AT_START, other, sizeof(other), "no PLAIN", "mechanism PLAIN");
+	bad_login_method(AT_START, tune, sizeof(tune), "tune first", "unexpected");
+	bad_login_method(AT_TUNE, "\0\012\0\024\0\0\0\1x", 9, "a challenge", "unexpected");
+	bad_login_method(AT_TUNE, "\0\012\0\062\001\223\001x\0\0\0\0", 12, "403",
+					 "authentication failed for user \"guest\"");
+	memcpy(bytes, tune, sizeof(tune));
+	bytes[4] = 0;
+	bytes[5] = 1;
+	bad_login_method(AT_TUNE, bytes, sizeof(bytes), "one channel", "only 1 channel");
+	memcpy(bytes, tune, sizeof(tune));
+	bytes[7] = 0;
+	bytes[8] = 0;
+	bytes[9] = 1;
+	bad_login_method(AT_TUNE, bytes, sizeof(bytes), "frames of 1 byte", "invalid frame size");
+	bytes[9] = 0;
+	bytes[6] = 0x80;
+	bad_login_method(AT_OPEN_OK, "\0\012\0\062\002\022\001x\0\0\0\0", 12, "530", "vhost \"/\"");
+}
+
+/* After the login the server sends bytes; what becomes of it? */
+static void
+bad_bytes_later(const void *bytes, size_t len, const char *what, const char *text)
+{
+	BrokerError error;
+	BrokerEvent event = {0};
+	pid_t		pid;
+	int64_t		deadline = now_ms() + 2000;
+	Broker	   *broker;
+
+	bad_step = AT_CONNECTED;
+	bad_bytes = bytes;
+	bad_len = len;
+	broker = connect_to(script_bytes, &pid, &error);
+	if (!ok(broker != NULL, "connected %s", error.text))
+		return;
+	do
+	{
+		broker_next_event(broker, &event);
+		if (event.type == BROKER_NOTHING)
+			wait_socket(broker_fd(broker), false, 10);
+	} while (event.type != BROKER_DISCONNECTED && now_ms() < deadline);
+	ok(event.type == BROKER_DISCONNECTED && strstr(event.text, text) != NULL && announced == -1,
+	   "%s: %s", what, event.type == BROKER_DISCONNECTED ? event.text : "(not noticed)");
+	broker_close(broker, true);
+	stop_server(pid);
+}
+
+static void
+bad_frame(int type, int channel, const void *payload, size_t len, const char *what,
+		  const char *text)
+{
+	unsigned char frame[1000];
+
+	bad_bytes_later(frame, make_frame(frame, type, channel, payload, len), what, text);
+}
+
+/* A return, then this frame. */
+static void
+bad_return(int type, const void *payload, size_t len, const char *what, const char *text)
+{
+	unsigned char frames[1000];
+	size_t		n = make_frame(frames, 1, 1, returned, sizeof(returned));
+
+	n += make_frame(frames + n, type, 1, payload, len);
+	bad_bytes_later(frames, n, what, text);
+}
+
+static void
+test_frames(void)
+{
+	static const char nothing[64];
+	unsigned char huge[17];
+	unsigned char frames[1000];
+	size_t		n;
+
+	bad_frame(1, 9, ack, sizeof(ack), "unknown channel", "unknown channel 9");
+	bad_frame(1, 1, "\0\172\0\172", 4, "unknown method", "read from");
+	bad_frame(1, 1, select_ok, sizeof(select_ok), "reply nobody asked for", "unexpected method");
+	bad_frame(1, 2, ack, sizeof(ack), "ack on the topology channel", "topology channel");
+	bad_frame(1, 0, ack, sizeof(ack), "ack on the connection", "unexpected frame");
+	bad_frame(3, 0, "x", 1, "body on the connection", "unexpected frame");
+	bad_frame(1, 1, ack, 9, "ack cut short", "read from");
+	for (size_t len = 0; len < 4; len++)
+		bad_frame(1, 1, nothing, len, "method frame too short", "read from");
+	for (size_t len = 0; len < 14; len++)
+		bad_frame(2, 1, nothing, len, "header frame too short", "");
+	bad_bytes_later("\1\0\1\377\377\377\377\0\0\0\0", 11, "frame of 4 GB", "read from");
+	bad_bytes_later("\1\0\1\0\2\0\0\0\0\0\0", 11, "frame over the limit", "read from");
+	bad_bytes_later("\1\0\1\0\0\0\4\0\125\0\013X", 12, "frame without an end", "read from");
+
+	bad_frame(2, 1, header_id, sizeof(header_id), "header out of turn", "header came out of turn");
+	bad_frame(3, 1, "x", 1, "body out of turn", "body came out of turn");
+	bad_return(3, "x", 1, "body before header", "body came out of turn");
+	bad_return(1, ack, sizeof(ack), "ack within a return", "within a content");
+	bad_return(1, returned, sizeof(returned), "return within a return", "within another");
+	bad_return(2, "\0\012\0\0\0\0\0\0\0\0\0\0\0\0", 14, "header of another class", "class");
+	memset(huge, 0x7f, sizeof(huge));
+	memcpy(huge, "\0\074\0\0", 4);
+	huge[12] = huge[13] = 0;
+	bad_return(2, huge, 14, "giant body announced", "larger than the limit");
+	bad_return(2, "\0\074\0\0\0\0\0\0\0\0\0\1\40\0\377\377\377\377", 18, "broken header table", "read from");
+
+	n = make_frame(frames, 1, 1, returned, sizeof(returned));
+	n += make_frame(frames + n, 2, 1, header_id, sizeof(header_id));
+	n += make_frame(frames + n, 3, 1, "abcdef", 6);
+	bad_bytes_later(frames, n, "body longer than announced", "longer than announced");
+	n = make_frame(frames, 1, 1, returned, sizeof(returned));
+	n += make_frame(frames + n, 2, 1, header_id, sizeof(header_id));
+	n += make_frame(frames + n, 3, 1, "", 0);
+	bad_bytes_later(frames, n, "empty body frame", "empty");
+}
+
+/* A declaration in a flood must end in time. */
+static void
+flood(const void *payload, size_t len, int type, int channel, bool stops_by_itself,
+	  const char *what)
+{
+	unsigned char frame[100];
+	BrokerError error;
+	BrokerResult result;
+	pid_t		pid;
+	int64_t		begin;
+	Broker	   *broker;
+
+	bad_bytes = frame;
+	bad_len = make_frame(frame, type, channel, payload, len);
+	broker = connect_to(script_flood, &pid, &error);
+	begin = now_ms();
+	longest_wait = 0;
+	last_wait = begin;
+	if (!stops_by_itself)
+		alarm(2);
+	result = broker_declare_exchange(broker, "x", &error);
+	ok(result == BROKER_LOST && now_ms() - begin < RPC_TIMEOUT + 1500, "%s: %s (%ld ms, interrupts every %ld ms)",
+	   what, error.text, (long) (now_ms() - begin), longest_wait);
+	broker_close(broker, true);
+	stop_server(pid);
+}
+
+static void
+test_floods(void)
+{
+	flood(ack, sizeof(ack), 1, 1, true, "flood of acks");
+
+	/* The library swallows these itself; only a signal handler ends that. */
+	flood("", 0, 8, 0, false, "flood of heartbeats");
+	flood("x", 1, 99, 0, false, "flood of unknown frames");
+}
+
+/* Writing does not deadlock with a broker that cannot get rid of its acks. */
+static void
+test_acks_first(void)
+{
+	BrokerError error;
+	BrokerEvent event;
+	pid_t		pid;
+	Broker	   *broker = connect_to(script_acks_first, &pid, &error);
+	size_t		len = 16 * 1024 * 1024;
+	char	   *body = calloc(len, 1);
+	BrokerMessage message = {
+		.exchange = "x", .routing_key = "", .message_id = "id", .content_type = "text/plain",
+		.body = body, .body_len = len,
+	};
+	int			acks = 0;
+
+	ok(broker_publish(broker, &message, 3000, &error) == BROKER_OK,
+	   "a large body is written to a broker that writes first: %s", error.text);
+	for (int64_t deadline = now_ms() + 5000; acks < 200000 && now_ms() < deadline;)
+	{
+		broker_next_event(broker, &event);
+		acks += event.type == BROKER_ACK;
+		if (event.type == BROKER_DISCONNECTED)
+			break;
+	}
+	ok(acks == 200000, "and no event is lost (%d)", acks);
+	free(body);
+	broker_close(broker, true);
+	stop_server(pid);
+}
+
+static void
+test_fuzz(void)
+{
+	int			n = getenv("PGF_FUZZ") ? atoi(getenv("PGF_FUZZ")) : 200;
+	int			ended = 0;
+
+	for (seed = 1; seed <= (unsigned) n; seed++)
+	{
+		BrokerError error;
+		BrokerEvent event;
+		pid_t		pid;
+		Broker	   *broker = connect_to(script_fuzz, &pid, &error);
+
+		if (broker == NULL)
+		{
+			diag("seed %u: %s", seed, error.text);
+			stop_server(pid);
+			continue;
+		}
+		for (int i = 0; i < 8; i++)
+		{
+			broker_next_event(broker, &event);
+			if (event.type == BROKER_DISCONNECTED)
+				break;
+			if (event.type == BROKER_NOTHING)
+				wait_socket(broker_fd(broker), false, 5);
+		}
+		broker_close(broker, true);
+		stop_server(pid);
+		ended++;
+	}
+	ok(ended == n, "%d distorted conversations were survived", ended);
+}
+
+int
+main(void)
+{
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGALRM, shut_down);
+	test_login();
+	test_frames();
+	test_floods();
+	test_acks_first();
+	test_fuzz();
+	return done();
+}
