@@ -15,8 +15,6 @@
  *
  *-------------------------------------------------------------------------
  */
-#define _GNU_SOURCE
-
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
