@@ -20,10 +20,15 @@
  *   other channels; amqp_release_buffers() abort()s between frames.  None of
  *   them may be used here; nor may anything that calls amqp_abort().
  *
- * The one call that does block is the opening of a TLS socket, at most for
- * connect_timeout_ms, and only while the peer accepts connections but does
- * not shake hands; see broker_handshake_fd().  The resolver has its own
- * limits (resolv.conf).
+ * Two calls may still keep interrupts away, both under a peer that is hostile
+ * rather than slow, and both end when a signal handler shuts the socket down:
+ *
+ * - opening a TLS socket, at most for connect_timeout_ms, if the peer accepts
+ *   connections but does not shake hands (broker_handshake_fd());
+ * - reading from a peer that sends heartbeats, or frames of unknown types,
+ *   faster than they are read: the library swallows them in a loop.
+ *
+ * The resolver has its own limits (resolv.conf).
  *
  * Channels: 1 publishes in confirm mode, 2 is for topology, so that a refusal
  * there (AMQP closes the channel) leaves the messages in flight alone.  A
@@ -63,24 +68,14 @@
 #endif
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
-#include <netdb.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
-#include <time.h>
 #include <unistd.h>
-#ifdef __linux__
-#include <linux/sockios.h>
-#endif
 
 #if __has_include(<rabbitmq-c/amqp.h>)
 #include <rabbitmq-c/amqp.h>
@@ -94,6 +89,7 @@
 
 #include "assemble.h"
 #include "broker.h"
+#include "tcp.h"
 
 #ifndef PG_FANOUT_VERSION
 #define PG_FANOUT_VERSION "devel"
@@ -116,7 +112,6 @@
 /* A method's identifiers and up to three short strings, rounded up. */
 #define METHOD_SIZE			1024
 
-#define SEND_BUFFER			(1024 * 1024)
 #define USER_TIMEOUT_MS		10000
 
 /* What the kernel books for a small write on top of its bytes, rounded up. */
@@ -211,17 +206,12 @@ static void copy_text(char *to, size_t size, amqp_bytes_t from);
 static Broker *new_broker(const BrokerAddress *address, const BrokerOptions *options);
 static void announce(Broker *broker, int fd);
 static bool open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline);
-static int	connect_tcp(Broker *broker, const BrokerAddress *address, int64_t deadline);
-static int	connect_address(Broker *broker, const struct addrinfo *ai,
-							int64_t deadline, int *error);
-static int	finish_connect(Broker *broker, int fd, int64_t deadline);
 static bool open_plain(Broker *broker, int fd);
 static bool open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline);
 static bool set_up_tls(Broker *broker, amqp_socket_t *tls);
 static bool trust_authorities(Broker *broker, amqp_socket_t *tls);
 static const char *tls_problem(int status);
 static void tune_socket(Broker *broker);
-static void set_user_timeout(Broker *broker, int ms);
 
 /* Login */
 static bool log_in(Broker *broker, const BrokerAddress *address,
@@ -277,8 +267,6 @@ static bool send_frame(Broker *broker, const amqp_frame_t *frame, size_t size,
 static bool wait_for_room(Broker *broker, size_t size, long timeout_ms);
 static bool take_credit(Broker *broker, size_t size);
 static void refill_credit(Broker *broker);
-static int	unsent_bytes(const Broker *broker);
-static bool writable_now(int fd);
 
 /* Reading */
 static bool read_frame(Broker *broker, amqp_frame_t *frame);
@@ -299,8 +287,6 @@ static BrokerEvent *push_event(Broker *broker, BrokerEventType type);
 static bool pop_event(Broker *broker, BrokerEvent *event);
 static bool is_method(const amqp_frame_t *frame, int channel, amqp_method_number_t id);
 
-static int64_t now_ms(void);
-static long until(int64_t deadline);
 static amqp_bytes_t bytes_of(const char *text);
 
 
@@ -313,7 +299,7 @@ broker_connect(const BrokerAddress *address, const char *password,
 			   const BrokerOptions *options, BrokerError *error)
 {
 	Broker	   *broker = new_broker(address, options);
-	int64_t		deadline = now_ms() + options->connect_timeout_ms;
+	int64_t		deadline = clock_ms() + options->connect_timeout_ms;
 
 	if (broker == NULL)
 	{
@@ -339,7 +325,7 @@ broker_close(Broker *broker, bool polite)
 	amqp_connection_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
 	int			fd;
 
-	if (polite && !broker->lost && !broker->mid_message && writable_now(broker->fd))
+	if (polite && !broker->lost && !broker->mid_message && tcp_writable(broker->fd, NULL))
 		send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_METHOD,
 					&close, METHOD_SIZE, 0);
 
@@ -375,7 +361,7 @@ broker_next_heartbeat(const Broker *broker)
 
 	if (heartbeat == 0 || broker->lost)
 		return HEARTBEAT_NEVER_MS;
-	return until(broker->last_read_ms + heartbeat * 1000 / 2);
+	return clock_left(broker->last_read_ms + heartbeat * 1000 / 2);
 }
 
 int
@@ -494,7 +480,7 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 	broker->options = options;
 	broker->fd = -1;
 	broker->frame_max = FRAME_MIN;
-	broker->last_read_ms = now_ms();
+	broker->last_read_ms = clock_ms();
 	assemble_init(&broker->returned, false, BROKER_MAX_BODY);
 	snprintf(broker->where, sizeof(broker->where), ipv6 ? "[%s]:%d" : "%s:%d",
 			 address->host, address->port);
@@ -519,92 +505,20 @@ announce(Broker *broker, int fd)
 static bool
 open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline)
 {
-	int			fd = connect_tcp(broker, address, deadline);
+	char		problem[sizeof(broker->why.text)];
+	int			fd = tcp_connect(address->host, address->port, deadline,
+								 broker->options->wait, broker->options->fd_changed,
+								 problem, sizeof(problem));
 
 	if (fd < 0)
-		return false;
+		return lose(broker, 0, "%s", problem);
+	broker->fd = fd;
 	if (!address->tls)
 		return open_plain(broker, fd);
 
 	announce(broker, -1);
 	close(fd);
 	return open_tls(broker, address, deadline);
-}
-
-/* Tries all addresses of the host, each for its share of the time left. */
-static int
-connect_tcp(Broker *broker, const BrokerAddress *address, int64_t deadline)
-{
-	struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM};
-	struct addrinfo *all;
-	char		port[16];
-	int			problem;
-	int			left = 0;
-	int			fd = -1;
-
-	snprintf(port, sizeof(port), "%d", address->port);
-	problem = getaddrinfo(address->host, port, &hints, &all);
-	if (problem != 0)
-	{
-		lose(broker, 0, "could not resolve host name \"%s\": %s", address->host,
-			 problem == EAI_SYSTEM ? strerror(errno) : gai_strerror(problem));
-		return -1;
-	}
-
-	for (struct addrinfo *ai = all; ai != NULL; ai = ai->ai_next)
-		left++;
-	problem = EADDRNOTAVAIL;
-	for (struct addrinfo *ai = all; ai != NULL && fd < 0; ai = ai->ai_next)
-		fd = connect_address(broker, ai, now_ms() + until(deadline) / left--, &problem);
-	freeaddrinfo(all);
-
-	if (fd < 0)
-		lose(broker, 0, "could not connect to %s: %s", broker->where, strerror(problem));
-	return fd;
-}
-
-/* Returns the connected socket, or -1 with *error set to an errno. */
-static int
-connect_address(Broker *broker, const struct addrinfo *ai, int64_t deadline, int *error)
-{
-	int			fd = socket(ai->ai_family,
-							ai->ai_socktype | SOCK_NONBLOCK | SOCK_CLOEXEC,
-							ai->ai_protocol);
-
-	if (fd < 0)
-	{
-		*error = errno;
-		return -1;
-	}
-	announce(broker, fd);
-
-	*error = connect(fd, ai->ai_addr, ai->ai_addrlen) == 0 ? 0 : errno;
-	if (*error == EINPROGRESS || *error == EINTR)
-		*error = finish_connect(broker, fd, deadline);
-	if (*error == 0)
-		return fd;
-
-	announce(broker, -1);
-	close(fd);
-	return -1;
-}
-
-/* Waits until the connect has ended; returns its errno. */
-static int
-finish_connect(Broker *broker, int fd, int64_t deadline)
-{
-	int			error = 0;
-	socklen_t	len = sizeof(error);
-
-	while (!writable_now(fd))
-	{
-		if (until(deadline) == 0)
-			return ETIMEDOUT;
-		broker->options->wait(fd, true, until(deadline));
-	}
-	if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &len) < 0)
-		return errno;
-	return error;
 }
 
 /* Hands the socket over to the library. */
@@ -635,8 +549,8 @@ open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline)
 	if (!set_up_tls(broker, tls))
 		return false;
 
-	timeout.tv_sec = until(deadline) / 1000;
-	timeout.tv_usec = until(deadline) % 1000 * 1000;
+	timeout.tv_sec = clock_left(deadline) / 1000;
+	timeout.tv_usec = clock_left(deadline) % 1000 * 1000;
 	handshaking = broker->conn;
 	status = amqp_socket_open_noblock(tls, address->host, address->port, &timeout);
 	handshaking = NULL;
@@ -713,44 +627,19 @@ tls_problem(int status)
 	}
 }
 
-/* None of these is worth failing for. */
+
+/*
+ * The user timeout bounds what slips through to a blocking write.  It has to
+ * be off while the broker has blocked us: a broker that reads nothing is then
+ * no reason to give up, and the heartbeats still tell a dead one.
+ */
 static void
 tune_socket(Broker *broker)
 {
-	int			on = 1;
-	int			size = SEND_BUFFER;
-	socklen_t	len = sizeof(size);
-
-	setsockopt(broker->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-	setsockopt(broker->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
-	setsockopt(broker->fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
-	set_user_timeout(broker, USER_TIMEOUT_MS);
-
-	/* See refill_credit() for the third. */
-	if (getsockopt(broker->fd, SOL_SOCKET, SO_SNDBUF, &size, &len) < 0)
-		size = 0;
-	broker->credit_max = (size_t) size / 3;
+	tcp_set_user_timeout(broker->fd, USER_TIMEOUT_MS);
+	broker->credit_max = tcp_tune(broker->fd);
 	if (broker->credit_max > CREDIT_MAX)
 		broker->credit_max = CREDIT_MAX;
-	if (broker->credit_max < 2 * WRITE_OVERHEAD)
-		broker->credit_max = 2 * WRITE_OVERHEAD;
-}
-
-/*
- * How long the kernel tries in vain to get written bytes acknowledged.  It
- * bounds what slips through to a blocking write.  It has to be off (0) while
- * the broker has blocked us: a broker that reads nothing is then no reason to
- * give up, and the heartbeats still tell a dead one.
- */
-static void
-set_user_timeout(Broker *broker, int ms)
-{
-#ifdef TCP_USER_TIMEOUT
-	setsockopt(broker->fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof(ms));
-#else
-	(void) broker;
-	(void) ms;
-#endif
 }
 
 
@@ -866,7 +755,7 @@ send_start_ok(Broker *broker, const char *user, const char *password, int64_t de
 	memcpy(response + user_len + 2, password, password_len);
 
 	sent = send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_START_OK_METHOD,
-					   &ok, 2 * FRAME_MIN, until(deadline));
+					   &ok, 2 * FRAME_MIN, clock_left(deadline));
 	explicit_bzero(response, ok.response.len);
 	free(response);
 	return sent;
@@ -902,7 +791,7 @@ tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 		return lose(broker, 0, "out of memory");
 	broker->frame_max = ok.frame_max;
 	return send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_TUNE_OK_METHOD, &ok,
-					   METHOD_SIZE, until(deadline));
+					   METHOD_SIZE, clock_left(deadline));
 }
 
 static bool
@@ -953,7 +842,7 @@ open_channel(Broker *broker, int channel, int64_t deadline)
 	if (c->state == CHANNEL_REFUSED)
 	{
 		if (!send_method(broker, channel, AMQP_CHANNEL_CLOSE_OK_METHOD, &close_ok,
-						 METHOD_SIZE, until(deadline)))
+						 METHOD_SIZE, clock_left(deadline)))
 			return false;
 		c->state = CHANNEL_DOWN;
 	}
@@ -981,7 +870,7 @@ open_publishing_channel(Broker *broker, int64_t deadline)
 BrokerResult
 broker_reopen(Broker *broker, BrokerError *error)
 {
-	int64_t		deadline = now_ms() + broker->options->rpc_timeout_ms;
+	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
 	Channel    *channel = &broker->channels[CHANNEL_PUBLISHING];
 	amqp_channel_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
 
@@ -1128,7 +1017,7 @@ static BrokerResult
 call_topology(Broker *broker, amqp_method_number_t request, void *arguments,
 			  amqp_method_number_t reply, const void **answer, BrokerError *error)
 {
-	int64_t		deadline = now_ms() + broker->options->rpc_timeout_ms;
+	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
 	const void *decoded;
 
 	if (broker->lost)
@@ -1155,7 +1044,7 @@ static const void *
 call(Broker *broker, int channel, amqp_method_number_t request, void *arguments,
 	 amqp_method_number_t reply, int64_t deadline)
 {
-	if (!send_method(broker, channel, request, arguments, METHOD_SIZE, until(deadline)))
+	if (!send_method(broker, channel, request, arguments, METHOD_SIZE, clock_left(deadline)))
 		return NULL;
 	return await_reply(broker, channel, reply, deadline);
 }
@@ -1174,18 +1063,18 @@ await_reply(Broker *broker, int channel, amqp_method_number_t reply, int64_t dea
 			dispatch(broker, &frame);
 			if (broker->channels[channel].state == CHANNEL_REFUSED)
 				return NULL;
-			if (until(deadline) == 0)
+			if (clock_left(deadline) == 0)
 				break;
 		}
 		if (broker->lost)
 			return NULL;
-		if (until(deadline) == 0)
+		if (clock_left(deadline) == 0)
 		{
 			lose(broker, 0, "no reply from %s in time", broker->where);
 			return NULL;
 		}
 		broker->options->wait(broker->fd, false,
-							  until(deadline) < READ_SLICE_MS ? until(deadline) : READ_SLICE_MS);
+							  clock_left(deadline) < READ_SLICE_MS ? clock_left(deadline) : READ_SLICE_MS);
 	}
 }
 
@@ -1238,26 +1127,18 @@ broker_writable(Broker *broker, size_t bytes)
 void
 broker_cork(Broker *broker)
 {
-#ifdef TCP_CORK
-	int			on = 1;
-
 	if (broker->lost || broker->corked)
 		return;
-	setsockopt(broker->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
-#endif
+	tcp_set_cork(broker->fd, true);
 	broker->corked = true;
 }
 
 void
 broker_uncork(Broker *broker)
 {
-#ifdef TCP_CORK
-	int			off = 0;
-
 	if (broker->lost || !broker->corked)
 		return;
-	setsockopt(broker->fd, IPPROTO_TCP, TCP_CORK, &off, sizeof(off));
-#endif
+	tcp_set_cork(broker->fd, false);
 	broker->corked = false;
 }
 
@@ -1512,12 +1393,11 @@ true_entry(const char *key)
 /*
  * Writing
  *
- * Linux calls a TCP socket writable while at most two thirds of its send
- * buffer are in use.  So after one poll() a third of the buffer may be
- * written without another: that is the credit.  Every frame is charged its
- * bytes and what the kernel books for a write of its own.  Credit is never
- * more than the third, and the rest is left for the heartbeats that the
- * library writes on its own account while we only read.
+ * While the kernel calls the socket writable, a third of its send buffer is
+ * free.  So after one look, that much may be written without another: it is
+ * the credit.  Every frame is charged its bytes and what the kernel books for
+ * a write of its own.  A socket that is not writable still has room for the
+ * heartbeats that the library writes on its own account while we only read.
  */
 
 static bool
@@ -1560,7 +1440,7 @@ send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_
 static bool
 wait_for_room(Broker *broker, size_t size, long timeout_ms)
 {
-	int64_t		deadline = now_ms() + timeout_ms;
+	int64_t		deadline = clock_ms() + timeout_ms;
 	int			unsent = INT_MAX;
 
 	for (;;)
@@ -1571,12 +1451,12 @@ wait_for_room(Broker *broker, size_t size, long timeout_ms)
 		if (take_credit(broker, size))
 			return true;
 
-		if (unsent_bytes(broker) < unsent)
+		if (tcp_unsent(broker->fd) < unsent)
 		{
-			unsent = unsent_bytes(broker);
-			deadline = now_ms() + timeout_ms;
+			unsent = tcp_unsent(broker->fd);
+			deadline = clock_ms() + timeout_ms;
 		}
-		if (until(deadline) == 0)
+		if (clock_left(deadline) == 0)
 			return lose(broker, 0, "%s has taken no data for %ld ms", broker->where,
 						timeout_ms);
 		broker->options->wait(broker->fd, true, WRITE_SLICE_MS);
@@ -1601,37 +1481,12 @@ take_credit(Broker *broker, size_t size)
 static void
 refill_credit(Broker *broker)
 {
-	struct pollfd p = {.fd = broker->fd, .events = POLLIN | POLLOUT};
+	bool		readable;
 
-	if (poll(&p, 1, 0) <= 0)
-		return;
-	if (p.revents & POLLOUT)
+	if (tcp_writable(broker->fd, &readable))
 		broker->credit = broker->credit_max;
-	if (p.revents & (POLLIN | POLLERR | POLLHUP))
+	if (readable)
 		drain(broker);
-}
-
-/* Bytes written but not yet acknowledged by the peer's kernel. */
-static int
-unsent_bytes(const Broker *broker)
-{
-	int			bytes = 0;
-
-#ifdef SIOCOUTQ
-	if (ioctl(broker->fd, SIOCOUTQ, &bytes) < 0)
-		return 0;
-#else
-	(void) broker;
-#endif
-	return bytes;
-}
-
-static bool
-writable_now(int fd)
-{
-	struct pollfd p = {.fd = fd, .events = POLLOUT};
-
-	return poll(&p, 1, 0) > 0;
 }
 
 
@@ -1688,7 +1543,7 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 	if (status == AMQP_STATUS_TIMEOUT)
 	{
 		broker->reads = 0;
-		broker->last_read_ms = now_ms();
+		broker->last_read_ms = clock_ms();
 		return false;
 	}
 	return lose_status(broker, "read from", status);
@@ -1834,7 +1689,7 @@ connection_closed(Broker *broker, const amqp_connection_close_t *close)
 	int			code = close->reply_code;
 
 	copy_text(text, sizeof(text), close->reply_text);
-	if (!broker->mid_message && writable_now(broker->fd))
+	if (!broker->mid_message && tcp_writable(broker->fd, NULL))
 		amqp_send_method(broker->conn, CHANNEL_CONNECTION,
 						 AMQP_CONNECTION_CLOSE_OK_METHOD, &ok);
 	lose(broker, code, "%s", text);
@@ -1849,7 +1704,7 @@ connection_blocked(Broker *broker, const amqp_connection_blocked_t *blocked)
 		return;
 	copy_text(event->text, sizeof(event->text), blocked->reason);
 	broker->blocked = true;
-	set_user_timeout(broker, 0);
+	tcp_set_user_timeout(broker->fd, 0);
 }
 
 static void
@@ -1858,7 +1713,7 @@ connection_unblocked(Broker *broker)
 	if (push_event(broker, BROKER_UNBLOCKED) == NULL)
 		return;
 	broker->blocked = false;
-	set_user_timeout(broker, USER_TIMEOUT_MS);
+	tcp_set_user_timeout(broker->fd, USER_TIMEOUT_MS);
 }
 
 static void
@@ -1984,24 +1839,6 @@ is_method(const amqp_frame_t *frame, int channel, amqp_method_number_t id)
 {
 	return frame->frame_type == AMQP_FRAME_METHOD && frame->channel == channel &&
 		frame->payload.method.id == id;
-}
-
-static int64_t
-now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-/* Milliseconds left, 0 if none. */
-static long
-until(int64_t deadline)
-{
-	int64_t		left = deadline - now_ms();
-
-	return left > 0 ? (long) left : 0;
 }
 
 static amqp_bytes_t

@@ -243,7 +243,8 @@ char *
 guc_read_password(void)
 {
 	FILE	   *file;
-	char	   *password;
+	StringInfoData line;
+	bool		found;
 
 	if (pgf_password_file == NULL || pgf_password_file[0] == '\0')
 		return NULL;
@@ -254,15 +255,16 @@ guc_read_password(void)
 		ereport(ERROR,
 				(errcode_for_file_access(),
 				 errmsg("could not open password file \"%s\": %m", pgf_password_file)));
-	password = pg_get_line(file, NULL);
+	initStringInfo(&line);
+	found = pg_get_line_buf(file, &line);
 	FreeFile(file);
 
-	if (password == NULL || pg_strip_crlf(password) == 0)
+	if (!found || pg_strip_crlf(line.data) == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("password file \"%s\" has no password in its first line",
 						pgf_password_file)));
-	return password;
+	return line.data;
 }
 
 /* The rules of check_ssl_key_file_permissions(). */

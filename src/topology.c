@@ -196,9 +196,14 @@ inherit(Topic *topic, Binding *binding, const Binding *old, int nold)
 	for (int i = 0; i < nold; i++)
 	{
 		if (strcmp(old[i].consumer_group, binding->consumer_group) != 0 ||
-			strcmp(old[i].signature, binding->signature) != 0 ||
-			old[i].dropping != binding->dropping)
+			strcmp(old[i].signature, binding->signature) != 0)
 			continue;
+		if (old[i].dropping != binding->dropping)
+		{
+			/* refused to be dropped, it is still what it was */
+			binding->confirmed = old[i].dropping && old[i].confirmed && !old[i].gone;
+			return;
+		}
 		binding->confirmed = old[i].confirmed;
 		binding->answered = old[i].answered;
 		binding->gone = old[i].gone;
@@ -299,6 +304,20 @@ load_held(void)
 	}
 }
 
+/* Nothing is left that could be refused: no need to wait for the next retry. */
+static void
+hurry_emptied_topics(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->stalled && !topic->held && topic->holding == 0 && topology_error(topic) == NULL)
+			topic->retry_at = 0;
+	}
+}
+
 /* What a topic had before this load: kept until its bindings were compared. */
 typedef struct Previous
 {
@@ -385,6 +404,7 @@ topology_load(void)
 	merge_previous(previous, nprevious);
 	load_stalls();
 	load_held();
+	hurry_emptied_topics();
 }
 
 /* ---- declaring ---- */
