@@ -6,10 +6,10 @@
 
 # shellcheck shell=bash
 
-# The list of packages, in one place.  PostgreSQL's are added by version below.
-packages=(bison build-essential ca-certificates flex git libipc-run-perl
-	librabbitmq-dev perl pkg-config procps python3 python3-pika
-	rabbitmq-server uuid-dev)
+# The list of packages, in one place.  PostgreSQL's are added below: those of
+# the version that this Debian has, or none if PG_CONFIG names a server.
+packages=(build-essential clang git libipc-run-perl librabbitmq-dev perl
+	pkg-config procps python3 python3-pika rabbitmq-server uuid-dev)
 
 die() {
 	echo "${0##*/}: $*" >&2
@@ -49,13 +49,17 @@ pg_major() {
 install_packages() {
 	local major missing=() package policy=/usr/sbin/policy-rc.d
 
-	[ -n "$(pg_major)" ] || as_root apt-get -qq update
-	major=$(pg_major)
-	for package in "${packages[@]}" "postgresql-$major" "postgresql-server-dev-$major"; do
+	system_pg_config=${PG_CONFIG:-}
+	if [ -z "$system_pg_config" ]; then
+		[ -n "$(pg_major)" ] || as_root apt-get -qq update
+		major=$(pg_major)
+		packages+=("postgresql-$major" "postgresql-server-dev-$major")
+		system_pg_config=/usr/lib/postgresql/$major/bin/pg_config
+	fi
+	for package in "${packages[@]}"; do
 		dpkg-query -W -f '${Status}' "$package" 2>/dev/null |
 			grep -q ' installed$' || missing+=("$package")
 	done
-	system_pg_config=/usr/lib/postgresql/$major/bin/pg_config
 	[ ${#missing[@]} -gt 0 ] || return 0
 
 	echo "installing ${missing[*]}"
@@ -98,7 +102,7 @@ copy_tree() {
 # the binaries, and links to all the rest, "make install" leaves the system's
 # PostgreSQL alone, needs no root, and two runs do not disturb each other.
 make_postgres() {
-	local system=${1:-$system_pg_config} bindir dir
+	local system=$system_pg_config bindir dir
 
 	[ -x "$system" ] || die "no pg_config at $system"
 	bindir=$("$system" --bindir)
@@ -153,4 +157,22 @@ wait_gone() {
 			sleep 0.1
 		done
 	done
+}
+
+# Ends all processes that work in a directory, however they were started, and
+# prints what they were.
+kill_below() {
+	local cwd pid pids=()
+
+	for cwd in /proc/[0-9]*/cwd; do
+		case $(readlink "$cwd" 2>/dev/null) in
+			"$1" | "$1"/*)
+				pid=${cwd#/proc/} pid=${pid%/cwd}
+				ps -o pid=,args= -p "$pid" || true
+				pids+=("$pid")
+				;;
+		esac
+	done
+	[ ${#pids[@]} = 0 ] || kill -s KILL "${pids[@]}" 2>/dev/null || true
+	wait_gone 5 "${pids[@]}"
 }

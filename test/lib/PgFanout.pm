@@ -1,0 +1,534 @@
+
+=pod
+
+=head1 NAME
+
+PgFanout - what the TAP tests of pg_fanout share
+
+=head1 SYNOPSIS
+
+  use FindBin;
+  use lib "$FindBin::RealBin/../lib";
+  use PgFanout;
+
+  my $broker = PgFanout::broker();                  # may be shared: own vhost
+  my $broker = PgFanout::broker(private => 1);      # to be killed or frozen
+  my $node = PgFanout::cluster('main', $broker);    # started, extension made
+
+  PgFanout::flush($node);
+  PgFanout::wait_for_state($node, 'sent');
+
+  my @messages = $broker->collect($queue, expect => 10);
+  is($messages[0]->{body}->{op}, 'c');
+
+  $broker->stop; $broker->start; $broker->kill; $broker->restart;
+  $broker->freeze; $broker->thaw; $broker->wipe;
+  $broker->ctl('list_queues', '-p', $broker->vhost);
+
+  my $proxy = $broker->proxy;                       # then $proxy->uri
+  $proxy->command('freeze');
+
+=head1 DESCRIPTION
+
+A broker is a RabbitMQ node of its own, or a virtual host in the node that
+PG_FANOUT_TEST_BROKER_DIR names (test/check starts one for all files).  Brokers
+and proxies end with the test.  Any failure to set up dies.
+
+=cut
+
+package PgFanout;
+
+use strict;
+use warnings;
+
+use Cwd ();
+use File::Basename qw(basename dirname);
+use File::Copy ();
+use IPC::Run ();
+use JSON::PP ();
+use Test::More;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+
+our $lib = Cwd::abs_path(dirname(__FILE__));
+our @brokers;
+our @proxies;
+
+=pod
+
+=head1 FUNCTIONS
+
+=over
+
+=item PgFanout::broker(private => 1, vhost => 'name')
+
+A broker that accepts connections, with an empty virtual host.
+
+=cut
+
+sub broker
+{
+	my (%params) = @_;
+
+	return PgFanout::Broker->new(%params);
+}
+
+=pod
+
+=item PgFanout::cluster(name, broker or proxy, conf => 'lines', extension => 0)
+
+A started PostgreSQL node that publishes to the broker.  With no broker, it
+publishes to a port that nobody listens to.
+
+=cut
+
+sub cluster
+{
+	my ($name, $broker, %params) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $uri = $broker ? $broker->uri : 'amqp://guest:guest@127.0.0.1:1/%2F';
+
+	$node->init(%{ $params{init} || {} });
+	$node->append_conf('postgresql.conf', qq(
+shared_preload_libraries = 'pg_fanout'
+pg_fanout.uri = '$uri'
+log_min_messages = info
+));
+	$node->append_conf('postgresql.conf', $params{conf}) if $params{conf};
+	$node->start;
+	$node->safe_psql('postgres', 'create extension pg_fanout')
+	  unless defined $params{extension} && !$params{extension};
+	return $node;
+}
+
+=pod
+
+=item PgFanout::flush(node, dbname => 'postgres', timeout => '60 s')
+
+Waits until all that was committed is acked, and dies if that does not happen.
+
+=cut
+
+sub flush
+{
+	my ($node, %params) = @_;
+	my $dbname = $params{dbname} || 'postgres';
+	my $timeout = $params{timeout} || '60 s';
+
+	my $flushed =
+	  $node->safe_psql($dbname, "select fanout.flush('$timeout')");
+	die "flush of $dbname timed out\n" . status($node, $dbname)
+	  unless $flushed eq 't';
+	return;
+}
+
+=pod
+
+=item PgFanout::wait_for_state(node, state, count => N, where => 'condition', dbname => 'postgres')
+
+Waits until N messages are in that state, or all of them if there is no count.
+
+=cut
+
+sub wait_for_state
+{
+	my ($node, $state, %params) = @_;
+	my $dbname = $params{dbname} || 'postgres';
+	my $where = $params{where} || 'true';
+	my $expected = $params{count};
+	$expected = 'count(*)' unless defined $expected;
+
+	$node->poll_query_until($dbname,
+		"select count(*) filter (where state = '$state') = $expected from fanout.outbox_status where $where"
+	  )
+	  or die "not in state $state\n" . status($node, $dbname);
+	return;
+}
+
+=pod
+
+=item PgFanout::wait_for_publisher(node, state, dbname => 'postgres')
+
+Waits until the publisher of a database says that it is in a state, and returns
+its process id.
+
+=cut
+
+sub wait_for_publisher
+{
+	my ($node, $state, %params) = @_;
+	my $dbname = $params{dbname} || 'postgres';
+
+	$node->poll_query_until($dbname,
+		"select exists (select from fanout.stat_publisher where state = '$state')"
+	  )
+	  or die "publisher not in state $state\n" . status($node, $dbname);
+	return $node->safe_psql($dbname, 'select pid from fanout.stat_publisher');
+}
+
+=pod
+
+=item PgFanout::publisher_pid(node, dbname => 'postgres')
+
+The process id of the publisher of a database, once there is one.
+
+=cut
+
+sub publisher_pid
+{
+	my ($node, %params) = @_;
+	my $dbname = $params{dbname} || 'postgres';
+	my $query = qq(select pid from fanout.stat_publisher where pid is not null);
+
+	$node->poll_query_until($dbname, "select exists ($query)")
+	  or die "no publisher\n" . status($node, $dbname);
+	return $node->safe_psql($dbname, $query);
+}
+
+=pod
+
+=item PgFanout::poll(sub { condition }, what, seconds)
+
+Waits until the condition is true, and dies if that takes too long.
+
+=cut
+
+sub poll
+{
+	my ($condition, $what, $seconds) = @_;
+	my $deadline =
+	  time + ($seconds || $PostgreSQL::Test::Utils::timeout_default);
+
+	until ($condition->())
+	{
+		die "timed out waiting for: $what" if time > $deadline;
+		select(undef, undef, undef, 0.1);
+	}
+	return;
+}
+
+# What one wants to see when a wait fails.  Must not die itself.
+sub status
+{
+	my ($node, $dbname) = @_;
+	my ($stdout, $stderr) = ('', '');
+
+	$node->psql(
+		$dbname,
+		q(select topic, state, count(*) from fanout.outbox_status group by 1, 2;
+		  select * from fanout.stat_publisher;
+		  select * from fanout.stat_topics;),
+		extra_params => ['-x'],
+		stdout => \$stdout,
+		stderr => \$stderr,
+		on_error_die => 0);
+	return "$stdout\n$stderr\n";
+}
+
+# Runs a command and returns its standard output; dies with its standard error.
+sub run_command_ok
+{
+	my (@command) = @_;
+	my ($stdout, $stderr) = ('', '');
+
+	IPC::Run::run(\@command, '<', \undef, '>', \$stdout, '2>', \$stderr)
+	  or die "failed: @command\n$stdout$stderr";
+	return $stdout;
+}
+
+# Nothing of ours outlives the test.  Runs before the END block that removes
+# temporary directories, because that was compiled earlier.
+END
+{
+	local ($?, $@);
+
+	eval { $_->stop } foreach @proxies;
+	eval { $_->end } foreach @brokers;
+}
+
+package PgFanout::Broker;
+
+use strict;
+use warnings;
+
+sub new
+{
+	my ($class, %params) = @_;
+	my $self = bless {}, $class;
+	my $shared = $ENV{PG_FANOUT_TEST_BROKER_DIR};
+
+	$self->{private} = $params{private} || !$shared;
+	$self->{dir} =
+	  $self->{private}
+	  ? PostgreSQL::Test::Utils::tempdir('broker')
+	  : $shared;
+	$self->{vhost} =
+	  $params{vhost} || File::Basename::basename($0, '.pl') . "_$$";
+
+	push @brokers, $self;
+	$self->rabbit('start') if $self->{private};
+	$self->read_env;
+	$self->create_vhost;
+	return $self;
+}
+
+sub vhost { return $_[0]->{vhost}; }
+sub port { return $_[0]->{env}->{RABBIT_PORT}; }
+sub pid { return $_[0]->{env}->{RABBIT_PID}; }
+
+=pod
+
+=item $broker->uri(port => N)
+
+=cut
+
+sub uri
+{
+	my ($self, %params) = @_;
+	my $port = $params{port} || $self->port;
+
+	return "amqp://guest:guest\@127.0.0.1:$port/$self->{vhost}";
+}
+
+sub create_vhost
+{
+	my ($self) = @_;
+
+	$self->ctl('add_vhost', $self->{vhost});
+	$self->ctl('set_permissions', '-p', $self->{vhost}, 'guest', '.*', '.*',
+		'.*');
+	return;
+}
+
+sub read_env
+{
+	my ($self) = @_;
+	my $text = PostgreSQL::Test::Utils::slurp_file("$self->{dir}/env");
+
+	$self->{env} = { $text =~ /^(\w+)=(.*)$/mg };
+	return;
+}
+
+sub rabbit
+{
+	my ($self, $command, @args) = @_;
+
+	return PgFanout::run_command_ok("$PgFanout::lib/rabbit", $command,
+		$self->{dir}, @args);
+}
+
+=pod
+
+=item $broker->stop, start, kill, restart, freeze, thaw, wipe
+
+See test/lib/rabbit.  Only for a private broker.  After wipe, the virtual host
+exists again and is empty.
+
+=cut
+
+foreach my $command (qw(stop start kill restart freeze thaw wipe))
+{
+	no strict 'refs';    ## no critic (ProhibitNoStrict)
+	*{$command} = sub {
+		my ($self) = @_;
+
+		die "$command of a shared broker" unless $self->{private};
+		$self->rabbit($command);
+		$self->read_env;
+		$self->create_vhost if $command eq 'wipe';
+		return;
+	};
+}
+
+=pod
+
+=item $broker->ctl(arguments)
+
+rabbitmqctl; returns what it prints.
+
+=cut
+
+sub ctl
+{
+	my ($self, @args) = @_;
+
+	return $self->rabbit('ctl', @args);
+}
+
+=pod
+
+=item $broker->amqp(command, arguments)
+
+See test/lib/amqp; returns what it prints.
+
+=cut
+
+sub amqp
+{
+	my ($self, $command, @args) = @_;
+
+	return PgFanout::run_command_ok("$PgFanout::lib/amqp", $command, '--uri',
+		$self->uri, @args);
+}
+
+=pod
+
+=item $broker->collect(queue, expect => N, idle => seconds, timeout => seconds, keep => 1)
+
+Takes the messages out of a queue (or leaves them there, with keep).  Returns a
+hash per message: body (decoded from JSON), raw (the body as it came),
+message_id, headers, routing_key, exchange, redelivered, delivery_mode,
+content_type, type, app_id, timestamp.  Dies if there are fewer than expected.
+
+=cut
+
+sub collect
+{
+	my ($self, $queue, %params) = @_;
+	my @args = ('--queue', $queue);
+	my $json = JSON::PP->new->utf8->allow_nonref;
+
+	foreach my $option (qw(expect idle timeout))
+	{
+		push @args, "--$option", $params{$option} if defined $params{$option};
+	}
+	push @args, '--ack' unless $params{keep};
+
+	my @messages =
+	  map { $json->decode($_) } split(/\n/, $self->amqp('collect', @args));
+	foreach my $message (@messages)
+	{
+		$message->{raw} = $message->{body};
+		$message->{body} =
+		  eval { JSON::PP->new->allow_nonref->decode($message->{raw}) };
+	}
+	return @messages;
+}
+
+=pod
+
+=item $broker->count(queue)
+
+How many messages are ready in a queue.
+
+=cut
+
+sub count
+{
+	my ($self, $queue) = @_;
+
+	return $self->amqp('count', '--queue', $queue) + 0;
+}
+
+=pod
+
+=item $broker->proxy
+
+A proxy in front of the broker, with uri, port and command(); see test/lib/proxy.
+
+=cut
+
+sub proxy
+{
+	my ($self) = @_;
+
+	return PgFanout::Proxy->new($self);
+}
+
+# Ends a private node, keeping its log; removes a virtual host of a shared one.
+sub end
+{
+	my ($self) = @_;
+
+	if (!$self->{private})
+	{
+		$self->ctl('delete_vhost', $self->{vhost});
+		return;
+	}
+	foreach my $log (glob "$self->{dir}/log/*.log")
+	{
+		File::Copy::copy($log,
+			    "$PostgreSQL::Test::Utils::log_path/"
+			  . File::Basename::basename($0, '.pl') . '_'
+			  . File::Basename::basename($log));
+	}
+	$self->rabbit('stop');
+	return;
+}
+
+package PgFanout::Proxy;
+
+use strict;
+use warnings;
+
+sub new
+{
+	my ($class, $broker) = @_;
+	my $self = bless { broker => $broker, in => '', out => '' }, $class;
+	my $timer =
+	  IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default);
+
+	$self->{harness} = IPC::Run::start(
+		[ "$PgFanout::lib/proxy", '--to', $broker->port ],
+		'<', \$self->{in}, '>', \$self->{out}, $timer);
+	push @proxies, $self;
+	$self->{timer} = $timer;
+	$self->{port} = $self->answer;
+	return $self;
+}
+
+sub port { return $_[0]->{port}; }
+
+sub uri
+{
+	my ($self) = @_;
+
+	return $self->{broker}->uri(port => $self->{port});
+}
+
+# The next line that the proxy prints.
+sub answer
+{
+	my ($self) = @_;
+
+	$self->{timer}->start;
+	$self->{harness}->pump until $self->{out} =~ s/^(.*)\n//;
+	$self->{timer}->reset;
+	return $1;
+}
+
+=pod
+
+=item $proxy->command('throttle 1000')
+
+Returns once the command is in force, with what the proxy answers after "ok".
+
+=cut
+
+sub command
+{
+	my ($self, $command) = @_;
+
+	$self->{in} .= "$command\n";
+	my $answer = $self->answer;
+	die "proxy: $answer" unless $answer =~ s/^ok ?//;
+	return $answer;
+}
+
+sub stop
+{
+	my ($self) = @_;
+	my $harness = delete $self->{harness} or return;
+
+	$harness->finish;
+	return;
+}
+
+=pod
+
+=back
+
+=cut
+
+1;
