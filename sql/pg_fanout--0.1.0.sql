@@ -45,6 +45,7 @@ revoke all on function fanout.topology_changed() from public;
 -- ---------------------------------------------------------------------------
 
 create sequence fanout.topic_id_seq as integer;
+comment on sequence fanout.topic_id_seq is 'internal: ids of topics';
 revoke all on sequence fanout.topic_id_seq from public;
 
 create table fanout.topic (
@@ -168,6 +169,7 @@ comment on table fanout.sent is
 -- Nothing can have been written before this transaction.
 insert into fanout.sent (base, target, last_id, count)
 select s, s, 0, 0 from pg_current_snapshot() s;
+comment on sequence fanout.sent_sent_id_seq is 'internal: numbers of entries in the ledger';
 revoke all on fanout.sent from public;
 
 create table fanout.held (
@@ -292,6 +294,26 @@ $$;
 comment on function fanout.require_topic(text) is 'internal: the id of a topic, or an error';
 revoke all on function fanout.require_topic(text) from public;
 
+-- KEY SHARE conflicts with drop_topic(), and not with what the publisher records.
+create function fanout.keep_topic(topic text) returns integer
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    found_id integer;
+begin
+    select t.topic_id into found_id
+    from fanout.topic t
+    where t.topic = keep_topic.topic and not t.dropping
+    for key share;
+    return found_id;
+end
+$$;
+comment on function fanout.keep_topic(text) is
+'internal: the id of a topic that is not dropped before this transaction ends; NULL if it does not exist';
+revoke all on function fanout.keep_topic(text) from public;
+
 create function fanout.raise_difference(object text, differences text[]) returns void
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
@@ -340,14 +362,17 @@ begin
                   hint = 'It is "hold" or "dead_letter".';
     end if;
 
-    insert into fanout.topic as t (topic, format, on_exhausted)
-    values (declare_topic.topic, declare_topic.format, declare_topic.on_exhausted)
-    on conflict (topic) do update
-        set format = excluded.format, on_exhausted = excluded.on_exhausted,
-            dropping = false, paused = false
-        where t.dropping;
-    if found then
-        return;
+    -- ON CONFLICT locks the row in any case, and the publisher would wait for it
+    if fanout.keep_topic(declare_topic.topic) is null then
+        insert into fanout.topic as t (topic, format, on_exhausted)
+        values (declare_topic.topic, declare_topic.format, declare_topic.on_exhausted)
+        on conflict (topic) do update
+            set format = excluded.format, on_exhausted = excluded.on_exhausted,
+                dropping = false, paused = false
+            where t.dropping;
+        if found then
+            return;
+        end if;
     end if;
 
     select * into strict old from fanout.topic t where t.topic = declare_topic.topic;
@@ -415,7 +440,7 @@ begin
                   hint = 'Queue types are "quorum" and "classic".';
     end if;
 
-    if not exists (select from fanout.topic t where t.topic = declare_binding.topic and not t.dropping) then
+    if fanout.keep_topic(declare_binding.topic) is null then
         perform fanout.declare_topic(declare_binding.topic);
     end if;
     id := fanout.require_topic(declare_binding.topic);
@@ -580,25 +605,30 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    id integer := fanout.require_topic(drop_topic.topic);
+    dropped_id integer := fanout.require_topic(drop_topic.topic);
     dependents text;
 begin
+    -- after those that are binding or capturing it right now, see keep_topic()
+    perform from fanout.topic t where t.topic_id = dropped_id and not t.dropping for update;
+    if not found then
+        perform fanout.require_topic(drop_topic.topic);
+    end if;
     select string_agg(object, E'\n') into dependents
     from (select pg_catalog.format('consumer group "%s" is bound to it', b.consumer_group)
-          from fanout.binding b where b.topic_id = id
+          from fanout.binding b where b.topic_id = dropped_id
           union all
           select pg_catalog.format('table %s is captured into it', c.entity)
           from fanout.captures c where c.topic = drop_topic.topic
           union all
           select pg_catalog.format('%s messages are held for it', count(*))
-          from fanout.held h where h.topic_id = id having count(*) > 0) d(object);
+          from fanout.held h where h.topic_id = dropped_id having count(*) > 0) d(object);
     if dependents is not null then
         raise exception 'cannot drop topic "%" because something depends on it', drop_topic.topic
             using errcode = 'dependent_objects_still_exist',
                   detail = dependents,
                   hint = 'Use fanout.drop_binding(), fanout.uncapture(), fanout.purge(held => true) first.';
     end if;
-    update fanout.topic t set dropping = true where t.topic_id = id;
+    update fanout.topic t set dropping = true where t.topic_id = dropped_id;
 end
 $$;
 comment on function fanout.drop_topic(text) is
@@ -673,124 +703,6 @@ $$;
 comment on function fanout.default_key(regclass) is 'internal: columns of the primary key, else of the replica identity, else NULL';
 revoke all on function fanout.default_key(regclass) from public;
 
--- Runs with the caller's rights: who may not create a trigger on the table may
--- not capture it, and the condition is the caller's own SQL.
-create function fanout.capture(entity regclass, topic text,
-                               operations text[] default '{insert,update,delete}',
-                               columns text[] default null, exclude text[] default null,
-                               key text[] default null, "when" text default null,
-                               old_row boolean default false)
-returns void
-language plpgsql volatile
-set search_path = pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-    row_operations text[];
-    arguments text[];
-    old record;
-    clashing text;
-    operation text;
-    statement text := 'create trigger %I after %s on %s for each %s %s execute function fanout.capture_trigger(%s)';
-    quoted text;
-begin
-    if capture.entity is null then
-        raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
-    end if;
-    perform fanout.check_name('topic', capture.topic);
-    perform fanout.require_topic(capture.topic);
-    if not exists (select from pg_class where oid = capture.entity and relkind in ('r', 'p')) then
-        raise exception '% is not a table', capture.entity
-            using errcode = 'wrong_object_type',
-                  detail = 'Only ordinary and partitioned tables can be captured.';
-    elsif exists (select from pg_class c where c.oid = capture.entity and c.relnamespace = 'fanout'::regnamespace) then
-        raise exception 'tables of pg_fanout cannot be captured'
-            using errcode = 'wrong_object_type';
-    end if;
-    if capture.operations is null or array_length(capture.operations, 1) is null
-       or not capture.operations <@ array['insert', 'update', 'delete', 'truncate']
-    then
-        raise exception 'operations must be among insert, update, delete and truncate'
-            using errcode = 'invalid_parameter_value',
-                  hint = 'They are written in lower case, as in ''{insert,update}''.';
-    end if;
-    perform fanout.check_columns(capture.entity, 'columns', capture.columns);
-    perform fanout.check_columns(capture.entity, 'exclude', capture.exclude);
-    perform fanout.check_columns(capture.entity, 'key', capture.key);
-    if capture.columns is not null and capture.exclude is not null then
-        raise exception 'columns and exclude cannot be given both'
-            using errcode = 'invalid_parameter_value';
-    end if;
-    select c into clashing
-    from unnest(capture.exclude) c
-    where c = any (coalesce(capture.key, fanout.default_key(capture.entity))) limit 1;
-    if found then
-        raise exception 'column "%" cannot be excluded', clashing
-            using errcode = 'invalid_parameter_value',
-                  detail = 'It belongs to the key, and every message carries its key.',
-                  hint = 'Name other columns in "key".';
-    end if;
-
-    arguments := array[capture.topic];
-    if capture.columns is not null then
-        arguments := arguments || array['columns', capture.columns::text];
-    end if;
-    if capture.exclude is not null then
-        arguments := arguments || array['exclude', capture.exclude::text];
-    end if;
-    if capture.key is not null then
-        arguments := arguments || array['key', capture.key::text];
-    end if;
-    if capture."when" is not null then
-        arguments := arguments || array['when', capture."when"];
-    end if;
-    if capture.old_row then
-        arguments := arguments || array['old_row', 'true'];
-    end if;
-
-    select * into old from fanout.captures_of(capture.entity) c where c.topic = capture.topic;
-    if found then
-        perform fanout.raise_difference(
-            format('capture of table %s into topic "%s"', capture.entity, capture.topic),
-            array_remove(array[
-                fanout.difference('operations', old.operations::text,
-                                  (select array_agg(o order by o)::text
-                                   from (select distinct unnest(capture.operations)) u(o))),
-                fanout.difference('columns', old.columns::text, capture.columns::text),
-                fanout.difference('exclude', old.exclude::text, capture.exclude::text),
-                fanout.difference('key', old.key::text, capture.key::text),
-                fanout.difference('when', old."when", capture."when"),
-                fanout.difference('old_row', old.old_row::text, coalesce(capture.old_row, false)::text)], null));
-        return;
-    end if;
-
-    select string_agg(quote_literal(a), ', ' order by n) into quoted
-    from unnest(arguments) with ordinality u(a, n);
-    select array_agg(o order by array_position(array['insert', 'update', 'delete'], o)) into row_operations
-    from (select distinct unnest(capture.operations)) u(o)
-    where o <> 'truncate';
-
-    if row_operations is not null and capture."when" is null then
-        execute format(statement, fanout.trigger_name(capture.topic, ''),
-                       array_to_string(row_operations, ' or '), capture.entity, 'row', '', quoted);
-    elsif row_operations is not null then
-        foreach operation in array row_operations loop
-            execute format(statement, fanout.trigger_name(capture.topic, '_' || operation),
-                           operation, capture.entity, 'row',
-                           format(E'when (%s\n)', fanout.condition_for(operation, capture.entity, capture."when")),
-                           quoted);
-        end loop;
-    end if;
-    if 'truncate' = any (capture.operations) then
-        execute format(statement, fanout.trigger_name(capture.topic, '_truncate'),
-                       'truncate', capture.entity, 'statement', '', quoted);
-    end if;
-end
-$$;
-comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) is
-'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
-revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) from public;
-
 create function fanout.captures_of(entity regclass)
 returns table (topic text, operations text[], columns text[], exclude text[], key text[], "when" text, old_row boolean)
 language sql stable security definer
@@ -802,28 +714,181 @@ $$;
 comment on function fanout.captures_of(regclass) is 'internal: captures of one table';
 revoke all on function fanout.captures_of(regclass) from public;
 
-create function fanout.uncapture(entity regclass, topic text default null) returns integer
-language plpgsql volatile
+-- Looks things up with the rights of pg_fanout, and changes nothing.  The locks
+-- make a second session that captures the same table find the capture of the
+-- first, and keep the topic.
+create function fanout.capture_statements(entity regclass, topic text, operations text[], columns text[],
+                                          exclude text[], key text[], "when" text, old_row boolean)
+returns text[]
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    trigger_name name;
-    topics text[];
+    row_operations text[];
+    arguments text[];
+    old record;
+    clashing text;
+    operation text;
+    statements text[] := '{}';
+    statement text := 'create trigger %I after %s on %s for each %s %s execute function fanout.capture_trigger(%s)';
+    quoted text;
 begin
-    select array_agg(c.topic) into topics
-    from fanout.captures_of(uncapture.entity) c
-    where uncapture.topic is null or c.topic = uncapture.topic;
+    if capture_statements.entity is null then
+        raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
+    end if;
+    perform fanout.check_name('topic', capture_statements.topic);
+    perform pg_advisory_xact_lock(hashtext('fanout.capture'), capture_statements.entity::oid::integer);
+    perform fanout.keep_topic(capture_statements.topic);
+    perform fanout.require_topic(capture_statements.topic);
+    if not exists (select from pg_class where oid = capture_statements.entity and relkind in ('r', 'p')) then
+        raise exception '% is not a table', capture_statements.entity
+            using errcode = 'wrong_object_type',
+                  detail = 'Only ordinary and partitioned tables can be captured.';
+    elsif exists (select from pg_class c where c.oid = capture_statements.entity and c.relnamespace = 'fanout'::regnamespace) then
+        raise exception 'tables of pg_fanout cannot be captured'
+            using errcode = 'wrong_object_type';
+    end if;
+    if capture_statements.operations is null or array_length(capture_statements.operations, 1) is null
+       or not capture_statements.operations <@ array['insert', 'update', 'delete', 'truncate']
+    then
+        raise exception 'operations must be among insert, update, delete and truncate'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'They are written in lower case, as in ''{insert,update}''.';
+    end if;
+    perform fanout.check_columns(capture_statements.entity, 'columns', capture_statements.columns);
+    perform fanout.check_columns(capture_statements.entity, 'exclude', capture_statements.exclude);
+    perform fanout.check_columns(capture_statements.entity, 'key', capture_statements.key);
+    if capture_statements.columns is not null and capture_statements.exclude is not null then
+        raise exception 'columns and exclude cannot be given both'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    select c into clashing
+    from unnest(capture_statements.exclude) c
+    where c = any (coalesce(capture_statements.key, fanout.default_key(capture_statements.entity))) limit 1;
+    if found then
+        raise exception 'column "%" cannot be excluded', clashing
+            using errcode = 'invalid_parameter_value',
+                  detail = 'It belongs to the key, and every message carries its key.',
+                  hint = 'Name other columns in "key".';
+    end if;
 
-    for trigger_name in
-        select t.tgname from pg_trigger t
-        where t.tgrelid = uncapture.entity and t.tgparentid = 0
-          and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
-          and (fanout.trigger_arguments(t.oid))[1] = any (topics)
-    loop
-        execute format('drop trigger %I on %s', trigger_name, uncapture.entity);
+    arguments := array[capture_statements.topic];
+    if capture_statements.columns is not null then
+        arguments := arguments || array['columns', capture_statements.columns::text];
+    end if;
+    if capture_statements.exclude is not null then
+        arguments := arguments || array['exclude', capture_statements.exclude::text];
+    end if;
+    if capture_statements.key is not null then
+        arguments := arguments || array['key', capture_statements.key::text];
+    end if;
+    if capture_statements."when" is not null then
+        arguments := arguments || array['when', capture_statements."when"];
+    end if;
+    if capture_statements.old_row then
+        arguments := arguments || array['old_row', 'true'];
+    end if;
+
+    select * into old from fanout.captures_of(capture_statements.entity) c where c.topic = capture_statements.topic;
+    if found then
+        perform fanout.raise_difference(
+            format('capture of table %s into topic "%s"', capture_statements.entity, capture_statements.topic),
+            array_remove(array[
+                fanout.difference('operations', old.operations::text,
+                                  (select array_agg(o order by o)::text
+                                   from (select distinct unnest(capture_statements.operations)) u(o))),
+                fanout.difference('columns', old.columns::text, capture_statements.columns::text),
+                fanout.difference('exclude', old.exclude::text, capture_statements.exclude::text),
+                fanout.difference('key', old.key::text, capture_statements.key::text),
+                fanout.difference('when', old."when", capture_statements."when"),
+                fanout.difference('old_row', old.old_row::text, coalesce(capture_statements.old_row, false)::text)], null));
+        return statements;
+    end if;
+
+    select string_agg(quote_literal(a), ', ' order by n) into quoted
+    from unnest(arguments) with ordinality u(a, n);
+    select array_agg(o order by array_position(array['insert', 'update', 'delete'], o)) into row_operations
+    from (select distinct unnest(capture_statements.operations)) u(o)
+    where o <> 'truncate';
+
+    if row_operations is not null and capture_statements."when" is null then
+        statements := array[format(statement, fanout.trigger_name(capture_statements.topic, ''),
+                                   array_to_string(row_operations, ' or '), capture_statements.entity, 'row', '', quoted)];
+    elsif row_operations is not null then
+        foreach operation in array row_operations loop
+            statements := statements
+                || format(statement, fanout.trigger_name(capture_statements.topic, '_' || operation),
+                          operation, capture_statements.entity, 'row',
+                          format(E'when (%s\n)', fanout.condition_for(operation, capture_statements.entity,
+                                                                       capture_statements."when")),
+                          quoted);
+        end loop;
+    end if;
+    if 'truncate' = any (capture_statements.operations) then
+        statements := statements
+            || format(statement, fanout.trigger_name(capture_statements.topic, '_truncate'),
+                      'truncate', capture_statements.entity, 'statement', '', quoted);
+    end if;
+    return statements;
+end
+$$;
+comment on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, boolean) is
+'internal: checks what fanout.capture() was given and returns the statements that it runs, none if the table is captured so already';
+revoke all on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, boolean) from public;
+
+-- Runs with the caller's rights: who may not create a trigger on the table may
+-- not capture it, and the condition is the caller's own SQL.
+create function fanout.capture(entity regclass, topic text,
+                               operations text[] default '{insert,update,delete}',
+                               columns text[] default null, exclude text[] default null,
+                               key text[] default null, "when" text default null,
+                               old_row boolean default false)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    statement text;
+begin
+    foreach statement in array fanout.capture_statements(entity, topic, operations, columns, exclude, key, "when", old_row) loop
+        execute statement;
     end loop;
-    return coalesce(array_length(topics, 1), 0);
+end
+$$;
+comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) is
+'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
+revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) from public;
+
+create function fanout.uncapture_statements(entity regclass, topic text) returns text[]
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(array_agg(format('drop trigger %I on %s', t.tgname, uncapture_statements.entity)), '{}')
+    from pg_trigger t
+    where t.tgrelid = uncapture_statements.entity and t.tgparentid = 0
+      and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
+      and (uncapture_statements.topic is null
+           or (fanout.trigger_arguments(t.oid))[1] = uncapture_statements.topic)
+$$;
+comment on function fanout.uncapture_statements(regclass, text) is
+'internal: the statements that fanout.uncapture() runs';
+revoke all on function fanout.uncapture_statements(regclass, text) from public;
+
+create function fanout.uncapture(entity regclass, topic text default null) returns integer
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    statements text[] := fanout.uncapture_statements(entity, topic);
+    statement text;
+    captures integer := (select count(*) from fanout.captures_of(entity) c
+                         where uncapture.topic is null or c.topic = uncapture.topic);
+begin
+    foreach statement in array statements loop
+        execute statement;
+    end loop;
+    return captures;
 end
 $$;
 comment on function fanout.uncapture(regclass, text) is
@@ -913,6 +978,9 @@ revoke all on function fanout.column_dropped(oid, text) from public;
 create event trigger pg_fanout_column_altered on ddl_command_end
 when tag in ('ALTER TABLE')
 execute function fanout.column_altered();
+-- Also where session_replication_role is "replica": a column renamed there
+-- would no longer be excluded.
+alter event trigger pg_fanout_column_altered enable always;
 comment on event trigger pg_fanout_column_altered is 'pg_fanout: keeps the options of captures true when columns are renamed';
 
 
@@ -926,7 +994,7 @@ returns uuid
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_publish';
 comment on function fanout.publish(text, jsonb, text, text, jsonb) is
-'writes a message; it is published once this transaction has committed. payload: the body; key: messages of the same key keep their order; type: AMQP property; headers: object of strings, numbers, booleans, nulls. Returns the message id. Errors: 42704 unknown topic, 22004 payload is null, 22023 bad headers or a type over 255 bytes, 25006 in a read-only transaction';
+'writes a message; it is published once this transaction has committed. payload: the body; key: messages of the same key keep their order; type: AMQP property; headers: object of strings, numbers, booleans, nulls. Returns the message id. Errors: 42704 unknown topic, 22004 topic or payload is null, 22023 bad headers or a type over 255 bytes, 25006 in a read-only transaction';
 revoke all on function fanout.publish(text, jsonb, text, text, jsonb) from public;
 
 create function fanout.pause(topic text) returns void
@@ -1022,7 +1090,7 @@ create function fanout.flush(timeout interval default '30 s') returns boolean
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_flush';
 comment on function fanout.flush(interval) is
-'waits until the broker has acknowledged everything that was committed before the call, messages and topology; false if that took longer than timeout. Messages held or refused count as not acknowledged. Errors: 55000 if the library is not preloaded, 22023 if timeout is negative or null';
+'waits until the broker has acknowledged everything that was committed before the call, messages and topology; false if that took longer than timeout. Held messages and refused topology, of whatever topic, count as not acknowledged; dead letters are over. Errors: 55000 if the library is not preloaded, 53400 if no publisher can be started, 22004 if timeout is null, 22023 if it is negative';
 revoke all on function fanout.flush(interval) from public;
 
 create function fanout.verify(timeout interval default '10 s') returns boolean
@@ -1108,7 +1176,7 @@ comment on column fanout.outbox_status.type is 'AMQP type';
 comment on column fanout.outbox_status.key is 'key of the row or message; NULL: none';
 comment on column fanout.outbox_status.created_at is 'when the change was made';
 comment on column fanout.outbox_status.state is
-'pending: waits for the publisher; sent: acknowledged by the broker; held: its topic is paused or stalled; dead: given up';
+'pending: waits for the publisher; sent: acknowledged by the broker, or given up with fanout.purge(); held: its topic is paused or stalled; dead: given up';
 comment on column fanout.outbox_status.sent_at is 'when the broker''s acknowledgement was recorded; NULL: not sent, or too long ago to tell';
 revoke all on fanout.outbox_status from public;
 
@@ -1125,7 +1193,7 @@ revoke all on function fanout.publisher_status() from public;
 create view fanout.stat_publisher as
 select s.* from fanout.publisher_status() s where s.state is not null;
 comment on view fanout.stat_publisher is
-'the publisher of this database; one row, none if the library is not preloaded or no publisher was started yet. Counters begin at the server''s start';
+'the publisher of this database; one row, none if the library is not preloaded or no publisher was started yet. Counters begin when the server starts, or when the extension is created';
 comment on column fanout.stat_publisher.pid is 'process id; NULL: it is not running';
 comment on column fanout.stat_publisher.state is
 'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; stopped';

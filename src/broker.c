@@ -132,6 +132,9 @@
 /* More events than any window of unconfirmed messages can give rise to. */
 #define EVENTS_MAX			(256 * 1024)
 
+/* How long a polite close waits for the answer. */
+#define GOODBYE_MS			200
+
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)
 
 /* File names tried for rabbitmq-c before 0.14, Debian's and Red Hat's. */
@@ -191,6 +194,9 @@ struct Broker
 
 /* A connection that opens a TLS socket; read by signal handlers. */
 static amqp_connection_state_t volatile handshaking = NULL;
+
+/* Life of a connection */
+static void say_goodbye(Broker *broker);
 
 /* Failure */
 static bool lose(Broker *broker, int code, const char *format,...)
@@ -322,12 +328,10 @@ broker_connect(const BrokerAddress *address, const char *password,
 void
 broker_close(Broker *broker, bool polite)
 {
-	amqp_connection_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
 	int			fd;
 
-	if (polite && !broker->lost && !broker->mid_message && tcp_writable(broker->fd, NULL))
-		send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_METHOD,
-					&close, METHOD_SIZE, 0);
+	if (polite && !broker->mid_message && broker_writable(broker, METHOD_SIZE))
+		say_goodbye(broker);
 
 	/* The library would begin a TLS shutdown; spare it a dead peer. */
 	fd = broker->conn ? amqp_get_sockfd(broker->conn) : -1;
@@ -340,6 +344,31 @@ broker_close(Broker *broker, bool polite)
 	free(broker->events);
 	free(broker->entries);
 	free(broker);
+}
+
+/*
+ * Without the answer, RabbitMQ would log a warning about a client that went
+ * away.  Whatever else it still says is of no interest.
+ */
+static void
+say_goodbye(Broker *broker)
+{
+	int64_t		deadline = clock_ms() + GOODBYE_MS;
+	amqp_connection_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
+	amqp_frame_t frame;
+
+	broker_uncork(broker);
+	if (!send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_METHOD,
+					 &close, METHOD_SIZE, 0))
+		return;
+	while (!broker->lost && clock_left(deadline) > 0)
+	{
+		broker->reads = 0;		/* keeps read_frame() from calling wait() */
+		if (!read_frame(broker, &frame))
+			tcp_wait_readable(broker->fd, clock_left(deadline));
+		else if (is_method(&frame, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_OK_METHOD))
+			return;
+	}
 }
 
 int
@@ -414,6 +443,8 @@ lose_status(Broker *broker, const char *what, int status)
 	if (status == AMQP_STATUS_SOCKET_ERROR && saved_errno != 0)
 		return lose(broker, 0, "could not %s %s: %s", what, broker->where,
 					strerror(saved_errno));
+	if (status == AMQP_STATUS_SSL_ERROR)
+		return lose(broker, 0, "TLS connection to %s failed", broker->where);
 	return lose(broker, 0, "could not %s %s: %s", what, broker->where,
 				amqp_error_string2(status));
 }

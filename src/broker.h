@@ -69,8 +69,7 @@ typedef enum BrokerResult
 	BROKER_REFUSED,				/* the broker closed the channel: code, text */
 	BROKER_LOST,				/* the connection is gone; only broker_close()
 								 * may follow */
-	BROKER_TOO_LARGE,			/* properties do not fit one frame; nothing was
-								 * sent */
+	BROKER_TOO_LARGE,			/* the text says what is; nothing was sent */
 } BrokerResult;
 
 /* Why the last call failed; text never contains a password. */
@@ -159,17 +158,19 @@ extern void broker_free_addresses(BrokerAddress *addresses, int count);
 /*
  * Connects, logs in, opens the publishing channel in confirm mode.  The
  * password overrides the address's unless NULL.  Returns NULL with *error
- * filled on failure.  Blocks at most options->connect_timeout_ms inside the
- * library, and fd_changed() lets a signal handler cut that short.
- * The options must outlive the connection.
+ * filled on failure: at the latest after options->connect_timeout_ms, not
+ * counting the resolver, whose limits are its own.  All of it waits through
+ * options->wait(), but for the TLS handshake (broker_handshake_fd()).
+ * The options must outlive the connection; address and password need not.
  */
 extern Broker *broker_connect(const BrokerAddress *address, const char *password,
 							  const BrokerOptions *options, BrokerError *error);
 
 /*
- * Closes the socket and frees everything.  polite: say connection.close
- * without waiting for the answer, only if the connection is healthy and the
- * socket takes it at once.
+ * Closes the socket and frees everything.  polite: close as AMQP wants it, if
+ * the connection is healthy and the socket takes that at once, and wait for
+ * the answer, at most 200 ms and without calling options->wait(); so it may
+ * be used where nothing may be raised.
  */
 extern void broker_close(Broker *broker, bool polite);
 
@@ -186,7 +187,10 @@ extern int	broker_handshake_fd(void);
 /* Is the connection blocked by the broker (connection.blocked)? */
 extern bool broker_blocked(const Broker *broker);
 
-/* Milliseconds until the library must be called again for a heartbeat. */
+/*
+ * Milliseconds until broker_next_event() must be called again for the sake of
+ * heartbeats; an hour if there are none.
+ */
 extern long broker_next_heartbeat(const Broker *broker);
 
 /*
@@ -194,15 +198,21 @@ extern long broker_next_heartbeat(const Broker *broker);
  * means that it was written: the confirm decides.  The delivery tag is the
  * count of messages published since broker_connect() or broker_reopen(),
  * beginning with 1.  Waits (interruptibly) for room in the socket's buffer
- * frame by frame, at most timeout_ms in all without any progress; then the
- * connection is given up as BROKER_LOST.
+ * frame by frame, at most timeout_ms without a byte leaving the kernel, and
+ * then the connection is given up as BROKER_LOST.  What the broker says
+ * meanwhile is kept for broker_next_event().
+ *
+ * BROKER_REFUSED: the publishing channel is closed, maybe in the middle of
+ * this very message; BROKER_CHANNEL_CLOSED is, or was, among the events.
  */
 extern BrokerResult broker_publish(Broker *broker, const BrokerMessage *message,
 								   long timeout_ms, BrokerError *error);
 
 /*
- * Would broker_publish() of a message of so many bytes have to wait for the
- * socket?  Cheap: asks the kernel only once per 64 kB or so.
+ * Can broker_publish() send a message of so many bytes, headers included,
+ * without waiting for the socket?  Of a message too large for that ever (128
+ * kB, or a third of the send buffer): can it begin at once?  Cheap: asks the
+ * kernel only once per 128 kB or so.
  */
 extern bool broker_writable(Broker *broker, size_t bytes);
 
@@ -222,7 +232,9 @@ extern void broker_next_event(Broker *broker, BrokerEvent *event);
 
 /*
  * Opens the publishing channel again in confirm mode after
- * BROKER_CHANNEL_CLOSED.  Delivery tags start at 1 again.
+ * BROKER_CHANNEL_CLOSED, or at any time: a channel still open is closed first.
+ * Delivery tags start at 1 again; confirms and returns not fetched yet are
+ * dropped with the old channel.
  */
 extern BrokerResult broker_reopen(Broker *broker, BrokerError *error);
 
@@ -231,7 +243,8 @@ extern BrokerResult broker_reopen(Broker *broker, BrokerError *error);
  * a refusal (404, 403, 405, 406) never disturbs the messages in flight; they
  * wait for the reply interruptibly, at most rpc_timeout_ms (then
  * BROKER_LOST).  Events of the publishing channel that arrive meanwhile are
- * kept for broker_next_event().
+ * kept for broker_next_event().  A broker that has blocked the connection
+ * does not read it, and answers nothing: better ask broker_blocked() first.
  */
 extern BrokerResult broker_declare_exchange(Broker *broker, const char *exchange,
 											BrokerError *error);

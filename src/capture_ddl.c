@@ -19,6 +19,7 @@
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
+#include "miscadmin.h"
 #include "nodes/nodeFuncs.h"
 #include "nodes/parsenodes.h"
 #include "parser/parser.h"
@@ -104,6 +105,15 @@ pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
 	SysScanDesc scan;
 	HeapTuple	tuple;
 
+	/* granted by mistake, it would open all tables' triggers */
+	if (!superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be superuser to call %s", "fanout.set_trigger_arguments()")));
+	if (array_contains_nulls(PG_GETARG_ARRAYTYPE_P(1)))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("arguments of a trigger must not be null")));
 	deconstruct_array(PG_GETARG_ARRAYTYPE_P(1), TEXTOID, -1, false, TYPALIGN_INT,
 					  &arguments, &nulls, &nargs);
 	ScanKeyInit(&key, Anum_pg_trigger_oid, BTEqualStrategyNumber, F_OIDEQ, PG_GETARG_DATUM(0));
@@ -125,15 +135,17 @@ pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
  * the text by a NULL of the table's row type; the places are found by the
  * server's own parser.
  */
+typedef struct Place
+{
+	int			location;
+	bool		star;			/* old.* */
+} Place;
+
 typedef struct MissingRow
 {
 	const char *name;			/* "old" or "new" */
 	int			count;
-	struct
-	{
-		int			location;
-		bool		star;		/* old.* */
-	}			places[100];
+	Place		places[100];
 } MissingRow;
 
 static bool
@@ -195,18 +207,35 @@ parse_condition(const char *sql)
 	return NULL;				/* keep compiler quiet */
 }
 
-/* Length of "old" or "old.*" as written at s: quoted or not, with blanks. */
+/*
+ * Length of name, or name.*, as written at s: in any case, or quoted, with
+ * blanks before the star.  What only the server's scanner could tell the
+ * length of (U&"\006fld") is refused.
+ */
 static int
-written_length(const char *s, bool star)
+written_length(const char *s, const char *name, bool star)
 {
-	const char *end = s + (*s == '"' ? 5 : 3);
+	int			len = strlen(name);
+	bool		quoted = (*s == '"');
+	const char *end = s + len + (quoted ? 2 : 0);
 
+	if (pg_strncasecmp(s + (quoted ? 1 : 0), name, len) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_SYNTAX_ERROR),
+				 errmsg("condition must not write %s with escapes", name)));
 	if (star)
 	{
 		end = strchr(end, '*');
 		return end == NULL ? 0 : end + 1 - s;
 	}
 	return end - s;
+}
+
+/* The walker visits position(a in b) as b, a. */
+static int
+compare_places(const void *a, const void *b)
+{
+	return ((const Place *) a)->location - ((const Place *) b)->location;
 }
 
 Datum
@@ -221,24 +250,28 @@ pgf_condition_for(PG_FUNCTION_ARGS)
 	int			done = strlen("select (");
 	Node	   *expression = parse_condition(sql);
 
+	if (get_rel_name(entity) == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("relation with OID %u does not exist", entity)));
 	if (strcmp(operation, "update") == 0)
 		PG_RETURN_TEXT_P(cstring_to_text(condition));
 	missing.name = (strcmp(operation, "insert") == 0) ? "old" : "new";
 	(void) find_missing(expression, &missing);
+	qsort(missing.places, missing.count, sizeof(Place), compare_places);
 
 	initStringInfo(&out);
 	for (int i = 0; i < missing.count; i++)
 	{
 		int			location = missing.places[i].location;
 
-		/* the walker visits them in the order in which they are written */
 		if (location < done)
-			elog(ERROR, "unexpected order of references in condition");
+			elog(ERROR, "overlapping references in condition");
 		appendBinaryStringInfo(&out, sql + done, location - done);
 		appendStringInfo(&out, "(null::%s)",
 						 quote_qualified_identifier(get_namespace_name(get_rel_namespace(entity)),
 													get_rel_name(entity)));
-		done = location + written_length(sql + location, missing.places[i].star);
+		done = location + written_length(sql + location, missing.name, missing.places[i].star);
 	}
 	appendBinaryStringInfo(&out, sql + done, strlen(sql) - done - strlen("\n)"));
 	PG_RETURN_TEXT_P(cstring_to_text_with_len(out.data, out.len));

@@ -12,15 +12,11 @@
 
 #include "postgres.h"
 
-#include "catalog/pg_authid.h"
 #include "catalog/pg_database.h"
-#include "commands/dbcommands.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/guc.h"
-#include "utils/lsyscache.h"
-#include "utils/syscache.h"
 #include "utils/wait_event.h"
 
 #if PG_VERSION_NUM < 140000
@@ -53,25 +49,6 @@
 #if PG_VERSION_NUM < 180000
 #define pg_noreturn pg_attribute_noreturn()
 #endif
-
-/* 15: have_createdb_privilege() is exported */
-static inline bool
-pgf_may_create_databases(void)
-{
-#if PG_VERSION_NUM >= 150000
-	return have_createdb_privilege();
-#else
-	bool		result = superuser();
-	HeapTuple	role = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
-
-	if (HeapTupleIsValid(role))
-	{
-		result |= ((Form_pg_authid) GETSTRUCT(role))->rolcreatedb;
-		ReleaseSysCache(role);
-	}
-	return result;
-#endif
-}
 
 /* 16: one function for the ownership of all kinds of objects */
 static inline bool

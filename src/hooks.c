@@ -38,8 +38,9 @@
  * - ALTER DATABASE ... ALLOW_CONNECTIONS, IS_TEMPLATE: the launcher looks at
  *	 pg_database at the end.
  *
- * - ALTER DATABASE ... SET pg_fanout.*, ALTER ROLE ... SET pg_fanout.* (the
- *	 role as which workers run may be meant), RESET: restart at commit.
+ * - ALTER DATABASE ... SET pg_fanout.*, ALTER ROLE ... SET pg_fanout.* (of the
+ *	 role as which workers run, or of all), RESET: restart at commit, once the
+ *	 command has succeeded, so that nobody without rights can cause it.
  *
  * - COMMIT PREPARED: the publisher is woken at commit, since the messages may
  *	 be in the transaction that was prepared.  If that one created the
@@ -57,8 +58,10 @@
 #include "access/table.h"
 #include "catalog/catalog.h"
 #include "catalog/objectaccess.h"
+#include "catalog/pg_authid.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_extension.h"
+#include "commands/dbcommands.h"
 #include "commands/defrem.h"
 #include "commands/extension.h"
 #include "miscadmin.h"
@@ -95,7 +98,10 @@ static void after_commit_prepared(void);
 static void before_create_database(CreatedbStmt *statement);
 static void before_alter_database(AlterDatabaseStmt *statement);
 static void before_rename(RenameStmt *statement);
-static void before_set(VariableSetStmt *setting, bool one_database, const char *dbname);
+static bool changes_settings(Node *statement, Oid *database);
+static bool may_be_ours(VariableSetStmt *setting);
+static bool workers_run_as(RoleSpec *role);
+static bool may_create_databases(void);
 static bool may_copy_database(Oid database);
 static bool is_template(Oid database);
 static void stop_publisher(Oid database);
@@ -171,12 +177,16 @@ utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 		QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
 {
 	bool		commit_prepared = is_commit_prepared(pstmt->utilityStmt);
+	Oid			database = InvalidOid;
+	bool		restart = changes_settings(pstmt->utilityStmt, &database);
 	ProcessUtility_hook_type next = next_utility ? next_utility : standard_ProcessUtility;
 
 	before_utility(pstmt->utilityStmt);
 	next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 	if (commit_prepared)
 		after_commit_prepared();
+	if (restart)
+		wakeup_restart_at_commit(database);
 }
 
 static bool
@@ -199,15 +209,6 @@ before_utility(Node *statement)
 			break;
 		case T_RenameStmt:
 			before_rename((RenameStmt *) statement);
-			break;
-		case T_AlterDatabaseSetStmt:
-			before_set(((AlterDatabaseSetStmt *) statement)->setstmt, true,
-					   ((AlterDatabaseSetStmt *) statement)->dbname);
-			break;
-		case T_AlterRoleSetStmt:
-			before_set(((AlterRoleSetStmt *) statement)->setstmt,
-					   ((AlterRoleSetStmt *) statement)->database != NULL,
-					   ((AlterRoleSetStmt *) statement)->database);
 			break;
 		default:
 			break;
@@ -245,7 +246,7 @@ before_create_database(CreatedbStmt *statement)
 			source = defGetString(option);
 	}
 	database = get_database_oid(source, true);
-	if (OidIsValid(database) && pgf_may_create_databases() && may_copy_database(database))
+	if (OidIsValid(database) && may_create_databases() && may_copy_database(database))
 		stop_publisher(database);
 	wakeup_launcher_at_end();
 }
@@ -275,26 +276,72 @@ before_rename(RenameStmt *statement)
 	if (statement->renameType != OBJECT_DATABASE)
 		return;
 	database = get_database_oid(statement->subname, true);
-	if (OidIsValid(database) && pgf_owns_database(database) && pgf_may_create_databases())
+	if (OidIsValid(database) && pgf_owns_database(database) && may_create_databases())
 		stop_publisher(database);
 }
 
-/* one_database: only the publisher of dbname. */
-static void
-before_set(VariableSetStmt *setting, bool one_database, const char *dbname)
+/* *database: whose publisher is concerned; InvalidOid: every one. */
+static bool
+changes_settings(Node *statement, Oid *database)
 {
-	Oid			database = InvalidOid;
+	const char *dbname = NULL;
 
-	if (setting->kind != VAR_RESET_ALL &&
-		pg_strncasecmp(setting->name, SETTING_PREFIX, strlen(SETTING_PREFIX)) != 0)
-		return;
-	if (one_database)
+	if (IsA(statement, AlterDatabaseSetStmt))
 	{
-		database = get_database_oid(dbname, true);
-		if (!OidIsValid(database))
-			return;				/* the command will say so */
+		AlterDatabaseSetStmt *set = (AlterDatabaseSetStmt *) statement;
+
+		if (!may_be_ours(set->setstmt))
+			return false;
+		dbname = set->dbname;
 	}
-	wakeup_restart_at_commit(database);
+	else if (IsA(statement, AlterRoleSetStmt))
+	{
+		AlterRoleSetStmt *set = (AlterRoleSetStmt *) statement;
+
+		if (!may_be_ours(set->setstmt) || !workers_run_as(set->role))
+			return false;
+		dbname = set->database;
+	}
+	else
+		return false;
+
+	*database = dbname ? get_database_oid(dbname, true) : InvalidOid;
+	return dbname == NULL || OidIsValid(*database);
+}
+
+static bool
+may_be_ours(VariableSetStmt *setting)
+{
+	return setting->kind == VAR_RESET_ALL ||
+		pg_strncasecmp(setting->name, SETTING_PREFIX, strlen(SETTING_PREFIX)) == 0;
+}
+
+/* NULL: ALTER ROLE ALL */
+static bool
+workers_run_as(RoleSpec *role)
+{
+	return role == NULL || get_rolespec_oid(role, true) == BOOTSTRAP_SUPERUSERID;
+}
+
+/*
+ * The server's have_createdb_privilege() is exported only since some minor
+ * release.
+ */
+static bool
+may_create_databases(void)
+{
+	HeapTuple	role;
+	bool		result = false;
+
+	if (superuser())
+		return true;
+	role = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
+	if (HeapTupleIsValid(role))
+	{
+		result = ((Form_pg_authid) GETSTRUCT(role))->rolcreatedb;
+		ReleaseSysCache(role);
+	}
+	return result;
 }
 
 /* As createdb() decides. */

@@ -81,15 +81,6 @@ forget_topics(void)
 }
 
 static void
-forget_own_relations(void)
-{
-	topic_relid = InvalidOid;
-	sequence_relid = InvalidOid;
-	topology_change_relid = InvalidOid;
-	memset(segment_relid, 0, sizeof(segment_relid));
-}
-
-static void
 invalidate_captures(Oid relid)
 {
 	HASH_SEQ_STATUS scan;
@@ -113,29 +104,37 @@ is_own_relation(Oid relid)
 		if (relid == segment_relid[i])
 			return true;
 	}
-	return relid == sequence_relid || relid == topology_change_relid;
+	return relid == topic_relid || relid == sequence_relid || relid == topology_change_relid;
+}
+
+/*
+ * All at once: without topic_relid nothing would tell that the topics, those in
+ * the captures among them, have changed.
+ */
+static void
+forget_everything(void)
+{
+	forget_topics();
+	topic_relid = InvalidOid;
+	sequence_relid = InvalidOid;
+	topology_change_relid = InvalidOid;
+	memset(segment_relid, 0, sizeof(segment_relid));
+	invalidate_captures(InvalidOid);
 }
 
 static void
 relation_changed(Datum arg, Oid relid)
 {
-	if (!OidIsValid(relid) || relid == topic_relid)
-	{
-		forget_topics();
-		forget_own_relations();
-		invalidate_captures(InvalidOid);
-		return;
-	}
-	if (is_own_relation(relid))
-		forget_own_relations();
-	invalidate_captures(relid);
+	if (!OidIsValid(relid) || is_own_relation(relid))
+		forget_everything();
+	else
+		invalidate_captures(relid);
 }
 
 static void
 schema_changed(Datum arg, int cacheid, uint32 hashvalue)
 {
-	forget_own_relations();
-	invalidate_captures(InvalidOid);
+	forget_everything();
 }
 
 static void
@@ -418,7 +417,7 @@ explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
 	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &n);
 	for (int k = 0; k < n; k++)
 	{
-		char	   *name = TextDatumGetCString(elements[k]);
+		const char *name = nulls[k] ? "" : TextDatumGetCString(elements[k]);
 
 		for (int i = 0; i < desc->natts; i++)
 		{
@@ -431,16 +430,39 @@ explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
 	return found;
 }
 
-/* Columns of the primary key, else of the replica identity's index. */
+/*
+ * The primary key, else the index of the replica identity.  Before PostgreSQL
+ * 17 rd_pkindex leaves out a deferrable primary key, which is good enough here:
+ * nothing depends on its being unique at every moment.
+ */
+static Oid
+key_index(Relation rel)
+{
+	List	   *indexes = RelationGetIndexList(rel);	/* sets rd_pkindex and rd_replidindex */
+	ListCell   *lc;
+
+	if (OidIsValid(rel->rd_pkindex))
+		return rel->rd_pkindex;
+	foreach(lc, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
+		bool		primary = index->rd_index->indisprimary;
+
+		index_close(index, AccessShareLock);
+		if (primary)
+			return lfirst_oid(lc);
+	}
+	return rel->rd_replidindex;
+}
+
+/* Its columns. */
 static int
 default_key(Relation rel, AttrNumber *attnums)
 {
-	Oid			indexoid;
+	Oid			indexoid = key_index(rel);
 	Relation	index;
 	int			n;
 
-	RelationGetIndexList(rel);	/* sets rd_pkindex and rd_replidindex */
-	indexoid = OidIsValid(rel->rd_pkindex) ? rel->rd_pkindex : rel->rd_replidindex;
 	if (!OidIsValid(indexoid))
 		return 0;
 	index = index_open(indexoid, AccessShareLock);

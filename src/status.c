@@ -159,7 +159,6 @@ pgf_flush(PG_FUNCTION_ARGS)
 	DatabaseSlot *slot = require_slot();
 	uint64		ticket = pg_atomic_add_fetch_u64(&slot->flush_requested, 1);
 
-	pg_atomic_write_u32(&slot->dirty, 1);
 	shmem_wake_publisher(slot);
 	PG_RETURN_BOOL(wait_for(slot, &slot->flush_done, ticket, end));
 }

@@ -214,6 +214,14 @@ tcp_writable(int fd, bool *readable)
 	return (p.revents & (POLLOUT | POLLERR | POLLHUP)) != 0;
 }
 
+void
+tcp_wait_readable(int fd, long timeout_ms)
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+
+	poll(&p, 1, (int) timeout_ms);
+}
+
 int64_t
 clock_ms(void)
 {

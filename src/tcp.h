@@ -48,6 +48,9 @@ extern int	tcp_unsent(int fd);
 /* Does a write not block now, or fail at once?  Same for a read, if asked. */
 extern bool tcp_writable(int fd, bool *readable);
 
+/* A plain wait, without interrupts; for short times. */
+extern void tcp_wait_readable(int fd, long timeout_ms);
+
 /* The clock of all deadlines, in milliseconds; and what is left, 0 if none. */
 extern int64_t clock_ms(void);
 extern long clock_left(int64_t deadline);

@@ -83,9 +83,11 @@ fd_changed(int fd)
 static void
 shut_down(int signal)
 {
+	int			fd = announced >= 0 ? announced : broker_handshake_fd();
+
 	(void) signal;
-	if (announced >= 0)
-		shutdown(announced, SHUT_RDWR);
+	if (fd >= 0)
+		shutdown(fd, SHUT_RDWR);
 }
 
 static const BrokerOptions options = {
@@ -574,6 +576,30 @@ test_acks_first(void)
 	stop_server(pid);
 }
 
+/* A TLS port that takes connections and says nothing. */
+static void
+test_silent_tls(void)
+{
+	BrokerAddress address;
+	BrokerError error;
+	Broker	   *broker;
+	pid_t		pid = start_server(script_flood, &address);
+	int64_t		begin = now_ms();
+
+	kill(pid, SIGSTOP);
+	address.tls = true;
+	broker = broker_connect(&address, NULL, &options, &error);
+	ok(broker == NULL && announced == -1 && now_ms() - begin < CONNECT_TIMEOUT + 500,
+	   "a silent TLS port times out: %s (%ld ms)", error.text, (long) (now_ms() - begin));
+
+	begin = now_ms();
+	ualarm(300000, 0);
+	broker = broker_connect(&address, NULL, &options, &error);
+	ok(broker == NULL && broker_handshake_fd() == -1 && now_ms() - begin < CONNECT_TIMEOUT / 2,
+	   "a signal handler ends the TLS handshake: %s (%ld ms)", error.text, (long) (now_ms() - begin));
+	stop_server(pid);
+}
+
 static void
 test_fuzz(void)
 {
@@ -617,6 +643,7 @@ main(void)
 	test_frames();
 	test_floods();
 	test_acks_first();
+	test_silent_tls();
 	test_fuzz();
 	return done();
 }

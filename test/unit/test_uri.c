@@ -57,7 +57,7 @@ test_good(void)
 	good("amqp://", "localhost", 5672, "guest", "guest", "/", false);
 	good("amqps://", "localhost", 5671, "guest", "guest", "/", true);
 	good("AMQP://h", "h", 5672, "guest", "guest", "/", false);
-	good("  amqp://h \n", "h", 5672, "guest", "guest", "/", false);
+	good("  amqp://h \t", "h", 5672, "guest", "guest", "/", false);
 	good("amqp://user@", "localhost", 5672, "user", NULL, "/", false);
 	good("amqp://user:@h", "h", 5672, "user", "", "/", false);
 	good("amqp://user:pass@h:10000/vhost", "h", 10000, "user", "pass", "vhost", false);
