@@ -13,7 +13,7 @@ srcdir_ := $(dir $(lastword $(MAKEFILE_LIST)))
 sources := $(sort $(notdir $(wildcard $(srcdir_)src/*.c)))
 
 OBJS = $(addprefix src/,$(sources:.c=.o))
-DATA = $(sort $(wildcard $(srcdir_)sql/*--*.sql))
+DATA = $(patsubst $(srcdir_)%,%,$(sort $(wildcard $(srcdir_)sql/*--*.sql)))
 
 # The version stands once, in the control file.
 version := $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" $(srcdir_)pg_fanout.control)
@@ -27,9 +27,9 @@ endif
 SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq uuid)
 
 REGRESS = $(sort $(patsubst $(srcdir_)test/sql/%.sql,%,$(wildcard $(srcdir_)test/sql/*.sql)))
-REGRESS_OPTS = --inputdir=$(srcdir_)test --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf
+REGRESS_OPTS = --inputdir=$(srcdir_)test --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf --encoding=UTF8 --no-locale
 ISOLATION = $(sort $(patsubst $(srcdir_)test/specs/%.spec,%,$(wildcard $(srcdir_)test/specs/*.spec)))
-ISOLATION_OPTS = --inputdir=$(srcdir_)test --outputdir=. --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf
+ISOLATION_OPTS = --inputdir=$(srcdir_)test --outputdir=. --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf --encoding=UTF8 --no-locale
 
 TAP_TESTS = 1
 PROVE_TESTS = test/t/*.pl
@@ -40,4 +40,8 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
-$(OBJS): $(wildcard $(srcdir_)src/*.h)
+$(OBJS): $(wildcard $(srcdir_)src/*.h) $(srcdir_)pg_fanout.control | src
+
+# a VPATH build begins in an empty directory
+src:
+	mkdir -p $@

@@ -65,8 +65,10 @@ comment on table fanout.topic is
 'internal: one row per topic, that is, per durable fanout exchange; see the view fanout.topics';
 revoke all on fanout.topic from public;
 
+-- topic_id has no foreign key, because pg_restore -j would copy this table
+-- before the other.  keep_topic() and drop_topic() do what it would do.
 create table fanout.binding (
-    topic_id       integer not null references fanout.topic on delete cascade,
+    topic_id       integer not null,
     consumer_group text not null,
     queue          text not null unique,
     queue_type     text not null check (queue_type in ('quorum', 'classic')),
@@ -217,8 +219,10 @@ comment on column fanout.dead_letter.attempts is 'attempts made; 0: it could not
 comment on column fanout.dead_letter.dead_at is 'when it was given up';
 revoke all on fanout.dead_letter from public;
 
+-- These two have no foreign keys: their writer, the publisher, must not wait
+-- for somebody's lock on a topic.
 create table fanout.stall (
-    topic_id   integer primary key references fanout.topic on delete cascade,
+    topic_id   integer primary key,
     stalled_at timestamptz not null,
     attempts   integer     not null,
     retry_at   timestamptz not null,
@@ -228,7 +232,7 @@ comment on table fanout.stall is 'internal: topics that the broker refuses messa
 revoke all on fanout.stall from public;
 
 create table fanout.topic_stat (
-    topic_id   integer primary key references fanout.topic on delete cascade,
+    topic_id   integer primary key,
     sent       bigint           not null,
     rate       double precision not null,
     updated_at timestamptz      not null

@@ -53,13 +53,17 @@
  * Must never: raise a PostgreSQL error, allocate with palloc, keep a pointer
  * into a decoded frame past the next read, put a password into a text.
  *
- * Scenarios, each of them a check in test/unit/broker_probe.c: confirms;
- * return before ack; nack by reject-publish; exchange missing (404), then
- * reopened; memory alarm (blocked, unblocked); a frozen broker while writing
- * and while waiting for a reply; a body of many frames; a body over the
- * broker's limit; properties over a frame; login refused; vhost unknown;
- * nobody listening; 406 on the topology channel; a broker that talks
- * nonsense, goes silent at any step, or floods us.
+ * Scenarios.  Checks in test/unit/broker_probe.c, against a real RabbitMQ:
+ * confirms; return before ack; nack by reject-publish; exchange missing
+ * (404), then reopened; reopening that crosses the broker's close; memory
+ * alarm (blocked, unblocked, longer than the user timeout); a frozen broker
+ * while writing, while waiting for a reply, while idle, while connecting; a
+ * body of many frames; a body over the broker's limit; properties over a
+ * frame; login refused; vhost unknown; nobody listening; 406 on the topology
+ * channel; the operator closing the connection; TLS with and without trust.
+ * In test/unit/test_broker.c, against brokers made of raw bytes: one that goes
+ * silent, hangs up or talks nonsense at any step, breaks the order or the size
+ * of frames, floods us, or writes before it reads.
  *
  *-------------------------------------------------------------------------
  */

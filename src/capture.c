@@ -21,6 +21,7 @@
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/datum.h"
+#include "utils/guc.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -54,6 +55,14 @@ typedef struct Change
 
 /* ---- keys ---- */
 
+static const char *const key_settings[][2] = {
+	{"TimeZone", "UTC"},
+	{"DateStyle", "ISO"},
+	{"IntervalStyle", "postgres"},
+	{"bytea_output", "hex"},
+	{"extra_float_digits", "1"},
+};
+
 static bool
 keys_differ(const Change *change)
 {
@@ -75,12 +84,8 @@ keys_differ(const Change *change)
 	return false;
 }
 
-/*
- * The key as text: of a single column its value, of several a JSON array.
- * NULL if there is no key, or all of it is NULL.
- */
 static char *
-render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
+format_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
 {
 	StringInfoData out;
 	bool		all_null = true;
@@ -107,6 +112,31 @@ render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
 	}
 	appendStringInfoChar(&out, ']');
 	return all_null ? NULL : out.data;
+}
+
+/*
+ * The key as text: of a single column its value, of several a JSON array.
+ * NULL if there is no key, or all of it is NULL.
+ *
+ * A key names the row, so it must be the same text from every session.  Where
+ * the types depend on settings (timestamptz on TimeZone, bytea on
+ * bytea_output, ...), these are fixed while it is rendered.
+ */
+static char *
+render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
+{
+	int			nestlevel;
+	char	   *key;
+
+	if (!info->key_needs_settings)
+		return format_key(info, row, desc);
+	nestlevel = NewGUCNestLevel();
+	for (int i = 0; i < lengthof(key_settings); i++)
+		(void) set_config_option(key_settings[i][0], key_settings[i][1], PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	key = format_key(info, row, desc);
+	AtEOXact_GUC(true, nestlevel);
+	return key;
 }
 
 /* ---- bodies ---- */

@@ -13,6 +13,10 @@
  * warning from the publisher: refusing it then would only take away the
  * broker, not the secret.
  *
+ * GUC_SUPERUSER_ONLY still lets members of pg_read_all_settings see a value,
+ * pg_monitor among them; so SHOW never shows the password in a URI, not even
+ * to superusers, and pg_settings leaves the setting out.
+ *
  * Nothing here may print the value of pg_fanout.uri.  The server does so when
  * a check hook fails without a message of its own, so each failure sets one.
  *
@@ -29,6 +33,7 @@
 #include "miscadmin.h"
 #include "storage/fd.h"
 #include "utils/guc.h"
+#include "utils/memutils.h"
 
 #include "broker.h"
 #include "compat.h"
@@ -36,6 +41,9 @@
 
 #define DEFAULT_URI			"amqp://guest:guest@localhost:5672/"
 #define SECONDS_PER_YEAR	(365 * 24 * 3600)
+
+/* pg_settings would show the reset value, for which there is no show hook */
+#define HIDDEN (GUC_SUPERUSER_ONLY | GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE)
 
 char	   *pgf_uri;
 char	   *pgf_password_file;
@@ -60,6 +68,7 @@ static void define_secret(const char *name, const char *short_desc, const char *
 						  GucStringCheckHook check_hook);
 static void define_int(const char *name, const char *short_desc, const char *long_desc,
 					   int *variable, int min, int max, int flags);
+static const char *show_uri(void);
 static bool check_uri(char **newval, void **extra, GucSource source);
 static bool check_stored_password(const BrokerAddress *addresses, int count, GucSource source);
 static bool has_secret(const BrokerAddress *address);
@@ -164,8 +173,10 @@ define_secret(const char *name, const char *short_desc, const char *long_desc,
 {
 	DefineCustomStringVariable(name, short_desc, long_desc,
 							   variable, boot_value,
-							   PGC_SUSET, GUC_SUPERUSER_ONLY,
-							   check_hook, NULL, NULL);
+							   PGC_SUSET,
+							   variable == &pgf_uri ? HIDDEN : GUC_SUPERUSER_ONLY,
+							   check_hook, NULL,
+							   variable == &pgf_uri ? show_uri : NULL);
 }
 
 /* The variable's initial value is the default. */
@@ -291,4 +302,55 @@ check_password_file(const char *path)
 				(errcode(ERRCODE_CONFIG_FILE_ERROR),
 				 errmsg("password file \"%s\" has group or world access", path),
 				 errdetail("File must have permissions u=rw (0600) or less if owned by the database user, or permissions u=rw,g=r (0640) or less if owned by root.")));
+}
+
+/* Where the password in the URI that begins at s begins; NULL if it has none. */
+static const char *
+find_password(const char *s, const char **end)
+{
+	const char *host = s + strcspn(s, "/,?#");
+	const char *colon = memchr(s, ':', host - s);
+
+	*end = NULL;
+	for (const char *c = s; c < host; c++)
+	{
+		if (*c == '@')
+			*end = c;
+	}
+	return (*end != NULL && colon != NULL && colon < *end) ? colon + 1 : NULL;
+}
+
+/*
+ * The setting with passwords masked.  The result is valid until the next call;
+ * the server copies it at once.
+ */
+static const char *
+show_uri(void)
+{
+	static StringInfo out = NULL;
+	const char *s = pgf_uri;
+	const char *scheme;
+
+	if (out == NULL)
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+
+		out = makeStringInfo();
+		MemoryContextSwitchTo(oldcontext);
+	}
+	resetStringInfo(out);
+	while ((scheme = strstr(s, "://")) != NULL)
+	{
+		const char *end;
+		const char *password = find_password(scheme + 3, &end);
+
+		if (password == NULL)
+			end = password = scheme + 3;
+		appendBinaryStringInfo(out, s, password - s);
+		if (end != password || *end == '@')
+			appendStringInfoString(out, "***");
+		s = end;
+	}
+	appendStringInfoString(out, s);
+	return out->data;
 }

@@ -22,6 +22,10 @@
  *	 commit, and looks at the extension first of all.  In its transactions it
  *	 locks the extension before anything else, so there is no deadlock.
  *
+ * - DROP EXTENSION ... CASCADE while captured tables are written to: the server
+ *	 would lock the outbox, then those tables; writers lock them in the other
+ *	 order.  So the tables are locked before the command.
+ *
  * - DROP and CREATE EXTENSION in one transaction: both; the publisher sees
  *	 that the extension is another one and has itself started again.
  *
@@ -61,11 +65,15 @@
 #include "catalog/pg_authid.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_extension.h"
+#include "catalog/pg_trigger.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
 #include "commands/extension.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
+#include "nodes/value.h"
+#include "parser/parse_func.h"
+#include "storage/lmgr.h"
 #include "tcop/utility.h"
 #include "utils/fmgroids.h"
 #include "utils/snapmgr.h"
@@ -95,6 +103,9 @@ static bool is_our_extension(Oid extension);
 static bool is_commit_prepared(Node *statement);
 static void before_utility(Node *statement);
 static void after_commit_prepared(void);
+static void before_drop(DropStmt *statement);
+static bool drops_extension(DropStmt *statement);
+static void lock_captured_tables(void);
 static void before_create_database(CreatedbStmt *statement);
 static void before_alter_database(AlterDatabaseStmt *statement);
 static void before_rename(RenameStmt *statement);
@@ -201,6 +212,9 @@ before_utility(Node *statement)
 {
 	switch (nodeTag(statement))
 	{
+		case T_DropStmt:
+			before_drop((DropStmt *) statement);
+			break;
 		case T_CreatedbStmt:
 			before_create_database((CreatedbStmt *) statement);
 			break;
@@ -229,6 +243,55 @@ after_commit_prepared(void)
 	}
 	else if (OidIsValid(get_extension_oid(EXTENSION_NAME, true)))
 		wakeup_hold_until_end(MyDatabaseId);
+}
+
+/* Without CASCADE, captures make it fail. */
+static void
+before_drop(DropStmt *statement)
+{
+	if (statement->removeType == OBJECT_EXTENSION && statement->behavior == DROP_CASCADE &&
+		superuser() && drops_extension(statement))
+		lock_captured_tables();
+}
+
+static bool
+drops_extension(DropStmt *statement)
+{
+	ListCell   *cell;
+
+	foreach(cell, statement->objects)
+	{
+		if (strcmp(strVal(lfirst(cell)), EXTENSION_NAME) == 0)
+			return OidIsValid(get_extension_oid(EXTENSION_NAME, true));
+	}
+	return false;
+}
+
+/* In order of oid, as two such commands would. */
+static void
+lock_captured_tables(void)
+{
+	Oid			function = LookupFuncName(list_make2(makeString("fanout"), makeString("capture_trigger")),
+										  0, NULL, true);
+	Relation	relation = table_open(TriggerRelationId, AccessShareLock);
+	List	   *tables = NIL;
+	ListCell   *cell;
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+
+	ScanKeyInit(&key, Anum_pg_trigger_tgfoid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(function));
+	scan = systable_beginscan(relation, InvalidOid, false, NULL, 1, &key);
+	while (HeapTupleIsValid(tuple = systable_getnext(scan)))
+		tables = list_append_unique_oid(tables, ((Form_pg_trigger) GETSTRUCT(tuple))->tgrelid);
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+
+	list_sort(tables, list_oid_cmp);
+	foreach(cell, tables)
+		LockRelationOid(lfirst_oid(cell), AccessExclusiveLock);
+	list_free(tables);
 }
 
 static void

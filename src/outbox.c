@@ -562,11 +562,15 @@ outbox_bury(Message **messages, int count, const char *topic, int attempts)
 
 /* ---- held messages ---- */
 
+/*
+ * Rows that a transaction is about to purge are passed over, here and below:
+ * the publisher waits for no user.
+ */
 Chunk *
 outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id"
+		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id for update skip locked"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(topic_id)};
@@ -587,7 +591,10 @@ outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 void
 outbox_release(Message **messages, int count)
 {
-	static CachedQuery query = {"delete from fanout.held where id = any ($1)"};
+	static CachedQuery query = {
+		"delete from fanout.held where id in"
+		" (select id from fanout.held where id = any ($1) for update skip locked)"
+	};
 	Oid			types[1] = {INT8ARRAYOID};
 	Datum		values[1];
 	Datum	   *ids;

@@ -80,6 +80,7 @@
 #define MAX_RECONNECT_MS 30000
 #define MAX_RETRY_MS 300000
 #define STATISTICS_MS 5000
+#define RECORD_AGAIN_MS 500
 
 typedef struct Publisher
 {
@@ -121,6 +122,7 @@ typedef struct Publisher
 	TimestampTz statistics_at;	/* 0: nothing to count */
 	TimestampTz statistics_since;
 	TimestampTz maintenance_at;
+	TimestampTz record_at;		/* answers not recorded yet: no sooner */
 } Publisher;
 
 static Publisher pub;
@@ -647,6 +649,15 @@ drop_chunk(Chunk *chunk)
 	MemoryContextDelete(chunk->context);
 }
 
+static void
+announce_dead(const Message *message, const char *topic)
+{
+	ereport(WARNING,
+			(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
+					message->message_id, topic),
+			 errdetail("%s", message->reason)));
+}
+
 /*
  * The first message held has been refused too often: on with the next one.
  */
@@ -658,6 +669,7 @@ bury_first_held(Topic *topic)
 	if (chunk == NULL)
 		return;
 	chunk->messages[0]->reason = topic->reason;
+	announce_dead(chunk->messages[0], topic->name);
 	outbox_bury(chunk->messages, 1, topic->name, topic->attempts);
 	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
 	drop_chunk(chunk);
@@ -706,6 +718,10 @@ stall_refused_topics(void)
 	}
 }
 
+/*
+ * Rows that somebody's open transaction has locked are left for later: no
+ * topic may wait for a user who has paused another one and not committed yet.
+ */
 static void
 record_topology(void)
 {
@@ -715,6 +731,7 @@ record_topology(void)
 	topology_record();
 	record_stalls();
 	worker_commit();
+	pub.record_at = later(RECORD_AGAIN_MS);
 }
 
 static void
@@ -739,6 +756,13 @@ declare_topology(void)
 	record_topology();
 	if (pub.broker != NULL)
 		serve_verify();
+}
+
+/* A broker that blocks the connection does not answer on it either. */
+static bool
+may_declare(void)
+{
+	return pub.declare && pub.broker != NULL && !broker_blocked(pub.broker);
 }
 
 static void
@@ -837,7 +861,7 @@ read_chunk(void)
 	pub.more = true;
 	append_chunk(chunk);
 	/* nothing of it may go before what it came with is declared */
-	if (pub.declare && pub.broker != NULL)
+	if (may_declare())
 		declare_topology();
 	admit_chunk(chunk);
 }
@@ -876,7 +900,10 @@ publish(Message *message, Topic *topic)
 		return;
 	}
 
-	/* even if the connection broke: then it is one of those to be put back */
+	/*
+	 * Even if the channel or the connection broke: then it is one of those to
+	 * be put back, and an event will say so.
+	 */
 	message->state = MESSAGE_IN_FLIGHT;
 	message->published_at = GetCurrentTimestamp();
 	(void) confirms_add(&pub.window, message);
@@ -890,7 +917,7 @@ publish(Message *message, Topic *topic)
 static bool
 window_open(void)
 {
-	if (pub.broker == NULL || broker_blocked(pub.broker))
+	if (pub.broker == NULL || pub.declare || broker_blocked(pub.broker))
 		return false;
 	if (pub.window.outstanding == 0)
 		return true;
@@ -954,11 +981,10 @@ record_dead(const Chunk *chunk)
 	{
 		Topic	   *topic = topology_find(dead[i]->topic_id);
 
-		ereport(WARNING,
-				(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
-						dead[i]->message_id, topic ? topic->name : "(dropped)"),
-				 errdetail("%s", dead[i]->reason)));
-		outbox_bury(&dead[i], 1, topic ? topic->name : psprintf("(dropped: %d)", dead[i]->topic_id), 0);
+		const char *name = topic ? topic->name : psprintf("(dropped: %d)", dead[i]->topic_id);
+
+		announce_dead(dead[i], name);
+		outbox_bury(&dead[i], 1, name, 0);
 	}
 }
 
@@ -1265,6 +1291,7 @@ maintain(TimestampTz now)
 		return;
 	worker_begin();
 	segment = outbox_rotate(pgf_retention);
+	topology_find_held();
 	worker_commit();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
 	/* the safety net under the wake-ups */
@@ -1314,6 +1341,8 @@ wait_for_work(void)
 	earlier(&timeout, now, pub.maintenance_at);
 	if (pub.statistics_at != 0)
 		earlier(&timeout, now, pub.statistics_at);
+	if (topology_answered() || topology_stalls_changed())
+		earlier(&timeout, now, pub.record_at);
 	if (pub.broker != NULL)
 	{
 		fd = broker_fd(pub.broker);
@@ -1350,7 +1379,7 @@ work(void)
 		any = true;
 	}
 	take_events();
-	if (pub.broker != NULL && pub.declare)
+	if (may_declare())
 	{
 		declare_topology();
 		any = true;
@@ -1365,7 +1394,7 @@ work(void)
 	take_events();
 	any = record_settled() || any;
 	any = retry_stalled() || any;
-	if (topology_answered() || topology_stalls_changed())
+	if (pub.record_at <= GetCurrentTimestamp())
 		record_topology();
 	work_by_the_clock();
 	serve_flush();

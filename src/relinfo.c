@@ -29,6 +29,7 @@
 #include "catalog/indexing.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_trigger.h"
+#include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
 #include "miscadmin.h"
 #include "utils/array.h"
@@ -553,6 +554,44 @@ option(char **args, int nargs, const char *name)
 	return NULL;
 }
 
+/* Types whose text is the same in every session. */
+static bool
+has_constant_text(Oid type)
+{
+	switch (getBaseType(type))
+	{
+		case BOOLOID:
+		case INT2OID:
+		case INT4OID:
+		case INT8OID:
+		case OIDOID:
+		case NUMERICOID:
+		case TEXTOID:
+		case VARCHAROID:
+		case BPCHAROID:
+		case NAMEOID:
+		case CHAROID:
+		case UUIDOID:
+		case DATEOID:
+		case TIMESTAMPOID:
+		case TIMEOID:
+			return true;
+		default:
+			return type_is_enum(type);
+	}
+}
+
+static bool
+key_needs_settings(CaptureInfo *info, TupleDesc desc)
+{
+	for (int i = 0; i < info->nkeys; i++)
+	{
+		if (!has_constant_text(TupleDescAttr(desc, info->keys[i] - 1)->atttypid))
+			return true;
+	}
+	return false;
+}
+
 static void
 plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 {
@@ -577,6 +616,8 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 	info->keys = attnums;
 	if (info->nkeys > 0)
 		info->key = rowjson_plan(desc, attnums, info->nkeys, info->context);
+
+	info->key_needs_settings = key_needs_settings(info, desc);
 
 	describe_entity(info, entity);
 	relation_close(entity, AccessShareLock);

@@ -55,6 +55,7 @@ typedef struct CaptureInfo
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
 	RowJson    *key;			/* the key's columns */
+	bool		key_needs_settings; /* their text depends on settings */
 	char	   *source;			/* constant part of Debezium's "source" */
 	char	   *uri;			/* CloudEvents' source */
 	char	   *type[CAPTURE_OPS];	/* AMQP type */

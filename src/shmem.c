@@ -258,7 +258,10 @@ shmem_hold(Oid database)
 	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
 	slot = want_slot_locked(database);
 	if (slot != NULL)
+	{
 		slot->holds++;
+		slot->restart_after = 0;
+	}
 	LWLockRelease(pgf_shared->lock);
 	return slot;
 }
@@ -324,12 +327,12 @@ shmem_restart_publisher(Oid database)
 	{
 		DatabaseSlot *slot = &pgf_shared->slots[i];
 
-		if (OidIsValid(slot->database) && slot->publisher_pid != 0 &&
-			(slot->database == database || !OidIsValid(database)))
-		{
-			slot->restart = true;
-			signal_publisher(slot);
-		}
+		if (!OidIsValid(slot->database) ||
+			(slot->database != database && OidIsValid(database)))
+			continue;
+		slot->restart_after = 0;
+		slot->restart = (slot->publisher_pid != 0);
+		signal_publisher(slot);
 	}
 	LWLockRelease(pgf_shared->lock);
 }

@@ -134,6 +134,7 @@ extern DatabaseSlot *shmem_want_slot(Oid database);
  * As shmem_want_slot(), and keeps the launcher from starting a worker, and
  * one that was started from connecting, until shmem_release().  One that is
  * connected goes on until shmem_stop_publisher().  A held slot is never freed.
+ * A backoff ends: what failed may be what is being changed.
  * Not for direct use: wakeup_hold_until_end() pairs the calls.
  */
 extern DatabaseSlot *shmem_hold(Oid database);
@@ -148,7 +149,8 @@ extern bool shmem_stop_publisher(DatabaseSlot *slot, long timeout_ms);
 
 /*
  * Tells the publisher of a database (InvalidOid: every publisher) to end and
- * have itself started again at once.  Does nothing if there is none.
+ * have itself started again at once.  If it waits to be started again, the
+ * backoff ends.  Caller wakes the launcher.
  */
 extern void shmem_restart_publisher(Oid database);
 

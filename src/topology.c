@@ -289,8 +289,8 @@ load_stalls(void)
 	}
 }
 
-static void
-load_held(void)
+void
+topology_find_held(void)
 {
 	int32	   *ids;
 	int			n = outbox_topics_held(&ids);
@@ -403,7 +403,7 @@ topology_load(void)
 	load_bindings();
 	merge_previous(previous, nprevious);
 	load_stalls();
-	load_held();
+	topology_find_held();
 	hurry_emptied_topics();
 }
 
@@ -621,12 +621,41 @@ topology_answered(void)
 	return answered;
 }
 
+static bool
+row_exists(const char *table, const char *where, int nargs, Oid *types, Datum *values)
+{
+	char	   *sql = psprintf("select from %s where %s", table, where);
+
+	execute(sql, nargs, types, values, NULL);
+	pfree(sql);
+	return SPI_processed > 0;
+}
+
+/*
+ * Runs an UPDATE or DELETE of one row that some transaction may have locked,
+ * without waiting for it; returns whether it was done.
+ */
+static bool
+change_unlocked(const char *command, const char *table, const char *where,
+				int nargs, Oid *types, Datum *values, const char *nulls)
+{
+	char	   *sql = psprintf("%s and ctid = (select ctid from %s where %s for update skip locked)",
+							   command, table, where);
+
+	execute(sql, nargs, types, values, nulls);
+	pfree(sql);
+	return SPI_processed > 0;
+}
+
+#define BINDING_KEY "topic_id = $1 and consumer_group = $2"
+
 static void
 record_binding(Topic *topic, Binding *binding)
 {
 	Oid			types[3] = {INT4OID, TEXTOID, TEXTOID};
 	Datum		values[3] = {Int32GetDatum(topic->topic_id), CStringGetTextDatum(binding->consumer_group), (Datum) 0};
 	char		nulls[3] = {' ', ' ', 'n'};
+	const char *command;
 
 	if (binding->error != NULL)
 	{
@@ -634,16 +663,28 @@ record_binding(Topic *topic, Binding *binding)
 		nulls[2] = ' ';
 	}
 	if (binding->gone)
-		execute("delete from fanout.binding where topic_id = $1 and consumer_group = $2 and drop_if_unused is not null",
-				2, types, values, nulls);
+		command = "delete from fanout.binding where drop_if_unused is not null and " BINDING_KEY;
 	else if (binding->dropping)
-		execute("update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3"
-				" where topic_id = $1 and consumer_group = $2", 3, types, values, nulls);
+		command = "update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3 where " BINDING_KEY;
 	else
-		execute("update fanout.binding set declared_at = case when $3 is null then clock_timestamp() else declared_at end,"
-				" last_error = $3 where topic_id = $1 and consumer_group = $2", 3, types, values, nulls);
-	binding->answered = false;
+		command = "update fanout.binding set last_error = $3,"
+			" declared_at = case when $3 is null then clock_timestamp() else declared_at end where " BINDING_KEY;
+	binding->answered = !change_unlocked(command, "fanout.binding", BINDING_KEY,
+										 binding->gone ? 2 : 3, types, values, nulls) &&
+		row_exists("fanout.binding", BINDING_KEY, 2, types, values);
 }
+
+static void
+forget_topic_rows(Topic *topic)
+{
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(topic->topic_id)};
+
+	execute("delete from fanout.stall where topic_id = $1", 1, types, values, NULL);
+	execute("delete from fanout.topic_stat where topic_id = $1", 1, types, values, NULL);
+}
+
+#define TOPIC_KEY "topic_id = $1"
 
 static void
 record_topic(Topic *topic)
@@ -651,6 +692,7 @@ record_topic(Topic *topic)
 	Oid			types[2] = {INT4OID, TEXTOID};
 	Datum		values[2] = {Int32GetDatum(topic->topic_id), (Datum) 0};
 	char		nulls[2] = {' ', 'n'};
+	const char *command;
 
 	if (topic->error != NULL)
 	{
@@ -658,14 +700,20 @@ record_topic(Topic *topic)
 		nulls[1] = ' ';
 	}
 	if (topic->gone)
-		execute("delete from fanout.topic where topic_id = $1 and dropping", 1, types, values, nulls);
+		command = "delete from fanout.topic where dropping and " TOPIC_KEY;
 	else if (topic->dropping)
-		execute("update fanout.topic set dropping = false, last_error = $2 where topic_id = $1",
-				2, types, values, nulls);
+		command = "update fanout.topic set dropping = false, last_error = $2 where " TOPIC_KEY;
 	else
-		execute("update fanout.topic set declared_at = case when $2 is null then clock_timestamp() else declared_at end,"
-				" last_error = $2 where topic_id = $1", 2, types, values, nulls);
-	topic->answered = false;
+		command = "update fanout.topic set last_error = $2,"
+			" declared_at = case when $2 is null then clock_timestamp() else declared_at end where " TOPIC_KEY;
+	if (!change_unlocked(command, "fanout.topic", TOPIC_KEY, topic->gone ? 1 : 2, types, values, nulls))
+		topic->answered = row_exists("fanout.topic", TOPIC_KEY, 1, types, values);
+	else
+	{
+		topic->answered = false;
+		if (topic->gone)
+			forget_topic_rows(topic);
+	}
 }
 
 void
@@ -728,13 +776,16 @@ record_stall(Topic *topic)
 		Int32GetDatum(topic->attempts), TimestampTzGetDatum(topic->retry_at), (Datum) 0
 	};
 
+	execute("select from fanout.stall where topic_id = $1 for update skip locked", 1, types, values, NULL);
+	if (SPI_processed == 0 && row_exists("fanout.stall", TOPIC_KEY, 1, types, values))
+		return;					/* resume() has it: next time */
 	if (!topic->stalled)
 		execute("delete from fanout.stall where topic_id = $1", 1, types, values, NULL);
 	else
 	{
 		values[4] = CStringGetTextDatum(topic->reason);
 		execute("insert into fanout.stall (topic_id, stalled_at, attempts, retry_at, last_error)"
-				" select $1, $2, $3, $4, $5 where exists (select from fanout.topic where topic_id = $1)"
+				" values ($1, $2, $3, $4, $5)"
 				" on conflict (topic_id) do update set attempts = excluded.attempts,"
 				" retry_at = excluded.retry_at, last_error = excluded.last_error",
 				5, types, values, NULL);

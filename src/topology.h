@@ -77,6 +77,12 @@ extern void topology_load(void);
 
 extern Topic *topology_find(int32 topic_id);
 
+/*
+ * Looks again which topics have held messages: a purge that was rolled back
+ * leaves some that nobody told of.
+ */
+extern void topology_find_held(void);
+
 /* All topics, in no particular order; begin with *i = 0; NULL at the end. */
 extern Topic *topology_next(int *i);
 
@@ -94,7 +100,10 @@ extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, BrokerE
 /* Is there an answer that topology_record() should write into the catalog? */
 extern bool topology_answered(void);
 
-/* Records the answers, in the current transaction. */
+/*
+ * Records the answers, in the current transaction; those whose rows are
+ * locked by others stay to be recorded.
+ */
 extern void topology_record(void);
 
 /* The first refusal that keeps a topic from flowing, or NULL. */

@@ -130,6 +130,7 @@ wakeup_restart_at_commit(Oid database)
 	old_context = MemoryContextSwitchTo(TopTransactionContext);
 	restarts = list_append_unique_oid(restarts, database);
 	MemoryContextSwitchTo(old_context);
+	launcher_at_end = true;
 }
 
 static void

@@ -77,6 +77,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "broker.h"
 #include "compat.h"
 #include "worker.h"
 
@@ -144,10 +145,11 @@ static void
 handle_sigterm(SIGNAL_ARGS)
 {
 	int			save_errno = errno;
+	int			fd = broker_socket >= 0 ? broker_socket : broker_handshake_fd();
 
 	sigterm_received = true;
-	if (broker_socket >= 0)
-		shutdown(broker_socket, SHUT_RDWR);
+	if (fd >= 0)
+		shutdown(fd, SHUT_RDWR);
 	die(postgres_signal_arg);
 	errno = save_errno;
 }

@@ -521,6 +521,8 @@ sub stop
 	my ($self) = @_;
 	my $harness = delete $self->{harness} or return;
 
+	$self->{timer}->start;
+	$self->{in} .= "quit\n";
 	$harness->finish;
 	return;
 }

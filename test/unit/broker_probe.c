@@ -580,6 +580,24 @@ check_frozen(void)
 	broker_close(broker, false);
 	freeze(SIGCONT);
 
+	/* Small frames cost the kernel more than their bytes. */
+	broker = must_connect();
+	set_up(broker, NULL, 0);
+	freeze(SIGSTOP);
+	longest_wait = 0;
+	elapsed = 0;
+	do
+	{
+		start = now_ms();
+		last_wait = start;
+		result = publish(broker, EXCHANGE, "id", "x", 1, &error);
+		elapsed++;
+	} while (result == BROKER_OK);
+	ok(result == BROKER_LOST && strstr(error.text, "taken no data") != NULL && longest_wait < 500,
+	   "so it is with small messages, after %ld: %s, at least every %ld ms", elapsed, error.text, longest_wait);
+	broker_close(broker, false);
+	freeze(SIGCONT);
+
 	options.heartbeat_s = 2;
 	options.rpc_timeout_ms = 1500;
 	broker = must_connect();
