@@ -18,9 +18,10 @@
  *	 too early does not report the extension as missing.  At the end, commit or
  *	 abort, the launcher starts one; after an abort that one finds nothing.
  *
- * - DROP EXTENSION, ALTER EXTENSION ... UPDATE: the publisher is woken at
- *	 commit, and looks at the extension first of all.  In its transactions it
- *	 locks the extension before anything else, so there is no deadlock.
+ * - DROP EXTENSION, ALTER EXTENSION ... UPDATE: the publisher is restarted at
+ *	 commit, and looks at the extension first of all.  Waking it would not do: it
+ *	 reads nothing while the broker is away.  In its transactions it locks the
+ *	 extension before anything else, so there is no deadlock.
  *
  * - DROP EXTENSION ... CASCADE while captured tables are written to: the server
  *	 would lock the outbox, then those tables; writers lock them in the other
@@ -150,7 +151,7 @@ extension_accessed(ObjectAccessType access, Oid extension)
 	if (access == OAT_POST_CREATE)
 		wakeup_hold_until_end(MyDatabaseId);
 	wakeup_launcher_at_end();
-	wakeup_publisher_at_commit();
+	wakeup_restart_at_commit(MyDatabaseId);
 }
 
 /*

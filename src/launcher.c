@@ -38,8 +38,8 @@
  * - CREATE EXTENSION, commit: the slot is wanted; started when its hold ends.
  *	 Abort: the same; the probe finds nothing, the slot is freed.
  *
- * - DROP EXTENSION, commit: the publisher sees it, ends, is started once more,
- *	 finds nothing; the slot is freed.  Abort: nothing happens.
+ * - DROP EXTENSION, commit: the publisher is restarted by hooks.c and finds
+ *	 nothing; the slot is freed.  Abort: nothing happens.
  *
  * - CREATE DATABASE: the new one is unknown, so it is probed, and keeps a
  *	 publisher if its template had the extension.  The template's is stopped

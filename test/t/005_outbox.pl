@@ -1,0 +1,148 @@
+# The ring of segments: emptied when everything in it was sent long enough ago,
+# never a row too early; and the memory of a publisher that reads a transaction
+# of very many rows.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $large = 300000;
+
+my $broker = PgFanout::broker();
+my $node = PgFanout::cluster('main', $broker, conf => q(
+pg_fanout.retention = 4s
+max_prepared_transactions = 5
+));
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+
+# A session of its own, for transactions that stay open.
+sub session
+{
+	my %s = (in => '', out => '', err => '');
+
+	$s{harness} = IPC::Run::start(
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
+		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
+	return \%s;
+}
+
+sub run_in
+{
+	my ($s, $sql) = @_;
+
+	$s->{in} .= "$sql;\n\\echo done\n";
+	$s->{harness}->pump until $s->{out} =~ s/^done\n//m;
+	return;
+}
+
+sub current { return sql('select current from fanout.rotation'); }
+
+sub wait_for_rotation
+{
+	my ($from) = @_;
+
+	# something must be written for a segment to become old
+	for (1 .. 300)
+	{
+		sql(q(insert into t (v) values ('filler')));
+		return if current() != $from;
+		select(undef, undef, undef, 0.2);
+	}
+	die "no rotation\n" . PgFanout::status($node, 'postgres');
+}
+
+sub rows_in { return sql("select count(*) from fanout.outbox_$_[0]"); }
+
+sql( q(select fanout.declare_binding('t', 'g', 'classic');
+	   select fanout.declare_binding('paused', 'g', 'classic');
+	   create table t (id bigserial primary key, v text);
+	   select fanout.capture('t', 't', '{insert}');
+	   select fanout.publish('paused', '"first"', 'k') from fanout.pause('paused');
+	   insert into t (v) values ('first')));
+
+# ---- transactions that outlive a rotation ----
+
+my $first = current();
+my $repeatable = session();
+run_in($repeatable, 'begin isolation level repeatable read; select count(*) from t');
+my $writer = session();
+run_in($writer, q(begin; insert into t (v) values ('open writer')));
+sql(q(begin; insert into t (v) values ('prepared'); prepare transaction 'p'));
+
+wait_for_rotation($first);
+isnt(current(), $first, 'new rows go to the next segment');
+run_in($repeatable, q(insert into t (v) values ('repeatable read')));
+sleep 6;
+cmp_ok(rows_in($first), '>', 0, 'a segment with undecided transactions is not emptied, however old');
+is( sql(q(select count(*) from fanout.outbox_status where topic = 'paused' and state = 'held')),
+	1, 'a paused topic holds its message');
+
+run_in($writer, 'commit');
+run_in($repeatable, q(insert into t (v) values ('repeatable read 2'); commit));
+sql(q(commit prepared 'p'));
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 't'));
+ok(1, 'what they wrote is sent');
+
+# ---- a lock held by somebody is not waited for ----
+
+my $reader = session();
+run_in($reader, "begin; lock table fanout.outbox_$first in access share mode");
+sleep 6;
+cmp_ok(rows_in($first), '>', 0, 'a segment that somebody has locked is left alone');
+sql(q(insert into t (v) values ('while locked')));
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 't'));
+ok(1, 'and nothing waits for that');
+run_in($reader, 'commit');
+
+# ---- around the ring ----
+
+$node->poll_query_until('postgres', "select count(*) = 0 from fanout.outbox_$first where key is not null")
+  or die PgFanout::status($node, 'postgres');
+ok(1, 'then it is emptied');
+my $came_round = 0;
+for (1 .. 10)
+{
+	wait_for_rotation(current());
+	last if $came_round = (current() == $first);
+}
+ok($came_round, 'and becomes the current one again, in its turn');
+
+sql(q(select fanout.resume('paused')));
+PgFanout::flush($node);
+is_deeply([ map { $_->{body} } $broker->collect('paused_g', expect => 1) ],
+	['first'], 'a message held longer than the retention is still there, and sent');
+
+my $inserted = sql('select count(*) from t');
+my @received = $broker->collect('t_g', expect => $inserted);
+my %ids = map { $_->{body}->{after}->{id} => 1 } @received;
+is(scalar(keys %ids), $inserted, 'over all rotations, every row arrived');
+is(scalar(@received), $inserted, 'once');
+foreach my $v ('open writer', 'prepared', 'repeatable read', 'repeatable read 2')
+{
+	is(scalar(grep { $_->{body}->{after}->{v} eq $v } @received), 1, "among them: $v");
+}
+is(sql(q(select coalesce(sum(n_dead_tup), 0) from pg_stat_user_tables where relname ~ '^outbox_')),
+	0, 'no dead tuple was left in a segment');
+$_->{harness}->kill_kill foreach ($repeatable, $writer, $reader);
+
+# ---- memory ----
+
+sql('alter system set pg_fanout.retention = 3600');
+$node->reload;
+my $pid = PgFanout::publisher_pid($node);
+sql(qq(insert into t (v) select repeat('x', 200) from generate_series(1, $large)));
+PgFanout::flush($node, timeout => '180 s');
+my ($peak) = slurp_file("/proc/$pid/status") =~ /VmHWM:\s+(\d+) kB/;
+my ($shared) = slurp_file("/proc/$pid/status") =~ /RssShmem:\s+(\d+) kB/;
+note "publisher: peak $peak kB, of which shared buffers $shared kB";
+cmp_ok($peak - $shared, '<', 100 * 1024, "a transaction of $large rows takes the publisher less than 100 MB of its own");
+is($broker->count('t_g'), $large, 'and all of it arrives');
+
+done_testing();
