@@ -81,6 +81,7 @@
 #define MAX_RETRY_MS 300000
 #define STATISTICS_MS 5000
 #define RECORD_AGAIN_MS 500
+#define RECHECK_TOPICS 50		/* each time maintain() runs */
 
 typedef struct Publisher
 {
@@ -1294,8 +1295,10 @@ maintain(TimestampTz now)
 	topology_find_held();
 	worker_commit();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
-	/* the safety net under the wake-ups */
+	/* the safety nets: under the wake-ups, and under the topology */
 	pub.more = true;
+	topology_recheck(RECHECK_TOPICS);
+	pub.declare = true;
 	pub.maintenance_at = TimestampTzPlusMilliseconds(now, Max(1, Min(60, pgf_retention / 4)) * 1000L);
 }
 

@@ -413,12 +413,14 @@ void
 topology_forget_topic(Topic *topic)
 {
 	topic->confirmed = false;
+	topic->rechecked = false;
 	if (topic->error != NULL)
 		pfree(topic->error);
 	topic->error = NULL;
 	for (int b = 0; b < topic->nbindings; b++)
 	{
 		topic->bindings[b].confirmed = false;
+		topic->bindings[b].rechecked = false;
 		if (topic->bindings[b].queue != NULL && topic->bindings[b].arguments != NULL)
 			topic->bindings[b].error = NULL;
 	}
@@ -432,6 +434,43 @@ topology_forget_confirmed(void)
 
 	while ((topic = topology_next(&i)) != NULL)
 		topology_forget_topic(topic);
+}
+
+static Topic *
+longest_unchecked(uint32 round)
+{
+	Topic	   *topic;
+	Topic	   *chosen = NULL;
+	int			i = 0;
+
+	while ((topic = topology_next(&i)) != NULL)
+	{
+		if (topic->recheck == round || topic->dropping || !topic->confirmed || topology_error(topic) != NULL)
+			continue;
+		if (chosen == NULL || topic->recheck < chosen->recheck)
+			chosen = topic;
+	}
+	return chosen;
+}
+
+void
+topology_recheck(int count)
+{
+	static uint32 round = 0;
+	Topic	   *topic;
+
+	round++;
+	while (count-- > 0 && (topic = longest_unchecked(round)) != NULL)
+	{
+		topic->recheck = round;
+		topic->rechecked = topic->confirmed;
+		topic->confirmed = false;
+		for (int b = 0; b < topic->nbindings; b++)
+		{
+			topic->bindings[b].rechecked = topic->bindings[b].confirmed;
+			topic->bindings[b].confirmed = false;
+		}
+	}
 }
 
 const char *
@@ -472,8 +511,9 @@ declare_exchange(Broker *broker, Topic *topic, BrokerError *error)
 		result = broker_declare_exchange(broker, topic->exchange, error);
 	if (result == BROKER_LOST)
 		return result;
-	topic->answered = true;
 	topic->confirmed = (result == BROKER_OK);
+	topic->answered = topic->answered || !topic->confirmed || !topic->rechecked;
+	topic->rechecked = false;
 	if (result != BROKER_OK)
 		topic->error = answer_text(error, TopMemoryContext);
 	return BROKER_OK;
@@ -489,8 +529,9 @@ declare_binding(Broker *broker, Topic *topic, Binding *binding, BrokerError *err
 		result = broker_bind_queue(broker, binding->queue, topic->exchange, error);
 	if (result == BROKER_LOST)
 		return result;
-	binding->answered = true;
 	binding->confirmed = (result == BROKER_OK);
+	binding->answered = binding->answered || !binding->confirmed || !binding->rechecked;
+	binding->rechecked = false;
 	if (result != BROKER_OK)
 		binding->error = answer_text(error, topic->context);
 	return BROKER_OK;

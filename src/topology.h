@@ -28,6 +28,7 @@ typedef struct Binding
 	bool		if_unused;
 	bool		if_empty;
 	bool		confirmed;		/* by the broker, on this connection */
+	bool		rechecked;		/* it was before, so that is no news */
 	bool		answered;		/* there is an answer to record */
 	bool		gone;			/* the answer: it was deleted */
 	char	   *error;			/* the answer: refused */
@@ -53,6 +54,8 @@ typedef struct Topic
 	int			nbindings;
 
 	bool		confirmed;		/* exchange, on this connection */
+	bool		rechecked;		/* it was before, so that is no news */
+	uint32		recheck;		/* of which topology_recheck() */
 	bool		answered;
 	bool		gone;
 	char	   *error;			/* the exchange was refused */
@@ -89,6 +92,14 @@ extern Topic *topology_next(int *i);
 /* Everything has to be declared again: another connection, or verify(). */
 extern void topology_forget_confirmed(void);
 extern void topology_forget_topic(Topic *topic);
+
+/*
+ * Makes topology_declare() declare some of the topics again, those that were
+ * longest not looked at: a queue or a binding that somebody deleted comes back
+ * even if nothing tells of it, as when a topic's other queues still take its
+ * messages.
+ */
+extern void topology_recheck(int count);
 
 /*
  * Declares what is not confirmed, deletes what is to be dropped.  Refusals

@@ -148,6 +148,16 @@ PgFanout::flush($node);
 is_deeply([ map { $_->{body} } $broker->collect('gone_g', expect => 10) ],
 	[ 1 .. 10 ], 'so does a deleted queue');
 
+# one of two queues is deleted: nothing is returned, for the other takes all
+sql( q(alter system set pg_fanout.retention = '8s'));	# maintenance every 2 s
+sql('select pg_reload_conf()');
+sql(q(select fanout.declare_binding('gone', 'second', 'classic')));
+PgFanout::flush($node);
+$broker->amqp('delete', '--queue', 'gone_g');
+PgFanout::poll(sub { $broker->ctl('-q', 'list_queues', '-p', $broker->vhost, 'name') =~ /^gone_g$/m },
+	'the deleted queue', 90);
+pass('a queue deleted from among several comes back by and by');
+
 # ---- 406: a queue exists with other arguments ----
 
 $broker->amqp('declare', '--queue', 'other_g', '--arguments', '{"x-max-length": 5}');
