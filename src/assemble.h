@@ -38,7 +38,7 @@ typedef struct Assembler
 
 	/* The content, valid after ASSEMBLE_DONE until the next method. */
 	int			code;			/* of a return: reply code; else 0 */
-	char		text[256];		/* of a return: reply text; else "" */
+	char text[	256];			/* of a return: reply text; else "" */
 	char		message_id[256];	/* "" if the property is absent */
 	uint64_t	body_size;
 	char	   *body;			/* NULL unless keep_body and body_size > 0 */

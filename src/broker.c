@@ -99,6 +99,9 @@
 #define PG_FANOUT_VERSION "devel"
 #endif
 
+/* room for what the broker says when it closes */
+#define WHY_SIZE (sizeof(((BrokerError *) NULL)->text))
+
 #define CHANNEL_CONNECTION	0
 #define CHANNEL_PUBLISHING	1
 #define CHANNEL_TOPOLOGY	2
@@ -761,10 +764,10 @@ send_start_ok(Broker *broker, const char *user, const char *password, int64_t de
 		text_entry("product", "pg_fanout"),
 		text_entry("version", PG_FANOUT_VERSION),
 		text_entry("connection_name", broker->options->connection_name),
-		{.key = bytes_of("capabilities"), .value = {.kind = AMQP_FIELD_KIND_TABLE}},
+		{.key = bytes_of("capabilities"),.value = {.kind = AMQP_FIELD_KIND_TABLE}},
 	};
 	amqp_connection_start_ok_t ok = {
-		.client_properties = {.num_entries = 4, .entries = properties},
+		.client_properties = {.num_entries = 4,.entries = properties},
 		.mechanism = bytes_of("PLAIN"),
 		.locale = bytes_of("en_US"),
 	};
@@ -832,8 +835,9 @@ tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 static bool
 open_vhost(Broker *broker, const char *vhost, int64_t deadline)
 {
-	amqp_connection_open_t open = {.virtual_host = bytes_of(vhost)};
+	amqp_connection_open_t open = {0};
 
+	open.virtual_host = bytes_of(vhost);
 	return call(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_OPEN_METHOD, &open,
 				AMQP_CONNECTION_OPEN_OK_METHOD, deadline) != NULL;
 }
@@ -951,8 +955,10 @@ BrokerResult
 broker_declare_queue(Broker *broker, const char *queue, const BrokerField *arguments,
 					 int narguments, BrokerError *error)
 {
-	amqp_queue_declare_t declare = {.queue = bytes_of(queue), .durable = 1};
+	amqp_queue_declare_t declare = {0};
 
+	declare.queue = bytes_of(queue);
+	declare.durable = 1;
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
 		!check_table(arguments, narguments, error))
 		return BROKER_TOO_LARGE;
@@ -972,8 +978,10 @@ BrokerResult
 broker_bind_queue(Broker *broker, const char *queue, const char *exchange,
 				  BrokerError *error)
 {
-	amqp_queue_bind_t bind = {.queue = bytes_of(queue), .exchange = bytes_of(exchange)};
+	amqp_queue_bind_t bind = {0};
 
+	bind.queue = bytes_of(queue);
+	bind.exchange = bytes_of(exchange);
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
 		!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
@@ -985,10 +993,12 @@ BrokerResult
 broker_inspect_queue(Broker *broker, const char *queue, uint32_t *messages,
 					 uint32_t *consumers, BrokerError *error)
 {
-	amqp_queue_declare_t declare = {.queue = bytes_of(queue), .passive = 1};
+	amqp_queue_declare_t declare = {0};
 	const void *answer;
 	BrokerResult result;
 
+	declare.queue = bytes_of(queue);
+	declare.passive = 1;
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
 	result = call_topology(broker, AMQP_QUEUE_DECLARE_METHOD, &declare,
@@ -1023,8 +1033,10 @@ BrokerResult
 broker_unbind_queue(Broker *broker, const char *queue, const char *exchange,
 					BrokerError *error)
 {
-	amqp_queue_unbind_t unbind = {.queue = bytes_of(queue), .exchange = bytes_of(exchange)};
+	amqp_queue_unbind_t unbind = {0};
 
+	unbind.queue = bytes_of(queue);
+	unbind.exchange = bytes_of(exchange);
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
 		!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
@@ -1407,8 +1419,9 @@ fill_entry(const BrokerField *field, amqp_table_entry_t *entry)
 static amqp_table_entry_t
 text_entry(const char *key, const char *value)
 {
-	amqp_table_entry_t entry = {.key = bytes_of(key)};
+	amqp_table_entry_t entry = {0};
 
+	entry.key = bytes_of(key);
 	entry.value.kind = AMQP_FIELD_KIND_UTF8;
 	entry.value.value.bytes = bytes_of(value);
 	return entry;
@@ -1417,8 +1430,9 @@ text_entry(const char *key, const char *value)
 static amqp_table_entry_t
 true_entry(const char *key)
 {
-	amqp_table_entry_t entry = {.key = bytes_of(key)};
+	amqp_table_entry_t entry = {0};
 
+	entry.key = bytes_of(key);
 	entry.value.kind = AMQP_FIELD_KIND_BOOLEAN;
 	entry.value.value.boolean = 1;
 	return entry;
@@ -1720,7 +1734,7 @@ static void
 connection_closed(Broker *broker, const amqp_connection_close_t *close)
 {
 	amqp_connection_close_ok_t ok = {0};
-	char		text[sizeof(broker->why.text)];
+	char text[	WHY_SIZE];
 	int			code = close->reply_code;
 
 	copy_text(text, sizeof(text), close->reply_text);
@@ -1879,7 +1893,10 @@ is_method(const amqp_frame_t *frame, int channel, amqp_method_number_t id)
 static amqp_bytes_t
 bytes_of(const char *text)
 {
-	amqp_bytes_t bytes = {.len = strlen(text), .bytes = (void *) text};
+	amqp_bytes_t bytes = {0};
+
+	bytes.len = strlen(text);
+	bytes.bytes = (void *) text;
 
 	return bytes;
 }

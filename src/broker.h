@@ -76,7 +76,7 @@ typedef enum BrokerResult
 typedef struct BrokerError
 {
 	int			code;			/* AMQP reply code, 0 if none */
-	char		text[512];
+	char text[	512];
 } BrokerError;
 
 typedef enum BrokerEventType
@@ -87,8 +87,8 @@ typedef enum BrokerEventType
 	BROKER_RETURN,				/* message_id, code, text */
 	BROKER_BLOCKED,				/* connection.blocked: text is the reason */
 	BROKER_UNBLOCKED,
-	BROKER_CHANNEL_CLOSED,		/* the publishing channel: code, text; all that
-								 * was in flight is unknown; call
+	BROKER_CHANNEL_CLOSED,		/* the publishing channel: code, text; all
+								 * that was in flight is unknown; call
 								 * broker_reopen() */
 	BROKER_DISCONNECTED,		/* code, text */
 } BrokerEventType;
@@ -99,8 +99,8 @@ typedef struct BrokerEvent
 	uint64_t	tag;			/* ACK, NACK */
 	bool		multiple;		/* ACK, NACK: all outstanding up to tag */
 	int			code;
-	char		message_id[BROKER_MAX_MESSAGE_ID + 1]; /* RETURN */
-	char		text[512];
+	char		message_id[BROKER_MAX_MESSAGE_ID + 1];	/* RETURN */
+	char text[	512];
 } BrokerEvent;
 
 /* A header or argument value. */

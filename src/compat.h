@@ -116,8 +116,8 @@ pgf_json_escapes_word(const char *p)
 	quote = word ^ (ones * '"');
 	backslash = word ^ (ones * '\\');
 	return ((((word - ones * ' ') & ~word) |
-			((quote - ones) & ~quote) |
-			((backslash - ones) & ~backslash)) & (ones * 0x80)) != 0;
+			 ((quote - ones) & ~quote) |
+			 ((backslash - ones) & ~backslash)) & (ones * 0x80)) != 0;
 }
 
 static inline void

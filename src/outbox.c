@@ -360,9 +360,9 @@ flush_wal(void)
 	uint32		in_page = upto % XLOG_BLCKSZ;
 
 	/*
-	 * Just after a page boundary the insert position points behind the
-	 * header of a page that no record has begun yet; XLogFlush() would
-	 * complain that there is not that much.
+	 * Just after a page boundary the insert position points behind the header
+	 * of a page that no record has begun yet; XLogFlush() would complain that
+	 * there is not that much.
 	 */
 	if (in_page == SizeOfXLogShortPHD ||
 		(in_page == SizeOfXLogLongPHD && XLogSegmentOffset(upto, wal_segment_size) == in_page))

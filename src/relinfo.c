@@ -439,7 +439,8 @@ explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
 static Oid
 key_index(Relation rel)
 {
-	List	   *indexes = RelationGetIndexList(rel);	/* sets rd_pkindex and rd_replidindex */
+	List	   *indexes = RelationGetIndexList(rel);	/* sets rd_pkindex and
+														 * rd_replidindex */
 	ListCell   *lc;
 
 	if (OidIsValid(rel->rd_pkindex))

@@ -66,8 +66,8 @@ typedef struct DatabaseSlot
 	bool		restart;		/* the publisher was told to end, to start
 								 * again at once */
 	int			publisher_pid;	/* 0 = none attached */
-	Latch	   *publisher_latch;	/* points into ProcGlobal, never freed; NULL
-									 * = none attached */
+	Latch	   *publisher_latch;	/* points into ProcGlobal, never freed;
+									 * NULL = none attached */
 	int			failures;		/* in a row, for the backoff */
 	TimestampTz restart_after;	/* launcher starts it no sooner */
 	ConditionVariable detached; /* signalled when publisher_pid becomes 0 */

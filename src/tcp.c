@@ -59,7 +59,7 @@ tcp_connect(const char *host, int port, int64_t deadline,
 			bool (*wait) (int fd, bool for_write, long timeout_ms),
 			void (*fd_changed) (int fd), char *text, size_t text_size)
 {
-	struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM};
+	struct addrinfo hints = {.ai_family = AF_UNSPEC,.ai_socktype = SOCK_STREAM};
 	struct addrinfo *all;
 	Attempt		attempt = {wait, fd_changed, EADDRNOTAVAIL};
 	char		service[16];
@@ -203,7 +203,7 @@ tcp_unsent(int fd)
 bool
 tcp_writable(int fd, bool *readable)
 {
-	struct pollfd p = {.fd = fd, .events = POLLOUT};
+	struct pollfd p = {.fd = fd,.events = POLLOUT};
 
 	if (readable != NULL)
 		p.events |= POLLIN;
@@ -217,7 +217,7 @@ tcp_writable(int fd, bool *readable)
 void
 tcp_wait_readable(int fd, long timeout_ms)
 {
-	struct pollfd p = {.fd = fd, .events = POLLIN};
+	struct pollfd p = {.fd = fd,.events = POLLIN};
 
 	poll(&p, 1, (int) timeout_ms);
 }

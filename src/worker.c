@@ -297,7 +297,7 @@ extension_usable(bool *logged)
 static void
 note_version(const char *version, bool *logged)
 {
-	char		text[256];
+	char text[	256];
 
 	if (*logged)
 		return;

@@ -51,7 +51,7 @@ now_ms(void)
 static bool
 wait_socket(int fd, bool for_write, long timeout_ms)
 {
-	struct pollfd p = {.fd = fd, .events = for_write ? POLLOUT : POLLIN};
+	struct pollfd p = {.fd = fd,.events = for_write ? POLLOUT : POLLIN};
 	bool		ready;
 
 	if (last_wait != 0 && now_ms() - last_wait > longest_wait)
@@ -112,11 +112,11 @@ publish(Broker *broker, const char *exchange, const char *id, const char *body,
 		size_t len, BrokerError *error)
 {
 	BrokerField headers[] = {
-		{.name = "op", .type = BROKER_VALUE_STRING, .value.string = {"insert", 6}},
-		{.name = "sequence", .type = BROKER_VALUE_INT, .value.integer = 42},
-		{.name = "ratio", .type = BROKER_VALUE_DOUBLE, .value.real = 0.5},
-		{.name = "flag", .type = BROKER_VALUE_BOOL, .value.boolean = true},
-		{.name = "none", .type = BROKER_VALUE_NULL},
+		{.name = "op",.type = BROKER_VALUE_STRING,.value.string = {"insert", 6}},
+		{.name = "sequence",.type = BROKER_VALUE_INT,.value.integer = 42},
+		{.name = "ratio",.type = BROKER_VALUE_DOUBLE,.value.real = 0.5},
+		{.name = "flag",.type = BROKER_VALUE_BOOL,.value.boolean = true},
+		{.name = "none",.type = BROKER_VALUE_NULL},
 	};
 	BrokerMessage message = {
 		.exchange = exchange,
@@ -241,8 +241,8 @@ check_nack(void)
 {
 	Broker	   *broker = must_connect();
 	BrokerField arguments[] = {
-		{.name = "x-max-length", .type = BROKER_VALUE_INT, .value.integer = 1},
-		{.name = "x-overflow", .type = BROKER_VALUE_STRING, .value.string = {"reject-publish", 14}},
+		{.name = "x-max-length",.type = BROKER_VALUE_INT,.value.integer = 1},
+		{.name = "x-overflow",.type = BROKER_VALUE_STRING,.value.string = {"reject-publish", 14}},
 	};
 	BrokerError error;
 	int			acks = 0;
@@ -299,7 +299,7 @@ check_topology(void)
 {
 	Broker	   *broker = must_connect();
 	BrokerField other[] = {
-		{.name = "x-max-length", .type = BROKER_VALUE_INT, .value.integer = 7},
+		{.name = "x-max-length",.type = BROKER_VALUE_INT,.value.integer = 7},
 	};
 	BrokerError error;
 	BrokerEvent event;
@@ -331,10 +331,10 @@ check_too_large(void)
 	Broker	   *broker = must_connect();
 	size_t		len = 70000;
 	char	   *big = malloc(len + 1);
-	BrokerField header = {.name = "h", .type = BROKER_VALUE_STRING, .value.string = {big, len}};
+	BrokerField header = {.name = "h",.type = BROKER_VALUE_STRING,.value.string = {big, len}};
 	BrokerMessage message = {
-		.exchange = EXCHANGE, .routing_key = "", .message_id = "id", .content_type = "text/plain",
-		.headers = &header, .nheaders = 1, .body = "x", .body_len = 1,
+		.exchange = EXCHANGE,.routing_key = "",.message_id = "id",.content_type = "text/plain",
+		.headers = &header,.nheaders = 1,.body = "x",.body_len = 1,
 	};
 	BrokerError error;
 	BrokerResult last = BROKER_OK;
@@ -748,6 +748,7 @@ static const struct
 	const char *name;
 	Check		check;
 }			checks[] =
+
 {
 	{"confirms", check_confirms},
 	{"return", check_return},

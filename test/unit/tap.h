@@ -16,7 +16,8 @@ static int	tap_count = 0;
 static int	tap_failures = 0;
 
 /* One check.  The name says what is promised.  Returns the condition. */
-static bool __attribute__((format(printf, 2, 3), unused))
+static bool
+__attribute__((format(printf, 2, 3), unused))
 ok(bool condition, const char *name,...)
 {
 	va_list		args;
@@ -33,7 +34,8 @@ ok(bool condition, const char *name,...)
 }
 
 /* A line that explains. */
-static void __attribute__((format(printf, 1, 2), unused))
+static void
+__attribute__((format(printf, 1, 2), unused))
 diag(const char *format,...)
 {
 	va_list		args;
@@ -47,7 +49,8 @@ diag(const char *format,...)
 }
 
 /* The plan; returns the exit code. */
-static int	__attribute__((unused))
+static int
+__attribute__((unused))
 done(void)
 {
 	printf("1..%d\n", tap_count);

@@ -64,7 +64,7 @@ now_ms(void)
 static bool
 wait_socket(int fd, bool for_write, long timeout_ms)
 {
-	struct pollfd p = {.fd = fd, .events = for_write ? POLLOUT : POLLIN};
+	struct pollfd p = {.fd = fd,.events = for_write ? POLLOUT : POLLIN};
 	bool		ready;
 
 	if (last_wait != 0 && now_ms() - last_wait > longest_wait)
@@ -556,8 +556,8 @@ test_acks_first(void)
 	size_t		len = 16 * 1024 * 1024;
 	char	   *body = calloc(len, 1);
 	BrokerMessage message = {
-		.exchange = "x", .routing_key = "", .message_id = "id", .content_type = "text/plain",
-		.body = body, .body_len = len,
+		.exchange = "x",.routing_key = "",.message_id = "id",.content_type = "text/plain",
+		.body = body,.body_len = len,
 	};
 	int			acks = 0;
 
