@@ -13,6 +13,8 @@ srcdir_ := $(dir $(lastword $(MAKEFILE_LIST)))
 sources := $(sort $(notdir $(wildcard $(srcdir_)src/*.c)))
 
 OBJS = $(addprefix src/,$(sources:.c=.o))
+# a VPATH build begins in an empty directory; as a target, VPATH would find it
+$(shell mkdir -p src)
 DATA = $(patsubst $(srcdir_)%,%,$(sort $(wildcard $(srcdir_)sql/*--*.sql)))
 
 # The version stands once, in the control file.
@@ -40,8 +42,4 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
-$(OBJS): $(wildcard $(srcdir_)src/*.h) $(srcdir_)pg_fanout.control | src
-
-# a VPATH build begins in an empty directory
-src:
-	mkdir -p $@
+$(OBJS): $(wildcard $(srcdir_)src/*.h) $(srcdir_)pg_fanout.control
