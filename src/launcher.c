@@ -188,6 +188,7 @@ pg_fanout_launcher_main(Datum main_arg)
 	pqsignal(SIGINT, SIG_IGN);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+	SetConfigOption("application_name", "pg_fanout launcher", PGC_USERSET, PGC_S_OVERRIDE);
 
 	list_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout launcher",
 										 ALLOCSET_DEFAULT_SIZES);

@@ -101,7 +101,7 @@ require_slot(void)
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("no publisher can be started for this database"),
 				 errhint("Raise pg_fanout.max_databases and restart the server.")));
-	shmem_wake_launcher(false);
+	shmem_wake_launcher(RESCAN_DATABASES);
 	return slot;
 }
 

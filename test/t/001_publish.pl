@@ -53,10 +53,22 @@ foreach my $topic ('exchange_user', 'exchange_group')
 		my $queue = "${topic}_$group";
 		my @messages = $broker->collect($queue, expect => $count);
 
-		is( join("\n", map { "$_->{headers}->{sequence}|$_->{message_id}" } @messages),
+		my (%last, $wrong);
+
+		is( join("\n",
+				map { "$_->{headers}->{sequence}|$_->{message_id}" }
+				sort { $a->{headers}->{sequence} <=> $b->{headers}->{sequence} } @messages),
 			$outbox,
-			"$queue has the message ids and sequences of the outbox, in order"
-		);
+			"$queue has the message ids and sequences of the outbox");
+		foreach my $headers (map { $_->{headers} } @messages)
+		{
+			foreach my $key (grep { defined } @$headers{qw(key old_key)})
+			{
+				$wrong++ if ($last{$key} || 0) > $headers->{sequence};
+				$last{$key} = $headers->{sequence};
+			}
+		}
+		is($wrong || 0, 0, "$queue: in order per key");
 		is(scalar(grep { $_->{redelivered} } @messages),
 			0, "$queue: nothing was read before");
 		is_deeply(
