@@ -463,10 +463,10 @@ begin
     if not found then
         raise exception 'queue "%" belongs to another topic already', queue_name
             using errcode = 'duplicate_object',
-                  detail = (select pg_catalog.format('Topic "%s" and consumer group "%s" give the same queue name.',
-                                                     t.topic, b.consumer_group)
-                            from fanout.binding b join fanout.topic t using (topic_id)
-                            where b.queue = queue_name),
+                  detail = coalesce((select pg_catalog.format('Topic "%s" and consumer group "%s" give the same queue name.',
+                                                              t.topic, b.consumer_group)
+                                     from fanout.binding b join fanout.topic t using (topic_id)
+                                     where b.queue = queue_name), ''),
                   hint = 'Choose another consumer group.';
     end if;
     perform fanout.raise_difference(

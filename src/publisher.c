@@ -771,6 +771,7 @@ load_topology(void)
 {
 	topology_load();
 	pub.drain_topic = pub.drain ? topology_find(pub.drain_topic_id) : NULL;
+	pub.drain_disturbed = true; /* redrive() may have added to what is held */
 	pub.declare = true;
 }
 
@@ -1075,10 +1076,11 @@ record_settled(void)
 
 /* ---- stalled and paused topics ---- */
 
+/* A topic that is paused as well is tried once it is resumed. */
 static bool
-may_retry_topology(const Topic *topic, TimestampTz now)
+awaits_retry(const Topic *topic)
 {
-	return topic->stalled && topic->retry_at <= now;
+	return topic->stalled && !(topic->paused && topic->held);
 }
 
 /*
@@ -1142,7 +1144,7 @@ due_topic(TimestampTz now)
 
 	while ((topic = topology_next(&i)) != NULL)
 	{
-		if (!may_drain(topic, now) && !may_retry_topology(topic, now))
+		if (!may_drain(topic, now) && !(awaits_retry(topic) && topic->retry_at <= now))
 			continue;
 		/* whoever waits longest, so that all get their turn */
 		if (due == NULL || topic->retry_at < due->retry_at)
@@ -1151,12 +1153,19 @@ due_topic(TimestampTz now)
 	return due;
 }
 
+/* One topic at a time. */
+static bool
+may_retry(void)
+{
+	return pub.broker != NULL && pub.drain == NULL && !broker_blocked(pub.broker);
+}
+
 static bool
 retry_stalled(void)
 {
 	Topic	   *topic;
 
-	if (pub.broker == NULL || pub.drain != NULL || broker_blocked(pub.broker))
+	if (!may_retry())
 		return false;
 	topic = due_topic(GetCurrentTimestamp());
 	if (topic == NULL)
@@ -1179,11 +1188,11 @@ next_retry(void)
 {
 	Topic	   *topic;
 	int			i = 0;
-	TimestampTz next = 0;
+	TimestampTz next = 0;		/* a topic's 0 is "at once": work() has taken it */
 
 	while ((topic = topology_next(&i)) != NULL)
 	{
-		if (topic->stalled && (next == 0 || topic->retry_at < next))
+		if (awaits_retry(topic) && (next == 0 || topic->retry_at < next))
 			next = topic->retry_at;
 	}
 	return next;
@@ -1350,7 +1359,7 @@ wait_for_work(void)
 	{
 		fd = broker_fd(pub.broker);
 		timeout = Min(timeout, broker_next_heartbeat(pub.broker));
-		if (retry != 0)
+		if (retry != 0 && may_retry())
 			earlier(&timeout, now, retry);
 		if (pub.window.outstanding > 0)
 			timeout = Min(timeout, 1000);

@@ -17,7 +17,7 @@ create function bodies() returns setof text language sql volatile as $$
         insert into seen select id from new
     )
     select regexp_replace(regexp_replace(regexp_replace(regexp_replace(
-               replace(replace(payload, message_id::text, '<message id>'), xid::text, '<xid>'),
+               replace(replace(payload, message_id::text, '<message id>'), '"txId":' || xid, '"txId":<xid>'),
                '"ts_ms":\d{13}', '"ts_ms":<ms>', 'g'),
                '"time":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00"', '"time":"<time>"'),
                '"version":"\d+\.\d+(\.\d+)?[a-z0-9]*"', '"version":"<version>"'),
