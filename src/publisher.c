@@ -1188,7 +1188,8 @@ next_retry(void)
 {
 	Topic	   *topic;
 	int			i = 0;
-	TimestampTz next = 0;		/* a topic's 0 is "at once": work() has taken it */
+	TimestampTz next = 0;		/* a topic's 0 is "at once": work() has taken
+								 * it */
 
 	while ((topic = topology_next(&i)) != NULL)
 	{
