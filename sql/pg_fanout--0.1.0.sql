@@ -94,6 +94,8 @@ select pg_extension_config_dump('fanout.binding', '');
 create table fanout.topology_change (
     xid xid8 not null
 );
+-- deleted from without a key: a publication FOR ALL TABLES must not forbid it
+alter table fanout.topology_change replica identity full;
 comment on table fanout.topology_change is
 'internal: transactions that changed topics or bindings; emptied by the publisher once it has read them';
 revoke all on fanout.topology_change from public;
@@ -153,6 +155,7 @@ create table fanout.rotation (
     current    smallint    not null,
     rotated_at timestamptz not null
 );
+alter table fanout.rotation replica identity full;
 comment on table fanout.rotation is 'internal: one row, the segment that new messages go to, and since when';
 insert into fanout.rotation values (0, now());
 revoke all on fanout.rotation from public;

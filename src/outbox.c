@@ -69,7 +69,7 @@
 StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
 
 /* Most rows fetched at once; they are all in memory together. */
-#define FETCH_MAX 500
+#define FETCH_MAX 50
 
 /* ---- writing ---- */
 
@@ -370,6 +370,31 @@ flush_wal(void)
 	XLogFlush(upto);
 }
 
+/*
+ * Entries that became visible only now go too.  That is right: what they tell
+ * of is read after this, with a newer snapshot still.
+ */
+static void
+forget_topology_changes(void)
+{
+	static CachedQuery query = {"delete from fanout.topology_change"};
+
+	execute(&query, 0, NULL, NULL, NULL);
+}
+
+/* A pause must not wait for the end of a batch of millions. */
+static void
+look_for_topology_changes(bool *topology)
+{
+	static CachedQuery query = {"select exists (select from fanout.topology_change)"};
+	bool		isnull;
+
+	execute(&query, 0, NULL, NULL, NULL);
+	*topology = DatumGetBool(result_value(0, 1, &isnull));
+	if (*topology)
+		forget_topology_changes();
+}
+
 /* Takes the snapshot up to which a new batch reaches. */
 static void
 begin_batch(Cursor *cursor, bool *topology)
@@ -377,21 +402,14 @@ begin_batch(Cursor *cursor, bool *topology)
 	static CachedQuery query = {
 		"select pg_current_snapshot(), exists (select from fanout.topology_change)"
 	};
-	static CachedQuery forget = {"delete from fanout.topology_change"};
 	bool		isnull;
 
 	execute(&query, 0, NULL, NULL, NULL);
 	cursor->target = keep_snapshot(result_value(0, 1, &isnull), TopMemoryContext);
 	cursor->last_id = 0;
-	if (DatumGetBool(result_value(0, 2, &isnull)))
-	{
-		/*
-		 * Entries that became visible only now go too.  That is right: what
-		 * they tell of is read after this, with a newer snapshot still.
-		 */
-		*topology = true;
-		execute(&forget, 0, NULL, NULL, NULL);
-	}
+	*topology = DatumGetBool(result_value(0, 2, &isnull));
+	if (*topology)
+		forget_topology_changes();
 }
 
 static void
@@ -408,14 +426,14 @@ outbox_read(Cursor *cursor, MemoryContext parent, bool *topology)
 	Chunk	   *chunk = make_chunk(parent, CHUNK_MESSAGES);
 	Portal		portal;
 
+	if (cursor->target == (Datum) 0)
+		begin_batch(cursor, topology);
+	else
+		look_for_topology_changes(topology);
 	if (cursor->portal_open)
 		portal = SPI_cursor_find(PORTAL_NAME);
 	else
-	{
-		if (cursor->target == (Datum) 0)
-			begin_batch(cursor, topology);
 		portal = open_batch(cursor);
-	}
 
 	fill_chunk(portal, chunk, CHUNK_MESSAGES);
 	chunk->base = keep_snapshot(cursor->base, chunk->context);
@@ -557,20 +575,16 @@ outbox_bury(Message **messages, int count, const char *topic, int attempts)
 		else
 			bury_from_memory(messages[i], topic, attempts);
 	}
-	outbox_release(messages, count);
+	(void) outbox_release(messages, count);
 }
 
 /* ---- held messages ---- */
 
-/*
- * Rows that a transaction is about to purge are passed over, here and below:
- * the publisher waits for no user.
- */
 Chunk *
 outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id for update skip locked"
+		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(topic_id)};
@@ -588,7 +602,11 @@ outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 	return chunk;
 }
 
-void
+/*
+ * Rows that a transaction is about to purge are passed over: the publisher
+ * waits for no user.
+ */
+bool
 outbox_release(Message **messages, int count)
 {
 	static CachedQuery query = {
@@ -598,15 +616,21 @@ outbox_release(Message **messages, int count)
 	Oid			types[1] = {INT8ARRAYOID};
 	Datum		values[1];
 	Datum	   *ids;
+	static CachedQuery left = {"select exists (select from fanout.held where id = any ($1))"};
+	bool		isnull;
 
 	if (count == 0)
-		return;
+		return true;
 	ids = palloc(count * sizeof(Datum));
 	for (int i = 0; i < count; i++)
 		ids[i] = Int64GetDatum(messages[i]->id);
 	values[0] = PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64),
 												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 	execute(&query, 1, types, values, NULL);
+	if (SPI_processed == count)
+		return true;
+	execute(&left, 1, types, values, NULL);
+	return !DatumGetBool(result_value(0, 1, &isnull));
 }
 
 int
@@ -676,7 +700,7 @@ segment_expired(int segment, int retention_s)
 
 	snprintf(sql, sizeof(sql),
 			 "with l as (select * from fanout.sent"
-			 " where sent_at < clock_timestamp() - %d * interval '1 s' order by sent_id desc limit 1)"
+			 " where sent_at < now() - %d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
 			 " select exists (select from l) and not exists (select from l, fanout.outbox_%d o"
 			 " where o.xid >= pg_snapshot_xmin(l.base) and not pg_visible_in_snapshot(o.xid, l.base)"
 			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id))",
@@ -717,14 +741,16 @@ empty_segment(int segment, int retention_s)
 		elog(ERROR, "could not empty segment %d", segment);
 }
 
-/* Entries of the ledger that no row of any segment can need any more. */
-static void
-prune_ledger(int retention_s)
+/* now() and the order of sent_at are what the index can be used for. */
+void
+outbox_prune_ledger(int retention_s)
 {
 	static CachedQuery query = {
-		"delete from fanout.sent where sent_at < clock_timestamp() - 3 * $1 * interval '1 s'"
-		" and sent_id < (select max(sent_id) from fanout.sent"
-		"                where sent_at < clock_timestamp() - $1 * interval '1 s')"
+		"delete from fanout.sent where sent_id in (select sent_id from fanout.sent"
+		" where sent_at < now() - 3 * $1 * interval '1 s'"
+		" and sent_id < (select sent_id from fanout.sent where sent_at < now() - $1 * interval '1 s'"
+		"                order by sent_at desc, sent_id desc limit 1)"
+		" order by sent_at limit 100000)"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
@@ -768,9 +794,6 @@ outbox_rotate(int retention_s)
 	if (!segment_empty(current) &&
 		segment_empty((current + 1) % OUTBOX_SEGMENTS) &&
 		rotation_due(retention_s))
-	{
 		current = advance_segment(current);
-		prune_ledger(retention_s);
-	}
 	return current;
 }

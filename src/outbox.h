@@ -124,8 +124,8 @@ extern void outbox_load_cursor(Cursor *cursor);
 
 /*
  * Next chunk of the batch being walked, or else the first chunk of a new
- * batch.  Sets *topology if topics or bindings changed in the new batch's
- * target (and forgets that they did).  Returns NULL if there is nothing new;
+ * batch.  Sets *topology if topics or bindings changed since the last call, in
+ * the new batch's target at least (and forgets that they did).  Returns NULL if there is nothing new;
  * the base then moves up by itself.
  */
 extern Chunk *outbox_read(Cursor *cursor, MemoryContext parent, bool *topology);
@@ -145,8 +145,11 @@ extern void outbox_bury(Message **messages, int count, const char *topic, int at
 /* First messages held for a topic, in order, at most limit; NULL if none. */
 extern Chunk *outbox_read_held(int32 topic_id, int limit, MemoryContext parent);
 
-/* Held messages were sent: removes them. */
-extern void outbox_release(Message **messages, int count);
+/*
+ * Held messages were sent: removes them.  False if some are there still,
+ * locked by others.
+ */
+extern bool outbox_release(Message **messages, int count);
 
 /* Topics that have held messages. */
 extern int	outbox_topics_held(int32 **topic_ids);
@@ -163,6 +166,9 @@ extern int	outbox_current_segment(void);
  * current segment.
  */
 extern int	outbox_rotate(int retention_s);
+
+/* Removes entries of the ledger that no row can need any more, some at a time. */
+extern void outbox_prune_ledger(int retention_s);
 
 /* Adds to the counters of sent messages: parallel arrays. */
 extern void outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds);

@@ -81,6 +81,7 @@
 #define MAX_RETRY_MS 300000
 #define STATISTICS_MS 5000
 #define RECORD_AGAIN_MS 500
+#define TOPIC_DROPPED "its topic was dropped"
 #define RECHECK_TOPICS 50		/* each time maintain() runs */
 
 typedef struct Publisher
@@ -94,6 +95,8 @@ typedef struct Publisher
 	MemoryContext settings_context;
 	BrokerOptions options;
 	int			connect_failures;	/* in a row */
+	TimestampTz connected_at;
+	TimestampTz unblocked_at;	/* end of the last alarm */
 	TimestampTz connect_at;		/* no sooner */
 	bool		was_connected;
 	char		last_failure[600];	/* so that it is logged once */
@@ -108,6 +111,8 @@ typedef struct Publisher
 	Topic	   *drain_topic;	/* looked up anew after each load */
 	int32		drain_topic_id;
 	bool		drain_disturbed;	/* more was held since it was read */
+	bool		drain_refused;	/* one of it was: the rest waits behind it */
+	TimestampTz drain_record_at;	/* its rows were locked: no sooner */
 	uint64		flush_recorded; /* flush() tickets behind the ledger */
 	uint64		verify_pending; /* verify() tickets not served */
 	bool		declare;		/* something may have to be declared */
@@ -173,6 +178,18 @@ may_drain(const Topic *topic, TimestampTz now)
 	return topic->held && !topic->paused && (!topic->stalled || topic->retry_at <= now);
 }
 
+/*
+ * To connect is not enough: a node may accept connections and do nothing with
+ * them.  The pauses between attempts begin anew once it has confirmed
+ * something, or has lasted.
+ */
+static void
+broker_works(void)
+{
+	pub.connect_failures = 0;
+	pub.last_failure[0] = '\0';
+}
+
 /* Is the message one of fanout.held, being sent at last? */
 static bool
 is_held_message(const Message *message)
@@ -189,6 +206,8 @@ hold_message(Topic *topic, Message *message)
 		if (topic == pub.drain_topic)
 			pub.drain_disturbed = true;
 	}
+	else
+		pub.drain_refused = true;
 	settle(message, MESSAGE_HELD);
 }
 
@@ -246,7 +265,7 @@ refused(Message *message, const char *reason)
 {
 	Topic	   *topic = topology_find(message->topic_id);
 
-	if (topic == NULL)
+	if (topic == NULL || topic->gone)
 	{
 		bury_message(message, reason);
 		return;
@@ -277,12 +296,13 @@ acknowledged(void *item, void *arg)
 		return;
 	}
 	pg_atomic_fetch_add_u64(&worker_slot->confirmed, 1);
+	broker_works();
 	topic = topology_find(message->topic_id);
 	if (topic != NULL)
 	{
 		topic->sent++;
-		/* the message that was tried went through */
-		if (is_held_message(message))
+		/* the message that was tried went through, and none before it failed */
+		if (is_held_message(message) && !pub.drain_refused)
 			unstall_topic(topic);
 	}
 	settle(message, MESSAGE_SENT);
@@ -354,6 +374,7 @@ put_back_all(void)
 	for (int i = list.count - 1; i >= 0; i--)
 	{
 		list.messages[i]->state = MESSAGE_WAITING;
+		list.messages[i]->reason = NULL;	/* of a return whose ack never came */
 		flight_put_back(&pub.flight, &list.messages[i]->flight);
 	}
 	only = (list.count == 1) ? list.messages[0] : NULL;
@@ -389,6 +410,8 @@ broker_failed(const char *text)
 		strlcpy(pub.last_failure, text, sizeof(pub.last_failure));
 	}
 	worker_set_error(text);
+	if (pub.broker != NULL)
+		pub.next_address = (pub.next_address + 1) % pub.naddresses;
 	disconnect(false);
 	pub.connect_at = later(backoff(100, pub.connect_failures, MAX_RECONNECT_MS));
 	pub.connect_failures++;
@@ -474,6 +497,7 @@ handle_event(BrokerEvent *event)
 						  errdetail("%s", event->text)));
 			break;
 		case BROKER_UNBLOCKED:
+			pub.unblocked_at = GetCurrentTimestamp();
 			ereport(LOG, (errmsg("pg_fanout publisher is no longer blocked by the broker")));
 			break;
 		case BROKER_CHANNEL_CLOSED:
@@ -508,7 +532,9 @@ check_confirm_timeout(void)
 
 	if (oldest == NULL || pub.broker == NULL || broker_blocked(pub.broker))
 		return;
-	if (TimestampDifferenceExceeds(oldest->published_at, GetCurrentTimestamp(), pgf_confirm_timeout))
+	/* an alarm's time does not count: the broker did not read what we sent */
+	if (TimestampDifferenceExceeds(Max(oldest->published_at, pub.unblocked_at),
+								   GetCurrentTimestamp(), pgf_confirm_timeout))
 		broker_failed("the broker did not confirm a message within pg_fanout.confirm_timeout");
 }
 
@@ -600,6 +626,7 @@ connected(const BrokerAddress *address)
 {
 	char		where[256];
 
+	pub.connected_at = GetCurrentTimestamp();
 	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
 			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
 	worker_set_connected(where);
@@ -607,8 +634,6 @@ connected(const BrokerAddress *address)
 	if (pub.was_connected)
 		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
 	pub.was_connected = true;
-	pub.connect_failures = 0;
-	pub.last_failure[0] = '\0';
 	topology_forget_confirmed();
 	pub.declare = true;
 }
@@ -679,16 +704,23 @@ bury_first_held(Topic *topic)
 	topic->stall_changed = true;
 }
 
+/*
+ * At least the second attempt: that one was made with the first message held,
+ * the first may have been any.
+ */
 static void
 bury_exhausted(void)
 {
 	Topic	   *topic;
 	int			i = 0;
 
+	/* not one that is being sent just now */
+	if (pub.drain != NULL && pub.drain->unsettled > 0)
+		return;
 	while ((topic = topology_next(&i)) != NULL)
 	{
 		if (topic->dead_letters && topic->stalled && topic->held &&
-			topic->attempts >= pgf_retry_limit)
+			topic->attempts >= Max(pgf_retry_limit, 2))
 			bury_first_held(topic);
 	}
 }
@@ -843,11 +875,15 @@ read_chunk(void)
 
 	if (pub.cursor.target == (Datum) 0)
 	{
-		batch_ticket = pg_atomic_read_u64(&worker_slot->flush_requested);
-		/* cleared before the snapshot is taken, so that no commit is missed */
+		/*
+		 * Cleared before the snapshot is taken, so that no commit is missed,
+		 * and before the ticket is read, so that no flush() is: it sets the
+		 * flag after it has drawn its ticket.
+		 */
 		pub.more = false;
 		pg_atomic_write_u32(&worker_slot->dirty, 0);
 		pg_memory_barrier();
+		batch_ticket = pg_atomic_read_u64(&worker_slot->flush_requested);
 	}
 	worker_begin();
 	chunk = outbox_read(&pub.cursor, TopMemoryContext, &topology);
@@ -874,14 +910,17 @@ read_chunk(void)
 static bool
 turned_away(Message *message, Topic *topic)
 {
-	if (topic == NULL)
-		bury_message(message, "its topic was dropped");
+	if (topic == NULL || topic->gone)
+		bury_message(message, TOPIC_DROPPED);
 	else if (message->reason != NULL)
 		bury_message(message, message->reason);
-	else if (is_held_message(message) ? !may_drain(topic, GetCurrentTimestamp()) : diverted(topic))
+	else if (is_held_message(message) ?
+			 pub.drain_refused || !may_drain(topic, GetCurrentTimestamp()) : diverted(topic))
 		hold_message(topic, message);
 	else
 		return false;
+	if (pub.isolate > 0)
+		pub.isolate--;
 	return true;
 }
 
@@ -996,16 +1035,20 @@ record_held(const Chunk *chunk)
 	int			n;
 	Message   **held = select_messages(chunk, MESSAGE_HELD, &n);
 
-	outbox_hold(held, n);
 	for (int i = 0; i < n; i++)
 	{
 		Topic	   *topic = topology_find(held[i]->topic_id);
 
-		if (topic != NULL)
+		if (topic == NULL)
 		{
-			topic->held = true;
-			topic->holding--;
+			/* dropped meanwhile: nobody would ever drain it */
+			held[i]->state = MESSAGE_DEAD;
+			held[i]->reason = TOPIC_DROPPED;
+			continue;
 		}
+		outbox_hold(&held[i], 1);
+		topic->held = true;
+		topic->holding--;
 	}
 }
 
@@ -1041,7 +1084,13 @@ record_drain(void)
 
 	worker_begin();
 	sent = select_messages(chunk, MESSAGE_SENT, &n);
-	outbox_release(sent, n);
+	if (!outbox_release(sent, n))
+	{
+		/* somebody is purging them: only this topic waits for that */
+		worker_commit();
+		pub.drain_record_at = later(RECORD_AGAIN_MS);
+		return;
+	}
 	record_dead(chunk);
 	record_stalls();
 	worker_commit();
@@ -1057,6 +1106,12 @@ record_drain(void)
 }
 
 static bool
+drain_settled(void)
+{
+	return pub.drain != NULL && pub.drain->unsettled == 0;
+}
+
+static bool
 record_settled(void)
 {
 	bool		any = false;
@@ -1066,7 +1121,7 @@ record_settled(void)
 		record_oldest_chunk();
 		any = true;
 	}
-	if (pub.drain != NULL && pub.drain->unsettled == 0)
+	if (drain_settled() && pub.drain_record_at <= GetCurrentTimestamp())
 	{
 		record_drain();
 		any = true;
@@ -1076,11 +1131,15 @@ record_settled(void)
 
 /* ---- stalled and paused topics ---- */
 
-/* A topic that is paused as well is tried once it is resumed. */
+/*
+ * A topic that is paused as well is tried once it is resumed; one whose
+ * messages are held in memory only, once they are recorded.
+ */
 static bool
 awaits_retry(const Topic *topic)
 {
-	return topic->stalled && !(topic->paused && topic->held);
+	return topic->stalled && !(topic->paused && topic->held) &&
+		(topic->held || topic->holding == 0);
 }
 
 /*
@@ -1122,7 +1181,10 @@ start_drain(Topic *topic)
 
 	pub.drain_topic = topic;
 	pub.drain_topic_id = topic->topic_id;
-	pub.drain_disturbed = false;
+	/* what is held in memory was not read, and comes later */
+	pub.drain_disturbed = topic->holding > 0;
+	pub.drain_refused = false;
+	pub.drain_record_at = 0;
 	if (pub.drain != NULL)
 		admit_chunk(pub.drain);
 	else
@@ -1304,6 +1366,9 @@ maintain(TimestampTz now)
 	segment = outbox_rotate(pgf_retention);
 	topology_find_held();
 	worker_commit();
+	worker_begin();
+	outbox_prune_ledger(pgf_retention);
+	worker_commit();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
 	/* the safety nets: under the wake-ups, and under the topology */
 	pub.more = true;
@@ -1330,6 +1395,9 @@ work_by_the_clock(void)
 	TimestampTz now = GetCurrentTimestamp();
 
 	check_confirm_timeout();
+	if (pub.broker != NULL && pub.connect_failures > 0 &&
+		TimestampDifferenceExceeds(pub.connected_at, now, MAX_RECONNECT_MS))
+		broker_works();
 	maintain(now);
 	if (pub.statistics_at != 0 || sent_uncounted())
 		keep_statistics(now);
@@ -1356,6 +1424,8 @@ wait_for_work(void)
 		earlier(&timeout, now, pub.statistics_at);
 	if (topology_answered() || topology_stalls_changed())
 		earlier(&timeout, now, pub.record_at);
+	if (drain_settled())
+		earlier(&timeout, now, pub.drain_record_at);
 	if (pub.broker != NULL)
 	{
 		fd = broker_fd(pub.broker);

@@ -96,6 +96,19 @@ bool_column(int row, int number)
 	return !isnull && DatumGetBool(value);
 }
 
+/* Refused to be dropped, or declared again meanwhile: as new, but no news. */
+static void
+keep_undropped(Topic *topic)
+{
+	if (topic->error != NULL)
+		pfree(topic->error);
+	topic->error = NULL;
+	topic->gone = false;
+	topic->answered = false;
+	topic->confirmed = false;
+	topic->rechecked = true;
+}
+
 static void
 load_topic(int row)
 {
@@ -122,6 +135,8 @@ load_topic(int row)
 		"application/cloudevents+json" : "application/json";
 	topic->dead_letters = bool_column(row, 4);
 	topic->paused = bool_column(row, 5);
+	if (topic->dropping && !bool_column(row, 6))
+		keep_undropped(topic);
 	topic->dropping = bool_column(row, 6);
 	topic->bindings = NULL;
 	topic->nbindings = 0;
@@ -421,8 +436,12 @@ topology_forget_topic(Topic *topic)
 	{
 		topic->bindings[b].confirmed = false;
 		topic->bindings[b].rechecked = false;
-		if (topic->bindings[b].queue != NULL && topic->bindings[b].arguments != NULL)
+		if (topic->bindings[b].error != NULL &&
+			topic->bindings[b].queue != NULL && topic->bindings[b].arguments != NULL)
+		{
+			pfree(topic->bindings[b].error);
 			topic->bindings[b].error = NULL;
+		}
 	}
 }
 
@@ -680,8 +699,10 @@ static bool
 change_unlocked(const char *command, const char *table, const char *where,
 				int nargs, Oid *types, Datum *values, const char *nulls)
 {
-	char	   *sql = psprintf("%s and ctid = (select ctid from %s where %s for update skip locked)",
-							   command, table, where);
+	/* no stronger lock than the command's own: KEY SHARE may be held long */
+	const char *strength = (strncmp(command, "delete", 6) == 0) ? "update" : "no key update";
+	char	   *sql = psprintf("%s and ctid = (select ctid from %s where %s for %s skip locked)",
+							   command, table, where, strength);
 
 	execute(sql, nargs, types, values, nulls);
 	pfree(sql);

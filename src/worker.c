@@ -225,6 +225,7 @@ pin_settings(void)
 		{"transaction_timeout", "0"},	/* PostgreSQL 17 */
 		{"synchronous_commit", "off"},
 		{"work_mem", "16MB"},
+		{"temp_file_limit", "-1"},	/* a large batch waits in a temporary file */
 		{"jit", "off"},
 		{"max_parallel_workers_per_gather", "0"},
 		{"datestyle", "ISO"},

@@ -7,6 +7,8 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
+use IPC::Run ();
+use JSON::PP ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -129,6 +131,26 @@ is(scalar(keys %ids), 60, 'a full queue that is emptied by and by gets every mes
 is(scalar(@arrived), 60, 'none of them twice');
 is(out_of_order(@arrived), 0, 'and no retry lets a later message of the same key overtake');
 cmp_ok(sql('select nacked from fanout.stat_publisher'), '>', 0, 'although messages were nacked');
+
+# The same with a consumer that is always there: acks and nacks of one window
+# are mixed, and what is refused must hold back what comes after it.
+sql( q(select fanout.declare_binding('busy', 'g', 'classic', '{"x-max-length": 20, "x-overflow": "reject-publish"}');
+	   select fanout.flush('5 s')));
+my $lines = "$PostgreSQL::Test::Utils::tmp_check/busy.jsonl";
+my $consumer = IPC::Run::start(
+	[
+		"$PgFanout::lib/amqp", 'collect', '--uri', $broker->uri, '--queue', 'busy_g',
+		'--expect', 3000, '--timeout', 100, '--idle', 3, '--ack'
+	],
+	'<', \undef, '>', $lines);
+sql(q(select fanout.publish('busy', to_jsonb(i), 'k' || i % 40) from generate_series(1, 3000) i));
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 'busy'));
+$consumer->finish;
+my $json = JSON::PP->new->utf8;
+@arrived = map { $json->decode($_) } split(/\n/, slurp_file($lines));
+%ids = map { $_->{message_id} => 1 } @arrived;
+is(scalar(keys %ids), 3000, 'a queue that is full time and again gets every message');
+is(out_of_order(@arrived), 0, 'in order per key');
 
 # ---- 404: the exchange is deleted under load ----
 
