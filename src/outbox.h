@@ -97,6 +97,7 @@ typedef struct Chunk
 	Datum		base;			/* pg_snapshot; 0 for held messages */
 	Datum		target;
 	uint64		flush_ticket;	/* flush() served when this is recorded */
+	bool		drops_behind;	/* what is to be dropped may go then */
 	struct Chunk *next;
 } Chunk;
 

@@ -116,6 +116,9 @@ typedef struct Publisher
 	uint64		flush_recorded; /* flush() tickets behind the ledger */
 	uint64		verify_pending; /* verify() tickets not served */
 	bool		declare;		/* something may have to be declared */
+	bool		drops_seen;		/* something may have to be dropped, once what
+								 * was written before it is sent */
+	bool		drops;			/* now */
 
 	/* publishing */
 	Flight		flight;
@@ -374,7 +377,8 @@ put_back_all(void)
 	for (int i = list.count - 1; i >= 0; i--)
 	{
 		list.messages[i]->state = MESSAGE_WAITING;
-		list.messages[i]->reason = NULL;	/* of a return whose ack never came */
+		list.messages[i]->reason = NULL;	/* of a return whose ack never
+											 * came */
 		flight_put_back(&pub.flight, &list.messages[i]->flight);
 	}
 	only = (list.count == 1) ? list.messages[0] : NULL;
@@ -783,8 +787,10 @@ declare_topology(void)
 	BrokerError error;
 
 	pub.declare = false;
-	if (topology_declare(pub.broker, &error) == BROKER_LOST)
+	if (topology_declare(pub.broker, pub.drops, &error) == BROKER_LOST)
 		broker_failed(error.text);
+	else
+		pub.drops = false;
 	stall_refused_topics();
 	record_topology();
 	if (pub.broker != NULL)
@@ -805,6 +811,8 @@ load_topology(void)
 	pub.drain_topic = pub.drain ? topology_find(pub.drain_topic_id) : NULL;
 	pub.drain_disturbed = true; /* redrive() may have added to what is held */
 	pub.declare = true;
+	pub.drops_seen = true;
+	pub.drops = false;
 }
 
 /* ---- reading ---- */
@@ -854,16 +862,38 @@ append_chunk(Chunk *chunk)
 	pub.nchunks++;
 }
 
-/* A flush() that began before this batch's snapshot is served behind it. */
 static void
-note_flush(Chunk *chunk, uint64 ticket)
+batch_recorded(uint64 ticket, bool drops)
 {
-	if (chunk != NULL && chunk->last)
-		chunk->flush_ticket = ticket;
-	else if (chunk == NULL && pub.newest != NULL)
-		pub.newest->flush_ticket = ticket;
-	else if (chunk == NULL)
+	if (ticket > pub.flush_recorded)
 		pub.flush_recorded = ticket;
+	if (drops)
+	{
+		pub.drops = true;
+		pub.declare = true;
+	}
+}
+
+/*
+ * What has to wait until this batch is recorded: a flush() that began before
+ * its snapshot, and the dropping of what it saw marked, since a queue must
+ * still get what was written before.
+ */
+static void
+note_end_of_batch(Chunk *chunk, uint64 ticket)
+{
+	if (chunk != NULL && !chunk->last)
+		return;
+	if (chunk == NULL)
+		chunk = pub.newest;
+	if (chunk == NULL)
+		batch_recorded(ticket, pub.drops_seen);
+	else
+	{
+		chunk->flush_ticket = ticket;
+		chunk->drops_behind = chunk->drops_behind || pub.drops_seen;
+	}
+	pub.drops_seen = false;
 }
 
 static void
@@ -893,7 +923,7 @@ read_chunk(void)
 		prepare_chunk(chunk);
 	worker_commit();
 
-	note_flush(chunk, batch_ticket);
+	note_end_of_batch(chunk, batch_ticket);
 	if (chunk == NULL)
 		return;
 	pub.more = true;
@@ -1064,8 +1094,7 @@ record_oldest_chunk(void)
 	record_stalls();
 	worker_commit();
 
-	if (chunk->flush_ticket > pub.flush_recorded)
-		pub.flush_recorded = chunk->flush_ticket;
+	batch_recorded(chunk->flush_ticket, chunk->drops_behind);
 	pub.first = chunk->next;
 	if (pub.first == NULL)
 		pub.newest = NULL;
@@ -1153,7 +1182,7 @@ retry_topology(Topic *topic)
 	const char *refusal;
 
 	topology_forget_topic(topic);
-	if (topology_declare_topic(pub.broker, topic, &error) == BROKER_LOST)
+	if (topology_declare_topic(pub.broker, topic, false, &error) == BROKER_LOST)
 	{
 		broker_failed(error.text);
 		return false;
@@ -1287,6 +1316,13 @@ serve_flush(void)
 	ConditionVariableBroadcast(&worker_slot->progress);
 }
 
+/* ms */
+static long
+maintenance_interval(void)
+{
+	return Max(1, Min(60, pgf_retention / 4)) * 1000L;
+}
+
 static void
 take_requests(void)
 {
@@ -1301,7 +1337,10 @@ take_requests(void)
 	if (pg_atomic_read_u32(&worker_slot->dirty) != 0)
 		pub.more = true;
 	if (worker_reloaded())
+	{
 		use_settings();
+		pub.maintenance_at = Min(pub.maintenance_at, later(maintenance_interval()));
+	}
 }
 
 /* ---- by the clock ---- */
@@ -1374,7 +1413,7 @@ maintain(TimestampTz now)
 	pub.more = true;
 	topology_recheck(RECHECK_TOPICS);
 	pub.declare = true;
-	pub.maintenance_at = TimestampTzPlusMilliseconds(now, Max(1, Min(60, pgf_retention / 4)) * 1000L);
+	pub.maintenance_at = TimestampTzPlusMilliseconds(now, maintenance_interval());
 }
 
 static bool

@@ -614,7 +614,7 @@ delete_exchange(Broker *broker, Topic *topic, BrokerError *error)
 }
 
 BrokerResult
-topology_declare_topic(Broker *broker, Topic *topic, BrokerError *error)
+topology_declare_topic(Broker *broker, Topic *topic, bool drops, BrokerError *error)
 {
 	BrokerResult result = BROKER_OK;
 
@@ -627,17 +627,17 @@ topology_declare_topic(Broker *broker, Topic *topic, BrokerError *error)
 		if (binding->confirmed || binding->error != NULL)
 			continue;
 		if (binding->dropping)
-			result = delete_queue(broker, topic, binding, error);
+			result = drops ? delete_queue(broker, topic, binding, error) : BROKER_OK;
 		else if (topic->confirmed)
 			result = declare_binding(broker, topic, binding, error);
 	}
-	if (result == BROKER_OK && topic->dropping && !topic->gone && topic->error == NULL)
+	if (result == BROKER_OK && drops && topic->dropping && !topic->gone && topic->error == NULL)
 		result = delete_exchange(broker, topic, error);
 	return result;
 }
 
 BrokerResult
-topology_declare(Broker *broker, BrokerError *error)
+topology_declare(Broker *broker, bool drops, BrokerError *error)
 {
 	Topic	   *topic;
 	int			i = 0;
@@ -649,7 +649,7 @@ topology_declare(Broker *broker, BrokerError *error)
 	while ((topic = topology_next(&i)) != NULL)
 		all[n++] = topic;
 	for (i = 0; i < n && result == BROKER_OK; i++)
-		result = topology_declare_topic(broker, all[i], error);
+		result = topology_declare_topic(broker, all[i], drops, error);
 	pfree(all);
 	return result;
 }
@@ -746,6 +746,19 @@ forget_topic_rows(Topic *topic)
 	execute("delete from fanout.topic_stat where topic_id = $1", 1, types, values, NULL);
 }
 
+/* What was held of it in the meantime can go nowhere. */
+static void
+bury_held_rows(Topic *topic)
+{
+	Oid			types[2] = {INT4OID, TEXTOID};
+	Datum		values[2] = {Int32GetDatum(topic->topic_id), CStringGetTextDatum(topic->name)};
+
+	execute("with h as (delete from fanout.held where topic_id = $1 returning *)"
+			" insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
+			" select id, $2, message_id, type, key, headers, payload, queue, xid, created_at, 'its topic was dropped', 0 from h"
+			" on conflict (id) do nothing", 2, types, values, NULL);
+}
+
 #define TOPIC_KEY "topic_id = $1"
 
 static void
@@ -774,7 +787,10 @@ record_topic(Topic *topic)
 	{
 		topic->answered = false;
 		if (topic->gone)
+		{
 			forget_topic_rows(topic);
+			bury_held_rows(topic);
+		}
 	}
 }
 

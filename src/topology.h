@@ -102,11 +102,13 @@ extern void topology_forget_topic(Topic *topic);
 extern void topology_recheck(int count);
 
 /*
- * Declares what is not confirmed, deletes what is to be dropped.  Refusals
- * are remembered as errors of the topic or binding; BROKER_LOST ends it.
+ * Declares what is not confirmed, and with drops deletes what is to be
+ * dropped.  Refusals are remembered as errors of the topic or binding;
+ * BROKER_LOST ends it.
  */
-extern BrokerResult topology_declare(Broker *broker, BrokerError *error);
-extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, BrokerError *error);
+extern BrokerResult topology_declare(Broker *broker, bool drops, BrokerError *error);
+extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, bool drops,
+										   BrokerError *error);
 
 /* Is there an answer that topology_record() should write into the catalog? */
 extern bool topology_answered(void);

@@ -179,6 +179,8 @@ $broker->amqp('delete', '--queue', 'gone_g');
 PgFanout::poll(sub { $broker->ctl('-q', 'list_queues', '-p', $broker->vhost, 'name') =~ /^gone_g$/m },
 	'the deleted queue', 90);
 pass('a queue deleted from among several comes back by and by');
+sql('alter system reset pg_fanout.retention');
+sql('select pg_reload_conf()');
 
 # ---- 406: a queue exists with other arguments ----
 
