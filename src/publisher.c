@@ -432,6 +432,13 @@ blames_content(int code)
 	return code >= 501 && code <= 506;
 }
 
+/* Only if flight_has_ready(). */
+static Message *
+next_message(void)
+{
+	return (Message *) ((char *) flight_next(&pub.flight) - offsetof(Message, flight));
+}
+
 static Message *
 take_culprit(void)
 {
@@ -444,7 +451,7 @@ take_culprit(void)
 		return NULL;
 	}
 	/* it was put back as the first in line */
-	return (Message *) ((char *) flight_next(&pub.flight) - offsetof(Message, flight));
+	return next_message();
 }
 
 static void
@@ -1011,7 +1018,7 @@ publish_ready(void)
 	broker_cork(pub.broker);
 	while (flight_has_ready(&pub.flight) && window_open())
 	{
-		Message    *message = (Message *) ((char *) flight_next(&pub.flight) - offsetof(Message, flight));
+		Message    *message = next_message();
 		Topic	   *topic = topology_find(message->topic_id);
 
 		any = true;

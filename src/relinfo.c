@@ -358,6 +358,16 @@ captured_entity(Oid trigger)
 	return relid;
 }
 
+/* Takes apart a text array in its external form, an option's value. */
+static void
+parse_text_array(const char *array, Datum **elements, bool **nulls, int *n)
+{
+	ArrayType  *parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(array),
+															 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
+
+	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, elements, nulls, n);
+}
+
 /* Is name an element of the text array in its external form? */
 static bool
 array_has(const char *array, const char *name)
@@ -365,11 +375,8 @@ array_has(const char *array, const char *name)
 	Datum	   *elements;
 	bool	   *nulls;
 	int			n;
-	ArrayType  *parsed;
 
-	parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(array),
-												 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
-	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &n);
+	parse_text_array(array, &elements, &nulls, &n);
 	for (int i = 0; i < n; i++)
 	{
 		if (!nulls[i] && strcmp(TextDatumGetCString(elements[i]), name) == 0)
@@ -411,11 +418,8 @@ explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
 	bool	   *nulls;
 	int			n;
 	int			found = 0;
-	ArrayType  *parsed;
 
-	parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(key),
-												 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
-	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &n);
+	parse_text_array(key, &elements, &nulls, &n);
 	for (int k = 0; k < n; k++)
 	{
 		const char *name = nulls[k] ? "" : TextDatumGetCString(elements[k]);
