@@ -56,6 +56,10 @@ install_packages() {
 		packages+=("postgresql-$major" "postgresql-server-dev-$major")
 		system_pg_config=/usr/lib/postgresql/$major/bin/pg_config
 	fi
+	# maybe not from a package
+	for package in npm nodejs; do
+		command -v "${package%js}" >/dev/null || packages+=("$package")
+	done
 	for package in "${packages[@]}"; do
 		dpkg-query -W -f '${Status}' "$package" 2>/dev/null |
 			grep -q ' installed$' || missing+=("$package")
@@ -73,6 +77,19 @@ install_packages() {
 	rm -f /tmp/pg_fanout-apt.$$
 	[ -z "$policy" ] || as_root rm -f $policy
 	[ ${#missing[@]} -gt 0 ] || die "could not install the packages"
+}
+
+# Installs what the examples in Node import, below the copied tree.  npm runs as
+# the caller, whose configuration says where from.
+install_node_modules() {
+	local modules
+
+	modules=$(mktemp -d /tmp/pg_fanout-npm.XXXXXX)
+	cp "$scratch/src/test/examples/package.json" "$modules"
+	npm --prefix "$modules" --silent --no-audit --no-fund --no-package-lock install ||
+		die "could not install what test/examples/package.json lists"
+	tar -c -C "$modules" node_modules | as_user tar -x -C "$scratch/src/test/examples"
+	rm -rf "$modules"
 }
 
 # Sets $scratch to a new directory of test_user, with a short path: the names
