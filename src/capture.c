@@ -372,7 +372,6 @@ static void
 check_headers(Jsonb *headers)
 {
 	JsonbIterator *it;
-	JsonbIteratorToken token;
 	JsonbValue	v;
 
 	if (!JB_ROOT_IS_OBJECT(headers))
@@ -382,7 +381,7 @@ check_headers(Jsonb *headers)
 				 errhint("For example {\"tenant\": 7}.")));
 	it = JsonbIteratorInit(&headers->root);
 	(void) JsonbIteratorNext(&it, &v, true);	/* WJB_BEGIN_OBJECT */
-	while ((token = JsonbIteratorNext(&it, &v, true)) == WJB_KEY)
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
 	{
 		char	   *name = pnstrdup(v.val.string.val, v.val.string.len);
 

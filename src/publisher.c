@@ -588,7 +588,7 @@ use_settings(void)
 	if (pub.addresses != NULL)
 		broker_free_addresses(pub.addresses, pub.naddresses);
 	pub.addresses = broker_parse_uri(pgf_uri, &pub.naddresses, &error);
-	pub.next_address = pub.naddresses > 1 ? GetCurrentTimestamp() % pub.naddresses : 0;
+	pub.next_address = pub.naddresses > 1 ? (uint64) GetCurrentTimestamp() % pub.naddresses : 0;
 	pub.connect_failures = 0;
 	pub.connect_at = 0;
 	pub.last_failure[0] = '\0';

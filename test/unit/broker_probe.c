@@ -544,7 +544,10 @@ check_blocked(void)
 static void
 freeze(int signal)
 {
-	kill(atoi(getenv("PGF_RABBITMQ_PID")), signal);
+	const char *pid = getenv("PGF_RABBITMQ_PID");
+
+	if (pid != NULL)
+		kill(atoi(pid), signal);
 }
 
 static void

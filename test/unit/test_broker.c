@@ -83,6 +83,8 @@ fd_changed(int fd)
 static void
 shut_down(int signal)
 {
+	/* made for a signal handler, see broker.h */
+	/* NOLINTNEXTLINE(bugprone-signal-handler) */
 	int			fd = announced >= 0 ? announced : broker_handshake_fd();
 
 	(void) signal;
@@ -603,7 +605,8 @@ test_silent_tls(void)
 static void
 test_fuzz(void)
 {
-	int			n = getenv("PGF_FUZZ") ? atoi(getenv("PGF_FUZZ")) : 200;
+	const char *runs = getenv("PGF_FUZZ");
+	int			n = runs != NULL ? atoi(runs) : 200;
 	int			ended = 0;
 
 	for (seed = 1; seed <= (unsigned) n; seed++)

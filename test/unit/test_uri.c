@@ -84,6 +84,8 @@ test_list(void)
 	BrokerAddress *a = broker_parse_uri(" amqp://a , amqps://u:p@b:1/v,\tamqp://c", &count, &error);
 
 	ok(a != NULL && count == 3, "a list of three");
+	if (a == NULL)
+		return;
 	ok(same(a[0].host, "a") && same(a[1].host, "b") && same(a[2].host, "c"), "in order");
 	ok(a[1].tls && a[1].port == 1 && same(a[1].vhost, "v") && !a[2].tls, "each by itself");
 	broker_free_addresses(a, count);
