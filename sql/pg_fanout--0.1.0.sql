@@ -5,6 +5,7 @@
 -- it is created here, never adopted.
 create schema fanout;
 comment on schema fanout is 'pg_fanout: transactional outbox for RabbitMQ';
+revoke all on schema fanout from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -176,6 +177,7 @@ insert into fanout.sent (base, target, last_id, count)
 select s, s, 0, 0 from pg_current_snapshot() s;
 comment on sequence fanout.sent_sent_id_seq is 'internal: numbers of entries in the ledger';
 revoke all on fanout.sent from public;
+revoke all on sequence fanout.sent_sent_id_seq from public;
 
 create table fanout.held (
     id         bigint primary key,
