@@ -414,8 +414,12 @@ begin
             raise exception 'argument "%" must be a string, a number, a boolean or null', name
                 using errcode = 'invalid_parameter_value';
         elsif octet_length(convert_to(name, 'UTF8')) not between 1 and 128 then
-            raise exception 'names of arguments have 1 to 128 bytes'
+            raise exception 'names of arguments have 1 to 128 bytes in UTF-8'
                 using errcode = 'invalid_parameter_value';
+        elsif jsonb_typeof(value) = 'number' and abs(value::numeric) > 1.7976931348623157e308 then
+            raise exception 'argument "%" is out of range', name
+                using errcode = 'invalid_parameter_value',
+                      detail = 'Numbers are sent as 64-bit integers, or else in double precision.';
         elsif name = 'x-queue-type' then
             raise exception 'argument "x-queue-type" cannot be given'
                 using errcode = 'invalid_parameter_value',
@@ -578,17 +582,32 @@ $$;
 comment on function fanout.trigger_option(text[], text) is 'internal: one option among the arguments of a capture trigger';
 revoke all on function fanout.trigger_option(text[], text) from public;
 
+-- A trigger that was made by hand can have anything as an option.
+create function fanout.column_list(option text) returns text[]
+language plpgsql immutable strict
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return option::text[];
+exception when invalid_text_representation then
+    return '{}';
+end
+$$;
+comment on function fanout.column_list(text) is
+'internal: an option of a capture trigger that lists columns; if it is no list, an empty one, which fanout.capture() refuses';
+revoke all on function fanout.column_list(text) from public;
+
 -- A capture is nothing but its triggers: they are dropped, renamed, dumped and
 -- inherited by partitions together with the table.
 create view fanout.captures as
 select tgrelid::regclass as entity,
        args[1] as topic,
        array_agg(distinct operation) as operations,
-       (array_agg(fanout.trigger_option(args, 'columns')))[1]::text[] as columns,
-       (array_agg(fanout.trigger_option(args, 'exclude')))[1]::text[] as exclude,
-       (array_agg(fanout.trigger_option(args, 'key')))[1]::text[] as key,
+       fanout.column_list((array_agg(fanout.trigger_option(args, 'columns')))[1]) as columns,
+       fanout.column_list((array_agg(fanout.trigger_option(args, 'exclude')))[1]) as exclude,
+       fanout.column_list((array_agg(fanout.trigger_option(args, 'key')))[1]) as key,
        (array_agg(fanout.trigger_option(args, 'when')))[1] as "when",
-       coalesce((array_agg(fanout.trigger_option(args, 'old_row')))[1]::boolean, false) as old_row,
+       coalesce((array_agg(fanout.trigger_option(args, 'old_row')))[1] = 'true', false) as old_row,
        bool_and(tgenabled <> 'D') as enabled
 from (select t.*, fanout.trigger_arguments(t.oid) as args
       from pg_trigger t
@@ -677,9 +696,14 @@ declare
 begin
     if columns is null then
         return;
-    elsif array_length(columns, 1) is null or array_position(columns, null) is not null then
+    elsif cardinality(columns) = 0 or exists (select from unnest(columns) c where c is null) then
         raise exception '% must name at least one column, and no null', what
             using errcode = 'invalid_parameter_value';
+    end if;
+    select c into missing from unnest(columns) c group by c having count(*) > 1 limit 1;
+    if found then
+        raise exception '% names column "%" twice', what, missing
+            using errcode = 'duplicate_column';
     end if;
     select c into missing
     from unnest(columns) c
@@ -723,6 +747,13 @@ $$;
 comment on function fanout.captures_of(regclass) is 'internal: captures of one table';
 revoke all on function fanout.captures_of(regclass) from public;
 
+create function fanout.lock_capture(entity regclass) returns void
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_lock_capture';
+comment on function fanout.lock_capture(regclass) is
+'internal: makes transactions that capture the same table wait for each other';
+revoke all on function fanout.lock_capture(regclass) from public;
+
 -- Looks things up with the rights of pg_fanout, and changes nothing.  The locks
 -- make a second session that captures the same table find the capture of the
 -- first, and keep the topic.
@@ -747,7 +778,7 @@ begin
         raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
     end if;
     perform fanout.check_name('topic', capture_statements.topic);
-    perform pg_advisory_xact_lock(hashtext('fanout.capture'), capture_statements.entity::oid::integer);
+    perform fanout.lock_capture(capture_statements.entity);
     perform fanout.keep_topic(capture_statements.topic);
     perform fanout.require_topic(capture_statements.topic);
     if not exists (select from pg_class where oid = capture_statements.entity and relkind in ('r', 'p')) then
@@ -948,6 +979,7 @@ declare
 begin
     for t in select * from fanout.captured_with_children(entity) loop
         select array_agg(case when n % 2 = 1 and n > 1 and t.args[n - 1] in ('columns', 'exclude', 'key')
+                                   and old_name = any (fanout.column_list(a))
                               then array_replace(a::text[], old_name, new_name)::text
                               else a end order by n)
         into new_args
@@ -969,7 +1001,7 @@ declare
     t record;
 begin
     for t in select * from fanout.captured_with_children(entity) loop
-        if name = any (fanout.trigger_option(t.args, 'key')::text[])
+        if name = any (fanout.column_list(fanout.trigger_option(t.args, 'key')))
            and not exists (select from pg_attribute a
                            where a.attrelid = t.relid and a.attname = name and not a.attisdropped)
         then
@@ -1377,13 +1409,16 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
     select format('capture of %s into "%s"', c.entity, c.topic),
-           t.topic is not null and c.enabled,
+           t.topic is not null and c.enabled and not malformed,
            case when t.topic is null then 'the topic does not exist: writes to the table fail'
+                when malformed then 'a trigger has malformed arguments: writes to the table fail'
                 when not c.enabled then 'a trigger is disabled'
                 else array_to_string(c.operations, ', ') end,
            case when t.topic is null then 'Declare the topic, or use fanout.uncapture().'
+                when malformed then 'Use fanout.uncapture(), then fanout.capture().'
                 when not c.enabled then 'Use ALTER TABLE ... ENABLE TRIGGER.' end
-    from fanout.captures c left join fanout.topic t on t.topic = c.topic and not t.dropping
+    from fanout.captures c left join fanout.topic t on t.topic = c.topic and not t.dropping,
+         lateral (select coalesce('{}' in (c.columns, c.exclude, c.key), false)) m(malformed)
     union all
     select format('capture of %s has a key', c.entity), false, 'its messages have no key, and no order among themselves',
            'Give the table a primary key, or name columns in "key".'
@@ -1443,7 +1478,7 @@ revoke all on function fanout.check() from public;
 grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.preloaded(), fanout.library_version(),
-    fanout.trigger_arguments(oid), fanout.trigger_option(text[], text) to pg_monitor;
+    fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;
 
 

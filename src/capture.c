@@ -11,6 +11,8 @@
  */
 #include "postgres.h"
 
+#include <math.h>
+
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
@@ -26,6 +28,7 @@
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
@@ -340,6 +343,13 @@ pgf_capture_trigger(PG_FUNCTION_ARGS)
 
 /* ---- publish() ---- */
 
+static int
+utf8_length(const char *s)
+{
+	return strlen((char *) pg_do_encoding_conversion((unsigned char *) unconstify(char *, s), strlen(s),
+													 GetDatabaseEncoding(), PG_UTF8));
+}
+
 static bool
 reserved_header(const char *name, int len)
 {
@@ -356,16 +366,30 @@ reserved_header(const char *name, int len)
 static void
 check_header_name(const char *name, int len)
 {
-	if (len < 1 || len > 128)
+	if (len < 1 || utf8_length(name) > 128)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("names of headers have 1 to 128 bytes"),
+				 errmsg("names of headers have 1 to 128 bytes in UTF-8"),
 				 errdetail("This is AMQP's limit for field names.")));
 	if (reserved_header(name, len))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("header \"%.*s\" is set by pg_fanout itself", len, name),
 				 errhint("Choose another name.")));
+}
+
+/* As wire.c decides. */
+static void
+check_header_number(const char *name, Numeric number)
+{
+	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(number)));
+
+	if (!isfinite(strtod(text, NULL)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("header \"%s\" is out of range", name),
+				 errdetail("Numbers are sent as 64-bit integers, or else in double precision."),
+				 errhint("Write it as a string.")));
 }
 
 static void
@@ -392,6 +416,8 @@ check_headers(Jsonb *headers)
 					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("header \"%s\" must be a string, a number, a boolean or null", name),
 					 errhint("Put nested values into the payload.")));
+		if (v.type == jbvNumeric)
+			check_header_number(name, v.val.numeric);
 	}
 }
 
@@ -412,13 +438,6 @@ render_payload(Jsonb *payload, TopicFormat format, const OutboxRow *row)
 					row->key, row->created_at);
 	appendStringInfo(&out, "%s}", json);
 	return out.data;
-}
-
-static int
-utf8_length(const char *s)
-{
-	return strlen((char *) pg_do_encoding_conversion((unsigned char *) unconstify(char *, s), strlen(s),
-													 GetDatabaseEncoding(), PG_UTF8));
 }
 
 Datum

@@ -23,6 +23,7 @@
 #include "nodes/nodeFuncs.h"
 #include "nodes/parsenodes.h"
 #include "parser/parser.h"
+#include "storage/lock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -34,6 +35,7 @@
 
 PG_FUNCTION_INFO_V1(pgf_trigger_arguments);
 PG_FUNCTION_INFO_V1(pgf_set_trigger_arguments);
+PG_FUNCTION_INFO_V1(pgf_lock_capture);
 PG_FUNCTION_INFO_V1(pgf_condition_for);
 PG_FUNCTION_INFO_V1(pgf_column_altered);
 
@@ -124,6 +126,21 @@ pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
 	update_trigger(tuple, rel, pack_arguments(arguments, nargs));
 	systable_endscan(scan);
 	table_close(rel, RowExclusiveLock);
+	PG_RETURN_VOID();
+}
+
+/*
+ * An advisory lock that no pg_advisory_lock() can take, since those have 1 or 2
+ * in the last field: everybody may call them, and nobody shall be able to keep
+ * an administrator waiting.
+ */
+Datum
+pgf_lock_capture(PG_FUNCTION_ARGS)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, TriggerRelationId, PG_GETARG_OID(0), 3);
+	(void) LockAcquire(&tag, ExclusiveLock, false, false);
 	PG_RETURN_VOID();
 }
 

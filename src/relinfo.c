@@ -21,6 +21,8 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
+
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/relation.h"
@@ -31,6 +33,7 @@
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -61,6 +64,13 @@ typedef struct TopicEntry
 const char *const capture_op_code[CAPTURE_OPS] = {"c", "u", "d", "t"};
 
 static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "delete", "truncate"};
+
+/* Value of an option that lists columns; an element may be NULL. */
+typedef struct Names
+{
+	int			count;
+	char	  **names;
+} Names;
 
 static HTAB *captures = NULL;
 static HTAB *topics = NULL;
@@ -359,27 +369,28 @@ captured_entity(Oid trigger)
 }
 
 /* Takes apart a text array in its external form, an option's value. */
-static void
-parse_text_array(const char *array, Datum **elements, bool **nulls, int *n)
+static Names
+parse_names(const char *array)
 {
 	ArrayType  *parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(array),
 															 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
-
-	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, elements, nulls, n);
-}
-
-/* Is name an element of the text array in its external form? */
-static bool
-array_has(const char *array, const char *name)
-{
+	Names		names;
 	Datum	   *elements;
 	bool	   *nulls;
-	int			n;
 
-	parse_text_array(array, &elements, &nulls, &n);
-	for (int i = 0; i < n; i++)
+	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &names.count);
+	names.names = palloc((names.count + 1) * sizeof(char *));
+	for (int i = 0; i < names.count; i++)
+		names.names[i] = nulls[i] ? NULL : TextDatumGetCString(elements[i]);
+	return names;
+}
+
+static bool
+has_name(const Names *names, const char *name)
+{
+	for (int i = 0; i < names->count; i++)
 	{
-		if (!nulls[i] && strcmp(TextDatumGetCString(elements[i]), name) == 0)
+		if (names->names[i] != NULL && strcmp(names->names[i], name) == 0)
 			return true;
 	}
 	return false;
@@ -395,40 +406,56 @@ can_render(Form_pg_attribute attr)
 static int
 choose_columns(TupleDesc desc, const char *columns, const char *exclude, AttrNumber *attnums)
 {
+	Names		only = {0};
+	Names		without = {0};
 	int			n = 0;
 
+	if (columns != NULL)
+		only = parse_names(columns);
+	if (exclude != NULL)
+		without = parse_names(exclude);
 	for (int i = 0; i < desc->natts; i++)
 	{
 		Form_pg_attribute attr = TupleDescAttr(desc, i);
 
 		if (!can_render(attr) ||
-			(columns != NULL && !array_has(columns, NameStr(attr->attname))) ||
-			(exclude != NULL && array_has(exclude, NameStr(attr->attname))))
+			(columns != NULL && !has_name(&only, NameStr(attr->attname))) ||
+			has_name(&without, NameStr(attr->attname)))
 			continue;
 		attnums[n++] = attr->attnum;
 	}
 	return n;
 }
 
-/* Columns of an explicit key, in the order given. */
+static bool
+has_attnum(const AttrNumber *attnums, int n, AttrNumber attnum)
+{
+	for (int i = 0; i < n; i++)
+	{
+		if (attnums[i] == attnum)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Columns of an explicit key, in the order given.  Each counts once: a trigger
+ * made by hand may repeat it, and attnums has room for all columns only.
+ */
 static int
 explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
 {
-	Datum	   *elements;
-	bool	   *nulls;
-	int			n;
+	Names		names = parse_names(key);
 	int			found = 0;
 
-	parse_text_array(key, &elements, &nulls, &n);
-	for (int k = 0; k < n; k++)
+	for (int k = 0; k < names.count; k++)
 	{
-		const char *name = nulls[k] ? "" : TextDatumGetCString(elements[k]);
-
-		for (int i = 0; i < desc->natts; i++)
+		for (int i = 0; names.names[k] != NULL && i < desc->natts; i++)
 		{
 			Form_pg_attribute attr = TupleDescAttr(desc, i);
 
-			if (can_render(attr) && strcmp(NameStr(attr->attname), name) == 0)
+			if (can_render(attr) && strcmp(NameStr(attr->attname), names.names[k]) == 0 &&
+				!has_attnum(attnums, found, attr->attnum))
 				attnums[found++] = attr->attnum;
 		}
 	}
@@ -519,6 +546,42 @@ relinfo_headers(const char *op, const char *schema, const char *table, const cha
 	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
 }
 
+/* A segment of a URI's path: all but RFC 3986's unreserved characters is escaped. */
+static void
+append_segment(StringInfo out, const char *name)
+{
+	const char *utf8 = name;
+
+	if (GetDatabaseEncoding() != PG_SQL_ASCII)
+		utf8 = (char *) pg_do_encoding_conversion((unsigned char *) unconstify(char *, name), strlen(name),
+												  GetDatabaseEncoding(), PG_UTF8);
+	appendStringInfoChar(out, '/');
+	for (const char *c = utf8; *c != '\0'; c++)
+	{
+		if (isalnum((unsigned char) *c) && !IS_HIGHBIT_SET(*c))
+			appendStringInfoChar(out, *c);
+		else if (strchr("-._~", *c) != NULL)
+			appendStringInfoChar(out, *c);
+		else
+			appendStringInfo(out, "%%%02X", (unsigned char) *c);
+	}
+}
+
+static char *
+uri_of(const char *database, const char *schema, const char *table)
+{
+	StringInfoData path;
+	StringInfoData json;
+
+	initStringInfo(&path);
+	append_segment(&path, database);
+	append_segment(&path, schema);
+	append_segment(&path, table);
+	initStringInfo(&json);
+	escape_json(&json, path.data);
+	return json.data;
+}
+
 /* Texts that only depend on the table's name. */
 static void
 describe_entity(CaptureInfo *info, Relation entity)
@@ -537,9 +600,7 @@ describe_entity(CaptureInfo *info, Relation entity)
 	escape_json(&source, table);
 	info->source = source.data;
 
-	initStringInfo(&source);
-	escape_json(&source, psprintf("/%s/%s/%s", database, schema, table));
-	info->uri = source.data;
+	info->uri = uri_of(database, schema, table);
 
 	for (int op = 0; op < CAPTURE_OPS; op++)
 	{
@@ -597,20 +658,21 @@ key_needs_settings(CaptureInfo *info, TupleDesc desc)
 	return false;
 }
 
+/*
+ * The columns of message and key.  Called in a scratch context: the lists of a
+ * wide table are large, and the cache lives as long as the session.
+ */
 static void
-plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
+plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
 	AttrNumber *attnums = palloc((desc->natts + INDEX_MAX_KEYS + 1) * sizeof(AttrNumber));
 	const char *key = option(trigger->tgargs, trigger->tgnargs, "key");
-	const char *old_row = option(trigger->tgargs, trigger->tgnargs, "old_row");
-	Relation	entity = relation_open(info->entity, AccessShareLock);
 	int			n;
 
 	n = choose_columns(desc, option(trigger->tgargs, trigger->tgnargs, "columns"),
 					   option(trigger->tgargs, trigger->tgnargs, "exclude"), attnums);
 	info->row = rowjson_plan(desc, attnums, n, info->context);
-	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
 
 	if (key != NULL)
 		info->nkeys = explicit_key(desc, key, attnums);
@@ -618,21 +680,35 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 		info->nkeys = default_key(rel, attnums);
 	else
 		info->nkeys = partition_key(entity, rel, attnums);
-	info->keys = attnums;
-	if (info->nkeys > 0)
-		info->key = rowjson_plan(desc, attnums, info->nkeys, info->context);
-
+	if (info->nkeys == 0)
+		return;
+	info->keys = MemoryContextAlloc(info->context, info->nkeys * sizeof(AttrNumber));
+	memcpy(info->keys, attnums, info->nkeys * sizeof(AttrNumber));
+	info->key = rowjson_plan(desc, attnums, info->nkeys, info->context);
 	info->key_needs_settings = key_needs_settings(info, desc);
+}
 
+static void
+plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
+{
+	const char *old_row = option(trigger->tgargs, trigger->tgnargs, "old_row");
+	Relation	entity = relation_open(info->entity, AccessShareLock);
+	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout plan",
+												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
+
+	plan_columns(info, rel, entity, trigger);
+	MemoryContextSwitchTo(info->context);
 	describe_entity(info, entity);
+	MemoryContextSwitchTo(oldcontext);
+	MemoryContextDelete(scratch);
+	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
 	relation_close(entity, AccessShareLock);
 }
 
 static void
 build_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 {
-	MemoryContext oldcontext;
-
 	if (trigger->tgnargs < 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -646,9 +722,7 @@ build_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 
 	info->context = AllocSetContextCreate(CacheMemoryContext, "pg_fanout capture",
 										  ALLOCSET_SMALL_SIZES);
-	oldcontext = MemoryContextSwitchTo(info->context);
 	plan_capture(info, rel, trigger);
-	MemoryContextSwitchTo(oldcontext);
 }
 
 CaptureInfo *

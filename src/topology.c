@@ -155,7 +155,7 @@ set_arguments(Binding *binding, Jsonb *arguments)
 
 	if (fields == NULL)
 	{
-		binding->error = pstrdup("arguments cannot be converted to UTF-8");
+		binding->error = pstrdup("arguments cannot be converted to UTF-8, or have a number that is no double");
 		return;
 	}
 	for (int i = 0; i < n; i++)

@@ -10,6 +10,8 @@
  */
 #include "postgres.h"
 
+#include <math.h>
+
 #include "catalog/namespace.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
@@ -28,7 +30,7 @@ wire_utf8(const char *s, size_t len, size_t *utf8_len)
 {
 	int			encoding = GetDatabaseEncoding();
 	Oid			proc;
-	size_t		room;
+	Size		room;
 	char	   *out;
 
 	*utf8_len = len;
@@ -38,10 +40,10 @@ wire_utf8(const char *s, size_t len, size_t *utf8_len)
 		return pg_verify_mbstr(PG_UTF8, s, len, true) ? s : NULL;
 
 	proc = FindDefaultConversionProc(encoding, PG_UTF8);
-	room = len * MAX_CONVERSION_GROWTH + 1;
-	if (!OidIsValid(proc) || room > MaxAllocSize)
+	room = Min(len * MAX_CONVERSION_GROWTH + 1, INT_MAX);
+	if (!OidIsValid(proc))
 		return NULL;
-	out = palloc(room);
+	out = palloc_extended(room, MCXT_ALLOC_HUGE);
 	if (pg_do_encoding_conversion_buf(proc, encoding, PG_UTF8,
 									  (unsigned char *) unconstify(char *, s), len,
 									  (unsigned char *) out, room, true) != len)
@@ -50,8 +52,13 @@ wire_utf8(const char *s, size_t len, size_t *utf8_len)
 	return out;
 }
 
-/* A number is an integer if it is one and fits 64 bits, else a double. */
-static void
+/*
+ * A number is an integer if it is one and fits 64 bits, else a double.
+ *
+ * Not beyond a double: RabbitMQ does not know AMQP's infinity, and closes the
+ * connection on it (541), with everything that is in flight.
+ */
+static bool
 set_number(BrokerField *field, Numeric number)
 {
 	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(number)));
@@ -64,7 +71,9 @@ set_number(BrokerField *field, Numeric number)
 	{
 		field->type = BROKER_VALUE_DOUBLE;
 		field->value.real = strtod(text, NULL);
+		return isfinite(field->value.real);
 	}
+	return true;
 }
 
 static bool
@@ -85,8 +94,7 @@ set_field(BrokerField *field, const JsonbValue *value)
 			field->value.boolean = value->val.boolean;
 			return true;
 		case jbvNumeric:
-			set_number(field, value->val.numeric);
-			return true;
+			return set_number(field, value->val.numeric);
 		case jbvString:
 			return set_string(field, value->val.string.val, value->val.string.len);
 		default:
@@ -143,25 +151,38 @@ set_own_headers(Message *message, BrokerField *fields, int *count)
 	return set_string(field, message->key, strlen(message->key));
 }
 
+/*
+ * The names in a captured change's type can be longer in UTF-8 than they are in
+ * the database, and then too long together.
+ */
+static const char *
+short_string(const char *s)
+{
+	size_t		len;
+	const char *utf8 = wire_utf8(s, strlen(s), &len);
+
+	if (utf8 == NULL || len <= BROKER_MAX_SHORTSTR)
+		return utf8;
+	return pnstrdup(utf8, pg_encoding_mbcliplen(PG_UTF8, utf8, len, BROKER_MAX_SHORTSTR));
+}
+
 static const char *
 prepare(Message *message)
 {
 	BrokerMessage *wire = &message->wire;
 	BrokerField *fields;
-	size_t		len;
 
 	if (message->payload == NULL)
 		return psprintf("body of %zu bytes is larger than the %d that RabbitMQ can take",
 						message->payload_len, BROKER_MAX_BODY);
 	fields = wire_fields(message->headers, OWN_HEADERS, &wire->nheaders);
 	if (fields == NULL || !set_own_headers(message, fields, &wire->nheaders))
-		return "headers cannot be converted to UTF-8";
+		return "headers cannot be converted to UTF-8, or have a number that is no double";
 	wire->headers = fields;
 	wire->message_id = message->message_id;
 	wire->timestamp = message->created_at / USECS_PER_SEC +
 		(uint64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
-	if (message->type != NULL &&
-		(wire->type = wire_utf8(message->type, strlen(message->type), &len)) == NULL)
+	if (message->type != NULL && (wire->type = short_string(message->type)) == NULL)
 		return "type cannot be converted to UTF-8";
 	wire->body = wire_utf8(message->payload, message->payload_len, &wire->body_len);
 	if (wire->body == NULL)
