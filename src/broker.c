@@ -3,11 +3,12 @@
  * broker.c
  *		One AMQP 0-9-1 connection to RabbitMQ, over rabbitmq-c.
  *
- * The only file that knows rabbitmq-c.  It uses of that library the codec, the
- * transport (TCP, TLS) and the heartbeats: amqp_send_frame() and
- * amqp_simple_wait_frame_noblock().  Everything above frames, that is login,
- * RPC, publishing and the dispatch of what arrives, is done here, because the
- * library's own versions wait without limit and without interrupts:
+ * The only file that knows rabbitmq-c.  It uses of that library the codec and
+ * the writing of frames: amqp_handle_input() and amqp_send_frame(); for TLS
+ * also its transport and heartbeats, amqp_simple_wait_frame_noblock().
+ * Everything above frames, that is login, RPC, publishing and the dispatch of
+ * what arrives, is done here, because the library's own versions wait without
+ * limit and without interrupts:
  *
  * - amqp_basic_publish() and every RPC write with an infinite deadline and
  *   restart on EINTR (rabbitmq-c #519).  Here, a frame is written only when
@@ -19,14 +20,18 @@
  *   wait forever; amqp_simple_wait_frame_on_channel() drops queued frames of
  *   other channels; amqp_release_buffers() abort()s between frames.  None of
  *   them may be used here; nor may anything that calls amqp_abort().
+ * - The library's reading swallows heartbeats and frames of unknown types in
+ *   a loop for as long as a peer sends them, and keeps what they held (measured
+ *   with 0.11: 300 MB a second).  So a plain socket is read here, and a frame's
+ *   header is checked before the library is shown a byte of it (see "Reading").
  *
  * Two calls may still keep interrupts away, both under a peer that is hostile
  * rather than slow, and both end when a signal handler shuts the socket down:
  *
  * - opening a TLS socket, at most for connect_timeout_ms, if the peer accepts
  *   connections but does not shake hands (broker_handshake_fd());
- * - reading from a peer that sends heartbeats, or frames of unknown types,
- *   faster than they are read: the library swallows them in a loop.
+ * - reading TLS, since the library does not give its session away: the loop
+ *   named above, for a peer that has the certificate we trust.
  *
  * The resolver has its own limits (resolv.conf).
  *
@@ -63,7 +68,8 @@
  * channel; the operator closing the connection; TLS with and without trust.
  * In test/unit/test_broker.c, against brokers made of raw bytes: one that goes
  * silent, hangs up or talks nonsense at any step, breaks the order or the size
- * of frames, floods us, or writes before it reads.
+ * of frames, floods us, confirms what was not sent, or writes before it reads.
+ * In test/fuzz/fuzz_broker.c, whatever bytes a fuzzer comes upon.
  *
  *-------------------------------------------------------------------------
  */
@@ -113,7 +119,8 @@
 /* The library's private frame type for a protocol header ("AMQP"). */
 #define FRAME_PROTOCOL_HEADER 'A'
 
-/* Frame type, channel, size and end octet around a payload. */
+/* Frame type, channel and size before a payload; and the end octet after it. */
+#define FRAME_HEAD			7
 #define FRAME_ENVELOPE		8
 
 /* A method's identifiers and up to three short strings, rounded up. */
@@ -136,8 +143,17 @@
 /* Reads in a row after which interrupts are served. */
 #define READS_BETWEEN_WAITS 1024
 
-/* More events than any window of unconfirmed messages can give rise to. */
-#define EVENTS_MAX			(256 * 1024)
+/* Reads in a row before something else is looked at: the time, room to write. */
+#define READS_AT_ONCE		16384
+
+/* What is taken from the kernel in one piece. */
+#define INBOX_SIZE			65536
+
+/*
+ * As many events as a window of unconfirmed messages can give rise to: a
+ * return and an ack for each of 65535.
+ */
+#define EVENTS_MAX			(128 * 1024)
 
 /* How long a polite close waits for the answer. */
 #define GOODBYE_MS			200
@@ -167,6 +183,7 @@ struct Broker
 {
 	const BrokerOptions *options;
 	amqp_connection_state_t conn;
+	bool		tls;
 	int			fd;				/* -1: none, or lost */
 	char		where[288];		/* host:port, for texts */
 
@@ -175,6 +192,7 @@ struct Broker
 	bool		blocked;		/* by connection.blocked */
 
 	Channel		channels[3];	/* 0 is never used */
+	uint64_t	published;		/* on this publishing channel: the last tag */
 	Assembler	returned;		/* basic.return of the publishing channel */
 
 	/* Writing */
@@ -184,9 +202,18 @@ struct Broker
 	size_t		credit_max;		/* see refill_credit() */
 	size_t		credit;			/* may be written without asking the kernel */
 
+	/* Heartbeats */
+	int			heartbeat;		/* negotiated, in seconds; 0: none */
+	int64_t		last_sent_ms;
+	int64_t		last_received_ms;
+
 	/* Reading */
 	int64_t		last_read_ms;	/* when heartbeats were last served */
 	int			reads;			/* since interrupts were last served */
+	size_t		frame_left;		/* of the frame the library is being given */
+	size_t		inbox_first;	/* inbox[inbox_first .. inbox_last - 1] is */
+	size_t		inbox_last;		/* received and not given to it yet */
+	unsigned char inbox[INBOX_SIZE];
 
 	/* Events not yet fetched: events[first .. last - 1] */
 	BrokerEvent *events;
@@ -242,6 +269,8 @@ static void explain_vhost_failure(Broker *broker, const BrokerAddress *address);
 /* Channels and calls */
 static bool open_channel(Broker *broker, int channel, int64_t deadline);
 static bool open_publishing_channel(Broker *broker, int64_t deadline);
+static BrokerResult call_declare(Broker *broker, amqp_queue_declare_t *declare,
+								 const amqp_queue_declare_ok_t **ok, BrokerError *error);
 static BrokerResult call_topology(Broker *broker, amqp_method_number_t request,
 								  void *arguments, amqp_method_number_t reply,
 								  const void **answer, BrokerError *error);
@@ -283,6 +312,12 @@ static void refill_credit(Broker *broker);
 
 /* Reading */
 static bool read_frame(Broker *broker, amqp_frame_t *frame);
+static int	read_library(Broker *broker, amqp_frame_t *frame);
+static int	read_inbox(Broker *broker, amqp_frame_t *frame);
+static int	decode_inbox(Broker *broker, amqp_frame_t *frame);
+static bool begin_frame(Broker *broker);
+static int	fill_inbox(Broker *broker);
+static void serve_heartbeats(Broker *broker);
 static void drain(Broker *broker);
 static void dispatch(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_connection(Broker *broker, const amqp_frame_t *frame);
@@ -393,11 +428,9 @@ broker_blocked(const Broker *broker)
 long
 broker_next_heartbeat(const Broker *broker)
 {
-	int			heartbeat = amqp_get_heartbeat(broker->conn);
-
-	if (heartbeat == 0 || broker->lost)
+	if (broker->heartbeat == 0 || broker->lost)
 		return HEARTBEAT_NEVER_MS;
-	return clock_left(broker->last_read_ms + heartbeat * 1000 / 2);
+	return clock_left(broker->last_read_ms + broker->heartbeat * 1000 / 2);
 }
 
 int
@@ -444,7 +477,7 @@ lose_status(Broker *broker, const char *what, int status)
 
 	if (status == AMQP_STATUS_HEARTBEAT_TIMEOUT)
 		return lose(broker, 0, "no heartbeat from %s for %d s",
-					broker->where, 2 * amqp_get_heartbeat(broker->conn));
+					broker->where, 2 * broker->heartbeat);
 	if (status == AMQP_STATUS_CONNECTION_CLOSED || status == AMQP_STATUS_SOCKET_CLOSED)
 		return lose(broker, 0, "%s closed the connection unexpectedly", broker->where);
 	if (status == AMQP_STATUS_SOCKET_ERROR && saved_errno != 0)
@@ -516,9 +549,11 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 		return NULL;
 	}
 	broker->options = options;
+	broker->tls = address->tls;
 	broker->fd = -1;
 	broker->frame_max = FRAME_MIN;
 	broker->last_read_ms = clock_ms();
+	broker->last_received_ms = broker->last_read_ms;
 	assemble_init(&broker->returned, false, BROKER_MAX_BODY);
 	snprintf(broker->where, sizeof(broker->where), ipv6 ? "[%s]:%d" : "%s:%d",
 			 address->host, address->port);
@@ -825,9 +860,10 @@ tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 		ok.heartbeat = proposed->heartbeat;
 
 	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max,
-							 ok.heartbeat) != AMQP_STATUS_OK)
+							 broker->tls ? ok.heartbeat : 0) != AMQP_STATUS_OK)
 		return lose(broker, 0, "out of memory");
 	broker->frame_max = ok.frame_max;
+	broker->heartbeat = ok.heartbeat;
 	return send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_TUNE_OK_METHOD, &ok,
 					   METHOD_SIZE, clock_left(deadline));
 }
@@ -929,6 +965,7 @@ broker_reopen(Broker *broker, BrokerError *error)
 		if (type != BROKER_BLOCKED && type != BROKER_UNBLOCKED)
 			broker->events[i].type = BROKER_NOTHING;
 	}
+	broker->published = 0;
 	assemble_reset(&broker->returned);
 
 	if (!open_publishing_channel(broker, deadline))
@@ -956,6 +993,7 @@ broker_declare_queue(Broker *broker, const char *queue, const BrokerField *argum
 					 int narguments, BrokerError *error)
 {
 	amqp_queue_declare_t declare = {0};
+	const amqp_queue_declare_ok_t *ok;
 
 	declare.queue = bytes_of(queue);
 	declare.durable = 1;
@@ -970,8 +1008,7 @@ broker_declare_queue(Broker *broker, const char *queue, const BrokerField *argum
 	}
 	if (!fill_table(broker, arguments, narguments, &declare.arguments))
 		return fail_lost(broker, error);
-	return call_topology(broker, AMQP_QUEUE_DECLARE_METHOD, &declare,
-						 AMQP_QUEUE_DECLARE_OK_METHOD, NULL, error);
+	return call_declare(broker, &declare, &ok, error);
 }
 
 BrokerResult
@@ -994,19 +1031,16 @@ broker_inspect_queue(Broker *broker, const char *queue, uint32_t *messages,
 					 uint32_t *consumers, BrokerError *error)
 {
 	amqp_queue_declare_t declare = {0};
-	const void *answer;
+	const amqp_queue_declare_ok_t *ok;
 	BrokerResult result;
 
 	declare.queue = bytes_of(queue);
 	declare.passive = 1;
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
-	result = call_topology(broker, AMQP_QUEUE_DECLARE_METHOD, &declare,
-						   AMQP_QUEUE_DECLARE_OK_METHOD, &answer, error);
+	result = call_declare(broker, &declare, &ok, error);
 	if (result == BROKER_OK)
 	{
-		const amqp_queue_declare_ok_t *ok = answer;
-
 		*messages = ok->message_count;
 		*consumers = ok->consumer_count;
 	}
@@ -1057,6 +1091,26 @@ broker_delete_exchange(Broker *broker, const char *exchange, bool if_unused,
 		return BROKER_TOO_LARGE;
 	return call_topology(broker, AMQP_EXCHANGE_DELETE_METHOD, &delete,
 						 AMQP_EXCHANGE_DELETE_OK_METHOD, NULL, error);
+}
+
+/* declare-ok names the queue: an answer to an earlier question is noticed. */
+static BrokerResult
+call_declare(Broker *broker, amqp_queue_declare_t *declare,
+			 const amqp_queue_declare_ok_t **ok, BrokerError *error)
+{
+	const void *answer;
+	BrokerResult result = call_topology(broker, AMQP_QUEUE_DECLARE_METHOD, declare,
+										AMQP_QUEUE_DECLARE_OK_METHOD, &answer, error);
+
+	if (result != BROKER_OK)
+		return result;
+	*ok = answer;
+	if ((*ok)->queue.len == declare->queue.len &&
+		memcmp((*ok)->queue.bytes, declare->queue.bytes, declare->queue.len) == 0)
+		return BROKER_OK;
+	lose(broker, 0, "protocol violation by %s: another queue was declared than the one asked for",
+		 broker->where);
+	return fail_lost(broker, error);
 }
 
 /* One call on the topology channel, which is opened if it is not. */
@@ -1153,8 +1207,11 @@ broker_publish(Broker *broker, const BrokerMessage *message, long timeout_ms,
 		send_content_header(broker, message, header_size, timeout_ms) &&
 		send_content_body(broker, message->body, message->body_len, timeout_ms);
 	broker->mid_message = false;
+	if (!sent)
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
 
-	return sent ? BROKER_OK : fail_channel(broker, CHANNEL_PUBLISHING, error);
+	broker->published++;
+	return BROKER_OK;
 }
 
 bool
@@ -1446,7 +1503,7 @@ true_entry(const char *key)
  * free.  So after one look, that much may be written without another: it is
  * the credit.  Every frame is charged its bytes and what the kernel books for
  * a write of its own.  A socket that is not writable still has room for the
- * heartbeats that the library writes on its own account while we only read.
+ * heartbeats that the library writes on its own account while it reads TLS.
  */
 
 static bool
@@ -1473,6 +1530,7 @@ send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_
 
 	errno = 0;
 	status = amqp_send_frame(broker->conn, frame);
+	broker->last_sent_ms = clock_ms();
 	if (status == AMQP_STATUS_OK)
 		return true;
 
@@ -1541,15 +1599,27 @@ refill_credit(Broker *broker)
 
 /*
  * Reading
+ *
+ * A plain socket is read into the inbox, from which the library gets a frame at
+ * a time.  Nothing makes us wait: a frame that is not complete yet stays with
+ * the library, its rest is read when it comes.
  */
 
 void
 broker_next_event(Broker *broker, BrokerEvent *event)
 {
 	amqp_frame_t frame;
+	int			frames = 0;
 
 	while (broker->first == broker->last && read_frame(broker, &frame))
+	{
 		dispatch(broker, &frame);
+		if (++frames > READS_AT_ONCE && broker->first == broker->last)
+		{
+			event->type = BROKER_MORE;
+			return;
+		}
+	}
 
 	if (pop_event(broker, event))
 		return;
@@ -1571,7 +1641,6 @@ broker_next_event(Broker *broker, BrokerEvent *event)
 static bool
 read_frame(Broker *broker, amqp_frame_t *frame)
 {
-	struct timeval no_wait = {0, 0};
 	int			status;
 
 	if (broker->lost)
@@ -1581,29 +1650,166 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 	if (++broker->reads > READS_BETWEEN_WAITS)
 	{
 		broker->reads = 0;
+		serve_heartbeats(broker);
+		if (broker->lost)
+			return false;
 		broker->options->wait(broker->fd, false, 0);
 	}
 
 	amqp_maybe_release_buffers(broker->conn);
 	errno = 0;
-	status = amqp_simple_wait_frame_noblock(broker->conn, frame, &no_wait);
+	status = broker->tls ? read_library(broker, frame) : read_inbox(broker, frame);
 	if (status == AMQP_STATUS_OK)
 		return true;
 	if (status == AMQP_STATUS_TIMEOUT)
 	{
 		broker->reads = 0;
-		broker->last_read_ms = clock_ms();
+		serve_heartbeats(broker);
 		return false;
 	}
 	return lose_status(broker, "read from", status);
 }
 
+static int
+read_library(Broker *broker, amqp_frame_t *frame)
+{
+	struct timeval no_wait = {0, 0};
+
+	return amqp_simple_wait_frame_noblock(broker->conn, frame, &no_wait);
+}
+
+/* Returns AMQP_STATUS_TIMEOUT if there is no complete frame yet. */
+static int
+read_inbox(Broker *broker, amqp_frame_t *frame)
+{
+	int			status;
+
+	do
+	{
+		status = decode_inbox(broker, frame);
+		if (status != AMQP_STATUS_TIMEOUT)
+			return status;
+		status = fill_inbox(broker);
+	} while (status == AMQP_STATUS_OK);
+	return status;
+}
+
+static int
+decode_inbox(Broker *broker, amqp_frame_t *frame)
+{
+	for (;;)
+	{
+		size_t		have = broker->inbox_last - broker->inbox_first;
+		amqp_bytes_t bytes;
+		int			taken;
+
+		if (have == 0 || (broker->frame_left == 0 && have < FRAME_HEAD))
+			return AMQP_STATUS_TIMEOUT;
+		if (broker->frame_left == 0 && !begin_frame(broker))
+			return AMQP_STATUS_BAD_AMQP_DATA;
+
+		bytes.bytes = broker->inbox + broker->inbox_first;
+		bytes.len = have < broker->frame_left ? have : broker->frame_left;
+		taken = amqp_handle_input(broker->conn, bytes, frame);
+		if (taken <= 0)
+			return taken < 0 ? taken : AMQP_STATUS_BAD_AMQP_DATA;
+		broker->inbox_first += (size_t) taken;
+		broker->frame_left -= (size_t) taken;
+		if (frame->frame_type != 0)
+			return AMQP_STATUS_OK;
+	}
+}
+
+/*
+ * What the library would believe: it makes a pool of memory for every channel
+ * it hears of, and skips what it does not know.
+ */
+static bool
+begin_frame(Broker *broker)
+{
+	const unsigned char *head = broker->inbox + broker->inbox_first;
+	int			channel = head[1] << 8 | head[2];
+	size_t		size = (size_t) head[3] << 24 | (size_t) head[4] << 16 |
+		(size_t) head[5] << 8 | head[6];
+
+	if (memcmp(head, "AMQP", 4) == 0)
+	{
+		broker->frame_left = FRAME_ENVELOPE;
+		return true;
+	}
+	if (head[0] != AMQP_FRAME_METHOD && head[0] != AMQP_FRAME_HEADER &&
+		head[0] != AMQP_FRAME_BODY && head[0] != AMQP_FRAME_HEARTBEAT)
+		return lose(broker, 0, "%s sent something that is not an AMQP 0-9-1 frame",
+					broker->where);
+	if (channel > CHANNEL_TOPOLOGY)
+		return lose(broker, 0, "protocol violation by %s: frame on unknown channel %d",
+					broker->where, channel);
+	if (size + FRAME_ENVELOPE > (size_t) amqp_get_frame_max(broker->conn))
+		return lose(broker, 0, "protocol violation by %s: frame of %zu bytes",
+					broker->where, size);
+	broker->frame_left = size + FRAME_ENVELOPE;
+	return true;
+}
+
+/* Moves what is left, less than the head of a frame, to the front. */
+static int
+fill_inbox(Broker *broker)
+{
+	size_t		have = broker->inbox_last - broker->inbox_first;
+	ssize_t		n;
+
+	memmove(broker->inbox, broker->inbox + broker->inbox_first, have);
+	broker->inbox_first = 0;
+	broker->inbox_last = have;
+
+	n = recv(broker->fd, broker->inbox + have, INBOX_SIZE - have, MSG_DONTWAIT);
+	if (n == 0)
+		return AMQP_STATUS_CONNECTION_CLOSED;
+	if (n < 0)
+		return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ?
+			AMQP_STATUS_TIMEOUT : AMQP_STATUS_SOCKET_ERROR;
+	broker->inbox_last += (size_t) n;
+	broker->last_received_ms = clock_ms();
+	return AMQP_STATUS_OK;
+}
+
+/*
+ * As the library does it: one is sent for each half of the interval in which
+ * nothing else was, and a peer silent for two intervals is gone.
+ */
+static void
+serve_heartbeats(Broker *broker)
+{
+	amqp_frame_t frame = {.frame_type = AMQP_FRAME_HEARTBEAT,.channel = CHANNEL_CONNECTION};
+	int64_t		interval = broker->heartbeat * 1000;
+	int			status;
+
+	broker->last_read_ms = clock_ms();
+	if (broker->tls || interval == 0)
+		return;
+	if (broker->last_read_ms - broker->last_received_ms > 2 * interval)
+	{
+		lose_status(broker, "read from", AMQP_STATUS_HEARTBEAT_TIMEOUT);
+		return;
+	}
+	if (broker->last_read_ms - broker->last_sent_ms < interval / 2 ||
+		!tcp_writable(broker->fd, NULL))
+		return;
+
+	errno = 0;
+	status = amqp_send_frame(broker->conn, &frame);
+	broker->last_sent_ms = broker->last_read_ms;
+	if (status != AMQP_STATUS_OK)
+		lose_status(broker, "write to", status);
+}
+
+/* Callers look at the time, and come back while there is more. */
 static void
 drain(Broker *broker)
 {
 	amqp_frame_t frame;
 
-	while (read_frame(broker, &frame))
+	for (int i = 0; i < READS_AT_ONCE && read_frame(broker, &frame); i++)
 		dispatch(broker, &frame);
 }
 
@@ -1611,7 +1817,6 @@ drain(Broker *broker)
 static void
 dispatch(Broker *broker, const amqp_frame_t *frame)
 {
-	/* The library lets some through (amqp_try_recv). */
 	if (frame->frame_type == AMQP_FRAME_HEARTBEAT)
 		return;
 
@@ -1784,11 +1989,22 @@ channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close)
 	memcpy(event->text, c->why.text, sizeof(event->text));
 }
 
+/*
+ * A tag that is not used up yet, or 0, must not reach a window of messages in
+ * flight: by the time it is looked at there, the message may have been sent.
+ */
 static void
 confirmed(Broker *broker, BrokerEventType type, uint64_t tag, bool multiple)
 {
-	BrokerEvent *event = push_event(broker, type);
+	BrokerEvent *event;
 
+	if (tag == 0 || tag > broker->published)
+	{
+		lose(broker, 0, "protocol violation by %s: a message was confirmed that was not sent",
+			 broker->where);
+		return;
+	}
+	event = push_event(broker, type);
 	if (event == NULL)
 		return;
 	event->tag = tag;

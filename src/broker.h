@@ -82,6 +82,8 @@ typedef struct BrokerError
 typedef enum BrokerEventType
 {
 	BROKER_NOTHING,				/* no more frames for now */
+	BROKER_MORE,				/* frames that mean nothing, and more to come:
+								 * call again before sleeping */
 	BROKER_ACK,
 	BROKER_NACK,
 	BROKER_RETURN,				/* message_id, code, text */

@@ -8,6 +8,8 @@
  * singly before included, and may well overlap an earlier one.  So each tag is
  * a slot that is settled once, and what was settled is skipped.
  *
+ * Must never: settle a message for a confirm that may not mean it.
+ *
  * Pure data structure: no server, no socket, no allocation.
  *
  *-------------------------------------------------------------------------
@@ -74,17 +76,17 @@ advance(Confirms *window)
 bool
 confirms_settle(Confirms *window, uint64_t tag, bool multiple, ConfirmsSettled settled, void *arg)
 {
+	if (tag == 0 || tag >= window->next)
+		return false;
 	if (!multiple)
 	{
-		if (tag < window->oldest || tag >= window->next || *slot(window, tag) == NULL)
+		if (tag < window->oldest || *slot(window, tag) == NULL)
 			return false;
 		settle_one(window, tag, settled, arg);
 	}
 	else
 	{
-		uint64_t	last = (tag == 0 || tag >= window->next) ? window->next - 1 : tag;
-
-		for (uint64_t t = window->oldest; t <= last; t++)
+		for (uint64_t t = window->oldest; t <= tag; t++)
 			settle_one(window, t, settled, arg);
 	}
 	advance(window);

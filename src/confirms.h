@@ -37,11 +37,12 @@ extern bool confirms_full(const Confirms *window);
 extern uint64_t confirms_add(Confirms *window, void *item);
 
 /*
- * Settles one tag, or with multiple everything outstanding up to it (tag 0
- * then means all, AMQP 0-9-1 basic.ack).  Tags settled already, or never
- * published, are no error in a "multiple"; for a single tag the return value
- * is false: the broker has lost count, and the connection must not be trusted
- * any longer.
+ * Settles one tag, or with multiple everything outstanding up to it, in which
+ * tags settled already are no error.  Returns false, and settles nothing, for
+ * a tag that was never published, or single and settled already: the broker
+ * has lost count, and the connection must not be trusted any longer.  So it is
+ * with tag 0, by which AMQP means "all" (basic.ack): all that the broker had
+ * seen when it said so, which nobody knows here.  RabbitMQ does not send it.
  */
 extern bool confirms_settle(Confirms *window, uint64_t tag, bool multiple,
 							ConfirmsSettled settled, void *arg);

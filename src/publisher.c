@@ -80,6 +80,8 @@
 #define MAX_RECONNECT_MS 30000
 #define MAX_RETRY_MS 300000
 #define STATISTICS_MS 5000
+#define ALARM_LOG_MS 1000
+#define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
 #define TOPIC_DROPPED "its topic was dropped"
 #define RECHECK_TOPICS 50		/* each time maintain() runs */
@@ -97,6 +99,9 @@ typedef struct Publisher
 	int			connect_failures;	/* in a row */
 	TimestampTz connected_at;
 	TimestampTz unblocked_at;	/* end of the last alarm */
+	char		alarm[256];		/* why it blocks us */
+	bool		alarm_logged;	/* the log says that we are blocked */
+	TimestampTz alarm_log_at;	/* no sooner */
 	TimestampTz connect_at;		/* no sooner */
 	bool		was_connected;
 	char		last_failure[600];	/* so that it is logged once */
@@ -330,18 +335,22 @@ has_message_id(void *item, void *arg)
 	return message->state == MESSAGE_IN_FLIGHT && strcmp(message->message_id, arg) == 0;
 }
 
-/* The ack that follows will settle it. */
-static void
+/*
+ * The ack that follows will settle it.  Returns false if it is none of those
+ * in flight: then some other message's ack is not to be believed.
+ */
+static bool
 returned(BrokerEvent *event)
 {
 	Message    *message = confirms_find(&pub.window, has_message_id, event->message_id);
 
 	pg_atomic_fetch_add_u64(&worker_slot->returned, 1);
 	if (message == NULL)
-		return;
+		return false;
 	message->state = MESSAGE_RETURNED;
 	message->reason = MemoryContextStrdup(message->chunk->context,
 										  psprintf("returned: %d %s", event->code, event->text));
+	return true;
 }
 
 /* ---- losing the connection ---- */
@@ -398,6 +407,7 @@ disconnect(bool polite)
 	(void) put_back_all();
 	broker_close(pub.broker, polite);
 	pub.broker = NULL;
+	pub.alarm_logged = false;
 	worker_set_connected(NULL);
 }
 
@@ -489,6 +499,30 @@ channel_closed(BrokerEvent *event)
 
 /* ---- what the broker says ---- */
 
+/*
+ * Alarms may come and go faster than anybody reads of them: what is logged is
+ * how it stands, at most once in ALARM_LOG_MS.
+ */
+static bool
+alarm_untold(void)
+{
+	return pub.broker != NULL && broker_blocked(pub.broker) != pub.alarm_logged;
+}
+
+static void
+log_alarm(void)
+{
+	if (!alarm_untold() || pub.alarm_log_at > GetCurrentTimestamp())
+		return;
+	pub.alarm_logged = !pub.alarm_logged;
+	pub.alarm_log_at = later(ALARM_LOG_MS);
+	if (pub.alarm_logged)
+		ereport(LOG, (errmsg("pg_fanout publisher is blocked by the broker"),
+					  errdetail("%s", pub.alarm)));
+	else
+		ereport(LOG, (errmsg("pg_fanout publisher is no longer blocked by the broker")));
+}
+
 static void
 handle_event(BrokerEvent *event)
 {
@@ -501,15 +535,16 @@ handle_event(BrokerEvent *event)
 				broker_failed("the broker confirmed a message that was not in flight");
 			break;
 		case BROKER_RETURN:
-			returned(event);
+			if (!returned(event))
+				broker_failed("the broker returned a message that was not in flight");
 			break;
 		case BROKER_BLOCKED:
-			ereport(LOG, (errmsg("pg_fanout publisher is blocked by the broker"),
-						  errdetail("%s", event->text)));
+			strlcpy(pub.alarm, event->text, sizeof(pub.alarm));
+			log_alarm();
 			break;
 		case BROKER_UNBLOCKED:
 			pub.unblocked_at = GetCurrentTimestamp();
-			ereport(LOG, (errmsg("pg_fanout publisher is no longer blocked by the broker")));
+			log_alarm();
 			break;
 		case BROKER_CHANNEL_CLOSED:
 			channel_closed(event);
@@ -518,22 +553,30 @@ handle_event(BrokerEvent *event)
 			disconnected(event);
 			break;
 		case BROKER_NOTHING:
+		case BROKER_MORE:
 			break;
 	}
 }
 
-static void
+/*
+ * Returns false if all that the broker has said is taken.  However much that
+ * is, the rest of the work gets its turn.
+ */
+static bool
 take_events(void)
 {
 	BrokerEvent event;
 
-	while (pub.broker != NULL)
+	for (int i = 0; i < EVENTS_AT_ONCE && pub.broker != NULL; i++)
 	{
 		broker_next_event(pub.broker, &event);
 		if (event.type == BROKER_NOTHING)
-			return;
+			return false;
+		if (event.type == BROKER_MORE)
+			return true;
 		handle_event(&event);
 	}
+	return pub.broker != NULL;
 }
 
 static void
@@ -1026,7 +1069,7 @@ publish_ready(void)
 			publish(message, topic);
 		/* confirms free the window, and must not pile up at the broker */
 		if (++n % 100 == 0)
-			take_events();
+			(void) take_events();
 	}
 	if (pub.broker != NULL)
 		broker_uncork(pub.broker);
@@ -1441,6 +1484,7 @@ work_by_the_clock(void)
 	TimestampTz now = GetCurrentTimestamp();
 
 	check_confirm_timeout();
+	log_alarm();
 	if (pub.broker != NULL && pub.connect_failures > 0 &&
 		TimestampDifferenceExceeds(pub.connected_at, now, MAX_RECONNECT_MS))
 		broker_works();
@@ -1478,6 +1522,8 @@ wait_for_work(void)
 		timeout = Min(timeout, broker_next_heartbeat(pub.broker));
 		if (retry != 0 && may_retry())
 			earlier(&timeout, now, retry);
+		if (alarm_untold())
+			earlier(&timeout, now, pub.alarm_log_at);
 		if (pub.window.outstanding > 0)
 			timeout = Min(timeout, 1000);
 		worker_set_state(broker_blocked(pub.broker) ? PUBLISHER_BLOCKED :
@@ -1507,7 +1553,7 @@ work(void)
 		connect_broker();
 		any = true;
 	}
-	take_events();
+	any = take_events() || any;
 	if (may_declare())
 	{
 		declare_topology();
@@ -1520,7 +1566,7 @@ work(void)
 		any = true;
 	}
 	any = publish_ready() || any;
-	take_events();
+	any = take_events() || any;
 	any = record_settled() || any;
 	any = retry_stalled() || any;
 	if (pub.record_at <= GetCurrentTimestamp())
