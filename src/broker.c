@@ -241,6 +241,7 @@ static void set_error(BrokerError *error, int code, const char *format,...)
 static BrokerResult fail_lost(const Broker *broker, BrokerError *error);
 static BrokerResult fail_channel(const Broker *broker, int channel, BrokerError *error);
 static void copy_text(char *to, size_t size, amqp_bytes_t from);
+static void copy_reason(const Broker *broker, char *to, int code, amqp_bytes_t from);
 
 /* Connecting */
 static Broker *new_broker(const BrokerAddress *address, const BrokerOptions *options);
@@ -406,10 +407,13 @@ say_goodbye(Broker *broker)
 	while (!broker->lost && clock_left(deadline) > 0)
 	{
 		broker->reads = 0;		/* keeps read_frame() from calling wait() */
-		if (!read_frame(broker, &frame))
+		if (read_frame(broker, &frame))
+		{
+			if (is_method(&frame, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_OK_METHOD))
+				return;
+		}
+		else if (!broker->lost)
 			tcp_wait_readable(broker->fd, clock_left(deadline));
-		else if (is_method(&frame, CHANNEL_CONNECTION, AMQP_CONNECTION_CLOSE_OK_METHOD))
-			return;
 	}
 }
 
@@ -527,6 +531,16 @@ copy_text(char *to, size_t size, amqp_bytes_t from)
 	for (size_t i = 0; i < len; i++)
 		to[i] = bytes[i] >= ' ' && bytes[i] < 0x7f ? (char) bytes[i] : '?';
 	to[len] = '\0';
+}
+
+/* The same into WHY_SIZE bytes; but it must say something. */
+static void
+copy_reason(const Broker *broker, char *to, int code, amqp_bytes_t from)
+{
+	if (from.len > 0)
+		copy_text(to, WHY_SIZE, from);
+	else
+		snprintf(to, WHY_SIZE, "closed by %s with code %d", broker->where, code);
 }
 
 
@@ -1942,7 +1956,7 @@ connection_closed(Broker *broker, const amqp_connection_close_t *close)
 	char text[	WHY_SIZE];
 	int			code = close->reply_code;
 
-	copy_text(text, sizeof(text), close->reply_text);
+	copy_reason(broker, text, code, close->reply_text);
 	if (!broker->mid_message && tcp_writable(broker->fd, NULL))
 		amqp_send_method(broker->conn, CHANNEL_CONNECTION,
 						 AMQP_CONNECTION_CLOSE_OK_METHOD, &ok);
@@ -1978,7 +1992,7 @@ channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close)
 
 	c->state = CHANNEL_REFUSED;
 	c->why.code = close->reply_code;
-	copy_text(c->why.text, sizeof(c->why.text), close->reply_text);
+	copy_reason(broker, c->why.text, close->reply_code, close->reply_text);
 	if (channel != CHANNEL_PUBLISHING)
 		return;
 
