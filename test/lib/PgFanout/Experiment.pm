@@ -362,12 +362,9 @@ sub write_ledger
 	my $ledger = "$self->{dir}/ledger";
 
 	unlink $ledger;
-	PostgreSQL::Test::Utils::append_to_file(
-		$ledger,
-		$self->{node}->safe_psql(
-			$self->{dbname},
-			'copy (select n, topic, key, op, token from ledger order by n) to stdout')
-		  . "\n");
+	$self->sql(
+		"copy (select n, topic, key, op, token from ledger order by n) to '$ledger'"
+	);
 	return;
 }
 
