@@ -94,10 +94,10 @@
 #include "tcop/tcopprot.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
-#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "launcher.h"
+#include "monotime.h"
 #include "shmem.h"
 
 /* Milliseconds, unless it says otherwise. */
@@ -121,7 +121,7 @@ typedef struct SlotView
 	uint32		generation;
 	bool		attached;
 	bool		held;
-	TimestampTz restart_after;
+	MonoTime	restart_after;
 } SlotView;
 
 /* Lists of Oid, in list_context. */
@@ -132,9 +132,9 @@ static List *unknown = NIL;		/* of these, those to probe; some that have a
 								 * slot may be among them */
 
 static Start *starts;			/* one for each slot */
-static TimestampTz patience_until = 0;	/* with the last start */
-static TimestampTz register_after = 0;
-static TimestampTz refresh_at = 0;
+static MonoTime patience_until = 0; /* with the last start */
+static MonoTime register_after = 0;
+static MonoTime refresh_at = 0;
 static bool workers_exhausted = false;
 static bool slots_exhausted = false;
 
@@ -150,15 +150,15 @@ static void collect(void);
 static void collect_slot(DatabaseSlot *slot, const SlotView *view);
 static void start(void);
 static bool start_is_pending(void);
-static bool start_next(TimestampTz now);
-static DatabaseSlot *find_due_slot(TimestampTz now, Oid *database);
+static bool start_next(MonoTime now);
+static DatabaseSlot *find_due_slot(MonoTime now, Oid *database);
 static DatabaseSlot *find_unknown_database(Oid *database);
 static bool start_publisher(DatabaseSlot *slot, Oid database);
 static bool register_publisher(int index, uint32 generation, Oid database);
 static void note_register_failure(void);
 static void note_slots_exhausted(void);
 static long next_wakeup(void);
-static void sooner(TimestampTz *at, TimestampTz other);
+static void sooner(MonoTime *at, MonoTime other);
 static void wait_for_work(long timeout_ms);
 static SlotView view_slot(DatabaseSlot *slot);
 static bool has_slot(Oid database);
@@ -245,13 +245,13 @@ static void
 refresh(void)
 {
 	uint32		rescan = pg_atomic_exchange_u32(&pgf_shared->rescan, 0);
-	TimestampTz now = GetCurrentTimestamp();
+	MonoTime	now = mono_now();
 
 	if (rescan == 0 && now < refresh_at)
 		return;
 	read_databases();
 	classify_databases((rescan & RESCAN_EXTENSIONS) != 0);
-	refresh_at = TimestampTzPlusMilliseconds(now, REFRESH_INTERVAL);
+	refresh_at = mono_plus(now, REFRESH_INTERVAL);
 }
 
 static void
@@ -389,7 +389,7 @@ collect_slot(DatabaseSlot *slot, const SlotView *view)
 static void
 start(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	MonoTime	now = mono_now();
 
 	while (now >= register_after && !start_is_pending())
 	{
@@ -401,7 +401,7 @@ start(void)
 static bool
 start_is_pending(void)
 {
-	if (GetCurrentTimestamp() >= patience_until)
+	if (mono_now() >= patience_until)
 		return false;
 	for (int i = 0; i < pgf_shared->nslots; i++)
 	{
@@ -415,7 +415,7 @@ start_is_pending(void)
 
 /* Returns false if there is nothing to start, or no way to. */
 static bool
-start_next(TimestampTz now)
+start_next(MonoTime now)
 {
 	Oid			database;
 	DatabaseSlot *slot = find_due_slot(now, &database);
@@ -427,10 +427,10 @@ start_next(TimestampTz now)
 
 /* The one that has been due for longest. */
 static DatabaseSlot *
-find_due_slot(TimestampTz now, Oid *database)
+find_due_slot(MonoTime now, Oid *database)
 {
 	DatabaseSlot *due = NULL;
-	TimestampTz due_since = now;
+	MonoTime	due_since = now;
 
 	for (int i = 0; i < pgf_shared->nslots; i++)
 	{
@@ -486,7 +486,7 @@ start_publisher(DatabaseSlot *slot, Oid database)
 		return false;
 	}
 	workers_exhausted = false;
-	patience_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), START_PATIENCE);
+	patience_until = mono_later(START_PATIENCE);
 	return true;
 }
 
@@ -523,7 +523,7 @@ register_publisher(int index, uint32 generation, Oid database)
 static void
 note_register_failure(void)
 {
-	register_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), REGISTER_RETRY);
+	register_after = mono_later(REGISTER_RETRY);
 	if (workers_exhausted)
 		return;
 	workers_exhausted = true;
@@ -553,8 +553,8 @@ note_slots_exhausted(void)
 static long
 next_wakeup(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
-	TimestampTz at = refresh_at;
+	MonoTime	now = mono_now();
+	MonoTime	at = refresh_at;
 	bool		pending = start_is_pending();
 
 	if (pending)
@@ -567,11 +567,11 @@ next_wakeup(void)
 			list_member_oid(databases, view.database))
 			sooner(&at, Max(view.restart_after, register_after));
 	}
-	return Max(TimestampDifferenceMilliseconds(now, at), 0);
+	return mono_left(now, at);
 }
 
 static void
-sooner(TimestampTz *at, TimestampTz other)
+sooner(MonoTime *at, MonoTime other)
 {
 	if (other < *at)
 		*at = other;

@@ -770,11 +770,13 @@ advance_segment(int current)
 	return next;
 }
 
+/* The last rotation may lie in the future: the clock was wrong then. */
 static bool
 rotation_due(int retention_s)
 {
 	static CachedQuery query = {
-		"select rotated_at < clock_timestamp() - $1 / 2 * interval '1 s' from fanout.rotation"
+		"select rotated_at not between clock_timestamp() - $1 / 2 * interval '1 s' and clock_timestamp()"
+		" from fanout.rotation"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};

@@ -17,6 +17,7 @@
 
 #include "broker.h"
 #include "flight.h"
+#include "monotime.h"
 
 /* ---- writing, in the application's transaction ---- */
 
@@ -79,7 +80,7 @@ typedef struct Message
 								 * are set when it does */
 	char	   *reason;			/* why it cannot be sent, NULL otherwise */
 	struct Chunk *chunk;
-	TimestampTz published_at;
+	MonoTime	published_at;
 } Message;
 
 /*

@@ -60,6 +60,7 @@
 #include "confirms.h"
 #include "flight.h"
 #include "guc.h"
+#include "monotime.h"
 #include "outbox.h"
 #include "publisher.h"
 #include "topology.h"
@@ -78,7 +79,6 @@
 #define RPC_TIMEOUT_MS 10000
 
 #define MAX_RECONNECT_MS 30000
-#define MAX_RETRY_MS 300000
 #define STATISTICS_MS 5000
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
@@ -97,12 +97,12 @@ typedef struct Publisher
 	MemoryContext settings_context;
 	BrokerOptions options;
 	int			connect_failures;	/* in a row */
-	TimestampTz connected_at;
-	TimestampTz unblocked_at;	/* end of the last alarm */
+	MonoTime	connected_at;
+	MonoTime	unblocked_at;	/* end of the last alarm */
 	char		alarm[256];		/* why it blocks us */
 	bool		alarm_logged;	/* the log says that we are blocked */
-	TimestampTz alarm_log_at;	/* no sooner */
-	TimestampTz connect_at;		/* no sooner */
+	MonoTime	alarm_log_at;	/* no sooner */
+	MonoTime	connect_at;		/* no sooner */
 	bool		was_connected;
 	char		last_failure[600];	/* so that it is logged once */
 
@@ -117,7 +117,7 @@ typedef struct Publisher
 	int32		drain_topic_id;
 	bool		drain_disturbed;	/* more was held since it was read */
 	bool		drain_refused;	/* one of it was: the rest waits behind it */
-	TimestampTz drain_record_at;	/* its rows were locked: no sooner */
+	MonoTime	drain_record_at;	/* its rows were locked: no sooner */
 	uint64		flush_recorded; /* flush() tickets behind the ledger */
 	uint64		verify_pending; /* verify() tickets not served */
 	bool		declare;		/* something may have to be declared */
@@ -133,19 +133,13 @@ typedef struct Publisher
 	int			isolate;		/* messages to be sent one at a time */
 
 	/* by the clock */
-	TimestampTz statistics_at;	/* 0: nothing to count */
-	TimestampTz statistics_since;
-	TimestampTz maintenance_at;
-	TimestampTz record_at;		/* answers not recorded yet: no sooner */
+	MonoTime	statistics_at;	/* 0: nothing to count */
+	MonoTime	statistics_since;
+	MonoTime	maintenance_at;
+	MonoTime	record_at;		/* answers not recorded yet: no sooner */
 } Publisher;
 
 static Publisher pub;
-
-static TimestampTz
-later(long ms)
-{
-	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
-}
 
 /*
  * ms doubled "times" times, at most max, a quarter of it jitter, for which the
@@ -157,7 +151,7 @@ backoff(long ms, int times, long max)
 	for (int i = 0; i < times && ms < max; i++)
 		ms *= 2;
 	ms = Min(ms, max);
-	return ms - ms / 8 + (long) (GetCurrentTimestamp() % (ms / 4 + 1));
+	return ms - ms / 8 + (long) (mono_now() % (ms / 4 + 1));
 }
 
 /* ---- settling messages ---- */
@@ -181,7 +175,7 @@ diverted(const Topic *topic)
 
 /* May messages held of the topic be sent now? */
 static bool
-may_drain(const Topic *topic, TimestampTz now)
+may_drain(const Topic *topic, MonoTime now)
 {
 	return topic->held && !topic->paused && (!topic->stalled || topic->retry_at <= now);
 }
@@ -234,7 +228,7 @@ bury_message(Message *message, const char *reason)
 static void
 stall_topic(Topic *topic, const char *reason)
 {
-	if (topic->stalled && topic->retry_at > GetCurrentTimestamp())
+	if (topic->stalled && topic->retry_at > mono_now())
 		return;					/* others of the same window */
 
 	if (!topic->stalled)
@@ -247,8 +241,8 @@ stall_topic(Topic *topic, const char *reason)
 				 errdetail("%s", reason)));
 	}
 	topic->attempts++;
-	topic->retry_at = later(backoff(pgf_retry_interval, topic->attempts - 1,
-									Max(pgf_retry_interval, MAX_RETRY_MS)));
+	topic->retry_at = mono_later(backoff(pgf_retry_interval, topic->attempts - 1,
+										 Max(pgf_retry_interval, MAX_RETRY_MS)));
 	topic->alert = (topic->attempts == pgf_retry_limit);
 	topic->stall_changed = true;
 	if (topic->reason != NULL)
@@ -427,7 +421,7 @@ broker_failed(const char *text)
 	if (pub.broker != NULL)
 		pub.next_address = (pub.next_address + 1) % pub.naddresses;
 	disconnect(false);
-	pub.connect_at = later(backoff(100, pub.connect_failures, MAX_RECONNECT_MS));
+	pub.connect_at = mono_later(backoff(100, pub.connect_failures, MAX_RECONNECT_MS));
 	pub.connect_failures++;
 	worker_set_state(PUBLISHER_DISCONNECTED);
 }
@@ -512,10 +506,10 @@ alarm_untold(void)
 static void
 log_alarm(void)
 {
-	if (!alarm_untold() || pub.alarm_log_at > GetCurrentTimestamp())
+	if (!alarm_untold() || pub.alarm_log_at > mono_now())
 		return;
 	pub.alarm_logged = !pub.alarm_logged;
-	pub.alarm_log_at = later(ALARM_LOG_MS);
+	pub.alarm_log_at = mono_later(ALARM_LOG_MS);
 	if (pub.alarm_logged)
 		ereport(LOG, (errmsg("pg_fanout publisher is blocked by the broker"),
 					  errdetail("%s", pub.alarm)));
@@ -543,7 +537,7 @@ handle_event(BrokerEvent *event)
 			log_alarm();
 			break;
 		case BROKER_UNBLOCKED:
-			pub.unblocked_at = GetCurrentTimestamp();
+			pub.unblocked_at = mono_now();
 			log_alarm();
 			break;
 		case BROKER_CHANNEL_CLOSED:
@@ -587,8 +581,7 @@ check_confirm_timeout(void)
 	if (oldest == NULL || pub.broker == NULL || broker_blocked(pub.broker))
 		return;
 	/* an alarm's time does not count: the broker did not read what we sent */
-	if (TimestampDifferenceExceeds(Max(oldest->published_at, pub.unblocked_at),
-								   GetCurrentTimestamp(), pgf_confirm_timeout))
+	if (mono_exceeds(Max(oldest->published_at, pub.unblocked_at), mono_now(), pgf_confirm_timeout))
 		broker_failed("the broker did not confirm a message within pg_fanout.confirm_timeout");
 }
 
@@ -631,7 +624,7 @@ use_settings(void)
 	if (pub.addresses != NULL)
 		broker_free_addresses(pub.addresses, pub.naddresses);
 	pub.addresses = broker_parse_uri(pgf_uri, &pub.naddresses, &error);
-	pub.next_address = pub.naddresses > 1 ? (uint64) GetCurrentTimestamp() % pub.naddresses : 0;
+	pub.next_address = pub.naddresses > 1 ? (uint64) mono_now() % pub.naddresses : 0;
 	pub.connect_failures = 0;
 	pub.connect_at = 0;
 	pub.last_failure[0] = '\0';
@@ -680,7 +673,7 @@ connected(const BrokerAddress *address)
 {
 	char		where[256];
 
-	pub.connected_at = GetCurrentTimestamp();
+	pub.connected_at = mono_now();
 	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
 			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
 	worker_set_connected(where);
@@ -754,7 +747,7 @@ bury_first_held(Topic *topic)
 	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
 	drop_chunk(chunk);
 	topic->attempts = 0;
-	topic->retry_at = GetCurrentTimestamp();
+	topic->retry_at = mono_now();
 	topic->stall_changed = true;
 }
 
@@ -818,7 +811,7 @@ record_topology(void)
 	topology_record();
 	record_stalls();
 	worker_commit();
-	pub.record_at = later(RECORD_AGAIN_MS);
+	pub.record_at = mono_later(RECORD_AGAIN_MS);
 }
 
 static void
@@ -995,7 +988,7 @@ turned_away(Message *message, Topic *topic)
 	else if (message->reason != NULL)
 		bury_message(message, message->reason);
 	else if (is_held_message(message) ?
-			 pub.drain_refused || !may_drain(topic, GetCurrentTimestamp()) : diverted(topic))
+			 pub.drain_refused || !may_drain(topic, mono_now()) : diverted(topic))
 		hold_message(topic, message);
 	else
 		return false;
@@ -1026,7 +1019,7 @@ publish(Message *message, Topic *topic)
 	 * be put back, and an event will say so.
 	 */
 	message->state = MESSAGE_IN_FLIGHT;
-	message->published_at = GetCurrentTimestamp();
+	message->published_at = mono_now();
 	(void) confirms_add(&pub.window, message);
 	pub.window_bytes += wire->body_len;
 	pg_atomic_fetch_add_u64(&worker_slot->published, 1);
@@ -1167,7 +1160,7 @@ record_drain(void)
 	{
 		/* somebody is purging them: only this topic waits for that */
 		worker_commit();
-		pub.drain_record_at = later(RECORD_AGAIN_MS);
+		pub.drain_record_at = mono_later(RECORD_AGAIN_MS);
 		return;
 	}
 	record_dead(chunk);
@@ -1200,7 +1193,7 @@ record_settled(void)
 		record_oldest_chunk();
 		any = true;
 	}
-	if (drain_settled() && pub.drain_record_at <= GetCurrentTimestamp())
+	if (drain_settled() && pub.drain_record_at <= mono_now())
 	{
 		record_drain();
 		any = true;
@@ -1277,7 +1270,7 @@ start_drain(Topic *topic)
 
 /* The topic that is due, or NULL. */
 static Topic *
-due_topic(TimestampTz now)
+due_topic(MonoTime now)
 {
 	Topic	   *topic;
 	Topic	   *due = NULL;
@@ -1308,7 +1301,7 @@ retry_stalled(void)
 
 	if (!may_retry())
 		return false;
-	topic = due_topic(GetCurrentTimestamp());
+	topic = due_topic(mono_now());
 	if (topic == NULL)
 		return false;
 	if (topic->stalled && !retry_topology(topic))
@@ -1318,18 +1311,18 @@ retry_stalled(void)
 		start_drain(topic);
 		/* those that flow take turns */
 		if (!topic->stalled)
-			topic->retry_at = GetCurrentTimestamp();
+			topic->retry_at = mono_now();
 	}
 	return true;
 }
 
 /* When the next stalled topic is due, or 0. */
-static TimestampTz
+static MonoTime
 next_retry(void)
 {
 	Topic	   *topic;
 	int			i = 0;
-	TimestampTz next = 0;		/* a topic's 0 is "at once": work() has taken
+	MonoTime	next = 0;		/* a topic's 0 is "at once": work() has taken
 								 * it */
 
 	while ((topic = topology_next(&i)) != NULL)
@@ -1389,7 +1382,7 @@ take_requests(void)
 	if (worker_reloaded())
 	{
 		use_settings();
-		pub.maintenance_at = Min(pub.maintenance_at, later(maintenance_interval()));
+		pub.maintenance_at = Min(pub.maintenance_at, mono_later(maintenance_interval()));
 	}
 }
 
@@ -1420,19 +1413,19 @@ count_sent(void)
 		topic->sent = 0;
 	}
 	outbox_count_sent(ids, counts, n,
-					  Max(1.0, (GetCurrentTimestamp() - pub.statistics_since) / (double) USECS_PER_SEC));
+					  Max(1.0, (mono_now() - pub.statistics_since) / (double) USECS_PER_SEC));
 	pfree(ids);
 	pfree(counts);
 }
 
 static void
-keep_statistics(TimestampTz now)
+keep_statistics(MonoTime now)
 {
 	if (pub.statistics_at == 0)
 	{
 		/* the first messages after a pause are counted soon */
 		pub.statistics_since = now;
-		pub.statistics_at = TimestampTzPlusMilliseconds(now, 1000);
+		pub.statistics_at = mono_plus(now, 1000);
 		return;
 	}
 	if (now < pub.statistics_at)
@@ -1441,11 +1434,11 @@ keep_statistics(TimestampTz now)
 	count_sent();
 	worker_commit();
 	pub.statistics_since = now;
-	pub.statistics_at = (pub.nchunks > 0) ? TimestampTzPlusMilliseconds(now, STATISTICS_MS) : 0;
+	pub.statistics_at = (pub.nchunks > 0) ? mono_plus(now, STATISTICS_MS) : 0;
 }
 
 static void
-maintain(TimestampTz now)
+maintain(MonoTime now)
 {
 	int			segment;
 
@@ -1463,7 +1456,7 @@ maintain(TimestampTz now)
 	pub.more = true;
 	topology_recheck(RECHECK_TOPICS);
 	pub.declare = true;
-	pub.maintenance_at = TimestampTzPlusMilliseconds(now, maintenance_interval());
+	pub.maintenance_at = mono_plus(now, maintenance_interval());
 }
 
 static bool
@@ -1481,12 +1474,12 @@ sent_uncounted(void)
 static void
 work_by_the_clock(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	MonoTime	now = mono_now();
 
 	check_confirm_timeout();
 	log_alarm();
 	if (pub.broker != NULL && pub.connect_failures > 0 &&
-		TimestampDifferenceExceeds(pub.connected_at, now, MAX_RECONNECT_MS))
+		mono_exceeds(pub.connected_at, now, MAX_RECONNECT_MS))
 		broker_works();
 	maintain(now);
 	if (pub.statistics_at != 0 || sent_uncounted())
@@ -1496,16 +1489,16 @@ work_by_the_clock(void)
 /* ---- the loop ---- */
 
 static void
-earlier(long *timeout, TimestampTz now, TimestampTz when)
+earlier(long *timeout, MonoTime now, MonoTime when)
 {
-	*timeout = Min(*timeout, when <= now ? 0 : (when - now + 999) / 1000);
+	*timeout = Min(*timeout, mono_left(now, when));
 }
 
 static void
 wait_for_work(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
-	TimestampTz retry = next_retry();
+	MonoTime	now = mono_now();
+	MonoTime	retry = next_retry();
 	long		timeout = 60000;
 	int			fd = -1;
 
@@ -1548,7 +1541,7 @@ work(void)
 	bool		any = false;
 
 	take_requests();
-	if (pub.broker == NULL && pub.connect_at <= GetCurrentTimestamp())
+	if (pub.broker == NULL && pub.connect_at <= mono_now())
 	{
 		connect_broker();
 		any = true;
@@ -1569,7 +1562,7 @@ work(void)
 	any = take_events() || any;
 	any = record_settled() || any;
 	any = retry_stalled() || any;
-	if (pub.record_at <= GetCurrentTimestamp())
+	if (pub.record_at <= mono_now())
 		record_topology();
 	work_by_the_clock();
 	serve_flush();
@@ -1593,7 +1586,7 @@ start(void)
 	load_topology();
 	worker_commit();
 	pub.more = true;
-	pub.maintenance_at = later(1000);
+	pub.maintenance_at = mono_later(1000);
 	use_settings();
 }
 

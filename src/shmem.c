@@ -52,7 +52,6 @@
 #include "miscadmin.h"
 #include "storage/ipc.h"
 #include "storage/shmem.h"
-#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "guc.h"
@@ -298,7 +297,7 @@ publisher_attached(DatabaseSlot *slot)
 bool
 shmem_stop_publisher(DatabaseSlot *slot, long timeout_ms)
 {
-	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), timeout_ms);
+	MonoTime	deadline = mono_later(timeout_ms);
 	bool		stopped = false;
 
 	LWLockAcquire(pgf_shared->lock, LW_SHARED);
@@ -309,9 +308,9 @@ shmem_stop_publisher(DatabaseSlot *slot, long timeout_ms)
 	ConditionVariablePrepareToSleep(&slot->detached);
 	while (!(stopped = !publisher_attached(slot)))
 	{
-		long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+		long		left = mono_left(mono_now(), deadline);
 
-		if (left <= 0)
+		if (left == 0)
 			break;
 		ConditionVariableTimedSleep(&slot->detached, left, pgf_wait_event(PGF_WAIT_STOP));
 	}
@@ -476,8 +475,7 @@ schedule(DatabaseSlot *slot, PublisherEnd end)
 			note_failure(slot);
 			break;
 		case PUBLISHER_TERMINATED:
-			slot->restart_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-															  RESTART_DELAY_MIN);
+			slot->restart_after = mono_later(RESTART_DELAY_MIN);
 			break;
 		case PUBLISHER_RESTART:
 			break;
@@ -494,7 +492,7 @@ note_failure(DatabaseSlot *slot)
 	int			delay = Min(RESTART_DELAY_MIN << doublings, RESTART_DELAY_MAX);
 
 	slot->failures++;
-	slot->restart_after = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	slot->restart_after = mono_later(delay);
 }
 
 /* Waking: any process, also in a commit callback and in an exit callback */

@@ -25,6 +25,8 @@
 #include "storage/lwlock.h"
 #include "storage/spin.h"
 
+#include "monotime.h"
+
 typedef enum SlotState
 {
 	SLOT_FREE,					/* unused */
@@ -69,7 +71,7 @@ typedef struct DatabaseSlot
 	Latch	   *publisher_latch;	/* points into ProcGlobal, never freed;
 									 * NULL = none attached */
 	int			failures;		/* in a row, for the backoff */
-	TimestampTz restart_after;	/* launcher starts it no sooner */
+	MonoTime	restart_after;	/* launcher starts it no sooner */
 	ConditionVariable detached; /* signalled when publisher_pid becomes 0 */
 
 	/* hot */

@@ -105,10 +105,11 @@ require_slot(void)
 	return slot;
 }
 
-static TimestampTz
+static MonoTime
 deadline(FunctionCallInfo fcinfo)
 {
 	Interval   *timeout;
+	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz end;
 
 	if (PG_ARGISNULL(0))
@@ -117,25 +118,26 @@ deadline(FunctionCallInfo fcinfo)
 				 errmsg("timeout must not be null")));
 	timeout = PG_GETARG_INTERVAL_P(0);
 	end = DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval,
-												  TimestampTzGetDatum(GetCurrentTimestamp()),
+												  TimestampTzGetDatum(now),
 												  IntervalPGetDatum(timeout)));
-	if (end < GetCurrentTimestamp() - USECS_PER_SEC / 10)
+	if (end < now)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("timeout must not be negative")));
-	return end;
+	/* PostgreSQL 17 has infinite intervals */
+	return mono_now() + (TIMESTAMP_IS_NOEND(end) ? PG_INT64_MAX / 2 : end - now);
 }
 
 /* Waits until *done reaches ticket; false at the deadline. */
 static bool
-wait_for(DatabaseSlot *slot, pg_atomic_uint64 *done, uint64 ticket, TimestampTz end)
+wait_for(DatabaseSlot *slot, pg_atomic_uint64 *done, uint64 ticket, MonoTime end)
 {
 	bool		reached;
 
 	ConditionVariablePrepareToSleep(&slot->progress);
 	while (!(reached = pg_atomic_read_u64(done) >= ticket))
 	{
-		TimestampTz now = GetCurrentTimestamp();
+		MonoTime	now = mono_now();
 
 		if (now >= end)
 			break;
@@ -145,7 +147,7 @@ wait_for(DatabaseSlot *slot, pg_atomic_uint64 *done, uint64 ticket, TimestampTz 
 		 * the request once more.
 		 */
 		(void) ConditionVariableTimedSleep(&slot->progress,
-										   Max(1, Min(200, (long) ((end - now) / 1000))),
+										   Min(200, mono_left(now, end)),
 										   PG_WAIT_EXTENSION);
 	}
 	ConditionVariableCancelSleep();
@@ -155,7 +157,7 @@ wait_for(DatabaseSlot *slot, pg_atomic_uint64 *done, uint64 ticket, TimestampTz 
 Datum
 pgf_flush(PG_FUNCTION_ARGS)
 {
-	TimestampTz end = deadline(fcinfo);
+	MonoTime	end = deadline(fcinfo);
 	DatabaseSlot *slot = require_slot();
 	uint64		ticket = pg_atomic_add_fetch_u64(&slot->flush_requested, 1);
 
@@ -166,7 +168,7 @@ pgf_flush(PG_FUNCTION_ARGS)
 Datum
 pgf_verify(PG_FUNCTION_ARGS)
 {
-	TimestampTz end = deadline(fcinfo);
+	MonoTime	end = deadline(fcinfo);
 	DatabaseSlot *slot = require_slot();
 	uint64		ticket = pg_atomic_add_fetch_u64(&slot->verify_requested, 1);
 

@@ -276,6 +276,24 @@ set_reason(Topic *topic, const char *reason)
 	topic->reason = copy;
 }
 
+/*
+ * When to try again, from and to the catalog.  Somebody may have set the wall
+ * clock meanwhile: no pause is longer than the longest.
+ */
+static MonoTime
+load_retry_at(TimestampTz stored)
+{
+	int64		left = (stored - GetCurrentTimestamp()) / 1000;
+
+	return mono_later(Max(0, Min(left, Max(pgf_retry_interval, MAX_RETRY_MS))));
+}
+
+static TimestampTz
+store_retry_at(MonoTime retry_at)
+{
+	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), mono_left(mono_now(), retry_at));
+}
+
 static void
 load_stalls(void)
 {
@@ -286,7 +304,7 @@ load_stalls(void)
 	for (int row = 0; row < SPI_processed; row++)
 	{
 		Topic	   *topic = topology_find(DatumGetInt32(column(row, 1, &isnull)));
-		TimestampTz retry_at = DatumGetTimestampTz(column(row, 4, &isnull));
+		MonoTime	retry_at = load_retry_at(DatumGetTimestampTz(column(row, 4, &isnull)));
 
 		if (topic == NULL)
 			continue;
@@ -851,7 +869,8 @@ record_stall(Topic *topic)
 	Oid			types[5] = {INT4OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID, TEXTOID};
 	Datum		values[5] = {
 		Int32GetDatum(topic->topic_id), TimestampTzGetDatum(topic->stalled_at),
-		Int32GetDatum(topic->attempts), TimestampTzGetDatum(topic->retry_at), (Datum) 0
+		Int32GetDatum(topic->attempts), TimestampTzGetDatum(store_retry_at(topic->retry_at)),
+		(Datum) 0
 	};
 
 	execute("select from fanout.stall where topic_id = $1 for update skip locked", 1, types, values, NULL);

@@ -13,7 +13,11 @@
 #include "datatype/timestamp.h"
 
 #include "broker.h"
+#include "monotime.h"
 #include "relinfo.h"
+
+/* The longest pause between attempts, unless pg_fanout.retry_interval is longer. */
+#define MAX_RETRY_MS 300000
 
 /* A binding, and what the broker said of it. */
 typedef struct Binding
@@ -66,7 +70,7 @@ typedef struct Topic
 	bool		alert;			/* the retry limit was reached just now */
 	int			attempts;
 	TimestampTz stalled_at;
-	TimestampTz retry_at;
+	MonoTime	retry_at;		/* no sooner */
 	char	   *reason;			/* TopMemoryContext */
 	int64		sent;			/* not counted in fanout.topic_stat yet */
 } Topic;

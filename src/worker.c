@@ -79,6 +79,7 @@
 
 #include "broker.h"
 #include "compat.h"
+#include "monotime.h"
 #include "worker.h"
 
 #define EXTENSION_NAME		"pg_fanout"
@@ -99,7 +100,7 @@ DatabaseSlot *worker_slot = NULL;
 static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
 
-static TimestampTz attached_at = 0;
+static MonoTime attached_at = 0;
 static PublisherEnd end = PUBLISHER_FAILED; /* how we end, if not by SIGTERM */
 static Oid	extension = InvalidOid; /* as seen when we started */
 static bool reloaded = false;
@@ -161,7 +162,7 @@ detach(int code, Datum arg)
 
 	if (worker_slot == NULL)
 		return;
-	healthy = TimestampDifferenceExceeds(attached_at, GetCurrentTimestamp(), HEALTHY_AFTER);
+	healthy = mono_exceeds(attached_at, mono_now(), HEALTHY_AFTER);
 	if (end == PUBLISHER_FAILED && (sigterm_received || code == 0))
 		end = PUBLISHER_TERMINATED;
 	worker_set_connected(NULL);
@@ -184,7 +185,7 @@ attach(Datum main_arg)
 		shmem_wake_launcher(0);
 		proc_exit(0);
 	}
-	attached_at = GetCurrentTimestamp();
+	attached_at = mono_now();
 	worker_set_state(PUBLISHER_STARTING);
 }
 
