@@ -897,7 +897,7 @@ begin
 end
 $$;
 comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) is
-'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
+'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42701 a column named twice, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
 revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) from public;
 
 create function fanout.uncapture_statements(entity regclass, topic text) returns text[]

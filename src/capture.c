@@ -323,10 +323,18 @@ capture_change(TriggerData *trigdata)
 	outbox_insert(&row);
 }
 
+/* A value too large to render, or a failing cast, says nothing of a trigger. */
+static void
+capture_context(void *arg)
+{
+	errcontext("capture of table \"%s\"", RelationGetRelationName((Relation) arg));
+}
+
 Datum
 pgf_capture_trigger(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
+	ErrorContextCallback context = {.callback = capture_context};
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_AFTER(trigdata->tg_event) ||
 		TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) == TRIGGER_FIRED_BY_TRUNCATE(trigdata->tg_event))
@@ -336,8 +344,13 @@ pgf_capture_trigger(PG_FUNCTION_ARGS)
 						"fanout.capture_trigger"),
 				 errhint("Use fanout.capture() to create it.")));
 
+	context.previous = error_context_stack;
+	context.arg = trigdata->tg_relation;
+	error_context_stack = &context;
+
 	/* the trigger manager resets the current context after each row */
 	capture_change(trigdata);
+	error_context_stack = context.previous;
 	return PointerGetDatum(NULL);
 }
 
