@@ -21,12 +21,12 @@ DATA = $(patsubst $(srcdir_)%,%,$(sort $(wildcard $(srcdir_)sql/*--*.sql)))
 version := $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" $(srcdir_)pg_fanout.control)
 
 PKG_CONFIG ?= pkg-config
-PG_CPPFLAGS = -DPG_FANOUT_VERSION='"$(version)"' $(shell $(PKG_CONFIG) --cflags librabbitmq uuid)
+PG_CPPFLAGS = -DPG_FANOUT_VERSION='"$(version)"' $(shell $(PKG_CONFIG) --cflags librabbitmq libssl uuid)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 ifdef WERROR
 PG_CFLAGS += -Werror
 endif
-SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq uuid)
+SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq libssl libcrypto uuid)
 
 REGRESS = $(sort $(patsubst $(srcdir_)test/sql/%.sql,%,$(wildcard $(srcdir_)test/sql/*.sql)))
 REGRESS_OPTS = --inputdir=$(srcdir_)test --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf --encoding=UTF8 --no-locale

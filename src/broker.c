@@ -100,6 +100,7 @@
 #include "assemble.h"
 #include "broker.h"
 #include "tcp.h"
+#include "tls.h"
 
 #ifndef PG_FANOUT_VERSION
 #define PG_FANOUT_VERSION "devel"
@@ -160,12 +161,6 @@
 
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)
 
-/* File names tried for rabbitmq-c before 0.14, Debian's and Red Hat's. */
-static const char *const system_ca_files[] = {
-	"/etc/ssl/certs/ca-certificates.crt",
-	"/etc/pki/tls/certs/ca-bundle.crt",
-};
-
 typedef enum ChannelState
 {
 	CHANNEL_DOWN,				/* not opened yet */
@@ -187,6 +182,7 @@ struct Broker
 	int			fd;				/* -1: none, or lost */
 	char		where[288];		/* host:port, for texts */
 
+	bool		greeted;		/* it has proved to speak what we speak */
 	bool		lost;
 	BrokerError why;			/* lost: the first reason */
 	bool		blocked;		/* by connection.blocked */
@@ -236,6 +232,8 @@ static void say_goodbye(Broker *broker);
 static bool lose(Broker *broker, int code, const char *format,...)
 			__attribute__((format(printf, 3, 4)));
 static bool lose_status(Broker *broker, const char *what, int status);
+static bool lose_write(Broker *broker, int status);
+static const char *hint(const Broker *broker);
 static void set_error(BrokerError *error, int code, const char *format,...)
 			__attribute__((format(printf, 3, 4)));
 static BrokerResult fail_lost(const Broker *broker, BrokerError *error);
@@ -249,9 +247,8 @@ static void announce(Broker *broker, int fd);
 static bool open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline);
 static bool open_plain(Broker *broker, int fd);
 static bool open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline);
-static bool set_up_tls(Broker *broker, amqp_socket_t *tls);
-static bool trust_authorities(Broker *broker, amqp_socket_t *tls);
-static const char *tls_problem(int status);
+static bool set_up_tls(Broker *broker, amqp_socket_t *tls, const char *host);
+static bool refuse_tls(Broker *broker, int status);
 static void tune_socket(Broker *broker);
 
 /* Login */
@@ -483,14 +480,36 @@ lose_status(Broker *broker, const char *what, int status)
 		return lose(broker, 0, "no heartbeat from %s for %d s",
 					broker->where, 2 * broker->heartbeat);
 	if (status == AMQP_STATUS_CONNECTION_CLOSED || status == AMQP_STATUS_SOCKET_CLOSED)
-		return lose(broker, 0, "%s closed the connection unexpectedly", broker->where);
+		return lose(broker, 0, "%s closed the connection unexpectedly%s", broker->where, hint(broker));
 	if (status == AMQP_STATUS_SOCKET_ERROR && saved_errno != 0)
-		return lose(broker, 0, "could not %s %s: %s", what, broker->where,
+		return lose(broker, 0, "could not %s %s: %s%s", what, broker->where,
+					strerror(saved_errno), hint(broker));
+	if (status == AMQP_STATUS_SSL_ERROR && tls_reason() != NULL)
+		return lose(broker, 0, "TLS connection to %s failed: %s", broker->where, tls_reason());
+	if (status == AMQP_STATUS_SSL_ERROR && saved_errno != 0)
+		return lose(broker, 0, "TLS connection to %s failed: %s", broker->where,
 					strerror(saved_errno));
-	if (status == AMQP_STATUS_SSL_ERROR)
-		return lose(broker, 0, "TLS connection to %s failed", broker->where);
-	return lose(broker, 0, "could not %s %s: %s", what, broker->where,
-				amqp_error_string2(status));
+	return lose(broker, 0, "could not %s %s: %s%s", what, broker->where,
+				amqp_error_string2(status), hint(broker));
+}
+
+/* The same for a write: a last word of the broker explains more than a broken pipe does. */
+static bool
+lose_write(Broker *broker, int status)
+{
+	int			saved_errno = errno;
+
+	if (status == AMQP_STATUS_SOCKET_ERROR || status == AMQP_STATUS_SSL_ERROR)
+		drain(broker);
+	errno = saved_errno;
+	return lose_status(broker, "write to", status);
+}
+
+/* For texts about a peer that may never have spoken AMQP. */
+static const char *
+hint(const Broker *broker)
+{
+	return broker->greeted ? "" : " (does the port expect TLS?)";
 }
 
 static void
@@ -633,7 +652,7 @@ open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline)
 
 	if (tls == NULL)
 		return lose(broker, 0, "could not set up TLS");
-	if (!set_up_tls(broker, tls))
+	if (!set_up_tls(broker, tls, address->host))
 		return false;
 
 	timeout.tv_sec = clock_left(deadline) / 1000;
@@ -642,76 +661,60 @@ open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline)
 	status = amqp_socket_open_noblock(tls, address->host, address->port, &timeout);
 	handshaking = NULL;
 	if (status != AMQP_STATUS_OK)
-		return lose(broker, 0, "could not connect to %s: %s", broker->where,
-					tls_problem(status));
+		return refuse_tls(broker, status);
 
+	broker->greeted = true;
 	announce(broker, amqp_get_sockfd(broker->conn));
 	tune_socket(broker);
 	return true;
 }
 
+/*
+ * OpenSSL verifies the host name (tls_verify()); the library would refuse a
+ * certificate that is for an address.
+ */
 static bool
-set_up_tls(Broker *broker, amqp_socket_t *tls)
+set_up_tls(Broker *broker, amqp_socket_t *tls, const char *host)
 {
 	const BrokerOptions *options = broker->options;
+	void	   *context = amqp_ssl_socket_get_context(tls);
+	char		problem[sizeof(broker->why.text)];
 
+	tls_begin(context);
 	amqp_ssl_socket_set_verify_peer(tls, options->tls_verify);
-	amqp_ssl_socket_set_verify_hostname(tls, options->tls_verify);
-	if (!trust_authorities(broker, tls))
-		return false;
+	amqp_ssl_socket_set_verify_hostname(tls, false);
 
-	if (options->tls_cert_file != NULL && options->tls_key_file != NULL &&
-		amqp_ssl_socket_set_key(tls, options->tls_cert_file,
-								options->tls_key_file) != AMQP_STATUS_OK)
-		return lose(broker, 0, "could not load certificate file \"%s\" and key file \"%s\"",
-					options->tls_cert_file, options->tls_key_file);
+	if (options->tls_verify && !tls_verify(context, host))
+		return lose(broker, 0, "could not set up TLS");
+	if ((options->tls_verify || options->tls_ca_file != NULL) &&
+		!tls_trust(context, options->tls_ca_file, problem, sizeof(problem)))
+		return lose(broker, 0, "%s", problem);
+
+	if ((options->tls_cert_file == NULL) != (options->tls_key_file == NULL))
+		return lose(broker, 0, "certificate file and key file must be set together");
+	if (options->tls_cert_file != NULL &&
+		!tls_identify(context, options->tls_cert_file, options->tls_key_file,
+					  problem, sizeof(problem)))
+		return lose(broker, 0, "%s", problem);
 	return true;
 }
 
-/* Loads the given CA file, else the system's store. */
 static bool
-trust_authorities(Broker *broker, amqp_socket_t *tls)
+refuse_tls(Broker *broker, int status)
 {
-	const char *file = broker->options->tls_ca_file;
+	const char *reason = tls_rejection();
 
-	if (file != NULL)
-	{
-		if (amqp_ssl_socket_set_cacert(tls, file) != AMQP_STATUS_OK)
-			return lose(broker, 0, "could not load CA certificate file \"%s\"", file);
-		return true;
-	}
-	if (!broker->options->tls_verify)
-		return true;
-
-#if AMQP_VERSION >= AMQP_VERSION_CODE(0, 14, 0, 0)
-	if (amqp_ssl_socket_enable_default_verify_paths(tls) == AMQP_STATUS_OK)
-		return true;
-#endif
-	for (size_t i = 0; i < sizeof(system_ca_files) / sizeof(system_ca_files[0]); i++)
-	{
-		if (access(system_ca_files[i], R_OK) == 0 &&
-			amqp_ssl_socket_set_cacert(tls, system_ca_files[i]) == AMQP_STATUS_OK)
-			return true;
-	}
-	return lose(broker, 0, "no CA certificates found to verify %s with", broker->where);
-}
-
-static const char *
-tls_problem(int status)
-{
-	switch (status)
-	{
-		case AMQP_STATUS_SSL_PEER_VERIFY_FAILED:
-			return "the server's certificate could not be verified";
-		case AMQP_STATUS_SSL_HOSTNAME_VERIFY_FAILED:
-			return "the server's certificate does not match the host name";
-		case AMQP_STATUS_SSL_CONNECTION_FAILED:
-			return "TLS handshake failed";
-		case AMQP_STATUS_TIMEOUT:
-			return "TLS handshake timed out";
-		default:
-			return amqp_error_string2(status);
-	}
+	if (reason != NULL)
+		return lose(broker, 0, "could not connect to %s: the server's certificate could not be verified: %s",
+					broker->where, reason);
+	if (status == AMQP_STATUS_TIMEOUT)
+		return lose(broker, 0, "could not connect to %s: TLS handshake timed out",
+					broker->where);
+	if (status == AMQP_STATUS_SSL_CONNECTION_FAILED)
+		return lose(broker, 0, "could not connect to %s: TLS handshake failed: %s",
+					broker->where, tls_reason() ? tls_reason() : "the connection was closed");
+	return lose(broker, 0, "could not connect to %s: %s", broker->where,
+				amqp_error_string2(status));
 }
 
 
@@ -762,11 +765,12 @@ authenticate(Broker *broker, const BrokerAddress *address, const char *password,
 	errno = 0;
 	status = amqp_send_header(broker->conn);
 	if (status != AMQP_STATUS_OK)
-		return lose_status(broker, "write to", status);
+		return lose_write(broker, status);
 
 	reply = await_reply(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_START_METHOD, deadline);
 	if (reply == NULL || !check_start(broker, reply))
 		return false;
+	broker->greeted = true;
 	if (!send_start_ok(broker, address->user, password, deadline))
 		return false;
 
@@ -1548,10 +1552,7 @@ send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_
 	if (status == AMQP_STATUS_OK)
 		return true;
 
-	/* A last word of the broker explains more than a broken pipe does. */
-	if (status == AMQP_STATUS_SOCKET_ERROR)
-		drain(broker);
-	return lose_status(broker, "write to", status);
+	return lose_write(broker, status);
 }
 
 /*
@@ -1753,8 +1754,8 @@ begin_frame(Broker *broker)
 	}
 	if (head[0] != AMQP_FRAME_METHOD && head[0] != AMQP_FRAME_HEADER &&
 		head[0] != AMQP_FRAME_BODY && head[0] != AMQP_FRAME_HEARTBEAT)
-		return lose(broker, 0, "%s sent something that is not an AMQP 0-9-1 frame",
-					broker->where);
+		return lose(broker, 0, "%s sent something that is not an AMQP 0-9-1 frame%s",
+					broker->where, hint(broker));
 	if (channel > CHANNEL_TOPOLOGY)
 		return lose(broker, 0, "protocol violation by %s: frame on unknown channel %d",
 					broker->where, channel);

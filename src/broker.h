@@ -42,9 +42,9 @@ typedef struct BrokerAddress
 typedef struct BrokerOptions
 {
 	const char *connection_name;	/* shown by the management UI */
-	const char *tls_ca_file;	/* NULL: the system's store, where the library
-								 * can */
-	const char *tls_cert_file;	/* NULL: no client certificate */
+	const char *tls_ca_file;	/* NULL: the system's authorities */
+	const char *tls_cert_file;	/* NULL, and the key too: no client
+								 * certificate */
 	const char *tls_key_file;
 	bool		tls_verify;		/* verify the chain and the host name */
 	int			connect_timeout_ms; /* bounds connect + handshake + login */

@@ -61,9 +61,10 @@ our @proxies;
 
 =over
 
-=item PgFanout::broker(private => 1, vhost => 'name')
+=item PgFanout::broker(private => 1, vhost => 'name', tls => 'lines of rabbitmq.conf')
 
-A broker that accepts connections, with an empty virtual host.
+A broker that accepts connections, with an empty virtual host.  With tls, which
+needs private, it accepts those of TLS, too.
 
 =cut
 
@@ -267,6 +268,7 @@ sub new
 	  $params{vhost} || File::Basename::basename($0, '.pl') . "_$$";
 
 	push @brokers, $self;
+	$self->configure_tls($params{tls}) if $params{tls};
 	$self->rabbit('start') if $self->{private};
 	$self->read_env;
 	$self->create_vhost;
@@ -275,11 +277,12 @@ sub new
 
 sub vhost { return $_[0]->{vhost}; }
 sub port { return $_[0]->{env}->{RABBIT_PORT}; }
+sub tls_port { return $_[0]->{env}->{RABBIT_TLS_PORT}; }
 sub pid { return $_[0]->{env}->{RABBIT_PID}; }
 
 =pod
 
-=item $broker->uri(port => N)
+=item $broker->uri(port => N), tls_uri(port => N, host => 'name')
 
 =cut
 
@@ -289,6 +292,32 @@ sub uri
 	my $port = $params{port} || $self->port;
 
 	return "amqp://guest:guest\@127.0.0.1:$port/$self->{vhost}";
+}
+
+sub tls_uri
+{
+	my ($self, %params) = @_;
+	my $port = $params{port} || $self->tls_port;
+	my $host = $params{host} || 'localhost';
+
+	return "amqps://guest:guest\@$host:$port/$self->{vhost}";
+}
+
+=pod
+
+=item $broker->configure_tls('lines of rabbitmq.conf')
+
+In force when the broker has been restarted.
+
+=cut
+
+sub configure_tls
+{
+	my ($self, $lines) = @_;
+
+	unlink "$self->{dir}/tls.conf";
+	PostgreSQL::Test::Utils::append_to_file("$self->{dir}/tls.conf", $lines);
+	return;
 }
 
 sub create_vhost
@@ -423,17 +452,18 @@ sub count
 
 =pod
 
-=item $broker->proxy
+=item $broker->proxy(to => port)
 
-A proxy in front of the broker, with uri, port and command(); see test/lib/proxy.
+A proxy in front of the broker, with uri, tls_uri, port and command(); see
+test/lib/proxy.
 
 =cut
 
 sub proxy
 {
-	my ($self) = @_;
+	my ($self, %params) = @_;
 
-	return PgFanout::Proxy->new($self);
+	return PgFanout::Proxy->new($self, $params{to} || $self->port);
 }
 
 # Ends a private node, keeping its log; removes a virtual host of a shared one.
@@ -464,13 +494,13 @@ use warnings;
 
 sub new
 {
-	my ($class, $broker) = @_;
+	my ($class, $broker, $target) = @_;
 	my $self = bless { broker => $broker, in => '', out => '' }, $class;
 	my $timer =
 	  IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default);
 
 	$self->{harness} = IPC::Run::start(
-		[ "$PgFanout::lib/proxy", '--to', $broker->port ],
+		[ "$PgFanout::lib/proxy", '--to', $target ],
 		'<', \$self->{in}, '>', \$self->{out}, $timer);
 	push @proxies, $self;
 	$self->{timer} = $timer;
@@ -485,6 +515,13 @@ sub uri
 	my ($self) = @_;
 
 	return $self->{broker}->uri(port => $self->{port});
+}
+
+sub tls_uri
+{
+	my ($self, %params) = @_;
+
+	return $self->{broker}->tls_uri(port => $self->{port}, %params);
 }
 
 # The next line that the proxy prints.
