@@ -564,6 +564,47 @@ sub stop
 	return;
 }
 
+package PgFanout::Liar;
+
+use strict;
+use warnings;
+
+our @ISA = ('PgFanout::Proxy');
+
+=pod
+
+=item PgFanout::Liar->new
+
+A broker that lies, with port, uri(vhost) and command(); see test/lib/liar.
+$liar->acked is the file with the message ids that it acked honestly.
+
+=cut
+
+sub new
+{
+	my ($class) = @_;
+	my $self = bless { in => '', out => '' }, $class;
+
+	$self->{acked} = PostgreSQL::Test::Utils::tempdir() . '/acked';
+	$self->{timer} =
+	  IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default);
+	$self->{harness} = IPC::Run::start(
+		[ "$PgFanout::lib/liar", '--acked', $self->{acked} ],
+		'<', \$self->{in}, '>', \$self->{out}, $self->{timer});
+	push @proxies, $self;
+	$self->{port} = $self->answer;
+	return $self;
+}
+
+sub acked { return $_[0]->{acked}; }
+
+sub uri
+{
+	my ($self, $vhost) = @_;
+
+	return "amqp://guest:guest\@127.0.0.1:$self->{port}/$vhost";
+}
+
 =pod
 
 =back
