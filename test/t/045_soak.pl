@@ -83,6 +83,30 @@ my @faults = (
 		sub { $proxy->command('cut-after ' . (1 + int(rand(100_000)))) },
 		sub { $proxy->command('pass') }
 	],
+	[
+		'cut in the middle of a confirm',
+		sub { $proxy->command('cut-in basic.ack') },
+		sub { $proxy->command('pass') }
+	],
+	[
+		'cut in the middle of a declare',
+		sub { $proxy->command('cut-in queue.declare'); $proxy->command('reset') },
+		sub { $proxy->command('pass') }
+	],
+	[
+		'connection reset again and again',
+		sub {
+			foreach (1 .. 20)
+			{
+				$proxy->command('reset');
+				Time::HiRes::sleep(0.1);
+			}
+		},
+		sub { }
+	],
+	[ 'packets to the broker vanish', sub { $proxy->command('freeze-to-server') }, sub { $proxy->command('pass') } ],
+	[ 'packets to the publisher vanish', sub { $proxy->command('freeze-to-client') }, sub { $proxy->command('pass') } ],
+	[ 'packets arrive late', sub { $proxy->command('freeze-open') }, sub { $proxy->command('pass') } ],
 	[ '100 ms of latency', sub { $proxy->command('delay 100') }, sub { $proxy->command('pass') } ],
 	[ 'a trickle', sub { $proxy->command('throttle 5000') }, sub { $proxy->command('pass') } ],
 	[ 'topic paused', sub { sql("select fanout.pause('load_2')") }, sub { sql("select fanout.resume('load_2')") } ],
