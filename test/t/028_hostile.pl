@@ -247,7 +247,7 @@ my @steps = (
 	q(select fanout.redrive()),
 	q(select fanout.purge()));
 sql('traps', $_) foreach @steps;
-$node->poll_query_until('traps', q(select fanout.flush('10 s')));
+PgFanout::flush($node, dbname => 'traps');
 my @trapped = bodies('traps_g', 41);
 unlike(
 	slurp_file($node->logfile, $offset) =~ s/^.*STATEMENT.*$//mgr,
