@@ -33,6 +33,13 @@ comment on function fanout.wake_publisher() is
 'internal: makes the publisher read topics, bindings and held messages again once this transaction has committed';
 revoke all on function fanout.wake_publisher() from public;
 
+create function fanout.wake_consumers() returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_wake_consumers';
+comment on function fanout.wake_consumers() is
+'internal: makes the consumers of this database look for dead letters to redrive once this transaction has committed';
+revoke all on function fanout.wake_consumers() from public;
+
 create function fanout.topology_changed() returns trigger
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_topology_changed';
@@ -198,30 +205,46 @@ comment on table fanout.held is
 revoke all on fanout.held from public;
 
 create table fanout.dead_letter (
-    id         bigint primary key,
-    topic      text        not null,
-    message_id uuid        not null,
-    type       text,
-    key        text,
-    headers    jsonb,
-    payload    text        not null,
-    queue      text,
-    xid        xid8        not null,
-    created_at timestamptz not null,
-    reason     text        not null,
-    attempts   integer     not null,
-    dead_at    timestamptz not null default clock_timestamp()
+    dead_id        bigint generated always as identity primary key,
+    id             bigint,
+    topic          text        not null,
+    consumer_group text,
+    message_id     uuid        not null,
+    type           text,
+    key            text,
+    headers        jsonb,
+    payload        text,
+    raw            bytea,
+    content_type   text,
+    queue          text,
+    xid            xid8,
+    created_at     timestamptz,
+    reason         text        not null,
+    sqlstate       text,
+    attempts       integer     not null,
+    dead_at        timestamptz not null default clock_timestamp(),
+    redriven_at    timestamptz
 );
+create unique index dead_letter_id_idx on fanout.dead_letter (id) where consumer_group is null;
+create index dead_letter_redriven_at_idx on fanout.dead_letter (topic, consumer_group) where redriven_at is not null;
 comment on table fanout.dead_letter is
-'messages that the publisher gave up; fanout.redrive() tries them again, fanout.purge() removes them';
-comment on column fanout.dead_letter.id is 'the outbox id, header "sequence"';
+'messages that the publisher gave up, and that the handlers of subscriptions failed on too often; fanout.redrive() tries them again, fanout.purge() removes them';
+comment on column fanout.dead_letter.dead_id is 'number of the dead letter';
+comment on column fanout.dead_letter.id is 'the header "sequence", of the publisher''s the outbox id; NULL: the message has none';
+comment on column fanout.dead_letter.consumer_group is 'whose subscription gave it up; NULL: the publisher did';
 comment on column fanout.dead_letter.message_id is 'the message id, stable over all attempts';
-comment on column fanout.dead_letter.payload is 'the body, JSON';
-comment on column fanout.dead_letter.queue is 'NULL: meant for the topic''s exchange; otherwise for this queue alone';
-comment on column fanout.dead_letter.created_at is 'when the change was made';
-comment on column fanout.dead_letter.reason is 'why it was given up, in the broker''s words where it has spoken';
+comment on column fanout.dead_letter.payload is 'the body as text; NULL: see raw';
+comment on column fanout.dead_letter.raw is 'the body of a delivery that is not text in this database''s encoding';
+comment on column fanout.dead_letter.content_type is 'of a delivery';
+comment on column fanout.dead_letter.queue is 'of the publisher: NULL: meant for the topic''s exchange; otherwise for this queue alone';
+comment on column fanout.dead_letter.created_at is 'when the change was made; NULL: the delivery does not say';
+comment on column fanout.dead_letter.reason is 'why it was given up, in the words of the broker or of the error';
+comment on column fanout.dead_letter.sqlstate is 'of the handler''s error';
 comment on column fanout.dead_letter.attempts is 'attempts made; 0: it could not even be tried';
 comment on column fanout.dead_letter.dead_at is 'when it was given up';
+comment on column fanout.dead_letter.redriven_at is 'since when the subscription is to try it again; NULL: it is not';
+comment on sequence fanout.dead_letter_dead_id_seq is 'internal: numbers of dead letters';
+revoke all on sequence fanout.dead_letter_dead_id_seq from public;
 revoke all on fanout.dead_letter from public;
 
 -- These two have no foreign keys: their writer, the publisher, must not wait
@@ -1065,22 +1088,20 @@ comment on function fanout.resume(text) is
 'lets a paused topic flow again, what was held first; a stalled topic is tried again at once. Errors: 42704 unknown topic';
 revoke all on function fanout.resume(text) from public;
 
-create function fanout.redrive(topic text default null, message_id uuid default null) returns bigint
-language plpgsql volatile security definer
+create function fanout.redrive_published(topic text, message_id uuid) returns bigint
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
     moved bigint;
 begin
-    if redrive.topic is not null then
-        perform fanout.require_topic(redrive.topic);
-    end if;
     with dead as (
         delete from fanout.dead_letter d using fanout.topic t
-        where t.topic = d.topic and not t.dropping
-          and (redrive.topic is null or d.topic = redrive.topic)
-          and (redrive.message_id is null or d.message_id = redrive.message_id)
+        where d.consumer_group is null
+          and t.topic = d.topic and not t.dropping
+          and (redrive_published.topic is null or d.topic = redrive_published.topic)
+          and (redrive_published.message_id is null or d.message_id = redrive_published.message_id)
         returning d.*, t.topic_id
     )
     insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)
@@ -1093,11 +1114,57 @@ begin
     return moved;
 end
 $$;
-comment on function fanout.redrive(text, uuid) is
-'tries dead letters again: of a topic (NULL: of all), or a single message. They go out in order of id, under their old message ids. Returns how many. Errors: 42704 unknown topic';
-revoke all on function fanout.redrive(text, uuid) from public;
+comment on function fanout.redrive_published(text, uuid) is 'internal: part of fanout.redrive()';
+revoke all on function fanout.redrive_published(text, uuid) from public;
 
-create function fanout.purge(topic text default null, message_id uuid default null, held boolean default false)
+create function fanout.redrive_delivered(topic text, message_id uuid, consumer_group text) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    marked bigint;
+begin
+    update fanout.dead_letter d set redriven_at = clock_timestamp()
+    where d.redriven_at is null
+      and (redrive_delivered.topic is null or d.topic = redrive_delivered.topic)
+      and (redrive_delivered.message_id is null or d.message_id = redrive_delivered.message_id)
+      and (redrive_delivered.consumer_group is null or d.consumer_group = redrive_delivered.consumer_group)
+      and exists (select from fanout.subscription s
+                  where s.topic = d.topic and s.consumer_group = d.consumer_group and s.active);
+    get diagnostics marked = row_count;
+    if marked > 0 then
+        perform fanout.wake_consumers();
+    end if;
+    return marked;
+end
+$$;
+comment on function fanout.redrive_delivered(text, uuid, text) is 'internal: part of fanout.redrive()';
+revoke all on function fanout.redrive_delivered(text, uuid, text) from public;
+
+create function fanout.redrive(topic text default null, message_id uuid default null, consumer_group text default null)
+returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    if redrive.topic is not null
+       and not exists (select from fanout.subscription s where s.topic = redrive.topic)
+    then
+        perform fanout.require_topic(redrive.topic);
+    end if;
+    return fanout.redrive_delivered(redrive.topic, redrive.message_id, redrive.consumer_group)
+           + case when redrive.consumer_group is null
+                  then fanout.redrive_published(redrive.topic, redrive.message_id) else 0 end;
+end
+$$;
+comment on function fanout.redrive(text, uuid, text) is
+'tries dead letters again: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription. The publisher''s go out in order of id, under their old message ids; a subscription''s go through its handler once more. Returns how many. Errors: 42704 unknown topic';
+revoke all on function fanout.redrive(text, uuid, text) from public;
+
+create function fanout.purge(topic text default null, message_id uuid default null, held boolean default false,
+                             consumer_group text default null)
 returns bigint
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -1114,7 +1181,8 @@ begin
     else
         delete from fanout.dead_letter d
         where (purge.topic is null or d.topic = purge.topic)
-          and (purge.message_id is null or d.message_id = purge.message_id);
+          and (purge.message_id is null or d.message_id = purge.message_id)
+          and (purge.consumer_group is null or d.consumer_group = purge.consumer_group);
     end if;
     get diagnostics removed = row_count;
     if purge.held and removed > 0 then
@@ -1123,9 +1191,9 @@ begin
     return removed;
 end
 $$;
-comment on function fanout.purge(text, uuid, boolean) is
-'removes dead letters for good: of a topic (NULL: of all), or a single message; with held, removes held messages instead. Returns how many';
-revoke all on function fanout.purge(text, uuid, boolean) from public;
+comment on function fanout.purge(text, uuid, boolean, text) is
+'removes dead letters for good: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription; with held, removes held messages instead. Returns how many';
+revoke all on function fanout.purge(text, uuid, boolean, text) from public;
 
 create function fanout.flush(timeout interval default '30 s') returns boolean
 language c volatile
@@ -1140,6 +1208,395 @@ as 'MODULE_PATHNAME', 'pgf_verify';
 comment on function fanout.verify(interval) is
 'makes the publisher declare everything on the broker again, and waits until it has; false if that took longer than timeout. Errors: as fanout.flush()';
 revoke all on function fanout.verify(interval) from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Consuming: deliveries become transactions
+-- ---------------------------------------------------------------------------
+
+create type fanout.message as (
+    message_id     uuid,
+    topic          text,
+    consumer_group text,
+    type           text,
+    key            text,
+    sequence       bigint,
+    headers        jsonb,
+    body           jsonb,
+    raw            bytea,
+    published_at   timestamptz,
+    redelivered    boolean,
+    attempt        integer,
+    content_type   text
+);
+comment on type fanout.message is 'a delivery, as handlers get it';
+comment on column fanout.message.message_id is 'the AMQP property if it is a UUID, else derived from it, or from the content if there is none';
+comment on column fanout.message.topic is 'as subscribed';
+comment on column fanout.message.consumer_group is 'as subscribed';
+comment on column fanout.message.type is 'AMQP property; NULL: absent';
+comment on column fanout.message.key is 'header "key"; NULL: absent';
+comment on column fanout.message.sequence is 'header "sequence"; NULL: absent, or no integer';
+comment on column fanout.message.headers is 'all headers; {}: none';
+comment on column fanout.message.body is 'the body; NULL: it is not JSON in UTF-8';
+comment on column fanout.message.raw is 'the body''s bytes';
+comment on column fanout.message.published_at is 'AMQP property timestamp, in whole seconds; NULL: absent';
+comment on column fanout.message.redelivered is 'did the broker deliver it before, or is it a dead letter that was redriven?';
+comment on column fanout.message.attempt is '1 unless the handler failed on it before';
+comment on column fanout.message.content_type is 'AMQP property; NULL: absent';
+
+create function fanout.subscriptions_changed() returns trigger
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_subscriptions_changed';
+comment on function fanout.subscriptions_changed() is
+'internal: statement trigger on subscriptions, makes the publisher start and stop their workers once this transaction has committed';
+revoke all on function fanout.subscriptions_changed() from public;
+
+create sequence fanout.subscription_id_seq as integer;
+comment on sequence fanout.subscription_id_seq is 'internal: ids of subscriptions';
+revoke all on sequence fanout.subscription_id_seq from public;
+
+-- A row stays when its subscription ends, so that the inbox is still its own
+-- if it begins again.  The handler is kept by name: pg_upgrade forbids
+-- regprocedure in tables.
+create table fanout.subscription (
+    subscription_id integer primary key default nextval('fanout.subscription_id_seq'),
+    topic           text        not null,
+    consumer_group  text        not null,
+    handler         text        not null,
+    batch           boolean     not null,
+    handler_owner   regrole     not null,
+    role            regrole     not null,
+    prefetch        integer     not null,
+    max_attempts    integer     not null,
+    retry_delay     interval    not null,
+    max_retry_delay interval    not null,
+    ordered         boolean     not null,
+    handler_timeout interval    not null,
+    active          boolean     not null default true,
+    version         integer     not null default 1,
+    subscribed_at   timestamptz not null default now(),
+    unique (topic, consumer_group)
+);
+alter sequence fanout.subscription_id_seq owned by fanout.subscription.subscription_id;
+comment on table fanout.subscription is 'internal: one row per subscription; see the view fanout.subscriptions';
+comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
+comment on column fanout.subscription.version is 'another one: the worker starts again';
+revoke all on fanout.subscription from public;
+
+select pg_extension_config_dump('fanout.subscription_id_seq', '');
+select pg_extension_config_dump('fanout.subscription', '');
+
+create trigger subscriptions_changed
+after insert or update or delete or truncate
+on fanout.subscription
+for each statement execute function fanout.subscriptions_changed();
+
+create table fanout.inbox (
+    segment         smallint not null,
+    subscription_id integer  not null,
+    message_id      uuid     not null,
+    primary key (subscription_id, message_id, segment)
+) partition by list (segment);
+comment on table fanout.inbox is
+'internal: messages that were applied, or given up; insert-only, in a ring of three segments, for pg_fanout.inbox_retention at least';
+revoke all on fanout.inbox from public;
+
+create table fanout.inbox_0 partition of fanout.inbox for values in (0);
+create table fanout.inbox_1 partition of fanout.inbox for values in (1);
+create table fanout.inbox_2 partition of fanout.inbox for values in (2);
+comment on table fanout.inbox_0 is 'internal: a segment of the inbox';
+comment on table fanout.inbox_1 is 'internal: a segment of the inbox';
+comment on table fanout.inbox_2 is 'internal: a segment of the inbox';
+revoke all on fanout.inbox_0, fanout.inbox_1, fanout.inbox_2 from public;
+
+create table fanout.inbox_rotation (
+    current    smallint    not null,
+    rotated_at timestamptz not null
+);
+alter table fanout.inbox_rotation replica identity full;
+comment on table fanout.inbox_rotation is 'internal: one row, the segment that the inbox grows in, and since when';
+insert into fanout.inbox_rotation values (0, now());
+revoke all on fanout.inbox_rotation from public;
+
+create table fanout.failure (
+    subscription_id integer     not null,
+    message_id      uuid        not null,
+    type            text,
+    key             text,
+    old_key         text,
+    truncates       boolean     not null,
+    sequence        bigint,
+    attempts        integer     not null,
+    sqlstate        text        not null,
+    error           text        not null,
+    failed_at       timestamptz not null,
+    next_try        timestamptz not null,
+    primary key (subscription_id, message_id)
+) with (fillfactor = 50);
+comment on table fanout.failure is 'internal: messages that a handler failed on and that will be tried again; see the view fanout.delivery_failure';
+revoke all on fanout.failure from public;
+
+create function fanout.check_interval(what text, value interval, lowest interval, highest interval) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if value is null then
+        raise exception '% must not be null', what
+            using errcode = 'null_value_not_allowed';
+    elsif value < lowest or value > highest then
+        raise exception '% must be between % and %', what, lowest, highest
+            using errcode = 'invalid_parameter_value';
+    end if;
+end
+$$;
+comment on function fanout.check_interval(text, interval, interval, interval) is 'internal: raises an error unless the interval is within limits';
+revoke all on function fanout.check_interval(text, interval, interval, interval) from public;
+
+create function fanout.check_number(what text, value integer, lowest integer, highest integer) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if value is null then
+        raise exception '% must not be null', what
+            using errcode = 'null_value_not_allowed';
+    elsif value < lowest or value > highest then
+        raise exception '% must be between % and %', what, lowest, highest
+            using errcode = 'invalid_parameter_value';
+    end if;
+end
+$$;
+comment on function fanout.check_number(text, integer, integer, integer) is 'internal: raises an error unless the number is within limits';
+revoke all on function fanout.check_number(text, integer, integer, integer) from public;
+
+create function fanout.check_handler(handler regprocedure) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    p pg_proc;
+begin
+    if check_handler.handler is null then
+        raise exception 'handler must not be null'
+            using errcode = 'null_value_not_allowed';
+    end if;
+    select * into p from pg_proc where oid = check_handler.handler;
+    if not found then
+        raise exception 'function with OID % does not exist', check_handler.handler::oid
+            using errcode = 'undefined_function';
+    elsif p.prokind <> 'f' or p.proretset or p.pronargs <> 1
+          or p.proargtypes[0] not in ('fanout.message'::regtype, 'fanout.message[]'::regtype)
+          or exists (select from pg_type t where t.oid = p.prorettype and t.typtype = 'p'
+                     and t.typname not in ('void', 'record'))
+    then
+        raise exception 'function % cannot be a handler', check_handler.handler
+            using errcode = 'wrong_object_type',
+                  detail = 'A handler takes one argument, fanout.message or an array of it, and returns void, or a single value that is ignored.';
+    end if;
+    return p.proargtypes[0] = 'fanout.message[]'::regtype;
+end
+$$;
+comment on function fanout.check_handler(regprocedure) is
+'internal: raises an error unless the function can be a handler; true if it takes an array';
+revoke all on function fanout.check_handler(regprocedure) from public;
+
+create function fanout.check_subscriber(role regrole, handler regprocedure) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not (select r.rolcanlogin from pg_roles r where r.oid = check_subscriber.role) then
+        raise exception 'role % cannot subscribe because it may not log in', check_subscriber.role
+            using errcode = 'insufficient_privilege',
+                  detail = 'The handler runs in a session of the role that subscribes.',
+                  hint = 'Subscribe as a role with LOGIN.';
+    elsif not has_database_privilege(check_subscriber.role, current_database(), 'connect') then
+        raise exception 'role % cannot subscribe because it may not connect to database %',
+                        check_subscriber.role, quote_ident(current_database())
+            using errcode = 'insufficient_privilege',
+                  hint = 'Grant it CONNECT on the database.';
+    elsif not has_function_privilege(check_subscriber.role, check_subscriber.handler, 'execute') then
+        raise exception 'permission denied for function %', check_subscriber.handler
+            using errcode = 'insufficient_privilege',
+                  hint = pg_catalog.format('Grant EXECUTE on it to %s.', check_subscriber.role);
+    end if;
+end
+$$;
+comment on function fanout.check_subscriber(regrole, regprocedure) is
+'internal: raises an error unless the role has the rights that its worker will need';
+revoke all on function fanout.check_subscriber(regrole, regprocedure) from public;
+
+-- What keeps a subscription from having a worker.
+create function fanout.subscription_problem(s fanout.subscription) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when r.oid is null then 'the role that subscribed was dropped'
+        when not r.rolcanlogin then format('role %s may not log in any more', s.role)
+        when not has_database_privilege(r.oid, current_database(), 'connect')
+            then format('role %s may not connect to this database any more', s.role)
+        end
+    from (select) x left join pg_roles r on r.oid = s.role
+$$;
+comment on function fanout.subscription_problem(fanout.subscription) is
+'internal: why a subscription can have no worker; NULL: it can';
+revoke all on function fanout.subscription_problem(fanout.subscription) from public;
+
+create function fanout.subscription_handler(s fanout.subscription) returns oid
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select to_regprocedure(s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end)::oid
+$$;
+comment on function fanout.subscription_handler(fanout.subscription) is
+'internal: the handler of a subscription; NULL: there is none of that name';
+revoke all on function fanout.subscription_handler(fanout.subscription) from public;
+
+-- Another owner: what has its name now need not be what was meant.
+create function fanout.handler_problem(s fanout.subscription) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when p.oid is null then format('function %s does not exist any more', s.handler)
+        when p.prokind <> 'f' or p.proretset then format('function %s cannot be a handler any more', s.handler)
+        when p.proowner <> s.handler_owner then format('function %s has another owner now', s.handler)
+        when not has_schema_privilege(s.role, p.pronamespace, 'usage')
+            then format('permission denied for schema %s', p.pronamespace::regnamespace)
+        when not has_function_privilege(s.role, p.oid, 'execute')
+            then format('permission denied for function %s', s.handler)
+        end
+    from (select fanout.subscription_handler(s) as handler) h left join pg_proc p on p.oid = h.handler
+$$;
+comment on function fanout.handler_problem(fanout.subscription) is
+'internal: why a subscription cannot run its handler; NULL: it can';
+revoke all on function fanout.handler_problem(fanout.subscription) from public;
+
+create function fanout.add_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
+                                        prefetch integer, max_attempts integer, retry_delay interval,
+                                        max_retry_delay interval, ordered boolean, handler_timeout interval)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.subscription;
+    new fanout.subscription;
+begin
+    perform fanout.check_name('topic', add_subscription.topic);
+    perform fanout.check_name('consumer group', add_subscription.consumer_group);
+    perform fanout.check_name('queue', add_subscription.topic || '_' || add_subscription.consumer_group);
+    new.batch := fanout.check_handler(add_subscription.handler);
+    perform fanout.check_number('prefetch', add_subscription.prefetch, 1, 65535);
+    perform fanout.check_number('max_attempts', add_subscription.max_attempts, 1, 2147483647);
+    perform fanout.check_interval('retry_delay', add_subscription.retry_delay, '1 ms', '1 day');
+    perform fanout.check_interval('max_retry_delay', add_subscription.max_retry_delay, add_subscription.retry_delay, '1 day');
+    perform fanout.check_interval('handler_timeout', add_subscription.handler_timeout, '1 ms', '1 day');
+    if add_subscription.ordered is null then
+        raise exception 'ordered must not be null'
+            using errcode = 'null_value_not_allowed';
+    end if;
+    perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
+
+    select pg_catalog.format('%I.%I', n.nspname, p.proname), p.proowner into new.handler, new.handler_owner
+    from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+    where p.oid = add_subscription.handler;
+
+    insert into fanout.subscription as s
+        (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
+         retry_delay, max_retry_delay, ordered, handler_timeout)
+    values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
+            add_subscription.role, add_subscription.prefetch, add_subscription.max_attempts,
+            add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
+            add_subscription.handler_timeout)
+    on conflict (topic, consumer_group) do update
+        set handler = excluded.handler, batch = excluded.batch, handler_owner = excluded.handler_owner,
+            role = excluded.role, prefetch = excluded.prefetch, max_attempts = excluded.max_attempts,
+            retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
+            ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
+            active = true, version = s.version + 1, subscribed_at = now()
+        where not s.active;
+    if found then
+        return;
+    end if;
+
+    select * into strict old from fanout.subscription s
+    where s.topic = add_subscription.topic and s.consumer_group = add_subscription.consumer_group;
+    perform fanout.raise_difference(
+        pg_catalog.format('subscription of consumer group "%s" to topic "%s"',
+                          add_subscription.consumer_group, add_subscription.topic),
+        array_remove(array[
+            fanout.difference('handler', old.handler || case when old.batch then '(fanout.message[])' else '(fanout.message)' end,
+                              new.handler || case when new.batch then '(fanout.message[])' else '(fanout.message)' end),
+            fanout.difference('role', old.role::text, add_subscription.role::text),
+            fanout.difference('prefetch', old.prefetch::text, add_subscription.prefetch::text),
+            fanout.difference('max_attempts', old.max_attempts::text, add_subscription.max_attempts::text),
+            fanout.difference('retry_delay', old.retry_delay::text, add_subscription.retry_delay::text),
+            fanout.difference('max_retry_delay', old.max_retry_delay::text, add_subscription.max_retry_delay::text),
+            fanout.difference('ordered', old.ordered::text, add_subscription.ordered::text),
+            fanout.difference('handler_timeout', old.handler_timeout::text, add_subscription.handler_timeout::text)],
+            null));
+end
+$$;
+comment on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval) is
+'internal: what fanout.subscribe() does with the rights of pg_fanout';
+revoke all on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval) from public;
+
+-- In C because only there the role that calls can be told from the one whose
+-- rights are needed.
+create function fanout.subscribe(topic text, consumer_group text, handler regprocedure,
+                                 prefetch integer default 100, max_attempts integer default 10,
+                                 retry_delay interval default '1 s', max_retry_delay interval default '5 min',
+                                 ordered boolean default true, handler_timeout interval default '30 s')
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_subscribe';
+comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval) is
+'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
+revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval) from public;
+
+create function fanout.remove_subscription(role regrole, topic text, consumer_group text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.subscription;
+begin
+    select * into old from fanout.subscription s
+    where s.topic = remove_subscription.topic and s.consumer_group = remove_subscription.consumer_group and s.active
+    for update;
+    if not found then
+        raise exception 'consumer group "%" is not subscribed to topic "%"',
+                        remove_subscription.consumer_group, remove_subscription.topic
+            using errcode = 'undefined_object';
+    end if;
+    if exists (select from pg_roles r where r.oid = old.role)
+       and not pg_has_role(remove_subscription.role, old.role, 'member')
+    then
+        raise exception 'permission denied for subscription of consumer group "%" to topic "%"',
+                        remove_subscription.consumer_group, remove_subscription.topic
+            using errcode = 'insufficient_privilege',
+                  detail = pg_catalog.format('Role %s subscribed.', old.role);
+    end if;
+    update fanout.subscription s set active = false, version = s.version + 1
+    where s.subscription_id = old.subscription_id;
+    delete from fanout.failure f where f.subscription_id = old.subscription_id;
+end
+$$;
+comment on function fanout.remove_subscription(regrole, text, text) is
+'internal: what fanout.unsubscribe() does with the rights of pg_fanout';
+revoke all on function fanout.remove_subscription(regrole, text, text) from public;
+
+create function fanout.unsubscribe(topic text, consumer_group text) returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_unsubscribe';
+comment on function fanout.unsubscribe(text, text) is
+'ends a subscription once this transaction has committed; the queue and its messages stay, attempts are forgotten. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501';
+revoke all on function fanout.unsubscribe(text, text) from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -1201,13 +1658,13 @@ from fanout.outbox o
      lateral (select pg_visible_in_snapshot(o.xid, l.base)
                      or (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)) s(is_sent)
 where not exists (select from fanout.held h where h.id = o.id)
-  and not exists (select from fanout.dead_letter d where d.id = o.id)
+  and not exists (select from fanout.dead_letter d where d.id = o.id and d.consumer_group is null)
 union all
 select h.id, t.topic, h.message_id, h.type, h.key, h.created_at, 'held', null
 from fanout.held h left join fanout.topic t using (topic_id)
 union all
 select d.id, d.topic, d.message_id, d.type, d.key, d.created_at, 'dead', null
-from fanout.dead_letter d;
+from fanout.dead_letter d where d.consumer_group is null;
 comment on view fanout.outbox_status is
 'every message in the outbox; sent ones stay for pg_fanout.retention. It reads all of it: for counts per topic see fanout.stat_topics';
 comment on column fanout.outbox_status.id is 'outbox id, the header "sequence"';
@@ -1284,7 +1741,8 @@ from fanout.topic t
                 from fanout.pending group by topic_id) w using (topic_id)
      left join (select topic_id, count(*) as held, min(created_at) as oldest
                 from fanout.held group by topic_id) h using (topic_id)
-     left join (select topic, count(*) as dead from fanout.dead_letter group by topic) d using (topic)
+     left join (select topic, count(*) as dead from fanout.dead_letter
+                where consumer_group is null group by topic) d using (topic)
      left join fanout.topic_stat s using (topic_id)
      left join fanout.stall st using (topic_id);
 comment on view fanout.stat_topics is 'per topic: what waits, what was sent, and whether the broker refuses it';
@@ -1301,6 +1759,91 @@ comment on column fanout.stat_topics.reason is 'what the broker said';
 comment on column fanout.stat_topics.attempts is 'attempts since';
 comment on column fanout.stat_topics.retry_at is 'when the next one is due';
 revoke all on fanout.stat_topics from public;
+
+
+create view fanout.subscriptions as
+select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
+       s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end as handler,
+       s.role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
+       s.subscribed_at
+from fanout.subscription s
+where s.active;
+comment on view fanout.subscriptions is 'subscriptions of this database, made by fanout.subscribe()';
+comment on column fanout.subscriptions.topic is 'the topic';
+comment on column fanout.subscriptions.consumer_group is 'the consumer group';
+comment on column fanout.subscriptions.queue is 'the queue that is consumed, <topic>_<consumer_group>';
+comment on column fanout.subscriptions.handler is 'the function that each message runs';
+comment on column fanout.subscriptions.role is 'who subscribed, and as whom the handler runs';
+comment on column fanout.subscriptions.prefetch is 'messages in work at once';
+comment on column fanout.subscriptions.max_attempts is 'attempts until a message goes to fanout.dead_letter';
+comment on column fanout.subscriptions.retry_delay is 'time before the second attempt; it doubles with each';
+comment on column fanout.subscriptions.max_retry_delay is 'up to this';
+comment on column fanout.subscriptions.ordered is 'do later messages of a key wait for one that failed?';
+comment on column fanout.subscriptions.handler_timeout is 'time allowed for one call of the handler';
+comment on column fanout.subscriptions.subscribed_at is 'since when';
+revoke all on fanout.subscriptions from public;
+
+create function fanout.subscription_status(out subscription_id integer, out pid integer, out state text,
+    out since timestamptz, out connected_to text, out connected_at timestamptz,
+    out delivered bigint, out applied bigint, out skipped bigint, out failed bigint, out dead bigint,
+    out waiting integer, out lag bigint, out reconnects bigint, out last_error text, out last_error_at timestamptz)
+returns setof record
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_subscription_status';
+comment on function fanout.subscription_status() is 'internal: the consumers of this database; see the view fanout.stat_subscriptions';
+revoke all on function fanout.subscription_status() from public;
+
+create view fanout.stat_subscriptions as
+select s.topic, s.consumer_group, w.pid,
+       case when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
+       w.since, w.connected_to, w.connected_at,
+       coalesce(w.delivered, 0) as delivered, coalesce(w.applied, 0) as applied,
+       coalesce(w.skipped, 0) as skipped, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
+       coalesce(w.waiting, 0) as waiting, w.lag, coalesce(w.reconnects, 0) as reconnects,
+       coalesce(p.problem, w.last_error) as last_error, w.last_error_at
+from fanout.subscription s
+     left join fanout.subscription_status() w using (subscription_id),
+     lateral (select coalesce(fanout.subscription_problem(s), fanout.handler_problem(s))) p(problem)
+where s.active;
+comment on view fanout.stat_subscriptions is
+'what the worker of each subscription is doing. Counters begin when it is first started, at the earliest when the server starts';
+comment on column fanout.stat_subscriptions.topic is 'the topic';
+comment on column fanout.stat_subscriptions.consumer_group is 'the consumer group';
+comment on column fanout.stat_subscriptions.pid is 'process id; NULL: it is not running';
+comment on column fanout.stat_subscriptions.state is
+'starting; connecting; idle: nothing to do; consuming; refused: the queue, the handler or the role cannot be used, see last_error; disconnected: waits before it connects again; stopped';
+comment on column fanout.stat_subscriptions.since is 'when it entered that state';
+comment on column fanout.stat_subscriptions.connected_to is 'host:port/vhost; NULL: not connected';
+comment on column fanout.stat_subscriptions.connected_at is 'since when; NULL: not connected';
+comment on column fanout.stat_subscriptions.delivered is 'messages delivered, repeats included';
+comment on column fanout.stat_subscriptions.applied is 'messages whose handler has succeeded and committed';
+comment on column fanout.stat_subscriptions.skipped is 'repeats of messages that were applied, or given up, before';
+comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
+comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
+comment on column fanout.stat_subscriptions.waiting is 'messages that failed and wait for their next attempt, and those of the same keys that wait behind them';
+comment on column fanout.stat_subscriptions.lag is 'messages that were ready in the queue when it was last looked at, every few seconds; NULL: not known';
+comment on column fanout.stat_subscriptions.reconnects is 'connections made after the first';
+comment on column fanout.stat_subscriptions.last_error is 'most recent error; NULL: none';
+comment on column fanout.stat_subscriptions.last_error_at is 'when it happened';
+revoke all on fanout.stat_subscriptions from public;
+
+create view fanout.delivery_failure as
+select s.topic, s.consumer_group, f.message_id, f.type, f.key, f.sequence, f.attempts,
+       f.sqlstate, f.error, f.failed_at, f.next_try
+from fanout.failure f join fanout.subscription s using (subscription_id);
+comment on view fanout.delivery_failure is 'messages that a handler failed on, and that will be tried again';
+comment on column fanout.delivery_failure.topic is 'of the subscription';
+comment on column fanout.delivery_failure.consumer_group is 'of the subscription';
+comment on column fanout.delivery_failure.message_id is 'as the handler gets it';
+comment on column fanout.delivery_failure.type is 'AMQP property';
+comment on column fanout.delivery_failure.key is 'later messages of this key wait, if the subscription is ordered';
+comment on column fanout.delivery_failure.sequence is 'header';
+comment on column fanout.delivery_failure.attempts is 'attempts begun';
+comment on column fanout.delivery_failure.sqlstate is 'of the last error';
+comment on column fanout.delivery_failure.error is 'the last error';
+comment on column fanout.delivery_failure.failed_at is 'when it happened';
+comment on column fanout.delivery_failure.next_try is 'when the next attempt is due';
+revoke all on fanout.delivery_failure from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -1429,6 +1972,33 @@ $$;
 comment on function fanout.check_captures() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_captures() from public;
 
+create function fanout.check_subscriptions() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('subscription of "%s" to "%s"', s.consumer_group, s.topic),
+           s.pid is not null and s.connected_to is not null and s.state <> 'refused',
+           case when s.pid is null or s.connected_to is null or s.state = 'refused'
+                then format('%s: %s', s.state, coalesce(s.last_error, 'no worker was started'))
+                else format('pid %s, %s', s.pid, s.state) end,
+           case when s.state = 'refused' then 'Put right what last_error says; it is tried again by itself.'
+                when s.pid is null then 'Look into the server log; raise max_worker_processes or pg_fanout.max_subscriptions if it says so.'
+                when s.connected_to is null then 'It connects as the publisher does; see above.' end
+    from fanout.stat_subscriptions s
+    union all
+    select format('subscription of "%s" to "%s" succeeds', f.consumer_group, f.topic), false,
+           format('%s messages failed and will be tried again', count(*)),
+           'Look at "error" in fanout.delivery_failure.'
+    from fanout.delivery_failure f group by f.consumer_group, f.topic
+    union all
+    select format('subscription of "%s" to "%s" has no dead letters', d.consumer_group, d.topic), false,
+           format('%s in fanout.dead_letter', count(*)),
+           'Look at their "reason", then use fanout.redrive() or fanout.purge().'
+    from fanout.dead_letter d where d.consumer_group is not null group by d.consumer_group, d.topic
+$$;
+comment on function fanout.check_subscriptions() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_subscriptions() from public;
+
 create function fanout.check_settings() returns table (item text, ok boolean, detail text, hint text)
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -1441,7 +2011,7 @@ as $$
     union all
     select 'room for workers', free.n >= 0,
            format('max_worker_processes = %s', current_setting('max_worker_processes')),
-           case when free.n < 0 then 'Raise max_worker_processes: one for the launcher and one for each database with the extension.' end
+           case when free.n < 0 then 'Raise max_worker_processes: one for the launcher, one for each database with the extension, one for each subscription.' end
     from (select current_setting('max_worker_processes')::int - 2
                  - (select count(*)::int from pg_stat_activity where backend_type like 'pg\_fanout%') as n) free
     union all
@@ -1449,7 +2019,7 @@ as $$
            coalesce('may execute ' || string_agg(p.proname, ', ' order by p.proname), 'may execute nothing'), null
     from (select session_user::text as role) r
          left join pg_proc p on p.pronamespace = 'fanout'::regnamespace
-                            and p.proname in ('declare_topic', 'declare_binding', 'capture', 'publish', 'flush', 'redrive', 'purge')
+                            and p.proname in ('declare_topic', 'declare_binding', 'capture', 'publish', 'flush', 'redrive', 'purge', 'subscribe')
                             and has_function_privilege(r.role::name, p.oid, 'execute')
     group by r.role
 $$;
@@ -1466,6 +2036,7 @@ begin
     return query select * from fanout.check_topology();
     return query select * from fanout.check_flow();
     return query select * from fanout.check_captures();
+    return query select * from fanout.check_subscriptions();
     return query select * from fanout.check_settings();
 end
 $$;
@@ -1476,8 +2047,10 @@ revoke all on function fanout.check() from public;
 
 -- What monitoring needs, and no message's content.
 grant usage on schema fanout to pg_monitor;
-grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics to pg_monitor;
-grant execute on function fanout.publisher_status(), fanout.preloaded(), fanout.library_version(),
+grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
+    fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
+grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
+    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;
 

@@ -35,7 +35,7 @@
  *
  * The resolver has its own limits (resolv.conf).
  *
- * Channels: 1 publishes in confirm mode, 2 is for topology, so that a refusal
+ * Channels: 1 publishes in confirm mode, or consumes, 2 is for topology, so that a refusal
  * there (AMQP closes the channel) leaves the messages in flight alone.  A
  * channel's life:
  *
@@ -156,6 +156,12 @@
  */
 #define EVENTS_MAX			(128 * 1024)
 
+/* More bytes in deliveries than any consumer lets pile up while it waits. */
+#define DELIVERED_MAX		((size_t) 1024 * 1024 * 1024)
+
+/* Tables in tables: RabbitMQ's own (x-death) have two levels. */
+#define NESTED_MAX			16
+
 /* How long a polite close waits for the answer. */
 #define GOODBYE_MS			200
 
@@ -189,7 +195,10 @@ struct Broker
 
 	Channel		channels[3];	/* 0 is never used */
 	uint64_t	published;		/* on this publishing channel: the last tag */
-	Assembler	returned;		/* basic.return of the publishing channel */
+	Assembler	content;		/* basic.return, or basic.deliver, of the
+								 * publishing channel */
+	BrokerDelivery *delivery;	/* that content's, if it is a delivery */
+	size_t		delivered;		/* bytes of deliveries not yet fetched */
 
 	/* Writing */
 	bool		corked;
@@ -289,6 +298,20 @@ static bool send_content_header(Broker *broker, const BrokerMessage *message,
 static bool send_content_body(Broker *broker, const char *body, size_t len,
 							  long timeout_ms);
 
+/* Consuming */
+static BrokerResult settle_delivery(Broker *broker, amqp_method_number_t method, void *arguments,
+									long timeout_ms, BrokerError *error);
+static void drop_deliveries(Broker *broker);
+static bool begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver);
+static bool take_properties(Broker *broker, const amqp_basic_properties_t *properties);
+static void delivery_assembled(Broker *broker);
+static void *keep(BrokerDelivery *delivery, size_t size);
+static char *keep_text(BrokerDelivery *delivery, amqp_bytes_t bytes);
+static BrokerField *keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth);
+static BrokerField *keep_array(BrokerDelivery *delivery, const amqp_array_t *array, int depth);
+static bool keep_value(BrokerDelivery *delivery, BrokerField *field,
+					   const amqp_field_value_t *value, int depth);
+
 /* Tables */
 static size_t table_size(const BrokerField *fields, int nfields);
 static size_t field_size(const BrokerField *field);
@@ -327,8 +350,8 @@ static void connection_blocked(Broker *broker, const amqp_connection_blocked_t *
 static void connection_unblocked(Broker *broker);
 static void channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close);
 static void confirmed(Broker *broker, BrokerEventType type, uint64_t tag, bool multiple);
-static AssembleResult return_header(Broker *broker, const amqp_frame_t *frame);
-static void return_assembled(Broker *broker, AssembleResult result);
+static AssembleResult content_header(Broker *broker, const amqp_frame_t *frame);
+static void content_assembled(Broker *broker, AssembleResult result);
 static BrokerEvent *push_event(Broker *broker, BrokerEventType type);
 static bool pop_event(Broker *broker, BrokerEvent *event);
 static bool is_method(const amqp_frame_t *frame, int channel, amqp_method_number_t id);
@@ -380,7 +403,9 @@ broker_close(Broker *broker, bool polite)
 		shutdown(fd, SHUT_RDWR);
 	amqp_destroy_connection(broker->conn);
 
-	assemble_reset(&broker->returned);
+	assemble_reset(&broker->content);
+	broker_free_delivery(broker->delivery);
+	drop_deliveries(broker);
 	free(broker->events);
 	free(broker->entries);
 	free(broker);
@@ -587,7 +612,7 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 	broker->frame_max = FRAME_MIN;
 	broker->last_read_ms = clock_ms();
 	broker->last_received_ms = broker->last_read_ms;
-	assemble_init(&broker->returned, false, BROKER_MAX_BODY);
+	assemble_init(&broker->content, options->consumer, BROKER_MAX_BODY);
 	snprintf(broker->where, sizeof(broker->where), ipv6 ? "[%s]:%d" : "%s:%d",
 			 address->host, address->port);
 	return broker;
@@ -951,7 +976,9 @@ open_publishing_channel(Broker *broker, int64_t deadline)
 {
 	amqp_confirm_select_t select = {0};
 
-	return open_channel(broker, CHANNEL_PUBLISHING, deadline) &&
+	if (!open_channel(broker, CHANNEL_PUBLISHING, deadline))
+		return false;
+	return broker->options->consumer ||
 		call(broker, CHANNEL_PUBLISHING, AMQP_CONFIRM_SELECT_METHOD, &select,
 			 AMQP_CONFIRM_SELECT_OK_METHOD, deadline) != NULL;
 }
@@ -976,6 +1003,9 @@ broker_reopen(Broker *broker, BrokerError *error)
 		channel->state = CHANNEL_DOWN;
 
 	/* Tags of the old channel must not be taken for those of the new one. */
+	drop_deliveries(broker);
+	broker_free_delivery(broker->delivery);
+	broker->delivery = NULL;
 	for (size_t i = broker->first; i < broker->last; i++)
 	{
 		BrokerEventType type = broker->events[i].type;
@@ -984,7 +1014,7 @@ broker_reopen(Broker *broker, BrokerError *error)
 			broker->events[i].type = BROKER_NOTHING;
 	}
 	broker->published = 0;
-	assemble_reset(&broker->returned);
+	assemble_reset(&broker->content);
 
 	if (!open_publishing_channel(broker, deadline))
 		return fail_channel(broker, CHANNEL_PUBLISHING, error);
@@ -1398,6 +1428,296 @@ send_content_body(Broker *broker, const char *body, size_t len, long timeout_ms)
 
 
 /*
+ * Consuming
+ */
+
+BrokerResult
+broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
+			   uint16_t prefetch, BrokerError *error)
+{
+	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
+	amqp_basic_qos_t qos = {.prefetch_count = prefetch};
+	amqp_basic_consume_t consume = {0};
+
+	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
+		!check_short("consumer tag", consumer_tag, BROKER_MAX_SHORTSTR, error))
+		return BROKER_TOO_LARGE;
+	consume.queue = bytes_of(queue);
+	consume.consumer_tag = bytes_of(consumer_tag);
+	if (call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_QOS_METHOD, &qos,
+			 AMQP_BASIC_QOS_OK_METHOD, deadline) == NULL ||
+		call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_CONSUME_METHOD, &consume,
+			 AMQP_BASIC_CONSUME_OK_METHOD, deadline) == NULL)
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	return BROKER_OK;
+}
+
+BrokerResult
+broker_cancel(Broker *broker, const char *consumer_tag, BrokerError *error)
+{
+	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
+	amqp_basic_cancel_t cancel = {0};
+
+	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	cancel.consumer_tag = bytes_of(consumer_tag);
+	if (call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_CANCEL_METHOD, &cancel,
+			 AMQP_BASIC_CANCEL_OK_METHOD, deadline) == NULL)
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	return BROKER_OK;
+}
+
+BrokerResult
+broker_ack(Broker *broker, uint64_t tag, bool multiple, long timeout_ms, BrokerError *error)
+{
+	amqp_basic_ack_t ack = {.delivery_tag = tag,.multiple = multiple};
+
+	return settle_delivery(broker, AMQP_BASIC_ACK_METHOD, &ack, timeout_ms, error);
+}
+
+BrokerResult
+broker_requeue(Broker *broker, uint64_t tag, long timeout_ms, BrokerError *error)
+{
+	amqp_basic_nack_t nack = {.delivery_tag = tag,.requeue = 1};
+
+	return settle_delivery(broker, AMQP_BASIC_NACK_METHOD, &nack, timeout_ms, error);
+}
+
+static BrokerResult
+settle_delivery(Broker *broker, amqp_method_number_t method, void *arguments,
+				long timeout_ms, BrokerError *error)
+{
+	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN ||
+		!send_method(broker, CHANNEL_PUBLISHING, method, arguments, 64, timeout_ms))
+		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	return BROKER_OK;
+}
+
+/* One piece of a delivery's memory. */
+typedef struct BrokerBlock
+{
+	struct BrokerBlock *next;
+} BrokerBlock;
+
+void
+broker_free_delivery(BrokerDelivery *delivery)
+{
+	BrokerBlock *block;
+
+	if (delivery == NULL)
+		return;
+	while ((block = delivery->memory) != NULL)
+	{
+		delivery->memory = block->next;
+		free(block);
+	}
+	free(delivery->body);
+	free(delivery);
+}
+
+/* Those that nobody has fetched. */
+static void
+drop_deliveries(Broker *broker)
+{
+	for (size_t i = broker->first; i < broker->last; i++)
+	{
+		broker_free_delivery(broker->events[i].delivery);
+		broker->events[i].delivery = NULL;
+	}
+	broker->delivered = 0;
+}
+
+static bool
+begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver)
+{
+	BrokerDelivery *delivery = broker->options->consumer ? calloc(1, sizeof(BrokerDelivery)) : NULL;
+
+	broker_free_delivery(broker->delivery);
+	broker->delivery = delivery;
+	if (delivery == NULL)
+		return false;
+	delivery->tag = deliver->delivery_tag;
+	delivery->redelivered = deliver->redelivered;
+	return true;
+}
+
+/* Returns false if there is no memory for them. */
+static bool
+take_properties(Broker *broker, const amqp_basic_properties_t *properties)
+{
+	BrokerDelivery *delivery = broker->delivery;
+	amqp_flags_t flags = properties->_flags;
+
+	delivery->has_timestamp = (flags & AMQP_BASIC_TIMESTAMP_FLAG) != 0;
+	delivery->timestamp = delivery->has_timestamp ? properties->timestamp : 0;
+	if ((flags & AMQP_BASIC_MESSAGE_ID_FLAG) &&
+		(delivery->message_id = keep_text(delivery, properties->message_id)) == NULL)
+		return false;
+	if ((flags & AMQP_BASIC_CONTENT_TYPE_FLAG) &&
+		(delivery->content_type = keep_text(delivery, properties->content_type)) == NULL)
+		return false;
+	if ((flags & AMQP_BASIC_TYPE_FLAG) &&
+		(delivery->type = keep_text(delivery, properties->type)) == NULL)
+		return false;
+	if ((flags & AMQP_BASIC_HEADERS_FLAG) && properties->headers.num_entries > 0)
+	{
+		delivery->headers = keep_table(delivery, &properties->headers, 0);
+		delivery->nheaders = properties->headers.num_entries;
+	}
+	return delivery->nheaders == 0 || delivery->headers != NULL;
+}
+
+static void
+delivery_assembled(Broker *broker)
+{
+	BrokerDelivery *delivery = broker->delivery;
+	BrokerEvent *event;
+
+	delivery->body_len = (size_t) broker->content.body_size;
+	delivery->body = assemble_take_body(&broker->content);
+	if (broker->delivered > DELIVERED_MAX)
+	{
+		lose(broker, 0, "%s sends more than can be taken in", broker->where);
+		return;
+	}
+	event = push_event(broker, BROKER_DELIVERY);
+	if (event == NULL)
+		return;
+	event->delivery = delivery;
+	broker->delivered += delivery->body_len;
+	broker->delivery = NULL;
+}
+
+/* Memory that goes with the delivery; NULL if there is none. */
+static void *
+keep(BrokerDelivery *delivery, size_t size)
+{
+	BrokerBlock *block = malloc(sizeof(BrokerBlock) + size);
+
+	if (block == NULL)
+		return NULL;
+	block->next = delivery->memory;
+	delivery->memory = block;
+	return block + 1;
+}
+
+static char *
+keep_text(BrokerDelivery *delivery, amqp_bytes_t bytes)
+{
+	char	   *copy = keep(delivery, bytes.len + 1);
+
+	if (copy == NULL)
+		return NULL;
+	if (bytes.len > 0)
+		memcpy(copy, bytes.bytes, bytes.len);
+	copy[bytes.len] = '\0';
+	return copy;
+}
+
+static BrokerField *
+keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth)
+{
+	BrokerField *fields = keep(delivery, (size_t) (table->num_entries + 1) * sizeof(BrokerField));
+
+	for (int i = 0; i < table->num_entries && fields != NULL; i++)
+	{
+		fields[i].name = keep_text(delivery, table->entries[i].key);
+		if (fields[i].name == NULL ||
+			!keep_value(delivery, &fields[i], &table->entries[i].value, depth))
+			return NULL;
+	}
+	return fields;
+}
+
+static BrokerField *
+keep_array(BrokerDelivery *delivery, const amqp_array_t *array, int depth)
+{
+	BrokerField *fields = keep(delivery, (size_t) (array->num_entries + 1) * sizeof(BrokerField));
+
+	for (int i = 0; i < array->num_entries && fields != NULL; i++)
+	{
+		fields[i].name = "";
+		if (!keep_value(delivery, &fields[i], &array->entries[i], depth))
+			return NULL;
+	}
+	return fields;
+}
+
+/* What has no form here, or is nested too deeply, becomes NULL. */
+static bool
+keep_value(BrokerDelivery *delivery, BrokerField *field, const amqp_field_value_t *value, int depth)
+{
+	field->type = BROKER_VALUE_INT;
+	switch (value->kind)
+	{
+		case AMQP_FIELD_KIND_BOOLEAN:
+			field->type = BROKER_VALUE_BOOL;
+			field->value.boolean = value->value.boolean != 0;
+			return true;
+		case AMQP_FIELD_KIND_I8:
+			field->value.integer = value->value.i8;
+			return true;
+		case AMQP_FIELD_KIND_U8:
+			field->value.integer = value->value.u8;
+			return true;
+		case AMQP_FIELD_KIND_I16:
+			field->value.integer = value->value.i16;
+			return true;
+		case AMQP_FIELD_KIND_U16:
+			field->value.integer = value->value.u16;
+			return true;
+		case AMQP_FIELD_KIND_I32:
+			field->value.integer = value->value.i32;
+			return true;
+		case AMQP_FIELD_KIND_U32:
+			field->value.integer = value->value.u32;
+			return true;
+		case AMQP_FIELD_KIND_I64:
+		case AMQP_FIELD_KIND_U64:
+		case AMQP_FIELD_KIND_TIMESTAMP:
+			field->value.integer = value->value.i64;
+			return true;
+		case AMQP_FIELD_KIND_F32:
+			field->type = BROKER_VALUE_DOUBLE;
+			field->value.real = value->value.f32;
+			return true;
+		case AMQP_FIELD_KIND_F64:
+			field->type = BROKER_VALUE_DOUBLE;
+			field->value.real = value->value.f64;
+			return true;
+		case AMQP_FIELD_KIND_UTF8:
+		case AMQP_FIELD_KIND_BYTES:
+			field->type = BROKER_VALUE_STRING;
+			field->value.string.data = keep_text(delivery, value->value.bytes);
+			field->value.string.len = value->value.bytes.len;
+			return field->value.string.data != NULL;
+		default:
+			break;
+	}
+	field->type = BROKER_VALUE_NULL;
+	if (depth >= NESTED_MAX)
+		return true;
+	if (value->kind == AMQP_FIELD_KIND_TABLE)
+	{
+		field->type = BROKER_VALUE_TABLE;
+		field->value.nested.fields = keep_table(delivery, &value->value.table, depth + 1);
+		field->value.nested.count = value->value.table.num_entries;
+		return field->value.nested.fields != NULL;
+	}
+	if (value->kind == AMQP_FIELD_KIND_ARRAY)
+	{
+		field->type = BROKER_VALUE_ARRAY;
+		field->value.nested.fields = keep_array(delivery, &value->value.array, depth + 1);
+		field->value.nested.count = value->value.array.num_entries;
+		return field->value.nested.fields != NULL;
+	}
+	return true;
+}
+
+
+/*
  * Tables (AMQP 0-9-1, section 4.2.5.5, with RabbitMQ's field types)
  */
 
@@ -1426,6 +1746,9 @@ field_size(const BrokerField *field)
 			return 8;
 		case BROKER_VALUE_STRING:
 			return 4 + field->value.string.len;
+		case BROKER_VALUE_TABLE:
+		case BROKER_VALUE_ARRAY:
+			break;				/* never sent */
 	}
 	return 0;
 }
@@ -1469,6 +1792,8 @@ fill_entry(const BrokerField *field, amqp_table_entry_t *entry)
 	switch (field->type)
 	{
 		case BROKER_VALUE_NULL:
+		case BROKER_VALUE_TABLE:	/* never sent */
+		case BROKER_VALUE_ARRAY:
 			entry->value.kind = AMQP_FIELD_KIND_VOID;
 			break;
 		case BROKER_VALUE_BOOL:
@@ -1878,13 +2203,13 @@ dispatch_publishing(Broker *broker, const amqp_frame_t *frame)
 			dispatch_method(broker, frame);
 			break;
 		case AMQP_FRAME_HEADER:
-			return_assembled(broker, return_header(broker, frame));
+			content_assembled(broker, content_header(broker, frame));
 			break;
 		case AMQP_FRAME_BODY:
-			return_assembled(broker,
-							 assemble_body(&broker->returned,
-										   frame->payload.body_fragment.bytes,
-										   frame->payload.body_fragment.len));
+			content_assembled(broker,
+							  assemble_body(&broker->content,
+											frame->payload.body_fragment.bytes,
+											frame->payload.body_fragment.len));
 			break;
 	}
 }
@@ -1898,16 +2223,26 @@ dispatch_method(Broker *broker, const amqp_frame_t *frame)
 	{
 		const amqp_basic_return_t *returned = decoded;
 
-		return_assembled(broker,
-						 assemble_method(&broker->returned, returned->reply_code,
-										 returned->reply_text.bytes,
-										 returned->reply_text.len));
+		content_assembled(broker,
+						  assemble_method(&broker->content, returned->reply_code,
+										  returned->reply_text.bytes,
+										  returned->reply_text.len));
 		return;
 	}
 
-	if (assemble_other(&broker->returned) == ASSEMBLE_VIOLATION)
+	if (frame->payload.method.id == AMQP_BASIC_DELIVER_METHOD && broker->options->consumer)
 	{
-		return_assembled(broker, ASSEMBLE_VIOLATION);
+		AssembleResult result = assemble_method(&broker->content, 0, "", 0);
+
+		if (result != ASSEMBLE_VIOLATION && !begin_delivery(broker, decoded))
+			lose(broker, 0, "out of memory");
+		content_assembled(broker, result);
+		return;
+	}
+
+	if (assemble_other(&broker->content) == ASSEMBLE_VIOLATION)
+	{
+		content_assembled(broker, ASSEMBLE_VIOLATION);
 		return;
 	}
 	switch (frame->payload.method.id)
@@ -1931,6 +2266,9 @@ dispatch_method(Broker *broker, const amqp_frame_t *frame)
 			break;
 		case AMQP_CHANNEL_CLOSE_OK_METHOD:
 			/* broker_reopen()'s close crossed the broker's */
+			break;
+		case AMQP_BASIC_CANCEL_METHOD:
+			(void) push_event(broker, BROKER_CANCELLED);
 			break;
 		default:
 			lose(broker, 0, "protocol violation by %s: unexpected method on the publishing channel",
@@ -2027,7 +2365,7 @@ confirmed(Broker *broker, BrokerEventType type, uint64_t tag, bool multiple)
 }
 
 static AssembleResult
-return_header(Broker *broker, const amqp_frame_t *frame)
+content_header(Broker *broker, const amqp_frame_t *frame)
 {
 	const amqp_basic_properties_t *properties = frame->payload.properties.decoded;
 	amqp_bytes_t id = amqp_empty_bytes;
@@ -2035,25 +2373,36 @@ return_header(Broker *broker, const amqp_frame_t *frame)
 	/* Of another class, "decoded" would be of another type. */
 	if (frame->payload.properties.class_id != AMQP_BASIC_CLASS)
 	{
-		broker->returned.problem = "a content header is of the wrong class";
+		broker->content.problem = "a content header is of the wrong class";
+		return ASSEMBLE_VIOLATION;
+	}
+	if (broker->delivery != NULL && broker->content.state == ASSEMBLE_HEADER &&
+		!take_properties(broker, properties))
+	{
+		broker->content.problem = "out of memory for its properties";
 		return ASSEMBLE_VIOLATION;
 	}
 	if (properties->_flags & AMQP_BASIC_MESSAGE_ID_FLAG)
 		id = properties->message_id;
-	return assemble_header(&broker->returned, id.bytes, id.len,
+	return assemble_header(&broker->content, id.bytes, id.len,
 						   frame->payload.properties.body_size);
 }
 
 static void
-return_assembled(Broker *broker, AssembleResult result)
+content_assembled(Broker *broker, AssembleResult result)
 {
-	const Assembler *returned = &broker->returned;
+	const Assembler *returned = &broker->content;
 	BrokerEvent *event;
 
 	if (result == ASSEMBLE_VIOLATION)
 		lose(broker, 0, "protocol violation by %s: %s", broker->where, returned->problem);
 	if (result != ASSEMBLE_DONE)
 		return;
+	if (broker->delivery != NULL)
+	{
+		delivery_assembled(broker);
+		return;
+	}
 
 	event = push_event(broker, BROKER_RETURN);
 	if (event == NULL)
@@ -2094,6 +2443,7 @@ push_event(Broker *broker, BrokerEventType type)
 	event->multiple = false;
 	event->code = 0;
 	event->message_id[0] = '\0';
+	event->delivery = NULL;
 	event->text[0] = '\0';
 	return event;
 }
@@ -2104,11 +2454,16 @@ pop_event(Broker *broker, BrokerEvent *event)
 {
 	while (broker->first < broker->last)
 	{
-		const BrokerEvent *next = &broker->events[broker->first++];
+		BrokerEvent *next = &broker->events[broker->first++];
 
 		if (next->type == BROKER_NOTHING)
 			continue;
 		*event = *next;
+		if (next->delivery != NULL)
+		{
+			broker->delivered -= next->delivery->body_len;
+			next->delivery = NULL;
+		}
 		return true;
 	}
 	return false;

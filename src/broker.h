@@ -50,6 +50,7 @@ typedef struct BrokerOptions
 	int			connect_timeout_ms; /* bounds connect + handshake + login */
 	int			rpc_timeout_ms; /* bounds the wait for a reply to a declare */
 	int			heartbeat_s;	/* 0 disables */
+	bool		consumer;		/* consumes, and does not publish */
 
 	/*
 	 * Waits until fd is readable (or writable) or timeout_ms has passed,
@@ -89,11 +90,17 @@ typedef enum BrokerEventType
 	BROKER_RETURN,				/* message_id, code, text */
 	BROKER_BLOCKED,				/* connection.blocked: text is the reason */
 	BROKER_UNBLOCKED,
-	BROKER_CHANNEL_CLOSED,		/* the publishing channel: code, text; all
-								 * that was in flight is unknown; call
-								 * broker_reopen() */
+	BROKER_CHANNEL_CLOSED,		/* the publishing or consuming channel: code,
+								 * text; all that was in flight is unknown;
+								 * call broker_reopen() */
 	BROKER_DISCONNECTED,		/* code, text */
+	BROKER_DELIVERY,			/* delivery: the receiver frees it with
+								 * broker_free_delivery() */
+	BROKER_CANCELLED,			/* the broker ended the consumer: its queue is
+								 * gone, or moves */
 } BrokerEventType;
+
+typedef struct BrokerDelivery BrokerDelivery;
 
 typedef struct BrokerEvent
 {
@@ -102,6 +109,7 @@ typedef struct BrokerEvent
 	bool		multiple;		/* ACK, NACK: all outstanding up to tag */
 	int			code;
 	char		message_id[BROKER_MAX_MESSAGE_ID + 1];	/* RETURN */
+	BrokerDelivery *delivery;	/* DELIVERY, else NULL */
 	char text[	512];
 } BrokerEvent;
 
@@ -113,6 +121,8 @@ typedef enum BrokerValueType
 	BROKER_VALUE_INT,			/* sent as a 64-bit signed integer */
 	BROKER_VALUE_DOUBLE,
 	BROKER_VALUE_STRING,
+	BROKER_VALUE_TABLE,			/* of a delivery only: fields with names */
+	BROKER_VALUE_ARRAY,			/* of a delivery only: fields without */
 } BrokerValueType;
 
 typedef struct BrokerField
@@ -129,6 +139,11 @@ typedef struct BrokerField
 			const char *data;
 			size_t		len;
 		}			string;
+		struct
+		{
+			struct BrokerField *fields;
+			int			count;
+		}			nested;
 	}			value;
 } BrokerField;
 
@@ -145,6 +160,28 @@ typedef struct BrokerMessage
 	const char *body;
 	size_t		body_len;
 } BrokerMessage;
+
+/*
+ * One message delivered to a consumer.  The strings are the peer's bytes: they
+ * need be valid in no encoding, but end with a NUL, and are cut at one that is
+ * in them.  NULL: the property is absent.
+ */
+struct BrokerDelivery
+{
+	uint64_t	tag;
+	bool		redelivered;
+	bool		has_timestamp;
+	uint64_t	timestamp;		/* seconds since 1970 */
+	const char *message_id;
+	const char *content_type;
+	const char *type;
+	BrokerField *headers;		/* names and strings as above, but with NULs
+								 * in strings; nothing is NULL */
+	int			nheaders;
+	char	   *body;			/* NULL if body_len is 0 */
+	size_t		body_len;
+	struct BrokerBlock *memory; /* private */
+};
 
 /*
  * Parses a comma-separated list of amqp:// and amqps:// URIs (RabbitMQ URI
@@ -239,6 +276,29 @@ extern void broker_next_event(Broker *broker, BrokerEvent *event);
  * dropped with the old channel.
  */
 extern BrokerResult broker_reopen(Broker *broker, BrokerError *error);
+
+/*
+ * Consuming, on the channel that otherwise publishes; only for a connection
+ * whose options say so.  Deliveries come as events.
+ *
+ * broker_consume() sets the prefetch (1 to 65535: deliveries that are neither
+ * acked nor nacked at any time) of the consumer that it begins; one that was
+ * begun before keeps its own.  Both wait for the answer, as topology does.
+ * BROKER_REFUSED (404: no such queue, 403): the channel is closed, and
+ * BROKER_CHANNEL_CLOSED is among the events.
+ *
+ * Deliveries that were in work when a consumer was cancelled can still be
+ * settled.  broker_ack(): multiple: all outstanding up to tag.  broker_requeue()
+ * gives one back (basic.nack).  They wait as broker_publish() does.
+ */
+extern BrokerResult broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
+								   uint16_t prefetch, BrokerError *error);
+extern BrokerResult broker_cancel(Broker *broker, const char *consumer_tag, BrokerError *error);
+extern BrokerResult broker_ack(Broker *broker, uint64_t tag, bool multiple, long timeout_ms,
+							   BrokerError *error);
+extern BrokerResult broker_requeue(Broker *broker, uint64_t tag, long timeout_ms,
+								   BrokerError *error);
+extern void broker_free_delivery(BrokerDelivery *delivery);
 
 /*
  * Topology.  All run on a channel of their own, opened when needed, so that

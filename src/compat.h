@@ -13,6 +13,8 @@
 #include "postgres.h"
 
 #include "catalog/pg_database.h"
+#include "fmgr.h"
+#include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
@@ -66,6 +68,7 @@ typedef enum PgfWait
 {
 	PGF_WAIT_LAUNCHER,
 	PGF_WAIT_PUBLISHER,
+	PGF_WAIT_CONSUMER,
 	PGF_WAIT_STOP,
 } PgfWait;
 
@@ -74,7 +77,7 @@ pgf_wait_event(PgfWait wait)
 {
 #if PG_VERSION_NUM >= 170000
 	static const char *const names[] = {
-		"PgFanoutLauncherMain", "PgFanoutPublisherMain", "PgFanoutPublisherStop"
+		"PgFanoutLauncherMain", "PgFanoutPublisherMain", "PgFanoutConsumerMain", "PgFanoutWorkerStop"
 	};
 	static uint32 events[lengthof(names)];
 
@@ -83,6 +86,31 @@ pgf_wait_event(PgfWait wait)
 	return events[wait];
 #else
 	return PG_WAIT_EXTENSION;
+#endif
+}
+
+/* 15: one function begins a result in a tuplestore; its name is 15.1's */
+static inline void
+pgf_init_materialized(FunctionCallInfo fcinfo)
+{
+#if PG_VERSION_NUM >= 150000
+	InitMaterializedSRF(fcinfo, 0);
+#else
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	MemoryContext oldcontext;
+	TupleDesc	desc;
+
+	if (result == NULL || !IsA(result, ReturnSetInfo) || !(result->allowedModes & SFRM_Materialize))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("set-valued function called in context that cannot accept a set")));
+	oldcontext = MemoryContextSwitchTo(result->econtext->ecxt_per_query_memory);
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	result->returnMode = SFRM_Materialize;
+	result->setResult = tuplestore_begin_heap(true, false, work_mem);
+	result->setDesc = desc;
+	MemoryContextSwitchTo(oldcontext);
 #endif
 }
 

@@ -3,9 +3,9 @@
  * guc.c
  *		The settings pg_fanout.*, and the password file.
  *
- * All but max_databases take effect at a reload, and can be set for one
- * database with ALTER DATABASE ... SET; hooks.c then restarts that database's
- * publisher.
+ * All but max_databases and max_subscriptions take effect at a reload, and can
+ * be set for one database with ALTER DATABASE ... SET; hooks.c then restarts
+ * that database's workers.
  *
  * What ALTER DATABASE and ALTER ROLE store is in pg_db_role_setting, which
  * everybody can read.  So they refuse a URI with a password.  One that is
@@ -58,11 +58,15 @@ int			pgf_max_in_flight = 2000;
 int			pgf_retry_interval = 5000;
 int			pgf_retry_limit = 10;
 int			pgf_retention = 24 * 3600;
+int			pgf_inbox_retention = 7 * 24 * 3600;
+int			pgf_consumer_memory = 64 * 1024;
 int			pgf_max_databases = 64;
+int			pgf_max_subscriptions = 32;
 
 static void define_connection_settings(void);
 static void define_tls_settings(void);
 static void define_publishing_settings(void);
+static void define_consuming_settings(void);
 static void define_secret(const char *name, const char *short_desc, const char *long_desc,
 						  char **variable, const char *boot_value,
 						  GucStringCheckHook check_hook);
@@ -80,8 +84,9 @@ guc_init(bool preloading)
 	define_connection_settings();
 	define_tls_settings();
 	define_publishing_settings();
+	define_consuming_settings();
 
-	/* Without the preload, max_databases would pass for a typing error. */
+	/* Without the preload, these would pass for typing errors. */
 	if (!preloading)
 		return;
 
@@ -90,6 +95,13 @@ guc_init(bool preloading)
 							NULL,
 							&pgf_max_databases,
 							pgf_max_databases, 1, 10000,
+							PGC_POSTMASTER, 0,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("pg_fanout.max_subscriptions",
+							"Maximum number of subscriptions, of all databases, that can have a worker.",
+							NULL,
+							&pgf_max_subscriptions,
+							pgf_max_subscriptions, 0, 10000,
 							PGC_POSTMASTER, 0,
 							NULL, NULL, NULL);
 	MarkGUCPrefixReserved("pg_fanout");
@@ -164,6 +176,19 @@ define_publishing_settings(void)
 			   "Time for which sent messages are kept.",
 			   NULL,
 			   &pgf_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
+}
+
+static void
+define_consuming_settings(void)
+{
+	define_int("pg_fanout.inbox_retention",
+			   "Time for which messages that were applied are remembered, so that repeats are recognised.",
+			   NULL,
+			   &pgf_inbox_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
+	define_int("pg_fanout.consumer_memory",
+			   "Size of the messages that a consumer keeps in memory at once.",
+			   "A single message may be larger.",
+			   &pgf_consumer_memory, 64, MAX_KILOBYTES, GUC_UNIT_KB);
 }
 
 /* A string that only superusers may see. */

@@ -21,11 +21,14 @@ extern int	pgf_max_in_flight;	/* messages */
 extern int	pgf_retry_interval; /* ms */
 extern int	pgf_retry_limit;	/* attempts */
 extern int	pgf_retention;		/* s */
+extern int	pgf_inbox_retention;	/* s */
+extern int	pgf_consumer_memory;	/* kB */
 extern int	pgf_max_databases;
+extern int	pgf_max_subscriptions;
 
 /*
  * Defines the settings.  preloading: the library is being loaded by the
- * postmaster, so that those that need it (max_databases) can be defined too.
+ * postmaster, so that those that need it (max_databases, ...) can be defined too.
  */
 extern void guc_init(bool preloading);
 

@@ -5,8 +5,8 @@
  *		COMMIT PREPARED.
  *
  * Sees to it that a command that needs a database for itself finds no
- * publisher in it, and that the launcher and the publisher look again when
- * the transaction has ended.  Nothing here starts a worker, and nothing is
+ * worker in it, and that the launcher and the workers look again when the
+ * transaction has ended.  Nothing here starts a worker, and nothing is
  * done by reading a command that its effect tells better: extensions and DROP
  * DATABASE are followed through the object-access hook, which sees every way
  * of creating and dropping them, and sees them after the permission check.
@@ -18,10 +18,11 @@
  *	 too early does not report the extension as missing.  At the end, commit or
  *	 abort, the launcher starts one; after an abort that one finds nothing.
  *
- * - DROP EXTENSION, ALTER EXTENSION ... UPDATE: the publisher is restarted at
- *	 commit, and looks at the extension first of all.  Waking it would not do: it
- *	 reads nothing while the broker is away.  In its transactions it locks the
- *	 extension before anything else, so there is no deadlock.
+ * - DROP EXTENSION, ALTER EXTENSION ... UPDATE: the workers are restarted at
+ *	 commit, and look at the extension first of all.  Waking them would not do:
+ *	 they read nothing while the broker is away.  In their transactions they
+ *	 lock the extension before anything else, so there is no deadlock, unless a
+ *	 handler makes one with locks of its own.
  *
  * - DROP EXTENSION ... CASCADE while captured tables are written to: the server
  *	 would lock the outbox, then those tables; writers lock them in the other
@@ -47,11 +48,11 @@
  *	 role as which workers run, or of all), RESET: restart at commit, once the
  *	 command has succeeded, so that nobody without rights can cause it.
  *
- * - COMMIT PREPARED: the publisher is woken at commit, since the messages may
- *	 be in the transaction that was prepared.  If that one created the
+ * - COMMIT PREPARED: the workers are woken at commit, since messages or
+ *	 subscriptions may be in the transaction that was prepared.  If that one created the
  *	 extension, there is no publisher yet: as CREATE EXTENSION.
  *
- * - A publisher that does not go within STOP_TIMEOUT: the command goes on, and
+ * - A worker that does not go within STOP_TIMEOUT: the command goes on, and
  *	 the server reports that the database is being accessed by others.
  *
  *-------------------------------------------------------------------------
@@ -88,7 +89,7 @@
 #define EXTENSION_NAME		"pg_fanout"
 #define SETTING_PREFIX		"pg_fanout."
 
-/* Milliseconds; a publisher is allowed 2 s, and the server waits 5 s itself. */
+/* Milliseconds; a worker is allowed 2 s, and the server waits 5 s itself. */
 #define STOP_TIMEOUT		5000
 
 static object_access_hook_type next_object_access = NULL;
@@ -116,7 +117,7 @@ static bool workers_run_as(RoleSpec *role);
 static bool may_create_databases(void);
 static bool may_copy_database(Oid database);
 static bool is_template(Oid database);
-static void stop_publisher(Oid database);
+static void stop_workers(Oid database);
 
 void
 hooks_init(void)
@@ -138,7 +139,7 @@ object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, 
 	if (class_id == ExtensionRelationId)
 		extension_accessed(access, object_id);
 	else if (class_id == DatabaseRelationId && access == OAT_DROP)
-		stop_publisher(object_id);
+		stop_workers(object_id);
 }
 
 static void
@@ -240,6 +241,8 @@ after_commit_prepared(void)
 	if (shmem_my_slot() != NULL)
 	{
 		wakeup_publisher_at_commit();
+		wakeup_subscriptions_at_commit();
+		wakeup_consumers_at_commit();
 		wakeup_launcher_at_end();
 	}
 	else if (OidIsValid(get_extension_oid(EXTENSION_NAME, true)))
@@ -311,7 +314,7 @@ before_create_database(CreatedbStmt *statement)
 	}
 	database = get_database_oid(source, true);
 	if (OidIsValid(database) && may_create_databases() && may_copy_database(database))
-		stop_publisher(database);
+		stop_workers(database);
 	wakeup_launcher_at_end();
 }
 
@@ -328,7 +331,7 @@ before_alter_database(AlterDatabaseStmt *statement)
 
 		if (strcmp(option->defname, "tablespace") == 0 &&
 			OidIsValid(database) && pgf_owns_database(database))
-			stop_publisher(database);
+			stop_workers(database);
 	}
 }
 
@@ -341,10 +344,10 @@ before_rename(RenameStmt *statement)
 		return;
 	database = get_database_oid(statement->subname, true);
 	if (OidIsValid(database) && pgf_owns_database(database) && may_create_databases())
-		stop_publisher(database);
+		stop_workers(database);
 }
 
-/* *database: whose publisher is concerned; InvalidOid: every one. */
+/* *database: whose workers are concerned; InvalidOid: those of all. */
 static bool
 changes_settings(Node *statement, Oid *database)
 {
@@ -430,10 +433,10 @@ is_template(Oid database)
 }
 
 static void
-stop_publisher(Oid database)
+stop_workers(Oid database)
 {
 	DatabaseSlot *slot = wakeup_hold_until_end(database);
 
 	if (slot != NULL)
-		shmem_stop_publisher(slot, STOP_TIMEOUT);
+		shmem_stop_workers(slot, STOP_TIMEOUT);
 }

@@ -3,8 +3,12 @@
  * launcher.c
  *		Which databases need which workers.
  *
- * One launcher per server.  It is connected to no database, so it reads
- * pg_database, but cannot see which databases have the extension.  It finds
+ * One launcher per server, for publishers and consumers.  Which subscriptions a
+ * database has, its publisher says by taking slots for them; to the launcher
+ * these are workers like any other.
+ *
+ * It is connected to no database, so it reads pg_database, but cannot see
+ * which databases have the extension.  It finds
  * out by starting a publisher: one that finds no extension says so in its slot
  * and ends (a probe).  The launcher remembers that, in its own memory, and does
  * not ask again until the slot of that database is wanted by a hook.
@@ -38,8 +42,8 @@
  * - CREATE EXTENSION, commit: the slot is wanted; started when its hold ends.
  *	 Abort: the same; the probe finds nothing, the slot is freed.
  *
- * - DROP EXTENSION, commit: the publisher is restarted by hooks.c and finds
- *	 nothing; the slot is freed.  Abort: nothing happens.
+ * - DROP EXTENSION, commit: the workers are restarted by hooks.c and find
+ *	 nothing; the slots are freed.  Abort: nothing happens.
  *
  * - CREATE DATABASE: the new one is unknown, so it is probed, and keeps a
  *	 publisher if its template had the extension.  The template's is stopped
@@ -116,6 +120,7 @@ typedef struct Start
 /* What is read of a slot under the lock. */
 typedef struct SlotView
 {
+	WorkerKind	kind;
 	Oid			database;
 	SlotState	state;
 	uint32		generation;
@@ -131,7 +136,7 @@ static List *absent = NIL;		/* of these, those without the extension */
 static List *unknown = NIL;		/* of these, those to probe; some that have a
 								 * slot may be among them */
 
-static Start *starts;			/* one for each slot */
+static Start *starts;			/* one for each worker's slot */
 static MonoTime patience_until = 0; /* with the last start */
 static MonoTime register_after = 0;
 static MonoTime refresh_at = 0;
@@ -147,20 +152,20 @@ static bool may_have_worker(Form_pg_database database);
 static void classify_databases(bool forget);
 static void settle(void);
 static void collect(void);
-static void collect_slot(DatabaseSlot *slot, const SlotView *view);
+static void collect_slot(WorkerSlot *slot, const SlotView *view);
 static void start(void);
 static bool start_is_pending(void);
 static bool start_next(MonoTime now);
-static DatabaseSlot *find_due_slot(MonoTime now, Oid *database);
-static DatabaseSlot *find_unknown_database(Oid *database);
-static bool start_publisher(DatabaseSlot *slot, Oid database);
-static bool register_publisher(int index, uint32 generation, Oid database);
+static int	find_due_slot(MonoTime now, Oid *database);
+static int	find_unknown_database(Oid *database);
+static bool start_worker(int index, Oid database);
+static bool register_worker(int index, uint32 generation, Oid database);
 static void note_register_failure(void);
 static void note_slots_exhausted(void);
 static long next_wakeup(void);
 static void sooner(MonoTime *at, MonoTime other);
 static void wait_for_work(long timeout_ms);
-static SlotView view_slot(DatabaseSlot *slot);
+static SlotView view_slot(WorkerSlot *slot);
 static bool has_slot(Oid database);
 
 void
@@ -192,7 +197,7 @@ pg_fanout_launcher_main(Datum main_arg)
 
 	list_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout launcher",
 										 ALLOCSET_DEFAULT_SIZES);
-	starts = MemoryContextAllocZero(TopMemoryContext, pgf_shared->nslots * sizeof(Start));
+	starts = MemoryContextAllocZero(TopMemoryContext, shmem_worker_count() * sizeof(Start));
 	attach_launcher();
 	take_back_starts();
 
@@ -230,12 +235,12 @@ detach_launcher(int code, Datum arg)
 static void
 take_back_starts(void)
 {
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (view.state == SLOT_STARTING && !view.attached)
-			shmem_cancel_start(&pgf_shared->slots[i], view.generation, false);
+			shmem_cancel_start(shmem_worker(i), view.generation, false);
 	}
 }
 
@@ -323,7 +328,7 @@ classify_databases(bool forget)
 static void
 settle(void)
 {
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
 		SlotView	view;
 		bool		settled;
@@ -331,12 +336,12 @@ settle(void)
 
 		if (starts[i].handle == NULL)
 			continue;
-		view = view_slot(&pgf_shared->slots[i]);
+		view = view_slot(shmem_worker(i));
 		settled = view.state != SLOT_STARTING || view.generation != starts[i].generation ||
 			view.attached;
 		if (!settled && GetBackgroundWorkerPid(starts[i].handle, &pid) == BGWH_STOPPED)
 		{
-			shmem_cancel_start(&pgf_shared->slots[i], starts[i].generation, true);
+			shmem_cancel_start(shmem_worker(i), starts[i].generation, true);
 			settled = true;
 		}
 		if (settled)
@@ -352,23 +357,24 @@ settle(void)
 static void
 collect(void)
 {
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (OidIsValid(view.database))
-			collect_slot(&pgf_shared->slots[i], &view);
+			collect_slot(shmem_worker(i), &view);
 	}
 }
 
 static void
-collect_slot(DatabaseSlot *slot, const SlotView *view)
+collect_slot(WorkerSlot *slot, const SlotView *view)
 {
 	bool		eligible = list_member_oid(databases, view->database);
 
 	if (view->state == SLOT_ABSENT)
 	{
-		if (shmem_free_slot(slot, view->database, SLOT_ABSENT) && eligible)
+		if (shmem_free_slot(slot, view->database, SLOT_ABSENT) && eligible &&
+			view->kind == WORKER_PUBLISHER)
 		{
 			MemoryContext old_context = MemoryContextSwitchTo(list_context);
 
@@ -376,12 +382,14 @@ collect_slot(DatabaseSlot *slot, const SlotView *view)
 			MemoryContextSwitchTo(old_context);
 		}
 	}
-	else if (eligible)
+	else if (eligible && view->kind == WORKER_PUBLISHER)
 		absent = list_delete_oid(absent, view->database);
+	else if (eligible)
+		return;
 	else if (view->state == SLOT_WANTED)
 		shmem_free_slot(slot, view->database, SLOT_WANTED);
 	else if (view->attached)
-		shmem_restart_publisher(view->database);
+		shmem_restart_workers(view->database);
 }
 
 /* Start */
@@ -403,9 +411,9 @@ start_is_pending(void)
 {
 	if (mono_now() >= patience_until)
 		return false;
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (view.state == SLOT_STARTING)
 			return true;
@@ -418,28 +426,28 @@ static bool
 start_next(MonoTime now)
 {
 	Oid			database;
-	DatabaseSlot *slot = find_due_slot(now, &database);
+	int			index = find_due_slot(now, &database);
 
-	if (slot == NULL)
-		slot = find_unknown_database(&database);
-	return slot != NULL && start_publisher(slot, database);
+	if (index < 0)
+		index = find_unknown_database(&database);
+	return index >= 0 && start_worker(index, database);
 }
 
-/* The one that has been due for longest. */
-static DatabaseSlot *
+/* The one that has been due for longest; -1: none. */
+static int
 find_due_slot(MonoTime now, Oid *database)
 {
-	DatabaseSlot *due = NULL;
+	int			due = -1;
 	MonoTime	due_since = now;
 
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (view.state == SLOT_WANTED && !view.held && view.restart_after <= due_since &&
 			list_member_oid(databases, view.database))
 		{
-			due = &pgf_shared->slots[i];
+			due = i;
 			due_since = view.restart_after;
 			*database = view.database;
 		}
@@ -447,8 +455,8 @@ find_due_slot(MonoTime now, Oid *database)
 	return due;
 }
 
-/* Takes a slot for a database of which nothing is known. */
-static DatabaseSlot *
+/* Takes a slot for a database of which nothing is known; -1: none. */
+static int
 find_unknown_database(Oid *database)
 {
 	DatabaseSlot *slot;
@@ -456,30 +464,30 @@ find_unknown_database(Oid *database)
 	while (unknown != NIL && has_slot(llast_oid(unknown)))
 		unknown = list_delete_last(unknown);
 	if (unknown == NIL)
-		return NULL;
+		return -1;
 
 	*database = llast_oid(unknown);
 	slot = shmem_want_slot(*database);
 	if (slot == NULL)
 	{
 		note_slots_exhausted();
-		return NULL;
+		return -1;
 	}
 	slots_exhausted = false;
 	unknown = list_delete_last(unknown);
-	return slot;
+	return slot - pgf_shared->slots;
 }
 
 static bool
-start_publisher(DatabaseSlot *slot, Oid database)
+start_worker(int index, Oid database)
 {
-	int			index = slot - pgf_shared->slots;
+	WorkerSlot *slot = shmem_worker(index);
 	uint32		generation;
 
 	/* Held since we looked?  Its end will wake us. */
 	if (!shmem_begin_start(slot, database, &generation))
 		return false;
-	if (!register_publisher(index, generation, database))
+	if (!register_worker(index, generation, database))
 	{
 		shmem_cancel_start(slot, generation, false);
 		note_register_failure();
@@ -491,8 +499,9 @@ start_publisher(DatabaseSlot *slot, Oid database)
 }
 
 static bool
-register_publisher(int index, uint32 generation, Oid database)
+register_worker(int index, uint32 generation, Oid database)
 {
+	const char *what = (shmem_worker(index)->kind == WORKER_PUBLISHER) ? "publisher" : "consumer";
 	BackgroundWorker worker;
 	MemoryContext old_context;
 	bool		registered;
@@ -505,10 +514,9 @@ register_publisher(int index, uint32 generation, Oid database)
 	worker.bgw_main_arg = Int32GetDatum(index);
 	memcpy(worker.bgw_extra, &generation, sizeof(generation));
 	strlcpy(worker.bgw_library_name, "pg_fanout", sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "pg_fanout_publisher_main",
-			sizeof(worker.bgw_function_name));
-	snprintf(worker.bgw_name, BGW_MAXLEN, "pg_fanout publisher for database %u", database);
-	strlcpy(worker.bgw_type, "pg_fanout publisher", BGW_MAXLEN);
+	snprintf(worker.bgw_function_name, sizeof(worker.bgw_function_name), "pg_fanout_%s_main", what);
+	snprintf(worker.bgw_name, BGW_MAXLEN, "pg_fanout %s for database %u", what, database);
+	snprintf(worker.bgw_type, BGW_MAXLEN, "pg_fanout %s", what);
 
 	if (starts[index].handle != NULL)
 		pfree(starts[index].handle);
@@ -529,8 +537,8 @@ note_register_failure(void)
 	workers_exhausted = true;
 	ereport(LOG,
 			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-			 errmsg("pg_fanout cannot start a publisher: out of background worker slots"),
-			 errdetail("Messages stay in the outbox until there is one."),
+			 errmsg("pg_fanout cannot start a worker: out of background worker slots"),
+			 errdetail("Messages stay in the outbox, or in their queues, until there is one."),
 			 errhint("Increase max_worker_processes.")));
 }
 
@@ -559,9 +567,9 @@ next_wakeup(void)
 
 	if (pending)
 		sooner(&at, patience_until);
-	for (int i = 0; i < pgf_shared->nslots; i++)
+	for (int i = 0; i < shmem_worker_count(); i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (view.state == SLOT_WANTED && !view.held && !pending &&
 			list_member_oid(databases, view.database))
@@ -594,27 +602,29 @@ wait_for_work(long timeout_ms)
 /* Slots */
 
 static SlotView
-view_slot(DatabaseSlot *slot)
+view_slot(WorkerSlot *slot)
 {
 	SlotView	view;
 
 	LWLockAcquire(pgf_shared->lock, LW_SHARED);
+	view.kind = slot->kind;
 	view.database = slot->database;
 	view.state = slot->state;
 	view.generation = slot->generation;
-	view.attached = (slot->publisher_pid != 0);
-	view.held = (slot->holds > 0);
+	view.attached = (slot->pid != 0);
+	view.held = shmem_held(slot);
 	view.restart_after = slot->restart_after;
 	LWLockRelease(pgf_shared->lock);
 	return view;
 }
 
+/* A publisher's. */
 static bool
 has_slot(Oid database)
 {
 	for (int i = 0; i < pgf_shared->nslots; i++)
 	{
-		SlotView	view = view_slot(&pgf_shared->slots[i]);
+		SlotView	view = view_slot(shmem_worker(i));
 
 		if (view.database == database)
 			return true;

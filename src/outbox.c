@@ -50,6 +50,7 @@
 #include "compat.h"
 #include "msgid.h"
 #include "outbox.h"
+#include "query.h"
 #include "relinfo.h"
 #include "shmem.h"
 #include "wakeup.h"
@@ -126,42 +127,6 @@ outbox_topology_changed(void)
 	wakeup_publisher_at_commit();
 }
 
-/* ---- running SQL ---- */
-
-typedef struct CachedQuery
-{
-	const char *sql;
-	SPIPlanPtr	plan;
-} CachedQuery;
-
-static SPIPlanPtr
-prepare(CachedQuery *query, int nargs, Oid *types, int options)
-{
-	if (query->plan == NULL)
-	{
-		query->plan = SPI_prepare_cursor(query->sql, nargs, types, options);
-		if (query->plan == NULL || SPI_keepplan(query->plan) != 0)
-			elog(ERROR, "could not prepare \"%s\": %s", query->sql,
-				 SPI_result_code_string(SPI_result));
-	}
-	return query->plan;
-}
-
-static void
-execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)
-{
-	int			result = SPI_execute_plan(prepare(query, nargs, types, 0), values, nulls, false, 0);
-
-	if (result < 0)
-		elog(ERROR, "could not execute \"%s\": %s", query->sql, SPI_result_code_string(result));
-}
-
-static Datum
-result_value(int row, int column, bool *isnull)
-{
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
-}
-
 /* ---- snapshots ---- */
 
 static Datum
@@ -191,7 +156,7 @@ outbox_load_cursor(Cursor *cursor)
 	};
 	bool		isnull;
 
-	execute(&query, 0, NULL, NULL, NULL);
+	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_CORRUPTED),
@@ -199,10 +164,10 @@ outbox_load_cursor(Cursor *cursor)
 				 errhint("Somebody deleted its rows. What was sent cannot be known any more; insert a row with the snapshot to start from.")));
 	drop_snapshot(&cursor->base);
 	drop_snapshot(&cursor->target);
-	cursor->base = keep_snapshot(result_value(0, 1, &isnull), TopMemoryContext);
-	if (!DatumGetBool(result_value(0, 4, &isnull)))
-		cursor->target = keep_snapshot(result_value(0, 2, &isnull), TopMemoryContext);
-	cursor->last_id = DatumGetInt64(result_value(0, 3, &isnull));
+	cursor->base = keep_snapshot(query_value(0, 1, &isnull), TopMemoryContext);
+	if (!DatumGetBool(query_value(0, 4, &isnull)))
+		cursor->target = keep_snapshot(query_value(0, 2, &isnull), TopMemoryContext);
+	cursor->last_id = DatumGetInt64(query_value(0, 3, &isnull));
 	cursor->portal_open = false;
 }
 
@@ -343,7 +308,7 @@ open_batch(const Cursor *cursor)
 	};
 	Oid			types[3] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID};
 	Datum		values[3] = {cursor->base, cursor->target, Int64GetDatum(cursor->last_id)};
-	SPIPlanPtr	plan = prepare(&query, 3, types, CURSOR_OPT_HOLD | CURSOR_OPT_NO_SCROLL);
+	SPIPlanPtr	plan = query_prepare(&query, 3, types, CURSOR_OPT_HOLD | CURSOR_OPT_NO_SCROLL);
 
 	return SPI_cursor_open(PORTAL_NAME, plan, values, NULL, false);
 }
@@ -379,7 +344,7 @@ forget_topology_changes(void)
 {
 	static CachedQuery query = {"delete from fanout.topology_change"};
 
-	execute(&query, 0, NULL, NULL, NULL);
+	query_execute(&query, 0, NULL, NULL, NULL);
 }
 
 /* A pause must not wait for the end of a batch of millions. */
@@ -389,8 +354,8 @@ look_for_topology_changes(bool *topology)
 	static CachedQuery query = {"select exists (select from fanout.topology_change)"};
 	bool		isnull;
 
-	execute(&query, 0, NULL, NULL, NULL);
-	*topology = DatumGetBool(result_value(0, 1, &isnull));
+	query_execute(&query, 0, NULL, NULL, NULL);
+	*topology = DatumGetBool(query_value(0, 1, &isnull));
 	if (*topology)
 		forget_topology_changes();
 }
@@ -404,10 +369,10 @@ begin_batch(Cursor *cursor, bool *topology)
 	};
 	bool		isnull;
 
-	execute(&query, 0, NULL, NULL, NULL);
-	cursor->target = keep_snapshot(result_value(0, 1, &isnull), TopMemoryContext);
+	query_execute(&query, 0, NULL, NULL, NULL);
+	cursor->target = keep_snapshot(query_value(0, 1, &isnull), TopMemoryContext);
 	cursor->last_id = 0;
-	*topology = DatumGetBool(result_value(0, 2, &isnull));
+	*topology = DatumGetBool(query_value(0, 2, &isnull));
 	if (*topology)
 		forget_topology_changes();
 }
@@ -468,14 +433,7 @@ outbox_record_sent(const Chunk *chunk)
 		Int32GetDatum(chunk->count)
 	};
 
-	execute(&query, 4, types, values, NULL);
-}
-
-static Datum
-text_param(const char *s, char *null)
-{
-	*null = (s == NULL) ? 'n' : ' ';
-	return s == NULL ? (Datum) 0 : CStringGetTextDatum(s);
+	query_execute(&query, 4, types, values, NULL);
 }
 
 /* Parameters $1 to $10, the columns of a message; xid and uuid as text. */
@@ -494,12 +452,12 @@ message_params(const Message *message, Oid *types, Datum *values, char *nulls)
 	values[1] = UInt64GetDatum(message->xid);
 	values[2] = Int32GetDatum(message->topic_id);
 	values[3] = CStringGetTextDatum(message->message_id);
-	values[4] = text_param(message->type, &nulls[4]);
-	values[5] = text_param(message->key, &nulls[5]);
+	values[4] = query_text_param(message->type, &nulls[4]);
+	values[5] = query_text_param(message->key, &nulls[5]);
 	values[6] = PointerGetDatum(message->headers);
 	nulls[6] = (message->headers == NULL) ? 'n' : ' ';
-	values[7] = text_param(message->payload, &nulls[7]);
-	values[8] = text_param(message->queue, &nulls[8]);
+	values[7] = query_text_param(message->payload, &nulls[7]);
+	values[8] = query_text_param(message->queue, &nulls[8]);
 	values[9] = TimestampTzGetDatum(message->created_at);
 }
 
@@ -519,7 +477,7 @@ outbox_hold(Message **messages, int count)
 		char		nulls[MESSAGE_PARAMS];
 
 		message_params(messages[i], types, values, nulls);
-		execute(&query, MESSAGE_PARAMS, types, values, nulls);
+		query_execute(&query, MESSAGE_PARAMS, types, values, nulls);
 	}
 }
 
@@ -530,7 +488,7 @@ bury_from_outbox(const Message *message, const char *topic, int attempts)
 		"insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
 		" select id, $3, message_id, type, key, headers, payload, queue, xid, created_at, $4, $5"
 		" from fanout.outbox where xid = $1 and id = $2"
-		" on conflict (id) do nothing"
+		" on conflict (id) where consumer_group is null do nothing"
 	};
 	Oid			types[5] = {XID8OID, INT8OID, TEXTOID, TEXTOID, INT4OID};
 	Datum		values[5] = {
@@ -538,7 +496,7 @@ bury_from_outbox(const Message *message, const char *topic, int attempts)
 		CStringGetTextDatum(message->reason), Int32GetDatum(attempts)
 	};
 
-	execute(&query, 5, types, values, NULL);
+	query_execute(&query, 5, types, values, NULL);
 }
 
 static void
@@ -548,7 +506,7 @@ bury_from_memory(const Message *message, const char *topic, int attempts)
 		"insert into fanout.dead_letter (id, xid, message_id, type, key, headers, payload, queue, created_at, topic, reason, attempts)"
 		" select $1, $2, $4::uuid, $5, $6, $7, $8, $9, $10, $11, $12, $13"
 		" where $3 is not null"
-		" on conflict (id) do nothing"
+		" on conflict (id) where consumer_group is null do nothing"
 	};
 	Oid			types[MESSAGE_PARAMS + 3];
 	Datum		values[MESSAGE_PARAMS + 3];
@@ -556,13 +514,13 @@ bury_from_memory(const Message *message, const char *topic, int attempts)
 
 	message_params(message, types, values, nulls);
 	types[10] = TEXTOID;
-	values[10] = text_param(topic, &nulls[10]);
+	values[10] = query_text_param(topic, &nulls[10]);
 	types[11] = TEXTOID;
-	values[11] = text_param(message->reason, &nulls[11]);
+	values[11] = query_text_param(message->reason, &nulls[11]);
 	types[12] = INT4OID;
 	values[12] = Int32GetDatum(attempts);
 	nulls[12] = ' ';
-	execute(&query, MESSAGE_PARAMS + 3, types, values, nulls);
+	query_execute(&query, MESSAGE_PARAMS + 3, types, values, nulls);
 }
 
 void
@@ -589,7 +547,7 @@ outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(topic_id)};
 	Chunk	   *chunk = make_chunk(parent, limit);
-	Portal		portal = SPI_cursor_open(NULL, prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
+	Portal		portal = SPI_cursor_open(NULL, query_prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
 										 values, NULL, false);
 
 	fill_chunk(portal, chunk, limit);
@@ -626,11 +584,11 @@ outbox_release(Message **messages, int count)
 		ids[i] = Int64GetDatum(messages[i]->id);
 	values[0] = PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64),
 												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	execute(&query, 1, types, values, NULL);
+	query_execute(&query, 1, types, values, NULL);
 	if (SPI_processed == count)
 		return true;
-	execute(&left, 1, types, values, NULL);
-	return !DatumGetBool(result_value(0, 1, &isnull));
+	query_execute(&left, 1, types, values, NULL);
+	return !DatumGetBool(query_value(0, 1, &isnull));
 }
 
 int
@@ -643,11 +601,11 @@ outbox_topics_held(int32 **topic_ids)
 	int			n;
 	bool		isnull;
 
-	execute(&query, 0, NULL, NULL, NULL);
+	query_execute(&query, 0, NULL, NULL, NULL);
 	n = SPI_processed;
 	*topic_ids = palloc((n + 1) * sizeof(int32));
 	for (int i = 0; i < n; i++)
-		(*topic_ids)[i] = DatumGetInt32(result_value(i, 1, &isnull));
+		(*topic_ids)[i] = DatumGetInt32(query_value(i, 1, &isnull));
 	return n;
 }
 
@@ -668,7 +626,7 @@ outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double sec
 			Int32GetDatum(topic_ids[i]), Int64GetDatum(counts[i]), Float8GetDatum(seconds)
 		};
 
-		execute(&query, 3, types, values, NULL);
+		query_execute(&query, 3, types, values, NULL);
 	}
 }
 
@@ -680,10 +638,10 @@ outbox_current_segment(void)
 	static CachedQuery query = {"select current::int from fanout.rotation"};
 	bool		isnull;
 
-	execute(&query, 0, NULL, NULL, NULL);
+	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
 		return 0;
-	return DatumGetInt32(result_value(0, 1, &isnull));
+	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
 /*
@@ -707,7 +665,7 @@ segment_expired(int segment, int retention_s)
 			 retention_s, segment);
 	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
 		elog(ERROR, "could not inspect segment %d", segment);
-	return DatumGetBool(result_value(0, 1, &isnull));
+	return DatumGetBool(query_value(0, 1, &isnull));
 }
 
 static bool
@@ -755,7 +713,7 @@ outbox_prune_ledger(int retention_s)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
 
-	execute(&query, 1, types, values, NULL);
+	query_execute(&query, 1, types, values, NULL);
 }
 
 static int
@@ -766,7 +724,7 @@ advance_segment(int current)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(next)};
 
-	execute(&query, 1, types, values, NULL);
+	query_execute(&query, 1, types, values, NULL);
 	return next;
 }
 
@@ -782,8 +740,8 @@ rotation_due(int retention_s)
 	Datum		values[1] = {Int32GetDatum(retention_s)};
 	bool		isnull;
 
-	execute(&query, 1, types, values, NULL);
-	return SPI_processed == 1 && DatumGetBool(result_value(0, 1, &isnull));
+	query_execute(&query, 1, types, values, NULL);
+	return SPI_processed == 1 && DatumGetBool(query_value(0, 1, &isnull));
 }
 
 int

@@ -47,6 +47,7 @@
  */
 #include "postgres.h"
 
+#include "commands/dbcommands.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -58,8 +59,10 @@
 #include "broker.h"
 #include "compat.h"
 #include "confirms.h"
+#include "connection.h"
 #include "flight.h"
 #include "guc.h"
+#include "inbox.h"
 #include "monotime.h"
 #include "outbox.h"
 #include "publisher.h"
@@ -75,10 +78,6 @@
 /* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
 #define PUBLISH_TIMEOUT_MS 30000
 
-/* Bounds the wait for one answer to a declare. */
-#define RPC_TIMEOUT_MS 10000
-
-#define MAX_RECONNECT_MS 30000
 #define STATISTICS_MS 5000
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
@@ -88,23 +87,11 @@
 
 typedef struct Publisher
 {
-	/* connection */
-	Broker	   *broker;			/* NULL: none */
-	BrokerAddress *addresses;	/* of pg_fanout.uri */
-	int			naddresses;
-	int			next_address;
-	char	   *settings;		/* what the connection was made from */
-	MemoryContext settings_context;
-	BrokerOptions options;
-	int			connect_failures;	/* in a row */
-	MonoTime	connected_at;
+	Connection	conn;
 	MonoTime	unblocked_at;	/* end of the last alarm */
 	char		alarm[256];		/* why it blocks us */
 	bool		alarm_logged;	/* the log says that we are blocked */
 	MonoTime	alarm_log_at;	/* no sooner */
-	MonoTime	connect_at;		/* no sooner */
-	bool		was_connected;
-	char		last_failure[600];	/* so that it is logged once */
 
 	/* reading */
 	Cursor		cursor;
@@ -141,19 +128,6 @@ typedef struct Publisher
 
 static Publisher pub;
 
-/*
- * ms doubled "times" times, at most max, a quarter of it jitter, for which the
- * microseconds of the clock will do.
- */
-static long
-backoff(long ms, int times, long max)
-{
-	for (int i = 0; i < times && ms < max; i++)
-		ms *= 2;
-	ms = Min(ms, max);
-	return ms - ms / 8 + (long) (mono_now() % (ms / 4 + 1));
-}
-
 /* ---- settling messages ---- */
 
 /*
@@ -178,18 +152,6 @@ static bool
 may_drain(const Topic *topic, MonoTime now)
 {
 	return topic->held && !topic->paused && (!topic->stalled || topic->retry_at <= now);
-}
-
-/*
- * To connect is not enough: a node may accept connections and do nothing with
- * them.  The pauses between attempts begin anew once it has confirmed
- * something, or has lasted.
- */
-static void
-broker_works(void)
-{
-	pub.connect_failures = 0;
-	pub.last_failure[0] = '\0';
 }
 
 /* Is the message one of fanout.held, being sent at last? */
@@ -298,7 +260,7 @@ acknowledged(void *item, void *arg)
 		return;
 	}
 	pg_atomic_fetch_add_u64(&worker_slot->confirmed, 1);
-	broker_works();
+	connection_works(&pub.conn);
 	topic = topology_find(message->topic_id);
 	if (topic != NULL)
 	{
@@ -396,34 +358,20 @@ put_back_all(void)
 static void
 disconnect(bool polite)
 {
-	if (pub.broker == NULL)
+	if (pub.conn.broker == NULL)
 		return;
 	(void) put_back_all();
-	broker_close(pub.broker, polite);
-	pub.broker = NULL;
 	pub.alarm_logged = false;
-	worker_set_connected(NULL);
+	connection_close(&pub.conn, polite);
 }
 
-/* Logs a failure of the broker once, and schedules the next attempt. */
 static void
 broker_failed(const char *text)
 {
-	/* SIGTERM shuts the socket down: then that is all there is to it */
-	CHECK_FOR_INTERRUPTS();
-	if (strcmp(text, pub.last_failure) != 0)
-	{
-		ereport(LOG, (errmsg("pg_fanout publisher is not connected to the broker"),
-					  errdetail("%s", text)));
-		strlcpy(pub.last_failure, text, sizeof(pub.last_failure));
-	}
-	worker_set_error(text);
-	if (pub.broker != NULL)
-		pub.next_address = (pub.next_address + 1) % pub.naddresses;
-	disconnect(false);
-	pub.connect_at = mono_later(backoff(100, pub.connect_failures, MAX_RECONNECT_MS));
-	pub.connect_failures++;
-	worker_set_state(PUBLISHER_DISCONNECTED);
+	if (pub.conn.broker != NULL)
+		(void) put_back_all();
+	pub.alarm_logged = false;
+	connection_failed(&pub.conn, text);
 }
 
 /*
@@ -487,7 +435,7 @@ channel_closed(BrokerEvent *event)
 		else
 			refused(message, reason);
 	}
-	if (broker_reopen(pub.broker, &error) != BROKER_OK)
+	if (broker_reopen(pub.conn.broker, &error) != BROKER_OK)
 		broker_failed(error.text);
 }
 
@@ -500,7 +448,7 @@ channel_closed(BrokerEvent *event)
 static bool
 alarm_untold(void)
 {
-	return pub.broker != NULL && broker_blocked(pub.broker) != pub.alarm_logged;
+	return pub.conn.broker != NULL && broker_blocked(pub.conn.broker) != pub.alarm_logged;
 }
 
 static void
@@ -548,6 +496,8 @@ handle_event(BrokerEvent *event)
 			break;
 		case BROKER_NOTHING:
 		case BROKER_MORE:
+		case BROKER_DELIVERY:	/* these come to consumers only */
+		case BROKER_CANCELLED:
 			break;
 	}
 }
@@ -561,16 +511,16 @@ take_events(void)
 {
 	BrokerEvent event;
 
-	for (int i = 0; i < EVENTS_AT_ONCE && pub.broker != NULL; i++)
+	for (int i = 0; i < EVENTS_AT_ONCE && pub.conn.broker != NULL; i++)
 	{
-		broker_next_event(pub.broker, &event);
+		broker_next_event(pub.conn.broker, &event);
 		if (event.type == BROKER_NOTHING)
 			return false;
 		if (event.type == BROKER_MORE)
 			return true;
 		handle_event(&event);
 	}
-	return pub.broker != NULL;
+	return pub.conn.broker != NULL;
 }
 
 static void
@@ -578,7 +528,7 @@ check_confirm_timeout(void)
 {
 	Message    *oldest = confirms_oldest(&pub.window);
 
-	if (oldest == NULL || pub.broker == NULL || broker_blocked(pub.broker))
+	if (oldest == NULL || pub.conn.broker == NULL || broker_blocked(pub.conn.broker))
 		return;
 	/* an alarm's time does not count: the broker did not read what we sent */
 	if (mono_exceeds(Max(oldest->published_at, pub.unblocked_at), mono_now(), pgf_confirm_timeout))
@@ -587,131 +537,27 @@ check_confirm_timeout(void)
 
 /* ---- connecting ---- */
 
-/* A copy, since a reload frees the setting's own value at any wait. */
-static char *
-nonempty(const char *setting)
-{
-	return (setting != NULL && setting[0] != '\0') ? MemoryContextStrdup(pub.settings_context, setting) : NULL;
-}
-
-/* The settings a connection depends on, as one text. */
-static char *
-connection_settings(void)
-{
-	return psprintf("%s|%s|%s|%s|%s|%d|%d|%d", pgf_uri, pgf_password_file, pgf_tls_ca_file,
-					pgf_tls_cert_file, pgf_tls_key_file, pgf_tls_verify, pgf_connect_timeout, pgf_heartbeat);
-}
-
 static void
 use_settings(void)
 {
-	const char *error;
-	char	   *settings = connection_settings();
-
 	pub.window_limit = Min(pgf_max_in_flight, MAX_WINDOW);
-	if (pub.settings != NULL && strcmp(pub.settings, settings) == 0)
-	{
-		pfree(settings);
+	if (!connection_settings_changed(&pub.conn))
 		return;
-	}
 	disconnect(true);
-	if (pub.settings_context == NULL)
-		pub.settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
-													 ALLOCSET_SMALL_SIZES);
-	MemoryContextReset(pub.settings_context);
-	pub.settings = MemoryContextStrdup(pub.settings_context, settings);
-	pfree(settings);
-	if (pub.addresses != NULL)
-		broker_free_addresses(pub.addresses, pub.naddresses);
-	pub.addresses = broker_parse_uri(pgf_uri, &pub.naddresses, &error);
-	pub.next_address = pub.naddresses > 1 ? (uint64) mono_now() % pub.naddresses : 0;
-	pub.connect_failures = 0;
-	pub.connect_at = 0;
-	pub.last_failure[0] = '\0';
-
-	memset(&pub.options, 0, sizeof(pub.options));
-	pub.options.connection_name = "pg_fanout publisher";
-	pub.options.tls_ca_file = nonempty(pgf_tls_ca_file);
-	pub.options.tls_cert_file = nonempty(pgf_tls_cert_file);
-	pub.options.tls_key_file = nonempty(pgf_tls_key_file);
-	pub.options.tls_verify = pgf_tls_verify;
-	pub.options.connect_timeout_ms = pgf_connect_timeout;
-	pub.options.rpc_timeout_ms = RPC_TIMEOUT_MS;
-	pub.options.heartbeat_s = pgf_heartbeat;
-	pub.options.wait = worker_wait;
-	pub.options.fd_changed = worker_broker_fd;
-}
-
-/* Reads the password file; a problem with it is one of the connection. */
-static bool
-read_password(char **password)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	volatile bool ok = true;
-
-	PG_TRY();
-	{
-		*password = guc_read_password();
-	}
-	PG_CATCH();
-	{
-		ErrorData  *edata;
-
-		MemoryContextSwitchTo(oldcontext);
-		edata = CopyErrorData();
-		FlushErrorState();
-		broker_failed(edata->message);
-		FreeErrorData(edata);
-		ok = false;
-	}
-	PG_END_TRY();
-	return ok;
-}
-
-static void
-connected(const BrokerAddress *address)
-{
-	char		where[256];
-
-	pub.connected_at = mono_now();
-	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
-			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
-	worker_set_connected(where);
-	ereport(LOG, (errmsg("pg_fanout publisher connected to the broker at %s", where)));
-	if (pub.was_connected)
-		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
-	pub.was_connected = true;
-	topology_forget_confirmed();
-	pub.declare = true;
+	connection_use_settings(&pub.conn);
 }
 
 static void
 connect_broker(void)
 {
-	BrokerAddress *address;
-	BrokerError error;
-	char	   *password = NULL;
+	bool		again;
 
-	if (pub.addresses == NULL || !read_password(&password))
+	if (!connection_open(&pub.conn, &again))
 		return;
-	worker_set_state(PUBLISHER_CONNECTING);
-	address = &pub.addresses[pub.next_address];
-	pub.broker = broker_connect(address, password, &pub.options, &error);
-	if (password != NULL)
-	{
-		explicit_bzero(password, strlen(password));
-		pfree(password);
-	}
-	if (pub.broker != NULL)
-		connected(address);
-	else
-	{
-		broker_failed(error.text);
-		pub.next_address = (pub.next_address + 1) % pub.naddresses;
-		/* every host once before the first pause */
-		if (pub.connect_failures < pub.naddresses)
-			pub.connect_at = 0;
-	}
+	if (again)
+		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
+	topology_forget_confirmed();
+	pub.declare = true;
 }
 
 /* ---- recording stalls ---- */
@@ -830,13 +676,13 @@ declare_topology(void)
 	BrokerError error;
 
 	pub.declare = false;
-	if (topology_declare(pub.broker, pub.drops, &error) == BROKER_LOST)
+	if (topology_declare(pub.conn.broker, pub.drops, &error) == BROKER_LOST)
 		broker_failed(error.text);
 	else
 		pub.drops = false;
 	stall_refused_topics();
 	record_topology();
-	if (pub.broker != NULL)
+	if (pub.conn.broker != NULL)
 		serve_verify();
 }
 
@@ -844,7 +690,7 @@ declare_topology(void)
 static bool
 may_declare(void)
 {
-	return pub.declare && pub.broker != NULL && !broker_blocked(pub.broker);
+	return pub.declare && pub.conn.broker != NULL && !broker_blocked(pub.conn.broker);
 }
 
 static void
@@ -1007,7 +853,7 @@ publish(Message *message, Topic *topic)
 	wire->exchange = message->queue ? "" : topic->exchange;
 	wire->routing_key = message->queue ? message->queue : "";
 	wire->content_type = topic->content_type;
-	result = broker_publish(pub.broker, wire, PUBLISH_TIMEOUT_MS, &error);
+	result = broker_publish(pub.conn.broker, wire, PUBLISH_TIMEOUT_MS, &error);
 	if (result == BROKER_TOO_LARGE)
 	{
 		bury_message(message, error.text);
@@ -1031,7 +877,7 @@ publish(Message *message, Topic *topic)
 static bool
 window_open(void)
 {
-	if (pub.broker == NULL || pub.declare || broker_blocked(pub.broker))
+	if (pub.conn.broker == NULL || pub.declare || broker_blocked(pub.conn.broker))
 		return false;
 	if (pub.window.outstanding == 0)
 		return true;
@@ -1050,8 +896,8 @@ publish_ready(void)
 
 	if (!flight_has_ready(&pub.flight) || !window_open())
 		return false;
-	worker_set_state(PUBLISHER_PUBLISHING);
-	broker_cork(pub.broker);
+	worker_set_state(WORKER_PUBLISHING);
+	broker_cork(pub.conn.broker);
 	while (flight_has_ready(&pub.flight) && window_open())
 	{
 		Message    *message = next_message();
@@ -1064,8 +910,8 @@ publish_ready(void)
 		if (++n % 100 == 0)
 			(void) take_events();
 	}
-	if (pub.broker != NULL)
-		broker_uncork(pub.broker);
+	if (pub.conn.broker != NULL)
+		broker_uncork(pub.conn.broker);
 	return any;
 }
 
@@ -1225,7 +1071,7 @@ retry_topology(Topic *topic)
 	const char *refusal;
 
 	topology_forget_topic(topic);
-	if (topology_declare_topic(pub.broker, topic, false, &error) == BROKER_LOST)
+	if (topology_declare_topic(pub.conn.broker, topic, false, &error) == BROKER_LOST)
 	{
 		broker_failed(error.text);
 		return false;
@@ -1291,7 +1137,7 @@ due_topic(MonoTime now)
 static bool
 may_retry(void)
 {
-	return pub.broker != NULL && pub.drain == NULL && !broker_blocked(pub.broker);
+	return pub.conn.broker != NULL && pub.drain == NULL && !broker_blocked(pub.conn.broker);
 }
 
 static bool
@@ -1306,7 +1152,7 @@ retry_stalled(void)
 		return false;
 	if (topic->stalled && !retry_topology(topic))
 		return true;
-	if (pub.broker != NULL && topic->held && !topic->paused)
+	if (pub.conn.broker != NULL && topic->held && !topic->paused)
 	{
 		start_drain(topic);
 		/* those that flow take turns */
@@ -1353,17 +1199,46 @@ serve_flush(void)
 {
 	if (pub.flush_recorded <= pg_atomic_read_u64(&worker_slot->flush_done))
 		return;
-	if (pub.broker == NULL || pub.declare || something_waits())
+	if (pub.conn.broker == NULL || pub.declare || something_waits())
 		return;
 	pg_atomic_write_u64(&worker_slot->flush_done, pub.flush_recorded);
 	ConditionVariableBroadcast(&worker_slot->progress);
 }
 
+/* ---- subscriptions ---- */
+
+/*
+ * The launcher cannot read the table, so it is told through shared memory
+ * which workers there should be; also while there is no broker.
+ */
+static void
+read_subscriptions(void)
+{
+	static bool logged = false;
+	int			without;
+
+	pg_atomic_write_u32(&worker_slot->subscriptions_dirty, 0);
+	pg_memory_barrier();
+	worker_begin();
+	without = inbox_publish_subscriptions();
+	if (without > 0 && !logged)
+		ereport(LOG,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("pg_fanout cannot start a consumer for %d of the subscriptions of database \"%s\"",
+						without, get_database_name(MyDatabaseId)),
+				 errhint("Increase pg_fanout.max_subscriptions.")));
+	worker_commit();
+	shmem_wake_launcher(0);
+	logged = (without > 0);
+}
+
+/* ---- requests ---- */
+
 /* ms */
 static long
 maintenance_interval(void)
 {
-	return Max(1, Min(60, pgf_retention / 4)) * 1000L;
+	return Max(1, Min(60, Min(pgf_retention, pgf_inbox_retention) / 4)) * 1000L;
 }
 
 static void
@@ -1379,6 +1254,8 @@ take_requests(void)
 	}
 	if (pg_atomic_read_u32(&worker_slot->dirty) != 0)
 		pub.more = true;
+	if (pg_atomic_read_u32(&worker_slot->subscriptions_dirty) != 0)
+		read_subscriptions();
 	if (worker_reloaded())
 	{
 		use_settings();
@@ -1450,7 +1327,9 @@ maintain(MonoTime now)
 	worker_commit();
 	worker_begin();
 	outbox_prune_ledger(pgf_retention);
+	inbox_rotate(pgf_inbox_retention);
 	worker_commit();
+	read_subscriptions();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
 	/* the safety nets: under the wake-ups, and under the topology */
 	pub.more = true;
@@ -1478,9 +1357,7 @@ work_by_the_clock(void)
 
 	check_confirm_timeout();
 	log_alarm();
-	if (pub.broker != NULL && pub.connect_failures > 0 &&
-		mono_exceeds(pub.connected_at, now, MAX_RECONNECT_MS))
-		broker_works();
+	connection_lasts(&pub.conn, now);
 	maintain(now);
 	if (pub.statistics_at != 0 || sent_uncounted())
 		keep_statistics(now);
@@ -1509,29 +1386,29 @@ wait_for_work(void)
 		earlier(&timeout, now, pub.record_at);
 	if (drain_settled())
 		earlier(&timeout, now, pub.drain_record_at);
-	if (pub.broker != NULL)
+	if (pub.conn.broker != NULL)
 	{
-		fd = broker_fd(pub.broker);
-		timeout = Min(timeout, broker_next_heartbeat(pub.broker));
+		fd = broker_fd(pub.conn.broker);
+		timeout = Min(timeout, broker_next_heartbeat(pub.conn.broker));
 		if (retry != 0 && may_retry())
 			earlier(&timeout, now, retry);
 		if (alarm_untold())
 			earlier(&timeout, now, pub.alarm_log_at);
 		if (pub.window.outstanding > 0)
 			timeout = Min(timeout, 1000);
-		worker_set_state(broker_blocked(pub.broker) ? PUBLISHER_BLOCKED :
-						 pub.nchunks > 0 || pub.drain != NULL ? PUBLISHER_PUBLISHING : PUBLISHER_IDLE);
+		worker_set_state(broker_blocked(pub.conn.broker) ? WORKER_BLOCKED :
+						 pub.nchunks > 0 || pub.drain != NULL ? WORKER_PUBLISHING : WORKER_IDLE);
 	}
 	else
-		earlier(&timeout, now, pub.connect_at);
+		earlier(&timeout, now, pub.conn.connect_at);
 	(void) worker_wait(fd, false, timeout);
 }
 
 static bool
 may_read(void)
 {
-	return pub.broker != NULL && pub.more && pub.nchunks < MAX_CHUNKS &&
-		!broker_blocked(pub.broker);
+	return pub.conn.broker != NULL && pub.more && pub.nchunks < MAX_CHUNKS &&
+		!broker_blocked(pub.conn.broker);
 }
 
 /* Everything that can be done without waiting; false if that was nothing. */
@@ -1541,7 +1418,7 @@ work(void)
 	bool		any = false;
 
 	take_requests();
-	if (pub.broker == NULL && pub.connect_at <= mono_now())
+	if (pub.conn.broker == NULL && pub.conn.connect_at <= mono_now())
 	{
 		connect_broker();
 		any = true;
@@ -1585,8 +1462,10 @@ start(void)
 	pg_atomic_write_u32(&worker_slot->current_segment, outbox_current_segment());
 	load_topology();
 	worker_commit();
+	read_subscriptions();
 	pub.more = true;
 	pub.maintenance_at = mono_later(1000);
+	connection_init(&pub.conn, "publisher", "pg_fanout publisher");
 	use_settings();
 }
 
@@ -1615,9 +1494,9 @@ run(void)
 static void
 say_goodbye(int code, Datum arg)
 {
-	if (pub.broker != NULL)
-		broker_close(pub.broker, true);
-	pub.broker = NULL;
+	if (pub.conn.broker != NULL)
+		broker_close(pub.conn.broker, true);
+	pub.conn.broker = NULL;
 }
 
 void

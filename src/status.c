@@ -19,6 +19,7 @@
 #include "commands/trigger.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
+#include "utils/tuplestore.h"
 
 #include "compat.h"
 #include "outbox.h"
@@ -33,17 +34,21 @@ PG_FUNCTION_INFO_V1(pgf_topology_changed);
 PG_FUNCTION_INFO_V1(pgf_flush);
 PG_FUNCTION_INFO_V1(pgf_verify);
 PG_FUNCTION_INFO_V1(pgf_publisher_status);
+PG_FUNCTION_INFO_V1(pgf_subscription_status);
 
 #define STATUS_COLUMNS 14
+#define SUBSCRIPTION_COLUMNS 16
 
 static const char *const state_name[] = {
-	[PUBLISHER_STARTING] = "starting",
-	[PUBLISHER_CONNECTING] = "connecting",
-	[PUBLISHER_IDLE] = "idle",
-	[PUBLISHER_PUBLISHING] = "publishing",
-	[PUBLISHER_BLOCKED] = "blocked",
-	[PUBLISHER_DISCONNECTED] = "disconnected",
-	[PUBLISHER_STOPPED] = "stopped",
+	[WORKER_STARTING] = "starting",
+	[WORKER_CONNECTING] = "connecting",
+	[WORKER_IDLE] = "idle",
+	[WORKER_PUBLISHING] = "publishing",
+	[WORKER_CONSUMING] = "consuming",
+	[WORKER_BLOCKED] = "blocked",
+	[WORKER_REFUSED] = "refused",
+	[WORKER_DISCONNECTED] = "disconnected",
+	[WORKER_STOPPED] = "stopped",
 };
 
 Datum
@@ -176,7 +181,7 @@ pgf_verify(PG_FUNCTION_ARGS)
 	PG_RETURN_BOOL(wait_for(slot, &slot->verify_done, ticket, end));
 }
 
-/* ---- the publisher's status ---- */
+/* ---- the workers' status ---- */
 
 static void
 set_text(Datum *value, bool *isnull, const char *s)
@@ -196,14 +201,14 @@ set_time(Datum *value, bool *isnull, TimestampTz when)
 static void
 fill_status(DatabaseSlot *slot, Datum *values, bool *nulls)
 {
-	PublisherStatus status;
-	int			pid = slot->publisher_pid;
+	WorkerStatus status;
+	int			pid = slot->worker.pid;
 
-	SpinLockAcquire(&slot->mutex);
-	status = slot->status;
-	SpinLockRelease(&slot->mutex);
+	SpinLockAcquire(&slot->worker.mutex);
+	status = slot->worker.status;
+	SpinLockRelease(&slot->worker.mutex);
 	if (pid == 0)
-		status.state = PUBLISHER_STOPPED;
+		status.state = WORKER_STOPPED;
 
 	values[0] = Int32GetDatum(pid);
 	nulls[0] = (pid == 0);
@@ -236,4 +241,59 @@ pgf_publisher_status(PG_FUNCTION_ARGS)
 	if (slot != NULL)
 		fill_status(slot, values, nulls);
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+/* False: it is not, or not any more, of this database. */
+static bool
+fill_subscription(SubscriptionSlot *slot, Datum *values, bool *nulls)
+{
+	WorkerStatus status;
+	uint64		lag = pg_atomic_read_u64(&slot->lag);
+	int			pid;
+	bool		ours;
+
+	LWLockAcquire(pgf_shared->lock, LW_SHARED);
+	ours = (slot->worker.database == MyDatabaseId && !slot->worker.unwanted);
+	values[0] = Int32GetDatum(slot->subscription.subscription_id);
+	pid = slot->worker.pid;
+	LWLockRelease(pgf_shared->lock);
+	SpinLockAcquire(&slot->worker.mutex);
+	status = slot->worker.status;
+	SpinLockRelease(&slot->worker.mutex);
+
+	values[1] = Int32GetDatum(pid);
+	nulls[1] = (pid == 0);
+	values[2] = CStringGetTextDatum(state_name[pid == 0 ? WORKER_STOPPED : status.state]);
+	set_time(&values[3], &nulls[3], status.since);
+	set_text(&values[4], &nulls[4], status.connected_to);
+	set_time(&values[5], &nulls[5], status.connected_at);
+	values[6] = Int64GetDatum(pg_atomic_read_u64(&slot->delivered));
+	values[7] = Int64GetDatum(pg_atomic_read_u64(&slot->applied));
+	values[8] = Int64GetDatum(pg_atomic_read_u64(&slot->skipped));
+	values[9] = Int64GetDatum(pg_atomic_read_u64(&slot->failed));
+	values[10] = Int64GetDatum(pg_atomic_read_u64(&slot->dead));
+	values[11] = Int32GetDatum(pg_atomic_read_u32(&slot->waiting));
+	values[12] = Int64GetDatum((int64) lag - 1);
+	nulls[12] = (lag == 0);
+	values[13] = Int64GetDatum(pg_atomic_read_u64(&slot->reconnects));
+	set_text(&values[14], &nulls[14], status.last_error);
+	set_time(&values[15], &nulls[15], status.last_error_at);
+	return ours;
+}
+
+Datum
+pgf_subscription_status(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+
+	pgf_init_materialized(fcinfo);
+	for (int i = 0; pgf_shared != NULL && i < pgf_shared->nsubscriptions; i++)
+	{
+		Datum		values[SUBSCRIPTION_COLUMNS] = {0};
+		bool		nulls[SUBSCRIPTION_COLUMNS] = {0};
+
+		if (fill_subscription(&pgf_shared->subscriptions[i], values, nulls))
+			tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
+	return (Datum) 0;
 }

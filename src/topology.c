@@ -31,14 +31,6 @@
 #include "topology.h"
 #include "wire.h"
 
-/*
- * RabbitMQ 4 drops a message of a quorum queue after 20 deliveries unless
- * told otherwise; 3.x has no limit but takes no "-1" either.  A number that is
- * never reached means the same to both, so that the declaration stays
- * equivalent when the broker is upgraded.
- */
-#define NO_DELIVERY_LIMIT PG_INT32_MAX
-
 static HTAB *topics = NULL;
 static uint32 current_load = 0;
 
@@ -774,7 +766,7 @@ bury_held_rows(Topic *topic)
 	execute("with h as (delete from fanout.held where topic_id = $1 returning *)"
 			" insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
 			" select id, $2, message_id, type, key, headers, payload, queue, xid, created_at, 'its topic was dropped', 0 from h"
-			" on conflict (id) do nothing", 2, types, values, NULL);
+			" on conflict (id) where consumer_group is null do nothing", 2, types, values, NULL);
 }
 
 #define TOPIC_KEY "topic_id = $1"

@@ -19,6 +19,14 @@
 /* The longest pause between attempts, unless pg_fanout.retry_interval is longer. */
 #define MAX_RETRY_MS 300000
 
+/*
+ * RabbitMQ 4 drops a message of a quorum queue after 20 deliveries unless
+ * told otherwise; 3.x has no limit but takes no "-1" either.  A number that is
+ * never reached means the same to both, so that the declaration stays
+ * equivalent when the broker is upgraded.
+ */
+#define NO_DELIVERY_LIMIT PG_INT32_MAX
+
 /* A binding, and what the broker said of it. */
 typedef struct Binding
 {

@@ -15,8 +15,9 @@
  *
  * Scenarios:
  *
- * - COMMIT: the publisher is woken if the transaction wrote messages; those
- *	 whose settings were changed restart; holds end.
+ * - COMMIT: the publisher is woken if the transaction wrote messages or changed
+ *	 subscriptions, consumers if it left work for them; workers whose settings
+ *	 were changed restart; holds end.
  *
  * - ROLLBACK, error, a backend that ends within a transaction (FATAL,
  *	 pg_terminate_backend: the server aborts the transaction before it lets go
@@ -51,6 +52,8 @@ typedef struct Hold
 
 /* What the current transaction asked for; lists in TopTransactionContext. */
 static bool publisher_at_commit = false;
+static bool subscriptions_at_commit = false;
+static bool consumers_at_commit = false;
 static bool launcher_at_end = false;
 static uint32 rescan_at_end = 0;
 static List *holds = NIL;		/* of Hold */
@@ -83,6 +86,24 @@ wakeup_publisher_at_commit(void)
 		return;
 	wakeup_init();
 	publisher_at_commit = true;
+}
+
+void
+wakeup_subscriptions_at_commit(void)
+{
+	if (pgf_shared == NULL)
+		return;
+	wakeup_init();
+	subscriptions_at_commit = true;
+}
+
+void
+wakeup_consumers_at_commit(void)
+{
+	if (pgf_shared == NULL)
+		return;
+	wakeup_init();
+	consumers_at_commit = true;
 }
 
 void
@@ -169,8 +190,18 @@ commit_work(void)
 		if (slot != NULL)
 			shmem_wake_publisher(slot);
 	}
+	if (subscriptions_at_commit)
+	{
+		DatabaseSlot *slot = shmem_my_slot();
+
+		/* Without a slot: as above. */
+		if (slot != NULL)
+			shmem_wake_for_subscriptions(slot);
+	}
+	if (consumers_at_commit)
+		shmem_wake_consumers(MyDatabaseId);
 	foreach(cell, restarts)
-		shmem_restart_publisher(lfirst_oid(cell));
+		shmem_restart_workers(lfirst_oid(cell));
 }
 
 /* Must not fail, either. */
@@ -183,6 +214,8 @@ end_work(void)
 		shmem_wake_launcher(rescan_at_end);
 
 	publisher_at_commit = false;
+	subscriptions_at_commit = false;
+	consumers_at_commit = false;
 	launcher_at_end = false;
 	rescan_at_end = 0;
 	holds = NIL;

@@ -20,6 +20,13 @@
 extern void wakeup_publisher_at_commit(void);
 
 /*
+ * The same for changed subscriptions, which the publisher reads again, and for
+ * what the consumers of this database are to look at.
+ */
+extern void wakeup_subscriptions_at_commit(void);
+extern void wakeup_consumers_at_commit(void);
+
+/*
  * Remembers that the set of databases with the extension may change when the
  * current transaction ends (CREATE/DROP EXTENSION, database commands): the
  * launcher is woken at commit and at abort.
@@ -36,8 +43,8 @@ extern void wakeup_launcher_at_end(void);
 extern DatabaseSlot *wakeup_hold_until_end(Oid database);
 
 /*
- * Restarts the publisher of a database (InvalidOid: all), if there is one,
- * when the current transaction commits.
+ * Restarts the workers of a database (InvalidOid: all), if there are any, when
+ * the current transaction commits.
  */
 extern void wakeup_restart_at_commit(Oid database);
 

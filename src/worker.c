@@ -17,7 +17,8 @@
  * The same holds for a ProcSignalBarrier, for which DROP DATABASE and others
  * wait in every process of the server; there the bound is that no caller may
  * stay away from worker_wait() for longer than pg_fanout.connect_timeout.
- * pg_cancel_backend() is ignored: there is no statement of a user to cancel.
+ * pg_cancel_backend() is ignored, but for a consumer's handler: nothing else is
+ * a user's to cancel.
  *
  * Its slot is given back in an on_shmem_exit callback.  That was registered
  * before the connection to the database, hence runs after the server's own
@@ -44,7 +45,10 @@
  *	 server does it, with one.
  * - Settings of the database or the role that would break a worker
  *	 (default_transaction_read_only, statement_timeout, role, search_path):
- *	 overridden, so that it runs as the bootstrap superuser in a plain session.
+ *	 overridden, so that a publisher runs as the bootstrap superuser in a plain
+ *	 session, and a consumer as the role that subscribed.
+ * - That role is gone, or may not log in or connect any more: the server ends
+ *	 the process with a FATAL, and the launcher backs off.
  *
  *-------------------------------------------------------------------------
  */
@@ -95,14 +99,19 @@ typedef struct ExtensionRow
 	char		version[64];
 } ExtensionRow;
 
+WorkerSlot *worker_self = NULL;
 DatabaseSlot *worker_slot = NULL;
+SubscriptionSlot *worker_subscription = NULL;
 
 static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
 
 static MonoTime attached_at = 0;
-static PublisherEnd end = PUBLISHER_FAILED; /* how we end, if not by SIGTERM */
+static WorkerEnd end = WORKER_FAILED;	/* how we end, if not by SIGTERM */
 static Oid	extension = InvalidOid; /* as seen when we started */
+static Subscription subscription;	/* of a consumer, as it was when we
+									 * started */
+static volatile sig_atomic_t may_cancel = false;
 static bool reloaded = false;
 
 static void handle_sigterm(SIGNAL_ARGS);
@@ -110,7 +119,10 @@ static void detach(int code, Datum arg);
 static void attach(Datum main_arg);
 static void set_name(const char *what);
 static void pin_settings(void);
+static void pin(const char *const(*settings)[2], int n);
+static void pin_commit(void);
 static void reset_session_user(void);
+static void handle_sigint(SIGNAL_ARGS);
 static void wait_for_extension(void);
 static bool extension_usable(bool *logged);
 static void note_version(const char *version, bool *logged);
@@ -118,7 +130,6 @@ static bool lock_extension(ExtensionRow *row);
 static void read_extension(ExtensionRow *row);
 static void check_stop(void);
 static bool stop_is_expected(void);
-pg_noreturn static void end_as(PublisherEnd how);
 
 /* Entering and leaving the database */
 
@@ -127,12 +138,12 @@ worker_attach(Datum main_arg, const char *what)
 {
 	pqsignal(SIGTERM, handle_sigterm);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGINT, SIG_IGN);
+	pqsignal(SIGINT, handle_sigint);
 	on_shmem_exit(detach, (Datum) 0);
 	BackgroundWorkerUnblockSignals();
 
 	attach(main_arg);
-	BackgroundWorkerInitializeConnectionByOid(worker_slot->database, InvalidOid, 0);
+	BackgroundWorkerInitializeConnectionByOid(worker_self->database, subscription.role, 0);
 	set_name(what);
 	pin_settings();
 	wait_for_extension();
@@ -155,21 +166,40 @@ handle_sigterm(SIGNAL_ARGS)
 	errno = save_errno;
 }
 
+/* There is something to cancel only while a handler runs. */
+static void
+handle_sigint(SIGNAL_ARGS)
+{
+	if (may_cancel)
+		StatementCancelHandler(postgres_signal_arg);
+}
+
+void
+worker_allow_cancel(bool allow)
+{
+	may_cancel = allow;
+	if (!allow)
+		QueryCancelPending = false;
+}
+
 static void
 detach(int code, Datum arg)
 {
 	bool		healthy;
 
-	if (worker_slot == NULL)
+	if (worker_self == NULL)
 		return;
 	healthy = mono_exceeds(attached_at, mono_now(), HEALTHY_AFTER);
-	if (end == PUBLISHER_FAILED && (sigterm_received || code == 0))
-		end = PUBLISHER_TERMINATED;
+	if (end == WORKER_FAILED && (sigterm_received || code == 0))
+		end = WORKER_TERMINATED;
 	worker_set_connected(NULL);
-	worker_set_state(PUBLISHER_STOPPED);
-	pg_atomic_write_u32(&worker_slot->in_flight, 0);
-	shmem_detach(worker_slot, end, healthy);
+	worker_set_state(WORKER_STOPPED);
+	if (worker_slot != NULL)
+		pg_atomic_write_u32(&worker_slot->in_flight, 0);
+	shmem_detach(worker_self, end, healthy);
+	worker_self = NULL;
 	worker_slot = NULL;
+	worker_subscription = NULL;
 	shmem_wake_launcher(0);
 }
 
@@ -179,14 +209,23 @@ attach(Datum main_arg)
 	uint32		generation;
 
 	memcpy(&generation, MyBgworkerEntry->bgw_extra, sizeof(generation));
-	worker_slot = shmem_attach(DatumGetInt32(main_arg), generation);
-	if (worker_slot == NULL)
+	worker_self = shmem_attach(DatumGetInt32(main_arg), generation);
+	if (worker_self == NULL)
 	{
 		shmem_wake_launcher(0);
 		proc_exit(0);
 	}
+	if (worker_self->kind == WORKER_PUBLISHER)
+		worker_slot = (DatabaseSlot *) worker_self;
+	else
+	{
+		worker_subscription = (SubscriptionSlot *) worker_self;
+		LWLockAcquire(pgf_shared->lock, LW_SHARED);
+		subscription = worker_subscription->subscription;
+		LWLockRelease(pgf_shared->lock);
+	}
 	attached_at = mono_now();
-	worker_set_state(PUBLISHER_STARTING);
+	worker_set_state(WORKER_STARTING);
 }
 
 /* pg_stat_activity has bgw_type as backend_type already. */
@@ -202,11 +241,15 @@ set_name(const char *what)
 
 /*
  * Overrides what ALTER DATABASE, ALTER ROLE and postgresql.conf may have set
- * for applications.  PGC_S_OVERRIDE stays in force after a reload; a SET clause
- * of a function still works.
+ * for applications.  PGC_S_OVERRIDE stays in force after a reload, and is what
+ * RESET comes back to; a SET clause of a function still works.
  *
- * synchronous_commit is off because what a worker writes is its own
- * bookkeeping: if a crash loses it, some messages are sent again.
+ * The first list would break any worker.  The second is for what runs nothing
+ * but our own statements; a handler expects the settings of its role.
+ *
+ * synchronous_commit is off in a publisher because what it writes is its own
+ * bookkeeping: if a crash loses it, some messages are sent again.  What a
+ * consumer commits it acks, so it must not be lost.
  */
 static void
 pin_settings(void)
@@ -214,8 +257,6 @@ pin_settings(void)
 	static const char *const settings[][2] = {
 		{"role", "none"},
 		{"session_replication_role", "origin"},
-		{"search_path", "pg_catalog, pg_temp"},
-		{"row_security", "off"},
 		{"default_transaction_isolation", "read committed"},
 		{"default_transaction_read_only", "off"},
 		{"default_transaction_deferrable", "off"},
@@ -224,6 +265,10 @@ pin_settings(void)
 		{"idle_in_transaction_session_timeout", "0"},
 		{"idle_session_timeout", "0"},
 		{"transaction_timeout", "0"},	/* PostgreSQL 17 */
+	};
+	static const char *const own_settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"row_security", "off"},
 		{"synchronous_commit", "off"},
 		{"work_mem", "16MB"},
 		{"temp_file_limit", "-1"},	/* a large batch waits in a temporary file */
@@ -234,11 +279,29 @@ pin_settings(void)
 	};
 
 	reset_session_user();
-	for (int i = 0; i < lengthof(settings); i++)
+	pin(settings, lengthof(settings));
+	if (worker_subscription == NULL)
+		pin(own_settings, lengthof(own_settings));
+	else
+		pin_commit();
+}
+
+static void
+pin(const char *const(*settings)[2], int n)
+{
+	for (int i = 0; i < n; i++)
 	{
 		if (GetConfigOption(settings[i][0], true, false) != NULL)
 			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
 	}
+}
+
+/* Not less than "on". */
+static void
+pin_commit(void)
+{
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+		SetConfigOption("synchronous_commit", "on", PGC_SUSET, PGC_S_OVERRIDE);
 }
 
 /*
@@ -248,9 +311,10 @@ pin_settings(void)
 static void
 reset_session_user(void)
 {
+	Oid			role = (worker_subscription != NULL) ? subscription.role : BOOTSTRAP_SUPERUSERID;
+
 	StartTransactionCommand();
-	SetConfigOption("session_authorization",
-					GetUserNameFromId(BOOTSTRAP_SUPERUSERID, false),
+	SetConfigOption("session_authorization", GetUserNameFromId(role, false),
 					PGC_SUSET, PGC_S_OVERRIDE);
 	CommitTransactionCommand();
 }
@@ -261,16 +325,17 @@ reset_session_user(void)
 static void
 wait_for_extension(void)
 {
+	pg_atomic_uint32 *dirty = worker_slot ? &worker_slot->dirty : &worker_subscription->dirty;
 	bool		logged = false;
 
 	for (;;)
 	{
-		pg_atomic_exchange_u32(&worker_slot->dirty, 0);
+		pg_atomic_exchange_u32(dirty, 0);
 		if (extension_usable(&logged))
 			break;
 		(void) worker_wait(-1, false, VERSION_RECHECK);
 	}
-	pg_atomic_write_u32(&worker_slot->dirty, 1);
+	pg_atomic_write_u32(dirty, 1);
 }
 
 /* Ends the process if there is none; false: it has another version. */
@@ -282,10 +347,10 @@ extension_usable(bool *logged)
 
 	StartTransactionCommand();
 	if (!lock_extension(&row))
-		end_as(PUBLISHER_NO_EXTENSION);
-	if (worker_slot->state != SLOT_RUNNING)
+		worker_end(WORKER_NO_EXTENSION);
+	if (worker_self->state != SLOT_RUNNING)
 	{
-		shmem_attached_running(worker_slot);
+		shmem_attached_running(worker_self);
 		shmem_wake_launcher(0);
 	}
 	extension = row.oid;
@@ -309,7 +374,8 @@ note_version(const char *version, bool *logged)
 	worker_set_error(text);
 	ereport(WARNING,
 			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg("pg_fanout publishes nothing from database \"%s\"",
+			 errmsg(worker_slot != NULL ? "pg_fanout publishes nothing from database \"%s\"" :
+					"pg_fanout consumes nothing in database \"%s\"",
 					get_database_name(MyDatabaseId)),
 			 errdetail("The extension has version %s, the loaded library has version %s.",
 					   version, PG_FANOUT_VERSION),
@@ -374,7 +440,7 @@ worker_begin(void)
 	StartTransactionCommand();
 	if (!lock_extension(&row) || row.oid != extension ||
 		strcmp(row.version, PG_FANOUT_VERSION) != 0)
-		end_as(PUBLISHER_RESTART);
+		worker_end(WORKER_RESTART);
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
 	PushActiveSnapshot(GetTransactionSnapshot());
@@ -386,6 +452,14 @@ worker_commit(void)
 	SPI_finish();
 	PopActiveSnapshot();
 	CommitTransactionCommand();
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+void
+worker_abort(void)
+{
+	AbortOutOfAnyTransaction();
 	pgstat_report_stat(false);
 	pgstat_report_activity(STATE_IDLE, NULL);
 }
@@ -405,7 +479,7 @@ worker_wait(int fd, bool for_write, long timeout_ms)
 
 	events = WaitLatchOrSocket(MyLatch, events | socket_events,
 							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
-							   pgf_wait_event(PGF_WAIT_PUBLISHER));
+							   pgf_wait_event(worker_slot != NULL ? PGF_WAIT_PUBLISHER : PGF_WAIT_CONSUMER));
 	if (events & WL_LATCH_SET)
 		ResetLatch(MyLatch);
 	check_stop();
@@ -422,7 +496,7 @@ static void
 check_stop(void)
 {
 	if (sigterm_received && stop_is_expected())
-		end_as(PUBLISHER_RESTART);
+		worker_end(WORKER_RESTART);
 	CHECK_FOR_INTERRUPTS();
 }
 
@@ -433,13 +507,13 @@ stop_is_expected(void)
 	bool		expected;
 
 	LWLockAcquire(pgf_shared->lock, LW_SHARED);
-	expected = worker_slot->restart || worker_slot->holds > 0;
+	expected = worker_self->restart || worker_self->unwanted || shmem_held(worker_self);
 	LWLockRelease(pgf_shared->lock);
 	return expected;
 }
 
-static void
-end_as(PublisherEnd how)
+void
+worker_end(WorkerEnd how)
 {
 	end = how;
 	proc_exit(0);
@@ -469,41 +543,41 @@ worker_broker_fd(int fd)
 /* Status */
 
 void
-worker_set_state(PublisherState state)
+worker_set_state(WorkerState state)
 {
-	PublisherStatus *status = &worker_slot->status;
+	WorkerStatus *status = &worker_self->status;
 	TimestampTz now = GetCurrentTimestamp();
 
-	SpinLockAcquire(&worker_slot->mutex);
+	SpinLockAcquire(&worker_self->mutex);
 	if (status->state != state || status->since == 0)
 	{
 		status->state = state;
 		status->since = now;
 	}
-	SpinLockRelease(&worker_slot->mutex);
+	SpinLockRelease(&worker_self->mutex);
 }
 
 void
 worker_set_connected(const char *connected_to)
 {
-	PublisherStatus *status = &worker_slot->status;
+	WorkerStatus *status = &worker_self->status;
 	TimestampTz now = GetCurrentTimestamp();
 
-	SpinLockAcquire(&worker_slot->mutex);
+	SpinLockAcquire(&worker_self->mutex);
 	status->connected_at = connected_to ? now : 0;
 	strlcpy(status->connected_to, connected_to ? connected_to : "",
 			sizeof(status->connected_to));
-	SpinLockRelease(&worker_slot->mutex);
+	SpinLockRelease(&worker_self->mutex);
 }
 
 void
 worker_set_error(const char *text)
 {
-	PublisherStatus *status = &worker_slot->status;
+	WorkerStatus *status = &worker_self->status;
 	TimestampTz now = GetCurrentTimestamp();
 
-	SpinLockAcquire(&worker_slot->mutex);
+	SpinLockAcquire(&worker_self->mutex);
 	strlcpy(status->last_error, text, sizeof(status->last_error));
 	status->last_error_at = now;
-	SpinLockRelease(&worker_slot->mutex);
+	SpinLockRelease(&worker_self->mutex);
 }

@@ -31,6 +31,9 @@ show pg_fanout.retention;
 set pg_fanout.retention = 'forever';
 set pg_fanout.tls_verify = perhaps;
 set pg_fanout.max_databases = 5;
+set pg_fanout.max_subscriptions = 5;
+set pg_fanout.inbox_retention = 0;
+set pg_fanout.consumer_memory = 1;
 reset all;
 -- a typing error is one, from PostgreSQL 15 on
 create function sqlstate_of(command text) returns text language plpgsql as $$

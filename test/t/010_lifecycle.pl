@@ -255,7 +255,7 @@ ok(eventually(sub { running() == 2 }, 10),
 	'max_worker_processes exhausted: others run');
 $node->wait_for_log(qr/out of background worker slots/, $position);
 Time::HiRes::sleep(11);    # REGISTER_RETRY
-is(log_count(qr/cannot start a publisher: out of background worker slots.*?\n[^\n]*DETAIL[^\n]*\n[^\n]*HINT:  Increase max_worker_processes/s, $position),
+is(log_count(qr/cannot start a worker: out of background worker slots.*?\n[^\n]*DETAIL[^\n]*\n[^\n]*HINT:  Increase max_worker_processes/s, $position),
 	1, 'one line in the log, with a hint');
 is(log_count(qr/out of background worker slots/, $position),
 	1, 'and no more of them with each attempt');

@@ -1,0 +1,237 @@
+/*-------------------------------------------------------------------------
+ *
+ * connection.c
+ *		A worker's connection to the broker, made again when it is lost.
+ *
+ * Responsible for: which of the hosts of pg_fanout.uri is tried when, with
+ * which settings and which password; the pauses between attempts; and that a
+ * failure that lasts is logged once.  What goes over the connection is its
+ * worker's business.
+ *
+ * Must never: wait but in worker_wait(), or keep the password longer than it
+ * takes to log in.
+ *
+ * A lost connection is tried again after 0.1 s, doubling up to
+ * MAX_RECONNECT_MS, but every host once before the first pause.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "utils/memutils.h"
+
+#include "connection.h"
+#include "guc.h"
+#include "monotime.h"
+#include "worker.h"
+
+/* Bounds the wait for one answer to a declare. */
+#define RPC_TIMEOUT_MS 10000
+
+long
+backoff(long ms, int times, long max)
+{
+	for (int i = 0; i < times && ms < max; i++)
+		ms *= 2;
+	ms = Min(ms, max);
+	return ms - ms / 8 + (long) (mono_now() % (ms / 4 + 1));
+}
+
+/* ---- settings ---- */
+
+void
+connection_init(Connection *conn, const char *who, const char *name)
+{
+	memset(conn, 0, sizeof(*conn));
+	conn->who = who;
+	conn->options.connection_name = name;
+	conn->settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
+												   ALLOCSET_SMALL_SIZES);
+}
+
+/* The settings a connection depends on, as one text. */
+static char *
+current_settings(void)
+{
+	return psprintf("%s|%s|%s|%s|%s|%d|%d|%d", pgf_uri, pgf_password_file, pgf_tls_ca_file,
+					pgf_tls_cert_file, pgf_tls_key_file, pgf_tls_verify, pgf_connect_timeout, pgf_heartbeat);
+}
+
+bool
+connection_settings_changed(const Connection *conn)
+{
+	char	   *settings = current_settings();
+	bool		changed = conn->settings == NULL || strcmp(conn->settings, settings) != 0;
+
+	pfree(settings);
+	return changed;
+}
+
+/* A copy, since a reload frees the setting's own value at any wait. */
+static char *
+nonempty(Connection *conn, const char *setting)
+{
+	return (setting != NULL && setting[0] != '\0') ? MemoryContextStrdup(conn->settings_context, setting) : NULL;
+}
+
+static void
+set_options(Connection *conn)
+{
+	BrokerOptions *options = &conn->options;
+
+	options->tls_ca_file = nonempty(conn, pgf_tls_ca_file);
+	options->tls_cert_file = nonempty(conn, pgf_tls_cert_file);
+	options->tls_key_file = nonempty(conn, pgf_tls_key_file);
+	options->tls_verify = pgf_tls_verify;
+	options->connect_timeout_ms = pgf_connect_timeout;
+	options->rpc_timeout_ms = RPC_TIMEOUT_MS;
+	options->heartbeat_s = pgf_heartbeat;
+	options->wait = worker_wait;
+	options->fd_changed = worker_broker_fd;
+}
+
+void
+connection_use_settings(Connection *conn)
+{
+	const char *error;
+	char	   *settings = current_settings();
+
+	Assert(conn->broker == NULL);
+	MemoryContextReset(conn->settings_context);
+	conn->settings = MemoryContextStrdup(conn->settings_context, settings);
+	pfree(settings);
+	if (conn->addresses != NULL)
+		broker_free_addresses(conn->addresses, conn->naddresses);
+	conn->addresses = broker_parse_uri(pgf_uri, &conn->naddresses, &error);
+	conn->next_address = conn->naddresses > 1 ? (uint64) mono_now() % conn->naddresses : 0;
+	conn->failures = 0;
+	conn->connect_at = 0;
+	conn->last_failure[0] = '\0';
+	set_options(conn);
+}
+
+/* ---- losing it ---- */
+
+void
+connection_works(Connection *conn)
+{
+	conn->failures = 0;
+	conn->last_failure[0] = '\0';
+}
+
+void
+connection_lasts(Connection *conn, MonoTime now)
+{
+	if (conn->broker != NULL && conn->failures > 0 &&
+		mono_exceeds(conn->connected_at, now, MAX_RECONNECT_MS))
+		connection_works(conn);
+}
+
+void
+connection_close(Connection *conn, bool polite)
+{
+	if (conn->broker == NULL)
+		return;
+	broker_close(conn->broker, polite);
+	conn->broker = NULL;
+	worker_set_connected(NULL);
+}
+
+void
+connection_failed(Connection *conn, const char *text)
+{
+	/* SIGTERM shuts the socket down: then that is all there is to it */
+	CHECK_FOR_INTERRUPTS();
+	if (strcmp(text, conn->last_failure) != 0)
+	{
+		ereport(LOG, (errmsg("pg_fanout %s is not connected to the broker", conn->who),
+					  errdetail("%s", text)));
+		strlcpy(conn->last_failure, text, sizeof(conn->last_failure));
+	}
+	worker_set_error(text);
+	if (conn->broker != NULL)
+		conn->next_address = (conn->next_address + 1) % conn->naddresses;
+	connection_close(conn, false);
+	conn->connect_at = mono_later(backoff(100, conn->failures, MAX_RECONNECT_MS));
+	conn->failures++;
+	worker_set_state(WORKER_DISCONNECTED);
+}
+
+/* ---- making it ---- */
+
+/* Reads the password file; a problem with it is one of the connection. */
+static bool
+read_password(Connection *conn, char **password)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	volatile bool ok = true;
+
+	PG_TRY();
+	{
+		*password = guc_read_password();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(oldcontext);
+		edata = CopyErrorData();
+		FlushErrorState();
+		connection_failed(conn, edata->message);
+		FreeErrorData(edata);
+		ok = false;
+	}
+	PG_END_TRY();
+	return ok;
+}
+
+static void
+connected(Connection *conn, const BrokerAddress *address)
+{
+	char		where[256];
+
+	conn->connected_at = mono_now();
+	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
+			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
+	worker_set_connected(where);
+	ereport(LOG, (errmsg("pg_fanout %s connected to the broker at %s", conn->who, where)));
+}
+
+static void
+not_connected(Connection *conn, const char *text)
+{
+	connection_failed(conn, text);
+	conn->next_address = (conn->next_address + 1) % conn->naddresses;
+	/* every host once before the first pause */
+	if (conn->failures < conn->naddresses)
+		conn->connect_at = 0;
+}
+
+bool
+connection_open(Connection *conn, bool *again)
+{
+	BrokerAddress *address;
+	BrokerError error;
+	char	   *password = NULL;
+
+	if (conn->addresses == NULL || !read_password(conn, &password))
+		return false;
+	worker_set_state(WORKER_CONNECTING);
+	address = &conn->addresses[conn->next_address];
+	conn->broker = broker_connect(address, password, &conn->options, &error);
+	if (password != NULL)
+	{
+		explicit_bzero(password, strlen(password));
+		pfree(password);
+	}
+	if (conn->broker == NULL)
+	{
+		not_connected(conn, error.text);
+		return false;
+	}
+	connected(conn, address);
+	*again = conn->was_connected;
+	conn->was_connected = true;
+	return true;
+}

@@ -1,0 +1,1244 @@
+/*-------------------------------------------------------------------------
+ *
+ * consumer.c
+ *		The worker that consumes one subscription's queue.
+ *
+ * One loop, each round of which does whatever can be done without waiting:
+ *
+ *		connect -> queue there? handler there? -> consume -> take deliveries
+ *		-> handle them -> ack -> give back what is due -> look after the rest
+ *
+ * and then waits for the first of: the latch (a request), the broker's socket,
+ * the next thing due by the clock.
+ *
+ * Deliveries move so:
+ *
+ *		            behind another of its key
+ *		    (arrives) ---------------------> WAITING
+ *		        |  ^                            |
+ *		        |  |                            | that one is done with
+ *		        v  |                            v
+ *		      READY <---------------------------+
+ *		        |  ^
+ *		        |  '---------------------------------------.
+ *		        +--> acked: applied, seen before, or dead   | comes again
+ *		        |                                           |
+ *		        '--> FAILED --- nacked, when due ---> AWAY -+--> GONE
+ *		                                                 (did not come)
+ *
+ * All deliveries at hand are handled in one transaction; if that fails, in
+ * another one with a savepoint for each; and if that fails too (in a deferred
+ * trigger, at commit), each in its own.  Acks follow the commit.
+ *
+ * A delivery that failed is not acked; its body is let go.  When its next
+ * attempt is due it is nacked, and comes again at once.  Those of the same key
+ * that come after it wait in memory (order.c).  They, too, are not acked, and
+ * would use up the prefetch: when half of it waits, the consumer is cancelled
+ * and another begun on the same channel, with a fresh prefetch.
+ *
+ * Attempts are in fanout.failure.  A handler that ends the process (FATAL, a
+ * crash) leaves no trace, so after a process that ended while a handler ran,
+ * what is delivered again first is suspect: it is handled singly, and the
+ * attempt is recorded before it.  So is every attempt after the first.
+ *
+ * Losing the connection loses nothing: what was not acked comes again, and
+ * the inbox knows what was applied.  What failed keeps its place before those
+ * of its key, in whatever order the broker sends them.
+ *
+ * No transaction is open while the broker is waited for.  An error in here
+ * (not one of a handler) ends the process, and the launcher starts it again.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "storage/ipc.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+
+#include "compat.h"
+#include "connection.h"
+#include "consumer.h"
+#include "delivery.h"
+#include "guc.h"
+#include "handler.h"
+#include "inbox.h"
+#include "monotime.h"
+#include "msgid.h"
+#include "order.h"
+#include "topology.h"
+#include "worker.h"
+
+/* Most deliveries in one transaction. */
+#define BATCH_MESSAGES 1000
+
+/* More deliveries that wait than this are no longer made room for. */
+#define MAX_WAITING 65535
+
+/* Bounds one ack or nack without progress; SIGTERM is taken meanwhile. */
+#define SETTLE_TIMEOUT_MS 30000
+
+/* A delivery that was given back and has not come again is somebody else's. */
+#define AWAY_TIMEOUT_MS 30000
+
+/* How often the depth of the queue is looked at. */
+#define INSPECT_MS 5000
+
+#define MAX_REFUSED_MS 30000
+#define EVENTS_AT_ONCE 10000
+
+typedef struct FailedEntry
+{
+	pg_uuid_t	message_id;		/* hash key */
+	Delivery   *delivery;
+} FailedEntry;
+
+typedef struct Consumer
+{
+	Connection	conn;
+	int32		subscription_id;
+	SubscriptionRow row;
+	MemoryContext row_context;
+	char		name[300];		/* for log messages */
+	char		connection_name[300];
+
+	/* consuming */
+	bool		consuming;
+	char		tag[32];		/* consumer tag */
+	uint32		epoch;			/* how many basic.consume */
+	int			refusals;		/* in a row */
+	char		last_refusal[600];	/* so that it is logged once */
+	MonoTime	inspect_at;
+	MonoTime	consuming_since;
+
+	/* deliveries */
+	MemoryContext deliveries;
+	Delivery   *first_ready;
+	Delivery   *last_ready;
+	int			nready;
+	Order		order;
+	HTAB	   *failed;			/* by message id: FAILED, AWAY, GONE, and
+								 * those of them that are READY again */
+	int			blocked;		/* in hand, WAITING or FAILED */
+	int			blocked_now;	/* the same, of this epoch */
+	size_t		bytes;			/* of bodies in memory */
+	int			suspects;		/* so many may still be */
+	bool		failure_logged;
+	MonoTime	next_due;		/* of one that is FAILED; 0: none */
+	MonoTime	next_gone;		/* of one that is AWAY; 0: none */
+} Consumer;
+
+static Consumer con;
+
+/* ---- lists ---- */
+
+static void
+append_ready(Delivery *delivery)
+{
+	delivery->state = DELIVERY_READY;
+	delivery->next = NULL;
+	if (con.last_ready != NULL)
+		con.last_ready->next = delivery;
+	else
+		con.first_ready = delivery;
+	con.last_ready = delivery;
+	con.nready++;
+}
+
+static Delivery *
+take_ready(void)
+{
+	Delivery   *delivery = con.first_ready;
+
+	con.first_ready = delivery->next;
+	if (con.first_ready == NULL)
+		con.last_ready = NULL;
+	delivery->next = NULL;
+	con.nready--;
+	return delivery;
+}
+
+static void
+count_blocked(const Delivery *delivery, int change)
+{
+	con.blocked += change;
+	if (delivery->epoch == con.epoch)
+		con.blocked_now += change;
+	pg_atomic_write_u32(&worker_subscription->waiting, con.blocked);
+}
+
+static void
+drop_body(Delivery *delivery)
+{
+	if (delivery->wire != NULL)
+		con.bytes -= delivery->wire->body_len;
+	delivery_drop_body(delivery);
+}
+
+static void
+add_to_order(Delivery *delivery)
+{
+	if (!order_add(&con.order, &delivery->order))
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+}
+
+static void
+remember_failed(Delivery *delivery)
+{
+	bool		found;
+	FailedEntry *entry = hash_search(con.failed, &delivery->message_id, HASH_ENTER, &found);
+
+	entry->delivery = delivery;
+}
+
+static Delivery *
+find_failed(const pg_uuid_t *message_id)
+{
+	FailedEntry *entry = hash_search(con.failed, message_id, HASH_FIND, NULL);
+
+	return entry ? entry->delivery : NULL;
+}
+
+static void
+forget(Delivery *delivery)
+{
+	if (delivery->order.pinned)
+	{
+		order_remove(&con.order, &delivery->order);
+		hash_search(con.failed, &delivery->message_id, HASH_REMOVE, NULL);
+	}
+	drop_body(delivery);
+	delivery_free(delivery);
+}
+
+static void
+note_due(MonoTime *next, MonoTime when)
+{
+	if (*next == 0 || when < *next)
+		*next = when;
+}
+
+static void
+set_away(Delivery *delivery)
+{
+	delivery->state = DELIVERY_AWAY;
+	delivery->away_since = mono_now();
+	note_due(&con.next_gone, mono_plus(delivery->away_since, AWAY_TIMEOUT_MS));
+}
+
+/* ---- losing the connection ---- */
+
+/* Everything in hand comes again; what failed keeps its place. */
+static void
+lose_deliveries(void)
+{
+	OrderItem  *next;
+	OrderItem  *item = con.order.first;
+
+	while (con.first_ready != NULL)
+	{
+		Delivery   *delivery = take_ready();
+
+		if (!delivery->order.pinned)
+		{
+			drop_body(delivery);
+			delivery_free(delivery);
+		}
+	}
+	order_clear(&con.order);
+	for (; item != NULL; item = next)
+	{
+		Delivery   *delivery = (Delivery *) item;
+
+		next = item->next;
+		drop_body(delivery);
+		if (!item->pinned)
+		{
+			delivery_free(delivery);
+			continue;
+		}
+		delivery->tag = 0;
+		set_away(delivery);
+		add_to_order(delivery);
+	}
+	con.consuming = false;
+	con.blocked = con.blocked_now = 0;
+	con.next_due = 0;
+	pg_atomic_write_u32(&worker_subscription->waiting, 0);
+	pg_atomic_write_u64(&worker_subscription->lag, 0);
+}
+
+static void
+disconnect(bool polite)
+{
+	lose_deliveries();
+	connection_close(&con.conn, polite);
+}
+
+static void
+broker_failed(const char *text)
+{
+	lose_deliveries();
+	connection_failed(&con.conn, text);
+}
+
+/*
+ * The queue or the handler cannot be used: nothing is consumed for a while.
+ * What had been delivered goes back to the queue, for others perhaps.
+ */
+static void
+refused(const char *text)
+{
+	disconnect(true);
+	if (strcmp(text, con.last_refusal) != 0)
+	{
+		ereport(LOG,
+				(errmsg("pg_fanout %s does not consume", con.name),
+				 errdetail("%s", text)));
+		strlcpy(con.last_refusal, text, sizeof(con.last_refusal));
+	}
+	worker_set_error(text);
+	worker_set_state(WORKER_REFUSED);
+	con.conn.connect_at = mono_later(backoff(1000, con.refusals, MAX_REFUSED_MS));
+	con.refusals++;
+}
+
+static void
+accepted(void)
+{
+	con.refusals = 0;
+	con.last_refusal[0] = '\0';
+	connection_works(&con.conn);
+}
+
+static char *
+error_text(const BrokerError *error)
+{
+	return error->code != 0 ? psprintf("%d %s", error->code, error->text) : pstrdup(error->text);
+}
+
+/* What a call that failed means. */
+static void
+call_failed(BrokerResult result, const BrokerError *error)
+{
+	if (result == BROKER_LOST)
+		broker_failed(error->text);
+	else
+		refused(error_text(error));
+}
+
+/* ---- settling ---- */
+
+static bool
+ack(uint64 tag, bool multiple)
+{
+	BrokerError error;
+	BrokerResult result = broker_ack(con.conn.broker, tag, multiple, SETTLE_TIMEOUT_MS, &error);
+
+	if (result == BROKER_OK)
+		return true;
+	call_failed(result, &error);
+	return false;
+}
+
+/*
+ * If nothing else is in hand that is older, one ack does for all of them.
+ * Tags grow in the order of coming.
+ */
+static void
+ack_all(const uint64 *tags, int n)
+{
+	uint64		highest = 0;
+
+	if (n == 0)
+		return;
+	for (int i = 0; i < n; i++)
+		highest = Max(highest, tags[i]);
+	if (con.blocked == 0 && (con.first_ready == NULL || con.first_ready->tag > highest))
+	{
+		(void) ack(highest, true);
+		return;
+	}
+	for (int i = 0; i < n; i++)
+	{
+		if (!ack(tags[i], false))
+			return;
+	}
+}
+
+static void
+log_failure(const Delivery *delivery)
+{
+	char		id[37];
+
+	if (con.failure_logged)
+		return;
+	con.failure_logged = true;
+	msgid_format(&delivery->message_id, id);
+	ereport(LOG,
+			(errmsg("pg_fanout %s: handler failed on message %s", con.name, id),
+			 errdetail("%s", delivery->error),
+			 errhint("It is tried again; see fanout.delivery_failure. Further failures are not logged until one succeeds.")));
+}
+
+static void
+fail(Delivery *delivery)
+{
+	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
+	log_failure(delivery);
+	delivery->state = DELIVERY_FAILED;
+	drop_body(delivery);
+	if (!delivery->order.pinned)
+	{
+		delivery->order.pinned = true;
+		add_to_order(delivery);
+		remember_failed(delivery);
+	}
+	count_blocked(delivery, 1);
+	note_due(&con.next_due, delivery->due);
+}
+
+static void
+wait_in_order(Delivery *delivery)
+{
+	delivery->state = DELIVERY_WAITING;
+	/* half of the memory is for what can be worked on */
+	if (con.bytes > (size_t) pgf_consumer_memory * 1024 / 2)
+		drop_body(delivery);
+	add_to_order(delivery);
+	count_blocked(delivery, 1);
+}
+
+static void
+announce_dead(const Delivery *delivery)
+{
+	char		id[37];
+
+	msgid_format(&delivery->message_id, id);
+	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
+	pg_atomic_fetch_add_u64(&worker_subscription->dead, 1);
+	ereport(WARNING,
+			(errmsg("pg_fanout %s: message %s goes to fanout.dead_letter", con.name, id),
+			 errdetail("%s", delivery->error)));
+}
+
+/* Does what the outcome says; true: it is to be acked. */
+static bool
+settle(Delivery *delivery)
+{
+	switch (delivery->outcome)
+	{
+		case OUTCOME_APPLIED:
+			pg_atomic_fetch_add_u64(&worker_subscription->applied, 1);
+			con.failure_logged = false;
+			return true;
+		case OUTCOME_SEEN:
+		case OUTCOME_TWIN:
+			pg_atomic_fetch_add_u64(&worker_subscription->skipped, 1);
+			return true;
+		case OUTCOME_DEAD:
+			announce_dead(delivery);
+			return true;
+		case OUTCOME_FAILED:
+			fail(delivery);
+			return false;
+		case OUTCOME_BLOCKED:
+			wait_in_order(delivery);
+			return false;
+		case OUTCOME_NONE:
+			break;
+	}
+	elog(ERROR, "a delivery has no outcome");
+	return false;
+}
+
+static void
+settle_all(Delivery **deliveries, int n)
+{
+	uint64	   *tags = palloc((n + 1) * sizeof(uint64));
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (!settle(deliveries[i]))
+			continue;
+		tags[count++] = deliveries[i]->tag;
+		forget(deliveries[i]);
+	}
+	ack_all(tags, count);
+	pfree(tags);
+}
+
+/* ---- handling ---- */
+
+/*
+ * First in the list again, in the same order: what is in no list would be lost
+ * sight of when the connection is.
+ */
+static void
+put_back(Delivery **deliveries, int n)
+{
+	for (int i = n - 1; i >= 0; i--)
+	{
+		deliveries[i]->next = con.first_ready;
+		con.first_ready = deliveries[i];
+		if (con.last_ready == NULL)
+			con.last_ready = deliveries[i];
+		con.nready++;
+	}
+}
+
+/* Nothing was done, and nothing can be; true if so. */
+static bool
+cannot_handle(HandlerResult result, Delivery **deliveries, int n)
+{
+	if (result == HANDLER_ENDED)
+		worker_end(WORKER_TERMINATED);
+	if (result != HANDLER_UNUSABLE)
+		return false;
+	put_back(deliveries, n);
+	refused(con.row.problem);
+	return true;
+}
+
+static void
+record(Delivery *delivery)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+
+	worker_begin();
+	if (delivery->outcome == OUTCOME_DEAD)
+	{
+		inbox_bury(&con.row, delivery);
+		inbox_record(con.row.subscription_id, &delivery, 1);
+	}
+	else
+		inbox_record_failure(con.row.subscription_id, delivery);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+	delivery->known = true;
+}
+
+/* An attempt has failed, and its transaction is over. */
+static void
+record_failure(Delivery *delivery)
+{
+	delivery->outcome = (delivery->attempts >= con.row.max_attempts) ? OUTCOME_DEAD : OUTCOME_FAILED;
+	handler_schedule(&con.row, delivery);
+	record(delivery);
+}
+
+/* Should the process end, this is what is known. */
+static void
+record_attempt(Delivery *delivery)
+{
+	if (delivery->error != NULL)
+		pfree(delivery->error);
+	delivery->error = MemoryContextStrdup(con.deliveries, "the worker ended while the handler ran");
+	strlcpy(delivery->sqlstate, "57P01", sizeof(delivery->sqlstate));
+	handler_schedule(&con.row, delivery);
+	delivery->outcome = OUTCOME_FAILED;
+	record(delivery);
+}
+
+static void
+handle_singly(Delivery *delivery)
+{
+	HandlerResult result;
+	bool		exhausted = delivery->attempts >= con.row.max_attempts;
+
+	if (!delivery->order.pinned && order_blocks(&con.order, &delivery->order))
+	{
+		wait_in_order(delivery);
+		return;
+	}
+	if (exhausted)
+		record_failure(delivery);
+	else
+	{
+		delivery->attempts++;
+		if (delivery->suspect || delivery->known)
+			record_attempt(delivery);
+		result = handler_apply(&con.row, &delivery, 1, HANDLER_TOGETHER);
+		if (cannot_handle(result, &delivery, 1))
+			return;
+		if (result == HANDLER_ERROR)
+			record_failure(delivery);
+	}
+	settle_all(&delivery, 1);
+}
+
+static void
+handle_batch(Delivery **deliveries, int n)
+{
+	HandlerResult result = handler_apply(&con.row, deliveries, n, HANDLER_TOGETHER);
+
+	if (result == HANDLER_ERROR && n > 1)
+		result = handler_apply(&con.row, deliveries, n, HANDLER_SAVEPOINTS);
+	if (cannot_handle(result, deliveries, n))
+		return;
+	if (result == HANDLER_COMMITTED)
+	{
+		settle_all(deliveries, n);
+		return;
+	}
+	if (n == 1)
+	{
+		deliveries[0]->attempts++;
+		record_failure(deliveries[0]);
+		settle_all(deliveries, 1);
+		return;
+	}
+	put_back(deliveries, n);
+	while (n-- > 0 && con.first_ready != NULL)
+		handle_singly(take_ready());
+}
+
+static bool
+goes_alone(const Delivery *delivery)
+{
+	return delivery->suspect || delivery->attempts > 0;
+}
+
+static bool
+handle_ready(void)
+{
+	Delivery  **deliveries;
+	int			n = 0;
+
+	if (con.first_ready == NULL || con.conn.broker == NULL)
+		return false;
+	worker_set_state(WORKER_CONSUMING);
+	if (goes_alone(con.first_ready))
+	{
+		handle_singly(take_ready());
+		return true;
+	}
+	deliveries = palloc(Min(con.nready, BATCH_MESSAGES) * sizeof(Delivery *));
+	while (con.first_ready != NULL && n < BATCH_MESSAGES && !goes_alone(con.first_ready))
+		deliveries[n++] = take_ready();
+	handle_batch(deliveries, n);
+	return true;
+}
+
+/* ---- what waits ---- */
+
+/* Back to the queue, to come again at once.  False: the connection is lost. */
+static bool
+give_back(Delivery *delivery)
+{
+	BrokerError error;
+	BrokerResult result;
+
+	count_blocked(delivery, -1);
+	result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
+	delivery->tag = 0;
+	set_away(delivery);
+	if (result == BROKER_OK)
+		return true;
+	call_failed(result, &error);
+	return false;
+}
+
+static bool
+give_back_due(MonoTime now)
+{
+	bool		any = false;
+	OrderItem  *item = con.order.first;
+
+	if (con.next_due == 0 || con.next_due > now || !con.consuming)
+		return false;
+	con.next_due = 0;
+	for (; item != NULL; item = item->next)
+	{
+		Delivery   *delivery = (Delivery *) item;
+
+		if (delivery->state != DELIVERY_FAILED)
+			continue;
+		if (delivery->due > now)
+			note_due(&con.next_due, delivery->due);
+		else if (!give_back(delivery))
+			return true;
+		else
+			any = true;
+	}
+	return any;
+}
+
+/* Somebody else has them, or they were purged: nobody waits for them any more. */
+static void
+give_up_gone(MonoTime now)
+{
+	OrderItem  *next;
+
+	if (con.next_gone == 0 || con.next_gone > now || !con.consuming)
+		return;
+	con.next_gone = 0;
+	for (OrderItem *item = con.order.first; item != NULL; item = next)
+	{
+		Delivery   *delivery = (Delivery *) item;
+		MonoTime	gone;
+
+		next = item->next;
+		if (delivery->state != DELIVERY_AWAY)
+			continue;
+		gone = mono_plus(Max(delivery->away_since, con.consuming_since), AWAY_TIMEOUT_MS);
+		if (gone > now)
+		{
+			note_due(&con.next_gone, gone);
+			continue;
+		}
+		if (!delivery->known)
+		{
+			forget(delivery);
+			continue;
+		}
+		order_remove(&con.order, item);
+		delivery->order.pinned = false;
+		delivery->state = DELIVERY_GONE;
+	}
+}
+
+static bool
+release(OrderItem *item, void *arg)
+{
+	Delivery   *delivery = (Delivery *) item;
+
+	if (delivery->wire == NULL)
+	{
+		/* its body was let go: it has to come again, and keeps its place */
+		item->pinned = true;
+		remember_failed(delivery);
+		delivery->state = DELIVERY_FAILED;
+		delivery->due = mono_now();
+		note_due(&con.next_due, delivery->due);
+		return false;
+	}
+	count_blocked(delivery, -1);
+	append_ready(delivery);
+	return true;
+}
+
+/* ---- deliveries ---- */
+
+/* One that failed has come again. */
+static void
+came_again(Delivery *delivery, BrokerDelivery *wire)
+{
+	delivery->wire = wire;
+	delivery->tag = wire->tag;
+	delivery->epoch = con.epoch;
+	con.bytes += wire->body_len;
+	if (delivery->state == DELIVERY_GONE)
+	{
+		delivery->order.pinned = true;
+		add_to_order(delivery);
+	}
+	if (delivery->due <= mono_now())
+	{
+		append_ready(delivery);
+		return;
+	}
+	delivery->state = DELIVERY_FAILED;
+	drop_body(delivery);
+	count_blocked(delivery, 1);
+	note_due(&con.next_due, delivery->due);
+}
+
+/*
+ * Suspect is what the broker delivers again first, after a process that ended
+ * while a handler ran.
+ */
+static bool
+is_suspect(const BrokerDelivery *wire)
+{
+	if (!wire->redelivered)
+		con.suspects = 0;
+	return con.suspects > 0 && con.suspects-- > 0;
+}
+
+static void
+delivered(BrokerDelivery *wire)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(con.deliveries);
+	Delivery   *delivery = delivery_new(wire, con.row.queue, con.row.ordered);
+	Delivery   *failed = find_failed(&delivery->message_id);
+
+	MemoryContextSwitchTo(oldcontext);
+	pg_atomic_fetch_add_u64(&worker_subscription->delivered, 1);
+	if (failed != NULL)
+	{
+		delivery->wire = NULL;
+		delivery_free(delivery);
+		if (failed->tag == 0)
+			came_again(failed, wire);
+		else
+		{
+			/* a repeat of one in hand, which is enough */
+			uint64		tag = wire->tag;
+
+			broker_free_delivery(wire);
+			pg_atomic_fetch_add_u64(&worker_subscription->skipped, 1);
+			(void) ack(tag, false);
+		}
+		return;
+	}
+	delivery->epoch = con.epoch;
+	delivery->suspect = is_suspect(wire);
+	con.bytes += wire->body_len;
+	if (order_blocks(&con.order, &delivery->order))
+		wait_in_order(delivery);
+	else
+		append_ready(delivery);
+}
+
+static void
+handle_event(BrokerEvent *event)
+{
+	switch (event->type)
+	{
+		case BROKER_DELIVERY:
+			if (event->delivery != NULL)
+				delivered(event->delivery);
+			break;
+		case BROKER_CANCELLED:
+			refused("the broker cancelled the consumer: its queue was deleted, or is not available");
+			break;
+		case BROKER_CHANNEL_CLOSED:
+			refused(psprintf("%d %s", event->code, event->text));
+			break;
+		case BROKER_DISCONNECTED:
+			broker_failed(event->text);
+			break;
+		default:
+			break;
+	}
+}
+
+/*
+ * As much as may be in memory, but something in any case.  Returns false if
+ * all that the broker has said is taken.
+ */
+static bool
+take_events(void)
+{
+	BrokerEvent event;
+
+	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL &&
+		 (con.nready == 0 || con.bytes < (size_t) pgf_consumer_memory * 1024); i++)
+	{
+		broker_next_event(con.conn.broker, &event);
+		if (event.type == BROKER_NOTHING)
+			return false;
+		if (event.type == BROKER_MORE)
+			return true;
+		handle_event(&event);
+	}
+	return con.conn.broker != NULL;
+}
+
+/* ---- consuming ---- */
+
+static bool
+inspect_queue(BrokerError *error, BrokerResult *result)
+{
+	uint32_t	messages;
+	uint32_t	consumers;
+
+	*result = broker_inspect_queue(con.conn.broker, con.row.queue, &messages, &consumers, error);
+	con.inspect_at = mono_later(INSPECT_MS);
+	if (*result != BROKER_OK)
+		return false;
+	pg_atomic_write_u64(&worker_subscription->lag, (uint64) messages + 1);
+	return true;
+}
+
+/* As fanout.declare_binding() would. */
+static BrokerResult
+declare_queue(BrokerError *error)
+{
+	BrokerField arguments[2] = {
+		{.name = "x-queue-type",.type = BROKER_VALUE_STRING},
+		{.name = "x-delivery-limit",.type = BROKER_VALUE_INT},
+	};
+	BrokerResult result;
+
+	arguments[0].value.string.data = "quorum";
+	arguments[0].value.string.len = strlen("quorum");
+	arguments[1].value.integer = NO_DELIVERY_LIMIT;
+	result = broker_declare_exchange(con.conn.broker, con.row.exchange, error);
+	if (result == BROKER_OK)
+		result = broker_declare_queue(con.conn.broker, con.row.queue, arguments, lengthof(arguments), error);
+	if (result == BROKER_OK)
+		result = broker_bind_queue(con.conn.broker, con.row.queue, con.row.exchange, error);
+	return result;
+}
+
+/* This database's publisher declares it, with the arguments that were given. */
+static bool
+publisher_declares(void)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	bool		result;
+
+	worker_begin();
+	result = inbox_binding_exists(con.row.topic, con.row.consumer_group);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+	return result;
+}
+
+static void
+ask_publisher(void)
+{
+	DatabaseSlot *slot = shmem_my_slot();
+
+	if (slot == NULL)
+		return;
+	pg_atomic_fetch_add_u64(&slot->verify_requested, 1);
+	shmem_wake_publisher(slot);
+}
+
+/* Sees to it that the queue is there; one that is, is taken as it is. */
+static bool
+find_queue(void)
+{
+	BrokerError error;
+	BrokerResult result;
+
+	if (inspect_queue(&error, &result))
+		return true;
+	if (result == BROKER_REFUSED && error.code == 404)
+	{
+		if (publisher_declares())
+			ask_publisher();
+		else
+			result = declare_queue(&error);
+		if (result == BROKER_OK)
+			return true;
+	}
+	call_failed(result, &error);
+	return false;
+}
+
+static bool
+consume(void)
+{
+	BrokerError error;
+	BrokerResult result;
+
+	con.epoch++;
+	con.blocked_now = 0;
+	snprintf(con.tag, sizeof(con.tag), "pg_fanout-%u", con.epoch);
+	result = broker_consume(con.conn.broker, con.row.queue, con.tag, con.row.prefetch, &error);
+	if (result == BROKER_OK)
+		return true;
+	call_failed(result, &error);
+	return false;
+}
+
+/* Those that wait leave too little room for others. */
+static bool
+make_room(void)
+{
+	BrokerError error;
+	BrokerResult result;
+
+	if (!con.consuming || con.blocked_now * 2 < con.row.prefetch || con.blocked >= MAX_WAITING)
+		return false;
+	result = broker_cancel(con.conn.broker, con.tag, &error);
+	if (result == BROKER_OK)
+		(void) consume();
+	else
+		call_failed(result, &error);
+	return true;
+}
+
+static void
+begin_consuming(void)
+{
+	if (!find_queue() || !consume())
+		return;
+	con.consuming = true;
+	con.consuming_since = mono_now();
+	accepted();
+	worker_set_state(WORKER_IDLE);
+}
+
+/* Not before there is a handler to give deliveries to. */
+static void
+connect_broker(void)
+{
+	bool		again;
+
+	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
+		worker_end(WORKER_TERMINATED);
+	if (con.row.problem != NULL)
+	{
+		refused(con.row.problem);
+		return;
+	}
+	if (!connection_open(&con.conn, &again))
+		return;
+	if (again)
+		pg_atomic_fetch_add_u64(&worker_subscription->reconnects, 1);
+	begin_consuming();
+}
+
+/* ---- dead letters ---- */
+
+static bool
+take_redriven(Redriven *redriven)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	bool		found;
+
+	worker_begin();
+	found = inbox_take_redriven(&con.row, oldcontext, redriven);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+	return found;
+}
+
+static void
+redrive(Redriven *redriven)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	char		sqlstate[6];
+	char	   *error;
+	HandlerResult result = handler_redrive(&con.row, redriven, sqlstate, &error);
+
+	if (result == HANDLER_COMMITTED)
+	{
+		pg_atomic_fetch_add_u64(&worker_subscription->applied, 1);
+		return;
+	}
+	if (cannot_handle(result, NULL, 0))
+	{
+		strlcpy(sqlstate, "55000", sizeof(sqlstate));
+		error = con.row.problem;
+	}
+	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
+	worker_begin();
+	inbox_record_redriven(redriven->dead_id, sqlstate, error);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+}
+
+static bool
+redrive_dead(void)
+{
+	Redriven	redriven;
+
+	if (pg_atomic_read_u32(&worker_subscription->dirty) == 0 || con.row.problem != NULL)
+		return false;
+	pg_atomic_write_u32(&worker_subscription->dirty, 0);
+	pg_memory_barrier();
+	if (!take_redriven(&redriven))
+		return false;
+	/* there may be more: one at a time, between deliveries */
+	pg_atomic_write_u32(&worker_subscription->dirty, 1);
+	redrive(&redriven);
+	return true;
+}
+
+/* ---- the loop ---- */
+
+static void
+use_settings(void)
+{
+	if (!connection_settings_changed(&con.conn))
+		return;
+	disconnect(true);
+	connection_use_settings(&con.conn);
+}
+
+static void
+work_by_the_clock(void)
+{
+	MonoTime	now = mono_now();
+	BrokerError error;
+	BrokerResult result;
+
+	connection_lasts(&con.conn, now);
+	give_up_gone(now);
+	if (con.consuming && con.inspect_at <= now && !inspect_queue(&error, &result))
+		call_failed(result, &error);
+}
+
+static bool
+work(void)
+{
+	bool		any = false;
+
+	if (worker_reloaded())
+		use_settings();
+	if (con.conn.broker == NULL && con.conn.connect_at <= mono_now())
+	{
+		connect_broker();
+		any = true;
+	}
+	any = take_events() || any;
+	any = handle_ready() || any;
+	if (con.order.stale)
+	{
+		order_release(&con.order, release, NULL);
+		any = true;
+	}
+	any = give_back_due(mono_now()) || any;
+	any = make_room() || any;
+	any = redrive_dead() || any;
+	work_by_the_clock();
+	return any;
+}
+
+static void
+earlier(long *timeout, MonoTime now, MonoTime when)
+{
+	if (when != 0)
+		*timeout = Min(*timeout, mono_left(now, when));
+}
+
+static void
+wait_for_work(void)
+{
+	MonoTime	now = mono_now();
+	long		timeout = 60000;
+	int			fd = -1;
+
+	if (con.conn.broker != NULL)
+	{
+		fd = broker_fd(con.conn.broker);
+		timeout = Min(timeout, broker_next_heartbeat(con.conn.broker));
+		worker_set_state(WORKER_IDLE);
+	}
+	else
+		earlier(&timeout, now, Max(con.conn.connect_at, 1));
+	if (con.consuming)
+	{
+		earlier(&timeout, now, con.next_due);
+		earlier(&timeout, now, con.next_gone);
+		earlier(&timeout, now, con.inspect_at);
+	}
+	(void) worker_wait(fd, false, timeout);
+}
+
+/* What failed before has its place before all that comes. */
+static void
+load_failures(void)
+{
+	Delivery  **failures;
+	int			n;
+
+	worker_begin();
+	failures = inbox_load_failures(con.subscription_id, con.row.ordered, con.deliveries, &n);
+	worker_commit();
+	for (int i = 0; i < n; i++)
+	{
+		failures[i]->order.pinned = true;
+		set_away(failures[i]);
+		add_to_order(failures[i]);
+		remember_failed(failures[i]);
+	}
+	pfree(failures);
+}
+
+static void
+take_over(void)
+{
+	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
+	con.subscription_id = worker_subscription->subscription.subscription_id;
+	con.suspects = worker_subscription->clean ? 0 : 1;
+	worker_subscription->clean = false;
+	LWLockRelease(pgf_shared->lock);
+}
+
+static void
+start(void)
+{
+	HASHCTL		ctl = {0};
+
+	con.deliveries = AllocSetContextCreate(TopMemoryContext, "pg_fanout deliveries", ALLOCSET_DEFAULT_SIZES);
+	con.row_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout subscription", ALLOCSET_SMALL_SIZES);
+	ctl.keysize = sizeof(pg_uuid_t);
+	ctl.entrysize = sizeof(FailedEntry);
+	con.failed = hash_create("pg_fanout failures", 64, &ctl, HASH_ELEM | HASH_BLOBS);
+	order_init(&con.order);
+	handler_init();
+	take_over();
+	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
+		worker_end(WORKER_TERMINATED);
+	con.suspects *= con.row.prefetch;
+	snprintf(con.name, sizeof(con.name), "consumer of %s", con.row.queue ? con.row.queue : "(null)");
+	snprintf(con.connection_name, sizeof(con.connection_name), "pg_fanout consumer %s/%s",
+			 con.row.topic, con.row.consumer_group);
+	load_failures();
+	connection_init(&con.conn, con.name, con.connection_name);
+	con.conn.options.consumer = true;
+	use_settings();
+}
+
+static void
+run(void)
+{
+	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
+												ALLOCSET_DEFAULT_SIZES);
+
+	start();
+	for (;;)
+	{
+		bool		any;
+
+		MemoryContextSwitchTo(round);
+		any = work();
+		MemoryContextReset(round);
+		if (!any)
+			wait_for_work();
+		else
+			CHECK_FOR_INTERRUPTS();
+	}
+}
+
+/*
+ * What is in hand goes back to the queue.  The next worker is told whether a
+ * handler was running.
+ */
+static void
+say_goodbye(int code, Datum arg)
+{
+	if (worker_subscription != NULL && !handler_running())
+	{
+		LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
+		worker_subscription->clean = true;
+		LWLockRelease(pgf_shared->lock);
+	}
+	if (con.conn.broker != NULL)
+		broker_close(con.conn.broker, true);
+	con.conn.broker = NULL;
+}
+
+void
+pg_fanout_consumer_main(Datum main_arg)
+{
+	worker_attach(main_arg, "consumer");
+	before_shmem_exit(say_goodbye, (Datum) 0);
+
+	PG_TRY();
+	{
+		run();
+	}
+	PG_CATCH();
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+		ErrorData  *edata = CopyErrorData();
+
+		worker_set_error(edata->message);
+		MemoryContextSwitchTo(oldcontext);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+}
