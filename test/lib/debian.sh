@@ -48,3 +48,18 @@ debian_unpack() {
 	done
 	rm -r "$dir/debs"
 }
+
+# debian_source DIR PACKAGE: fetches the source of a package of this machine's
+# release into DIR.
+debian_source() {
+	local dir=$1 archive codename
+
+	archive=$(debian_archive)
+	codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+	[ -n "$archive" ] && [ -n "$codename" ] || return 1
+	mkdir -p "$dir"/{state/lists,cache/archives}/partial
+	echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $codename main" \
+		>"$dir/sources.list"
+	debian_apt "$dir" apt-get -o APT::Update::Error-Mode=any update &&
+		(cd "$dir" && debian_apt "$dir" apt-get source --download-only "$2")
+}
