@@ -34,6 +34,8 @@
  * While a topic has messages held, all its further ones are held too, so that
  * its order is kept and nothing else waits for it.
  *
+ * A topic that was nacked is tried again on a new channel; see renew_channel().
+ *
  * Which refused message it was: confirms name it.  A channel closed by the
  * broker does not, and everything in flight is then unknown.  The publisher
  * isolates: it sends those messages again one at a time, and the one that is
@@ -118,6 +120,7 @@ typedef struct Publisher
 	int			window_limit;
 	size_t		window_bytes;
 	int			isolate;		/* messages to be sent one at a time */
+	bool		renew_channel;	/* once nothing is in flight on it */
 
 	/* by the clock */
 	MonoTime	statistics_at;	/* 0: nothing to count */
@@ -276,9 +279,12 @@ static void
 nacked(void *item, void *arg)
 {
 	Message    *message = item;
+	Topic	   *topic = topology_find(message->topic_id);
 
 	left_window(message);
 	pg_atomic_fetch_add_u64(&worker_slot->nacked, 1);
+	if (topic != NULL)
+		topic->nacked = true;
 	refused(message, message->state == MESSAGE_RETURNED ? message->reason :
 			"nacked: a queue is full and rejects publishes, or failed");
 }
@@ -362,6 +368,7 @@ disconnect(bool polite)
 		return;
 	(void) put_back_all();
 	pub.alarm_logged = false;
+	pub.renew_channel = false;
 	connection_close(&pub.conn, polite);
 }
 
@@ -420,9 +427,35 @@ disconnected(BrokerEvent *event)
 }
 
 static void
-channel_closed(BrokerEvent *event)
+reopen_channel(void)
 {
 	BrokerError error;
+
+	pub.renew_channel = false;
+	if (broker_reopen(pub.conn.broker, &error) != BROKER_OK)
+		broker_failed(error.text);
+}
+
+/*
+ * A channel remembers how it reaches a quorum queue.  If the node that led the
+ * queue was down when the channel first published to it, RabbitMQ 3.10 nacks
+ * everything on that channel, even when another node leads the queue by then
+ * (rabbit_fifo_client, enqueue/3).  A new channel asks anew.
+ */
+static bool
+renew_channel(void)
+{
+	if (!pub.renew_channel || pub.conn.broker == NULL || pub.window.outstanding > 0 ||
+		broker_blocked(pub.conn.broker))
+		return false;
+	confirms_reset(&pub.window);
+	reopen_channel();
+	return true;
+}
+
+static void
+channel_closed(BrokerEvent *event)
+{
 	Message    *message = take_culprit();
 
 	if (message != NULL)
@@ -435,8 +468,7 @@ channel_closed(BrokerEvent *event)
 		else
 			refused(message, reason);
 	}
-	if (broker_reopen(pub.conn.broker, &error) != BROKER_OK)
-		broker_failed(error.text);
+	reopen_channel();
 }
 
 /* ---- what the broker says ---- */
@@ -877,7 +909,7 @@ publish(Message *message, Topic *topic)
 static bool
 window_open(void)
 {
-	if (pub.conn.broker == NULL || pub.declare || broker_blocked(pub.conn.broker))
+	if (pub.conn.broker == NULL || pub.declare || pub.renew_channel || broker_blocked(pub.conn.broker))
 		return false;
 	if (pub.window.outstanding == 0)
 		return true;
@@ -1137,7 +1169,8 @@ due_topic(MonoTime now)
 static bool
 may_retry(void)
 {
-	return pub.conn.broker != NULL && pub.drain == NULL && !broker_blocked(pub.conn.broker);
+	return pub.conn.broker != NULL && pub.drain == NULL && !pub.renew_channel &&
+		!broker_blocked(pub.conn.broker);
 }
 
 static bool
@@ -1150,6 +1183,12 @@ retry_stalled(void)
 	topic = due_topic(mono_now());
 	if (topic == NULL)
 		return false;
+	if (topic->stalled && topic->nacked)
+	{
+		topic->nacked = false;
+		pub.renew_channel = true;
+		return true;
+	}
 	if (topic->stalled && !retry_topology(topic))
 		return true;
 	if (pub.conn.broker != NULL && topic->held && !topic->paused)
@@ -1424,6 +1463,7 @@ work(void)
 		any = true;
 	}
 	any = take_events() || any;
+	any = renew_channel() || any;
 	if (may_declare())
 	{
 		declare_topology();

@@ -75,6 +75,7 @@ typedef struct Topic
 	int			holding;		/* held in memory, not recorded yet */
 	bool		stalled;
 	bool		stall_changed;	/* to be recorded */
+	bool		nacked;			/* since it was last tried */
 	bool		alert;			/* the retry limit was reached just now */
 	int			attempts;
 	TimestampTz stalled_at;

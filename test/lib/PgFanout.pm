@@ -77,6 +77,22 @@ sub broker
 
 =pod
 
+=item PgFanout::broker_cluster(3)
+
+A cluster of so many nodes: private brokers, see there, that know each other.
+Queues declared as quorum queues have a replica on each.
+
+=cut
+
+sub broker_cluster
+{
+	my ($count) = @_;
+
+	return PgFanout::BrokerCluster->new($count);
+}
+
+=pod
+
 =item PgFanout::cluster(name, broker or proxy, conf => 'lines', extension => 0)
 
 A started PostgreSQL node that publishes to the broker.  With no broker, it
@@ -260,14 +276,17 @@ sub new
 	my $shared = $ENV{PG_FANOUT_TEST_BROKER_DIR};
 
 	$self->{private} = $params{private} || !$shared;
-	$self->{dir} =
-	  $self->{private}
-	  ? PostgreSQL::Test::Utils::tempdir('broker')
-	  : $shared;
+	$self->{dir} = $params{dir}
+	  || (
+		$self->{private}
+		? PostgreSQL::Test::Utils::tempdir('broker')
+		: $shared);
 	$self->{vhost} =
 	  $params{vhost} || File::Basename::basename($0, '.pl') . "_$$";
+	$self->{users} = {};
 
 	push @brokers, $self;
+	return $self if $params{dir};
 	$self->configure_tls($params{tls}) if $params{tls};
 	$self->rabbit('start') if $self->{private};
 	$self->read_env;
@@ -282,7 +301,7 @@ sub pid { return $_[0]->{env}->{RABBIT_PID}; }
 
 =pod
 
-=item $broker->uri(port => N), tls_uri(port => N, host => 'name')
+=item $broker->uri(port => N, user => 'user:password'), tls_uri(port => N, host => 'name')
 
 =cut
 
@@ -290,8 +309,9 @@ sub uri
 {
 	my ($self, %params) = @_;
 	my $port = $params{port} || $self->port;
+	my $user = $params{user} || 'guest:guest';
 
-	return "amqp://guest:guest\@127.0.0.1:$port/$self->{vhost}";
+	return "amqp://$user\@127.0.0.1:$port/$self->{vhost}";
 }
 
 sub tls_uri
@@ -301,6 +321,41 @@ sub tls_uri
 	my $host = $params{host} || 'localhost';
 
 	return "amqps://guest:guest\@$host:$port/$self->{vhost}";
+}
+
+=pod
+
+=item $broker->add_user(user, password)
+
+A user who may do everything in the virtual host.
+
+=cut
+
+sub add_user
+{
+	my ($self, $user, $password) = @_;
+
+	$self->{users}->{$user} = $password;
+	$self->ctl('add_user', $user, $password);
+	$self->permit($user);
+	return;
+}
+
+=pod
+
+=item $broker->permit(user, configure, write, read)
+
+Regular expressions; default '.*'.
+
+=cut
+
+sub permit
+{
+	my ($self, $user, @rights) = @_;
+
+	$self->ctl('set_permissions', '-p', $self->{vhost}, $user,
+		map { defined $rights[$_] ? $rights[$_] : '.*' } 0 .. 2);
+	return;
 }
 
 =pod
@@ -325,8 +380,17 @@ sub create_vhost
 	my ($self) = @_;
 
 	$self->ctl('add_vhost', $self->{vhost});
-	$self->ctl('set_permissions', '-p', $self->{vhost}, 'guest', '.*', '.*',
-		'.*');
+	$self->permit($_) foreach 'guest', keys %{ $self->{users} };
+	return;
+}
+
+sub create_again
+{
+	my ($self) = @_;
+
+	$self->ctl('add_user', $_, $self->{users}->{$_})
+	  foreach keys %{ $self->{users} };
+	$self->create_vhost;
 	return;
 }
 
@@ -351,8 +415,8 @@ sub rabbit
 
 =item $broker->stop, start, kill, restart, freeze, thaw, wipe
 
-See test/lib/rabbit.  Only for a private broker.  After wipe, the virtual host
-exists again and is empty.
+See test/lib/rabbit.  Only for a private broker.  After wipe, users and the
+virtual host exist again, and it is empty.
 
 =cut
 
@@ -365,7 +429,7 @@ foreach my $command (qw(stop start kill restart freeze thaw wipe))
 		die "$command of a shared broker" unless $self->{private};
 		$self->rabbit($command);
 		$self->read_env;
-		$self->create_vhost if $command eq 'wipe';
+		$self->create_again if $command eq 'wipe';
 		return;
 	};
 }
@@ -474,6 +538,7 @@ sub end
 	if (!$self->{private})
 	{
 		$self->ctl('delete_vhost', $self->{vhost});
+		$self->ctl('delete_user', $_) foreach keys %{ $self->{users} };
 		return;
 	}
 	foreach my $log (glob "$self->{dir}/log/*.log")
@@ -483,8 +548,110 @@ sub end
 			  . File::Basename::basename($0, '.pl') . '_'
 			  . File::Basename::basename($log));
 	}
-	$self->rabbit('stop');
+	# a member of a cluster need not tell the others
+	$self->rabbit($self->{env}->{RABBIT_MEMBERS} ? 'kill' : 'stop');
 	return;
+}
+
+package PgFanout::BrokerCluster;
+
+use strict;
+use warnings;
+
+=pod
+
+=item $cluster->member(N), $cluster->members, $cluster->uris
+
+Brokers, from 0; their URIs.  uri() has all of them, separated by commas.
+
+=item $cluster->leader(queue), $cluster->replicas(queue)
+
+The broker that leads a queue, or undef if there is none now; those that have a
+replica of it.
+
+=cut
+
+sub new
+{
+	my ($class, $count) = @_;
+	my $self = bless {}, $class;
+	my $dir = PostgreSQL::Test::Utils::tempdir('brokers');
+
+	$self->{members} = [
+		map {
+			mkdir "$dir/$_" or die "could not create $dir/$_: $!";
+			PgFanout::Broker->new(private => 1, dir => "$dir/$_")
+		} 1 .. $count ];
+	PgFanout::run_command_ok("$PgFanout::lib/rabbit", 'cluster',
+		map { $_->{dir} } $self->members);
+	$_->read_env foreach $self->members;
+	PgFanout::poll(sub { $self->online == $count }, 'all members', 60);
+	$self->member(0)->create_vhost;
+	return $self;
+}
+
+sub member { return $_[0]->{members}->[ $_[1] ]; }
+sub members { return @{ $_[0]->{members} }; }
+sub vhost { return $_[0]->member(0)->vhost; }
+sub uris { return map { $_->uri } $_[0]->members; }
+sub uri { return join(',', $_[0]->uris); }
+
+# One that is there.
+sub alive
+{
+	my ($self) = @_;
+	my ($alive) = grep { $_->pid && kill 0, $_->pid } $self->members;
+
+	return $alive || die "no member is running";
+}
+
+sub ctl
+{
+	my ($self, @args) = @_;
+
+	return $self->alive->ctl(@args);
+}
+
+sub amqp
+{
+	my ($self, @args) = @_;
+
+	return $self->alive->amqp(@args);
+}
+
+# How many members know each other.
+sub online
+{
+	my ($self) = @_;
+	my $status = JSON::PP::decode_json(
+		$self->ctl('cluster_status', '--formatter', 'json'));
+
+	return scalar @{ $status->{running_nodes} };
+}
+
+sub leader
+{
+	my ($self, $queue) = @_;
+
+	return ($self->nodes_of($queue, 'leader'))[0];
+}
+
+sub replicas
+{
+	my ($self, $queue) = @_;
+
+	return $self->nodes_of($queue, 'members');
+}
+
+sub nodes_of
+{
+	my ($self, $queue, $column) = @_;
+	my ($line) = grep { /^\Q$queue\E\s/ }
+	  split /\n/,
+	  $self->ctl('list_queues', '-p', $self->vhost, 'name', $column);
+
+	return grep { ($line || '') =~ /\Q$_->{env}->{RABBIT_NODE}\E\b/ }
+	  $self->members;
 }
 
 package PgFanout::Proxy;
@@ -512,9 +679,9 @@ sub port { return $_[0]->{port}; }
 
 sub uri
 {
-	my ($self) = @_;
+	my ($self, %params) = @_;
 
-	return $self->{broker}->uri(port => $self->{port});
+	return $self->{broker}->uri(%params, port => $self->{port});
 }
 
 sub tls_uri
