@@ -14,7 +14,8 @@
  * as in a query, where the server refuses that.
  *
  * handler_timeout: a timer sends SIGINT, as pg_cancel_backend() would; both
- * cancel what the handler does, which is an error like any other.
+ * cancel what the handler does, which is an error like any other.  One that
+ * catches that ends with its process.
  *
  * Must never: ack, or be called while the broker is waited for.
  *
@@ -50,10 +51,17 @@
 #include "handler.h"
 #include "worker.h"
 
+/*
+ * A handler may catch its cancellation, and go on.  When its time is over for
+ * so many milliseconds, the process ends; a failed attempt, as any FATAL is.
+ */
+#define GRACE_MS 2000
+
 /* Of an error's text, in bytes. */
 #define MAX_ERROR 8192
 
 static TimeoutId handler_timer;
+static TimeoutId grace_timer;
 static volatile sig_atomic_t timed_out = false;
 static bool running = false;
 static bool refresh = true;		/* the subscription has to be read anew */
@@ -75,6 +83,12 @@ handler_late(void)
 	kill(MyProcPid, SIGINT);
 }
 
+static void
+handler_deaf(void)
+{
+	kill(MyProcPid, SIGTERM);
+}
+
 void
 handler_init(void)
 {
@@ -83,6 +97,7 @@ handler_init(void)
 	for (int i = 0; i < lengthof(caches); i++)
 		CacheRegisterSyscacheCallback(caches[i], something_changed, (Datum) 0);
 	handler_timer = RegisterTimeout(USER_TIMEOUT, handler_late);
+	grace_timer = RegisterTimeout(USER_TIMEOUT, handler_deaf);
 }
 
 bool
@@ -152,6 +167,7 @@ static void
 stop_timer(void)
 {
 	disable_timeout(handler_timer, false);
+	disable_timeout(grace_timer, false);
 	worker_allow_cancel(false);
 }
 
@@ -169,6 +185,7 @@ call(const SubscriptionRow *row, Datum argument)
 	timed_out = false;
 	worker_allow_cancel(true);
 	enable_timeout_after(handler_timer, row->handler_timeout);
+	enable_timeout_after(grace_timer, row->handler_timeout + GRACE_MS);
 	(void) FunctionCallInvoke(fcinfo);
 	stop_timer();
 	PopActiveSnapshot();
