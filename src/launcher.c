@@ -66,7 +66,8 @@
  *	 new shared memory, and forgets our workers: as server start.
  *
  * - max_worker_processes exhausted: logged once, tried again every
- *	 REGISTER_RETRY until there is room.
+ *	 REGISTER_RETRY until there is room.  A worker that ended keeps its place
+ *	 until the postmaster takes notice, so the first failure means nothing yet.
  *
  * - More databases than slots: logged once, tried again whenever a slot may
  *	 have become free.
@@ -107,6 +108,7 @@
 /* Milliseconds, unless it says otherwise. */
 #define REFRESH_INTERVAL	60000
 #define REGISTER_RETRY		10000
+#define REGISTER_RETRY_FIRST	200
 #define START_PATIENCE		2000
 #define RELAUNCH_DELAY_S	5
 
@@ -140,7 +142,7 @@ static Start *starts;			/* one for each worker's slot */
 static MonoTime patience_until = 0; /* with the last start */
 static MonoTime register_after = 0;
 static MonoTime refresh_at = 0;
-static bool workers_exhausted = false;
+static int	register_failures = 0;	/* in a row */
 static bool slots_exhausted = false;
 
 static void attach_launcher(void);
@@ -493,7 +495,7 @@ start_worker(int index, Oid database)
 		note_register_failure();
 		return false;
 	}
-	workers_exhausted = false;
+	register_failures = 0;
 	patience_until = mono_later(START_PATIENCE);
 	return true;
 }
@@ -531,10 +533,10 @@ register_worker(int index, uint32 generation, Oid database)
 static void
 note_register_failure(void)
 {
-	register_after = mono_later(REGISTER_RETRY);
-	if (workers_exhausted)
+	register_failures = Min(register_failures + 1, 3);
+	register_after = mono_later(register_failures == 1 ? REGISTER_RETRY_FIRST : REGISTER_RETRY);
+	if (register_failures != 2)
 		return;
-	workers_exhausted = true;
 	ereport(LOG,
 			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 			 errmsg("pg_fanout cannot start a worker: out of background worker slots"),
