@@ -65,10 +65,16 @@ $experiment->run(
 	sub {
 		my $offset = -s $node->logfile;
 		my $segment = sql('select current from fanout.rotation');
-		my $size = sql("select pg_relation_size('fanout.outbox_$segment')") + 32 * 8192;
+		my $lock = $node->background_psql('postgres');
+		my $size;
 
+		# it must not grow until all processes have the limit
+		$lock->query_safe("begin; lock table fanout.outbox_$segment in exclusive mode");
+		$size = sql("select pg_relation_size('fanout.outbox_$segment')") + 32 * 8192;
 		cmp_ok($size, '>', 2 * $wal_segment, 'the segment is larger than a file of WAL');
 		limit_files($size);
+		$lock->query_safe('commit');
+		$lock->quit;
 		$node->wait_for_log(qr/ERROR:  could not extend file .*: File too large/, $offset);
 		PgFanout::poll(
 			sub { sql("select pg_relation_size('fanout.outbox_$segment')") == $size
