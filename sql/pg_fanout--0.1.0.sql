@@ -1600,6 +1600,208 @@ revoke all on function fanout.unsubscribe(text, text) from public;
 
 
 -- ---------------------------------------------------------------------------
+-- Keeping a table equal to a remote one
+-- ---------------------------------------------------------------------------
+
+create table fanout.sync_target (
+    subscription_id integer  primary key,
+    target          regclass not null,
+    key             text[]   not null,
+    columns         jsonb,
+    floor           bigint   not null default 0
+);
+comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
+comment on column fanout.sync_target.key is 'columns of the target that a unique index is on';
+comment on column fanout.sync_target.columns is 'remote name: local name, of those columns that have different ones';
+comment on column fanout.sync_target.floor is 'sequence of the newest TRUNCATE';
+revoke all on fanout.sync_target from public;
+select pg_extension_config_dump('fanout.sync_target', '');
+
+create table fanout.sync_row (
+    subscription_id integer     not null,
+    key             text        not null,
+    sequence        bigint      not null,
+    deleted_at      timestamptz,
+    primary key (subscription_id, key)
+) with (fillfactor = 50);
+create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
+comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
+comment on column fanout.sync_row.deleted_at is 'not NULL: the row is deleted; forgotten after pg_fanout.inbox_retention';
+revoke all on fanout.sync_row from public;
+
+create function fanout.sync_messages(messages fanout.message[]) returns void
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_sync_messages';
+comment on function fanout.sync_messages(fanout.message[]) is
+'the handler of subscriptions made by fanout.sync_table(): applies messages to the table. Errors: 22023 a message that cannot be applied, 42704 not such a subscription, 42501 of another role, 42P01 the table is gone, and those of the table';
+revoke all on function fanout.sync_messages(fanout.message[]) from public;
+
+create function fanout.sync_key(target regclass, key text[]) returns text[]
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found_key text[];
+begin
+    select array(select a.attname::text from unnest(i.indkey) with ordinality k(attnum, n)
+                 join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by k.n)
+    into found_key
+    from pg_index i
+    where i.indrelid = sync_key.target and i.indisunique and i.indimmediate and i.indisvalid
+      and i.indpred is null and i.indexprs is null and i.indnkeyatts = i.indnatts
+      and case when sync_key.key is null then i.indisprimary
+               else array(select a.attname::text from unnest(i.indkey) k(attnum)
+                          join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by 1)
+                    = array(select k from unnest(sync_key.key) k order by 1) end
+    limit 1;
+    if found_key is null and sync_key.key is null then
+        raise exception 'table % has no primary key', sync_key.target
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Name the columns of a unique index in "key".';
+    elsif found_key is null then
+        raise exception 'table % has no unique index on (%)', sync_key.target, array_to_string(sync_key.key, ', ')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Create one, neither partial nor deferrable: it tells which row a message is about.';
+    end if;
+    return coalesce(sync_key.key, found_key);
+end
+$$;
+comment on function fanout.sync_key(regclass, text[]) is
+'internal: the key by which rows of a table are found, that given or its primary key; raises an error unless a unique index is on it';
+revoke all on function fanout.sync_key(regclass, text[]) from public;
+
+create function fanout.check_sync_target(role regrole, target regclass) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    missing text;
+begin
+    if check_sync_target.target is null then
+        raise exception 'target must not be null'
+            using errcode = 'null_value_not_allowed';
+    elsif not exists (select from pg_class c where c.oid = check_sync_target.target
+                      and c.relkind in ('r', 'p') and c.relpersistence <> 't') then
+        raise exception '% is not an ordinary or partitioned table', check_sync_target.target
+            using errcode = 'wrong_object_type';
+    end if;
+    select string_agg(p, ', ') into missing
+    from unnest(array['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p
+    where not has_table_privilege(check_sync_target.role, check_sync_target.target, p);
+    if missing is not null then
+        raise exception 'permission denied for table %', check_sync_target.target
+            using errcode = 'insufficient_privilege',
+                  detail = pg_catalog.format('Role %s lacks %s.', check_sync_target.role, missing);
+    end if;
+end
+$$;
+comment on function fanout.check_sync_target(regrole, regclass) is
+'internal: raises an error unless the role may keep the table in sync';
+revoke all on function fanout.check_sync_target(regrole, regclass) from public;
+
+create function fanout.check_sync_columns(target regclass, columns jsonb) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    wrong text;
+begin
+    if check_sync_columns.columns is null then
+        return;
+    elsif jsonb_typeof(check_sync_columns.columns) <> 'object'
+       or exists (select from jsonb_each(check_sync_columns.columns) e where jsonb_typeof(e.value) <> 'string') then
+        raise exception 'columns must be an object of strings'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example {"remote_name": "local_name"}.';
+    end if;
+    select e.value into wrong from jsonb_each_text(check_sync_columns.columns) e
+    where not exists (select from pg_attribute a where a.attrelid = check_sync_columns.target
+                      and a.attname = e.value and a.attnum > 0 and not a.attisdropped)
+    limit 1;
+    if found then
+        raise exception 'column "%" of table % does not exist', wrong, check_sync_columns.target
+            using errcode = 'undefined_column';
+    end if;
+    select e.value into wrong from jsonb_each_text(check_sync_columns.columns) e
+    group by e.value having count(*) > 1 limit 1;
+    if found then
+        raise exception 'column "%" is named twice', wrong
+            using errcode = 'invalid_parameter_value';
+    end if;
+end
+$$;
+comment on function fanout.check_sync_columns(regclass, jsonb) is
+'internal: raises an error unless the renames of fanout.sync_table() fit the table';
+revoke all on function fanout.check_sync_columns(regclass, jsonb) from public;
+
+create function fanout.add_sync_table(role regrole, topic text, consumer_group text, target regclass, key text[],
+                                      columns jsonb, prefetch integer, max_attempts integer, retry_delay interval,
+                                      max_retry_delay interval, handler_timeout interval)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    was_active boolean;
+    id integer;
+    old fanout.sync_target;
+    new fanout.sync_target;
+begin
+    perform fanout.check_sync_target(add_sync_table.role, add_sync_table.target);
+    perform fanout.check_sync_columns(add_sync_table.target, add_sync_table.columns);
+    new.target := add_sync_table.target;
+    new.key := fanout.sync_key(add_sync_table.target, add_sync_table.key);
+    new.columns := add_sync_table.columns;
+
+    was_active := exists (select from fanout.subscription s where s.topic = add_sync_table.topic
+                          and s.consumer_group = add_sync_table.consumer_group and s.active);
+    perform fanout.add_subscription(add_sync_table.role, add_sync_table.topic, add_sync_table.consumer_group,
+                                    'fanout.sync_messages(fanout.message[])'::regprocedure,
+                                    add_sync_table.prefetch, add_sync_table.max_attempts,
+                                    add_sync_table.retry_delay, add_sync_table.max_retry_delay, true,
+                                    add_sync_table.handler_timeout);
+    select s.subscription_id into strict id from fanout.subscription s
+    where s.topic = add_sync_table.topic and s.consumer_group = add_sync_table.consumer_group;
+    select * into old from fanout.sync_target t where t.subscription_id = id;
+    if was_active then
+        perform fanout.raise_difference(
+            pg_catalog.format('subscription of consumer group "%s" to topic "%s"',
+                              add_sync_table.consumer_group, add_sync_table.topic),
+            array_remove(array[
+                fanout.difference('target', old.target::text, new.target::text),
+                fanout.difference('key', old.key::text, new.key::text),
+                fanout.difference('columns', old.columns::text, new.columns::text)], null));
+        return;
+    end if;
+    -- another table knows nothing of what the one before was told
+    if old is distinct from row(id, new.target, new.key, old.columns, old.floor)::fanout.sync_target then
+        delete from fanout.sync_row r where r.subscription_id = id;
+        delete from fanout.sync_target t where t.subscription_id = id;
+    end if;
+    insert into fanout.sync_target as t (subscription_id, target, key, columns)
+    values (id, new.target, new.key, new.columns)
+    on conflict (subscription_id) do update set columns = excluded.columns;
+end
+$$;
+comment on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) is
+'internal: what fanout.sync_table() does with the rights of pg_fanout';
+revoke all on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) from public;
+
+create function fanout.sync_table(topic text, consumer_group text, target regclass, key text[] default null,
+                                  columns jsonb default null, prefetch integer default 1000,
+                                  max_attempts integer default 10, retry_delay interval default '1 s',
+                                  max_retry_delay interval default '5 min', handler_timeout interval default '30 s')
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_sync_table';
+comment on function fanout.sync_table(text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) is
+'subscribes with a handler that keeps a table equal to the remote one, from bodies of format debezium, row or cloudevents: rows are inserted, updated, deleted, all of them at a TRUNCATE; never is something older written over something newer. target: the table; key: its columns that identify a row, in the order of the message''s key, with a unique index; NULL: the primary key; columns: {"remote name": "local name"} where names differ; NULL: nowhere. Columns that the table does not have are ignored, those that a message does not have are left alone. The others as in fanout.subscribe(). Errors: those of subscribe(), 42809 not a table, 42703 unknown column, 22023 no such unique index';
+revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) from public;
+
+
+
+-- ---------------------------------------------------------------------------
 -- Views
 -- ---------------------------------------------------------------------------
 

@@ -58,17 +58,11 @@
 
 PG_FUNCTION_INFO_V1(pgf_subscribe);
 PG_FUNCTION_INFO_V1(pgf_unsubscribe);
+PG_FUNCTION_INFO_V1(pgf_sync_table);
 PG_FUNCTION_INFO_V1(pgf_subscriptions_changed);
 PG_FUNCTION_INFO_V1(pgf_wake_consumers);
 
 /* ---- the owner's rights ---- */
-
-typedef struct Caller
-{
-	Oid			user;
-	int			context;
-	int			settings;		/* nest level */
-} Caller;
 
 /* The schema is the extension's own (see the install script), and its owner's. */
 static Oid
@@ -85,8 +79,7 @@ owner(void)
 	return result;
 }
 
-/* An error undoes it, too, as it undoes the transaction. */
-static Caller
+Caller
 become_owner(void)
 {
 	static const char *const settings[][2] = {
@@ -105,7 +98,7 @@ become_owner(void)
 	return caller;
 }
 
-static void
+void
 become_caller(const Caller *caller)
 {
 	AtEOXact_GUC(false, caller->settings);
@@ -631,6 +624,19 @@ forget_old_failures(int retention_s)
 	query_execute(&query, 1, types, values, NULL);
 }
 
+/* What the inbox would not recognise any more may as well be applied again. */
+static void
+forget_deleted_rows(int retention_s)
+{
+	static CachedQuery query = {
+		"delete from fanout.sync_row where deleted_at < clock_timestamp() - $1 * interval '1 s'"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+
+	query_execute(&query, 1, types, values, NULL);
+}
+
 void
 inbox_rotate(int retention_s)
 {
@@ -657,6 +663,7 @@ inbox_rotate(int retention_s)
 			query_execute(&advance, 1, types, values, NULL);
 		}
 		forget_old_failures(retention_s);
+		forget_deleted_rows(retention_s);
 	}
 	become_caller(&caller);
 }
@@ -699,6 +706,20 @@ pgf_subscribe(PG_FUNCTION_ARGS)
 
 	PreventCommandIfReadOnly("fanout.subscribe()");
 	call_as_owner(fcinfo, "select fanout.add_subscription($1::regrole, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+				  types);
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_sync_table(PG_FUNCTION_ARGS)
+{
+	Oid			types[] = {
+		OIDOID, TEXTOID, TEXTOID, REGCLASSOID, TEXTARRAYOID, JSONBOID, INT4OID, INT4OID, INTERVALOID, INTERVALOID,
+		INTERVALOID
+	};
+
+	PreventCommandIfReadOnly("fanout.sync_table()");
+	call_as_owner(fcinfo, "select fanout.add_sync_table($1::regrole, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
 				  types);
 	PG_RETURN_VOID();
 }

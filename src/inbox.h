@@ -16,6 +16,21 @@
 
 #include "delivery.h"
 
+/*
+ * Goes on with the rights of the extension's owner, and settings for its own
+ * statements, until become_caller().  An error undoes it, too, as it undoes the
+ * (sub)transaction.
+ */
+typedef struct Caller
+{
+	Oid			user;
+	int			context;
+	int			settings;		/* nest level */
+} Caller;
+
+extern Caller become_owner(void);
+extern void become_caller(const Caller *caller);
+
 /* One row of fanout.subscription.  Intervals are in milliseconds. */
 typedef struct SubscriptionRow
 {
@@ -89,7 +104,8 @@ extern void inbox_record_redriven(int64 dead_id, const char *sqlstate, const cha
 
 /*
  * The publisher: empties segments that are older than the retention, and goes
- * on to the next; removes failures of which nobody has heard for so long.
+ * on to the next; removes failures of which nobody has heard for so long, and
+ * what is remembered of rows of sync_table() that were deleted.
  */
 extern void inbox_rotate(int retention_s);
 
