@@ -87,6 +87,10 @@
 #define INSPECT_MS 5000
 
 #define MAX_REFUSED_MS 30000
+
+/* Failures are logged no more often. */
+#define FAILURE_LOG_MS 60000
+
 #define EVENTS_AT_ONCE 10000
 
 typedef struct FailedEntry
@@ -125,7 +129,7 @@ typedef struct Consumer
 	int			blocked_now;	/* the same, of this epoch */
 	size_t		bytes;			/* of bodies in memory */
 	int			suspects;		/* so many may still be */
-	bool		failure_logged;
+	MonoTime	failure_log_at; /* no sooner */
 	MonoTime	next_due;		/* of one that is FAILED; 0: none */
 	MonoTime	next_gone;		/* of one that is AWAY; 0: none */
 } Consumer;
@@ -346,8 +350,9 @@ ack(uint64 tag, bool multiple)
 }
 
 /*
- * If nothing else is in hand that is older, one ack does for all of them.
- * Tags grow in the order of coming.
+ * If nothing else is in hand, one ack does for all of them.  What is in hand
+ * is not in the order of tags: one that waited may be older than any of these,
+ * and an ack of it would lose it.
  */
 static void
 ack_all(const uint64 *tags, int n)
@@ -356,18 +361,18 @@ ack_all(const uint64 *tags, int n)
 
 	if (n == 0)
 		return;
-	for (int i = 0; i < n; i++)
-		highest = Max(highest, tags[i]);
-	if (con.blocked == 0 && (con.first_ready == NULL || con.first_ready->tag > highest))
+	if (con.blocked > 0 || con.nready > 0)
 	{
-		(void) ack(highest, true);
+		for (int i = 0; i < n; i++)
+		{
+			if (!ack(tags[i], false))
+				return;
+		}
 		return;
 	}
 	for (int i = 0; i < n; i++)
-	{
-		if (!ack(tags[i], false))
-			return;
-	}
+		highest = Max(highest, tags[i]);
+	(void) ack(highest, true);
 }
 
 static void
@@ -375,14 +380,14 @@ log_failure(const Delivery *delivery)
 {
 	char		id[37];
 
-	if (con.failure_logged)
+	if (con.failure_log_at > mono_now())
 		return;
-	con.failure_logged = true;
+	con.failure_log_at = mono_later(FAILURE_LOG_MS);
 	msgid_format(&delivery->message_id, id);
 	ereport(LOG,
 			(errmsg("pg_fanout %s: handler failed on message %s", con.name, id),
 			 errdetail("%s", delivery->error),
-			 errhint("It is tried again; see fanout.delivery_failure. Further failures are not logged until one succeeds.")));
+			 errhint("It is tried again; see fanout.delivery_failure. Further failures are logged once a minute.")));
 }
 
 static void
@@ -434,7 +439,6 @@ settle(Delivery *delivery)
 	{
 		case OUTCOME_APPLIED:
 			pg_atomic_fetch_add_u64(&worker_subscription->applied, 1);
-			con.failure_logged = false;
 			return true;
 		case OUTCOME_SEEN:
 		case OUTCOME_TWIN:
@@ -604,10 +608,29 @@ goes_alone(const Delivery *delivery)
 	return delivery->suspect || delivery->attempts > 0;
 }
 
+/*
+ * The next to be handled with others, or NULL.  One of its key may have failed
+ * since it came.
+ */
+static Delivery *
+next_of_batch(void)
+{
+	while (con.first_ready != NULL && !goes_alone(con.first_ready))
+	{
+		Delivery   *delivery = take_ready();
+
+		if (delivery->order.pinned || !order_blocks(&con.order, &delivery->order))
+			return delivery;
+		wait_in_order(delivery);
+	}
+	return NULL;
+}
+
 static bool
 handle_ready(void)
 {
 	Delivery  **deliveries;
+	Delivery   *next;
 	int			n = 0;
 
 	if (con.first_ready == NULL || con.conn.broker == NULL)
@@ -619,9 +642,10 @@ handle_ready(void)
 		return true;
 	}
 	deliveries = palloc(Min(con.nready, BATCH_MESSAGES) * sizeof(Delivery *));
-	while (con.first_ready != NULL && n < BATCH_MESSAGES && !goes_alone(con.first_ready))
-		deliveries[n++] = take_ready();
-	handle_batch(deliveries, n);
+	while (n < BATCH_MESSAGES && (next = next_of_batch()) != NULL)
+		deliveries[n++] = next;
+	if (n > 0)
+		handle_batch(deliveries, n);
 	return true;
 }
 
