@@ -29,6 +29,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
+#include "commands/trigger.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
@@ -41,6 +42,7 @@
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/portal.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
@@ -164,6 +166,15 @@ message_argument(const SubscriptionRow *row, MessageValues *messages, int n)
 }
 
 static void
+start_timer(const SubscriptionRow *row)
+{
+	timed_out = false;
+	worker_allow_cancel(true);
+	enable_timeout_after(handler_timer, row->handler_timeout);
+	enable_timeout_after(grace_timer, row->handler_timeout + GRACE_MS);
+}
+
+static void
 stop_timer(void)
 {
 	disable_timeout(handler_timer, false);
@@ -182,10 +193,7 @@ call(const SubscriptionRow *row, Datum argument)
 	fcinfo->args[0].isnull = false;
 	SetCurrentStatementStartTimestamp();
 	PushActiveSnapshot(GetTransactionSnapshot());
-	timed_out = false;
-	worker_allow_cancel(true);
-	enable_timeout_after(handler_timer, row->handler_timeout);
-	enable_timeout_after(grace_timer, row->handler_timeout + GRACE_MS);
+	start_timer(row);
 	(void) FunctionCallInvoke(fcinfo);
 	stop_timer();
 	PopActiveSnapshot();
@@ -379,14 +387,38 @@ apply_at_once(const SubscriptionRow *row, Delivery **deliveries, int n)
 		chosen[i]->outcome = OUTCOME_APPLIED;
 }
 
+/*
+ * What handlers have left for the commit is theirs, too: it gets as much time
+ * as a call, and what it sets ends with it.  A cursor WITH HOLD would be run to
+ * its end there, however long that takes.
+ */
 static void
-commit(void)
+finish_handlers(const SubscriptionRow *row)
 {
-	worker_commit();
-	/* a handler's deferred trigger may have turned synchronous_commit off */
-	XLogFlush(XactLastCommitEnd);
-	/* advisory locks of the session would be there for ever */
+	int			settings = NewGUCNestLevel();
+
+	start_timer(row);
+	AfterTriggerFireDeferred();
+	stop_timer();
+	PortalHashTableDeleteAll();
+	AtEOXact_GUC(false, settings);
+}
+
+/* Advisory locks of the session would be there for ever. */
+static void
+release_locks(void)
+{
 	LockReleaseAll(USER_LOCKMETHOD, true);
+}
+
+static void
+commit(const SubscriptionRow *row)
+{
+	finish_handlers(row);
+	worker_commit();
+	/* whatever synchronous_commit was at that moment */
+	XLogFlush(XactLastCommitEnd);
+	release_locks();
 }
 
 static HandlerResult
@@ -405,7 +437,7 @@ apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mode)
 	else
 		apply_each(row, deliveries, n, mode);
 	inbox_record(row->subscription_id, deliveries, n);
-	commit();
+	commit(row);
 	return HANDLER_COMMITTED;
 }
 
@@ -443,6 +475,7 @@ handler_apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mo
 	{
 		set_error(row, deliveries[0]);
 		worker_abort();
+		release_locks();
 	}
 	PG_END_TRY();
 	running = false;
@@ -466,7 +499,7 @@ redrive(SubscriptionRow *row, Redriven *redriven)
 	}
 	if (inbox_remove_redriven(redriven->dead_id))
 		call(row, message_argument(row, &redriven->message, 1));
-	commit();
+	commit(row);
 	return HANDLER_COMMITTED;
 }
 
@@ -486,6 +519,7 @@ handler_redrive(SubscriptionRow *row, Redriven *redriven, char *sqlstate, char *
 	{
 		*error = take_error(oldcontext, row, sqlstate);
 		worker_abort();
+		release_locks();
 	}
 	PG_END_TRY();
 	running = false;
