@@ -83,6 +83,17 @@
 /* A delivery that was given back and has not come again is somebody else's. */
 #define AWAY_TIMEOUT_MS 30000
 
+/*
+ * When a consumer begins, the one before it may not be gone yet for the
+ * broker, and what it had in hand comes back only then, after newer messages.
+ */
+#define PREDECESSOR_MS 3000
+#define PREDECESSOR_LOOK_MS 100
+
+/* What is delivered again is gathered until nothing came for so long. */
+#define GATHER_MS 100
+#define GATHER_MAX MAX_WAITING
+
 /* How often the depth of the queue is looked at. */
 #define INSPECT_MS 5000
 
@@ -119,13 +130,20 @@ typedef struct Consumer
 
 	/* deliveries */
 	MemoryContext deliveries;
+	Delivery  **gathered;		/* delivered again first of all: to be sorted */
+	int			ngathered;
+	bool		gathering;
+	MonoTime	gather_until;
 	Delivery   *first_ready;
 	Delivery   *last_ready;
 	int			nready;
 	Order		order;
+	Delivery  **released;		/* while order_release() runs */
+	int			nreleased;
 	HTAB	   *failed;			/* by message id: FAILED, AWAY, GONE, and
 								 * those of them that are READY again */
-	int			blocked;		/* in hand, WAITING or FAILED */
+	int			in_hand;		/* delivered, and neither acked nor nacked */
+	int			blocked;		/* of these, WAITING or FAILED */
 	int			blocked_now;	/* the same, of this epoch */
 	size_t		bytes;			/* of bodies in memory */
 	int			suspects;		/* so many may still be */
@@ -253,6 +271,14 @@ lose_deliveries(void)
 			delivery_free(delivery);
 		}
 	}
+	while (con.ngathered > 0)
+	{
+		Delivery   *delivery = con.gathered[--con.ngathered];
+
+		drop_body(delivery);
+		delivery_free(delivery);
+	}
+	con.gathering = false;
 	order_clear(&con.order);
 	for (; item != NULL; item = next)
 	{
@@ -270,7 +296,7 @@ lose_deliveries(void)
 		add_to_order(delivery);
 	}
 	con.consuming = false;
-	con.blocked = con.blocked_now = 0;
+	con.in_hand = con.blocked = con.blocked_now = 0;
 	con.next_due = 0;
 	pg_atomic_write_u32(&worker_subscription->waiting, 0);
 	pg_atomic_write_u64(&worker_subscription->lag, 0);
@@ -361,7 +387,7 @@ ack_all(const uint64 *tags, int n)
 
 	if (n == 0)
 		return;
-	if (con.blocked > 0 || con.nready > 0)
+	if (con.in_hand > 0)
 	{
 		for (int i = 0; i < n; i++)
 		{
@@ -471,6 +497,7 @@ settle_all(Delivery **deliveries, int n)
 		if (!settle(deliveries[i]))
 			continue;
 		tags[count++] = deliveries[i]->tag;
+		con.in_hand--;
 		forget(deliveries[i]);
 	}
 	ack_all(tags, count);
@@ -488,6 +515,7 @@ put_back(Delivery **deliveries, int n)
 {
 	for (int i = n - 1; i >= 0; i--)
 	{
+		deliveries[i]->state = DELIVERY_READY;
 		deliveries[i]->next = con.first_ready;
 		con.first_ready = deliveries[i];
 		if (con.last_ready == NULL)
@@ -661,6 +689,7 @@ give_back(Delivery *delivery)
 	count_blocked(delivery, -1);
 	result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
 	delivery->tag = 0;
+	con.in_hand--;
 	set_away(delivery);
 	if (result == BROKER_OK)
 		return true;
@@ -743,8 +772,23 @@ release(OrderItem *item, void *arg)
 		return false;
 	}
 	count_blocked(delivery, -1);
-	append_ready(delivery);
+	con.released[con.nreleased++] = delivery;
 	return true;
+}
+
+/*
+ * They come before what is ready, which came later.  Whether that has to wait
+ * is not decided before its turn: else it might be put before what came before
+ * it.
+ */
+static void
+release_waiting(void)
+{
+	con.released = palloc((con.order.count + 1) * sizeof(Delivery *));
+	con.nreleased = 0;
+	order_release(&con.order, release, NULL);
+	put_back(con.released, con.nreleased);
+	pfree(con.released);
 }
 
 /* ---- deliveries ---- */
@@ -756,6 +800,7 @@ came_again(Delivery *delivery, BrokerDelivery *wire)
 	delivery->wire = wire;
 	delivery->tag = wire->tag;
 	delivery->epoch = con.epoch;
+	con.in_hand++;
 	con.bytes += wire->body_len;
 	if (delivery->state == DELIVERY_GONE)
 	{
@@ -783,6 +828,43 @@ is_suspect(const BrokerDelivery *wire)
 	if (!wire->redelivered)
 		con.suspects = 0;
 	return con.suspects > 0 && con.suspects-- > 0;
+}
+
+static int
+compare_sequences(const void *a, const void *b)
+{
+	const Delivery *left = *(Delivery *const *) a;
+	const Delivery *right = *(Delivery *const *) b;
+
+	if (left->sequence != right->sequence)
+		return left->sequence < right->sequence ? -1 : 1;
+	return left->tag < right->tag ? -1 : 1;
+}
+
+/*
+ * After several ends in a row the broker delivers again in another order than
+ * the first time: what it had taken back already goes before what it takes
+ * back later.  The header "sequence" tells what was first.
+ */
+static void
+end_gathering(void)
+{
+	if (!con.gathering)
+		return;
+	con.gathering = false;
+	qsort(con.gathered, con.ngathered, sizeof(Delivery *), compare_sequences);
+	for (int i = 0; i < con.ngathered; i++)
+		append_ready(con.gathered[i]);
+	con.ngathered = 0;
+}
+
+static bool
+gathered_all(void)
+{
+	if (!con.gathering || con.gather_until > mono_now())
+		return false;
+	end_gathering();
+	return true;
 }
 
 static void
@@ -813,11 +895,16 @@ delivered(BrokerDelivery *wire)
 	}
 	delivery->epoch = con.epoch;
 	delivery->suspect = is_suspect(wire);
+	con.in_hand++;
 	con.bytes += wire->body_len;
-	if (order_blocks(&con.order, &delivery->order))
-		wait_in_order(delivery);
-	else
-		append_ready(delivery);
+	if (con.gathering && wire->redelivered && con.ngathered < GATHER_MAX)
+	{
+		con.gathered[con.ngathered++] = delivery;
+		con.gather_until = mono_later(GATHER_MS);
+		return;
+	}
+	end_gathering();
+	append_ready(delivery);
 }
 
 static void
@@ -853,7 +940,7 @@ take_events(void)
 	BrokerEvent event;
 
 	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL &&
-		 (con.nready == 0 || con.bytes < (size_t) pgf_consumer_memory * 1024); i++)
+		 ((con.nready == 0 && con.ngathered == 0) || con.bytes < (size_t) pgf_consumer_memory * 1024); i++)
 	{
 		broker_next_event(con.conn.broker, &event);
 		if (event.type == BROKER_NOTHING)
@@ -868,12 +955,11 @@ take_events(void)
 /* ---- consuming ---- */
 
 static bool
-inspect_queue(BrokerError *error, BrokerResult *result)
+inspect_queue(uint32_t *consumers, BrokerError *error, BrokerResult *result)
 {
 	uint32_t	messages;
-	uint32_t	consumers;
 
-	*result = broker_inspect_queue(con.conn.broker, con.row.queue, &messages, &consumers, error);
+	*result = broker_inspect_queue(con.conn.broker, con.row.queue, &messages, consumers, error);
 	con.inspect_at = mono_later(INSPECT_MS);
 	if (*result != BROKER_OK)
 		return false;
@@ -927,15 +1013,39 @@ ask_publisher(void)
 	shmem_wake_publisher(slot);
 }
 
+/*
+ * Waits until nobody else consumes, or PREDECESSOR_MS: then it is another
+ * member of the group.  Interruptible.
+ */
+static bool
+await_predecessor(uint32_t consumers)
+{
+	MonoTime	until = mono_later(PREDECESSOR_MS);
+	BrokerError error;
+	BrokerResult result;
+
+	while (con.row.ordered && consumers > 0 && mono_now() < until)
+	{
+		(void) worker_wait(-1, false, PREDECESSOR_LOOK_MS);
+		if (!inspect_queue(&consumers, &error, &result))
+		{
+			call_failed(result, &error);
+			return false;
+		}
+	}
+	return true;
+}
+
 /* Sees to it that the queue is there; one that is, is taken as it is. */
 static bool
 find_queue(void)
 {
+	uint32_t	consumers;
 	BrokerError error;
 	BrokerResult result;
 
-	if (inspect_queue(&error, &result))
-		return true;
+	if (inspect_queue(&consumers, &error, &result))
+		return await_predecessor(consumers);
 	if (result == BROKER_REFUSED && error.code == 404)
 	{
 		if (publisher_declares())
@@ -989,6 +1099,8 @@ begin_consuming(void)
 		return;
 	con.consuming = true;
 	con.consuming_since = mono_now();
+	con.gathering = con.row.ordered;
+	con.gather_until = mono_later(GATHER_MS);
 	accepted();
 	worker_set_state(WORKER_IDLE);
 }
@@ -1085,12 +1197,13 @@ static void
 work_by_the_clock(void)
 {
 	MonoTime	now = mono_now();
+	uint32_t	consumers;
 	BrokerError error;
 	BrokerResult result;
 
 	connection_lasts(&con.conn, now);
 	give_up_gone(now);
-	if (con.consuming && con.inspect_at <= now && !inspect_queue(&error, &result))
+	if (con.consuming && con.inspect_at <= now && !inspect_queue(&consumers, &error, &result))
 		call_failed(result, &error);
 }
 
@@ -1107,10 +1220,11 @@ work(void)
 		any = true;
 	}
 	any = take_events() || any;
+	any = gathered_all() || any;
 	any = handle_ready() || any;
 	if (con.order.stale)
 	{
-		order_release(&con.order, release, NULL);
+		release_waiting();
 		any = true;
 	}
 	any = give_back_due(mono_now()) || any;
@@ -1147,6 +1261,8 @@ wait_for_work(void)
 		earlier(&timeout, now, con.next_due);
 		earlier(&timeout, now, con.next_gone);
 		earlier(&timeout, now, con.inspect_at);
+		if (con.gathering)
+			earlier(&timeout, now, con.gather_until);
 	}
 	(void) worker_wait(fd, false, timeout);
 }
@@ -1190,6 +1306,7 @@ start(void)
 	con.row_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout subscription", ALLOCSET_SMALL_SIZES);
 	ctl.keysize = sizeof(pg_uuid_t);
 	ctl.entrysize = sizeof(FailedEntry);
+	con.gathered = MemoryContextAllocHuge(TopMemoryContext, GATHER_MAX * sizeof(Delivery *));
 	con.failed = hash_create("pg_fanout failures", 64, &ctl, HASH_ELEM | HASH_BLOBS);
 	order_init(&con.order);
 	handler_init();
