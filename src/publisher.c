@@ -1483,7 +1483,8 @@ work(void)
 		record_topology();
 	work_by_the_clock();
 	serve_flush();
-	return any;
+	/* what the clock asked to be declared must not wait for the next message */
+	return any || may_declare();
 }
 
 static void
