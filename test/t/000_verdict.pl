@@ -37,6 +37,8 @@ is_deeply(judge(@all, \@unknown), { invented => 1 }, 'one is invented');
 is_deeply(judge(@all[ 1, 0, 2, 3 ]),
 	{ disordered => 1 }, 'one was overtaken by a later one of its key');
 is_deeply(judge(@all[ 2, 0, 1, 3 ]), {}, 'other keys may come in any order');
+is_deeply(judge(@all[ 0, 3 ], \@redelivered, $all[2]),
+	{}, 'one was given back late by the broker, which had delivered it before');
 is_deeply(judge(@all, \@again), { repeated => 1 }, 'one is repeated, late');
 is_deeply(judge(@all, \@redelivered),
 	{ redelivered => 1 }, 'one is redelivered by the broker');

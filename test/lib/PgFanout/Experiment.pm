@@ -40,6 +40,7 @@ use strict;
 use warnings;
 
 use File::Basename qw(basename);
+use File::Copy ();
 use IPC::Run ();
 use JSON::PP ();
 use PostgreSQL::Test::Utils;
@@ -448,8 +449,22 @@ sub report
 	is_deeply(\%bad, {},
 		"$name: nothing missing, invented, out of order or renamed"
 		  . ($params{repeats} ? '' : ', nothing repeated'))
-	  or diag(JSON::PP->new->canonical->encode($result));
+	  or $self->keep_evidence($result);
 	$self->record($name, $messages, $result->{missing}, $repeated);
+	return;
+}
+
+# What the verdict was made from, beside the logs.
+sub keep_evidence
+{
+	my ($self, $result) = @_;
+
+	diag(JSON::PP->new->canonical->encode($result));
+	foreach my $file (qw(ledger received))
+	{
+		File::Copy::copy("$self->{dir}/$file",
+			"$PostgreSQL::Test::Utils::log_path/" . basename($0, '.pl') . "_$file");
+	}
 	return;
 }
 
