@@ -360,7 +360,6 @@ stops the load, and gives the verdict.  Parameters:
   changes   before and after, default 200 each
   after     sub to call when the load has ended, before everything must arrive
   timeout   for everything to arrive, default '60 s'
-  name      of the load, for the table; default: what new() was told
 
 =cut
 
