@@ -869,6 +869,11 @@ take_event(void)
 		case BROKER_BLOCKED:
 		case BROKER_UNBLOCKED:
 			break;
+		case BROKER_DELIVERY:
+		case BROKER_CANCELLED:
+			/* nothing was consumed */
+			CHECK(false);
+			break;
 	}
 	return !over;
 }
