@@ -1323,27 +1323,6 @@ start(void)
 	use_settings();
 }
 
-static void
-run(void)
-{
-	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
-												ALLOCSET_DEFAULT_SIZES);
-
-	start();
-	for (;;)
-	{
-		bool		any;
-
-		MemoryContextSwitchTo(round);
-		any = work();
-		MemoryContextReset(round);
-		if (!any)
-			wait_for_work();
-		else
-			CHECK_FOR_INTERRUPTS();
-	}
-}
-
 /*
  * What is in hand goes back to the queue.  The next worker is told whether a
  * handler was running.
@@ -1368,18 +1347,5 @@ pg_fanout_consumer_main(Datum main_arg)
 	worker_attach(main_arg, "consumer");
 	before_shmem_exit(say_goodbye, (Datum) 0);
 
-	PG_TRY();
-	{
-		run();
-	}
-	PG_CATCH();
-	{
-		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
-		ErrorData  *edata = CopyErrorData();
-
-		worker_set_error(edata->message);
-		MemoryContextSwitchTo(oldcontext);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
+	worker_run(start, work, wait_for_work);
 }

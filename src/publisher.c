@@ -1510,27 +1510,6 @@ start(void)
 	use_settings();
 }
 
-static void
-run(void)
-{
-	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
-												ALLOCSET_DEFAULT_SIZES);
-
-	start();
-	for (;;)
-	{
-		bool		any;
-
-		MemoryContextSwitchTo(round);
-		any = work();
-		MemoryContextReset(round);
-		if (!any)
-			wait_for_work();
-		else
-			CHECK_FOR_INTERRUPTS();
-	}
-}
-
 /* The libraries know nothing of exit(); say goodbye if that is possible. */
 static void
 say_goodbye(int code, Datum arg)
@@ -1553,18 +1532,5 @@ pg_fanout_publisher_main(Datum main_arg)
 	SetConfigOption("enable_seqscan", "off", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("plan_cache_mode", "force_generic_plan", PGC_SUSET, PGC_S_OVERRIDE);
 
-	PG_TRY();
-	{
-		run();
-	}
-	PG_CATCH();
-	{
-		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
-		ErrorData  *edata = CopyErrorData();
-
-		worker_set_error(edata->message);
-		MemoryContextSwitchTo(oldcontext);
-		PG_RE_THROW();
-	}
-	PG_END_TRY();
+	worker_run(start, work, wait_for_work);
 }

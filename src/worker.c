@@ -464,6 +464,49 @@ worker_abort(void)
 	pgstat_report_activity(STATE_IDLE, NULL);
 }
 
+/* Working */
+
+static void
+run_rounds(bool (*work) (void), void (*wait) (void))
+{
+	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
+												ALLOCSET_DEFAULT_SIZES);
+
+	for (;;)
+	{
+		bool		any;
+
+		MemoryContextSwitchTo(round);
+		any = work();
+		MemoryContextReset(round);
+		if (!any)
+			wait();
+		else
+			CHECK_FOR_INTERRUPTS();
+	}
+}
+
+void
+worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
+{
+	PG_TRY();
+	{
+		start();
+		run_rounds(work, wait);
+	}
+	PG_CATCH();
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+		ErrorData  *edata = CopyErrorData();
+
+		worker_set_error(edata->message);
+		MemoryContextSwitchTo(oldcontext);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	pg_unreachable();
+}
+
 /* Waiting */
 
 bool

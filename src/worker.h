@@ -73,4 +73,11 @@ extern void worker_set_state(WorkerState state);
 extern void worker_set_connected(const char *connected_to); /* NULL: not */
 extern void worker_set_error(const char *text); /* remembers the last one */
 
+/*
+ * What a worker does: start() once, then rounds of work(), and wait() whenever a
+ * round found nothing to do.  work() runs in a context that is reset after it.
+ * Never returns: an error becomes last_error, and ends the process.
+ */
+pg_noreturn extern void worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void));
+
 #endif							/* PGF_WORKER_H */
