@@ -41,8 +41,8 @@
  *	 ALTER EXTENSION ... UPDATE not run, or the other way round): logged once,
  *	 looked at again at every wake-up and every VERSION_RECHECK.
  * - SIGTERM from a command that needs the database, or after a change of
- *	 settings: exit without a log message.  SIGTERM from anybody else: as the
- *	 server does it, with one.
+ *	 settings: exit without a log message, unless it comes in a query.  SIGTERM
+ *	 from anybody else: as the server does it, with one.
  * - Settings of the database or the role that would break a worker
  *	 (default_transaction_read_only, statement_timeout, role, search_path):
  *	 overridden, so that a publisher runs as the bootstrap superuser in a plain
@@ -482,7 +482,7 @@ run_rounds(bool (*work) (void), void (*wait) (void))
 		if (!any)
 			wait();
 		else
-			CHECK_FOR_INTERRUPTS();
+			check_stop();
 	}
 }
 
