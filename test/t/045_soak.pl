@@ -232,8 +232,10 @@ sub report_memory
 		note(
 			sprintf('%s: %d s, %d kB after its first minute, %d kB at the end, %d kB at most',
 				$type, $worker->{until} - $worker->{since}, @$worker{qw(first last highest)}));
-		cmp_ok($worker->{last}, '<', $worker->{first} + 16 * 1024,
-			"$type: memory does not grow");
+		# two chunks are about 50 MB at most, whenever they are; 50 bytes lost
+		# with each of a million messages would be as much again
+		cmp_ok($worker->{highest}, '<', 80 * 1024,
+			"$type: memory stays within what two chunks take");
 	}
 	return;
 }
