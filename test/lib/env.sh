@@ -80,16 +80,16 @@ install_packages() {
 	[ ${#missing[@]} -gt 0 ] || die "could not install the packages"
 }
 
-# Installs what the examples in Node import, below the copied tree.  npm runs as
-# the caller, whose configuration says where from.
+# Installs what programs in Node import, below a directory of the copied tree.
+# npm runs as the caller, whose configuration says where from.
 install_node_modules() {
-	local modules
+	local dir=$scratch/src/$1 modules
 
 	modules=$(mktemp -d /tmp/pg_fanout-npm.XXXXXX)
-	cp "$scratch/src/test/examples/package.json" "$modules"
+	cp "$dir/package.json" "$modules"
 	npm --prefix "$modules" --silent --no-audit --no-fund --no-package-lock install ||
-		die "could not install what test/examples/package.json lists"
-	tar -c -C "$modules" node_modules | as_user tar -x -C "$scratch/src/test/examples"
+		die "could not install what ${dir#"$scratch/src/"}/package.json lists"
+	tar -c -C "$modules" node_modules | as_user tar -x -C "$dir"
 	rm -rf "$modules"
 }
 
