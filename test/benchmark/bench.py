@@ -19,7 +19,7 @@ import signal
 import statistics
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlparse
 
 import pika
@@ -130,6 +130,18 @@ class Server:
     def restart(self):
         self.stop()
         self.start()
+
+    def cpu_seconds(self):
+        """What all its processes have used, those that have ended included."""
+        with open(self.data + '/postmaster.pid') as f:
+            pid = int(f.readline())
+        with open(f'/proc/{pid}/stat') as f:
+            ticks = f.read().rpartition(')')[2].split()[13:15]
+        used = sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
+        for child in children(pid):
+            with suppress(FileNotFoundError):  # it has just ended
+                used += cpu_seconds(child)
+        return used
 
     def connect(self, database='postgres', autocommit=True):
         db = psycopg2.connect(host=self.env.scratch, port=self.port, user='postgres', dbname=database)
@@ -268,6 +280,11 @@ def cpu_seconds(pid):
     """What a process has used so far."""
     with open(f'/proc/{pid}/schedstat') as f:
         return int(f.read().split()[0]) / 1e9
+
+
+def children(pid):
+    with open(f'/proc/{pid}/task/{pid}/children') as f:
+        return [int(child) for child in f.read().split()]
 
 
 class Program:
