@@ -320,8 +320,15 @@ class Program:
         return took
 
     def end(self):
-        """Closes its input, which ends those that do not end by themselves."""
-        self.stdout, _ = self.process.communicate(timeout=60)
+        """Waits for its end, and keeps the rest of what it says."""
+        self.process.stdin.close()
+        self.stdout = self.process.stdout.read()
+        if self.process.wait(60) != 0:
+            raise RuntimeError(f'{self.process.args} failed')
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
 
 
 def node(script, *arguments):
@@ -334,6 +341,79 @@ def python(script, *arguments):
 
 def bare(*arguments):
     return Program(os.path.join(HERE, 'bare'), *arguments)
+
+
+# JSON of about so many bytes, which does not compress to nothing, and which comes
+# out of jsonb as it went in.
+BODY = """
+create function body(id bigint, size integer) returns text language sql immutable as $$
+    select '{"id": ' || id || ', "filler": "' || left(
+        (select string_agg(md5((id * 1000 + i)::text), '') from generate_series(0, size / 32) i),
+        greatest(size - 18 - length(id::text), 0)) || '"}'
+$$"""
+
+# The outbox of the common relay.
+OUTBOX = """
+create table outbox (
+    id bigint generated always as identity primary key, message_id uuid not null default gen_random_uuid(),
+    key text, type text, payload json not null, created_at timestamptz not null default now(), sent_at timestamptz);
+create index on outbox (id) where sent_at is null"""
+
+
+class Backlog:
+    """The same messages for everyone: in pg_fanout's outbox (database bench), in a
+    common outbox table and in that of a package (database relay), in a file.
+
+    Each fill_...() makes all of them anew; the queues are made once.
+    """
+
+    topic = 'backlog'
+
+    def __init__(self, env, size, count, queue_type='quorum', nqueues=1):
+        self.env, self.count, self.size = env, count, size
+        self.queues = [f'{self.topic}_group{number}' for number in range(nqueues)]
+        self.server = env.server()
+        self.db = self.server.database('bench')
+        self.relay_db = self.server.database('relay', extension=False)
+        for db in self.db, self.relay_db:
+            execute(db, BODY)
+        for number in range(nqueues):
+            execute(self.db, 'select fanout.declare_binding(%s, %s, %s)', (self.topic, f'group{number}', queue_type))
+        assert value(self.db, 'select fanout.flush()')
+
+    def end(self):
+        self.db.close()
+        self.relay_db.close()
+        self.env.broker.delete(self.topic, self.queues)
+
+    def bodies_file(self):
+        file = os.path.join(self.env.scratch, 'bodies')
+        with open(file, 'w') as f, self.db.cursor() as cursor:
+            cursor.copy_expert(f'copy (select body(i, {self.size}) from generate_series(1, {self.count}) i) to stdout '
+                               "with (format csv, delimiter e'\\x01', quote e'\\x02')", f)
+        return file
+
+    def fill(self):
+        execute(self.db, "select count(fanout.publish(%s, body(i, %s)::jsonb, key => i::text, type => 'benchmark')) "
+                         'from generate_series(1, %s) i', (self.topic, self.size, self.count))
+
+    def fill_outbox(self, count=None):
+        execute(self.relay_db, 'drop table if exists outbox')
+        execute(self.relay_db, OUTBOX)
+        execute(self.relay_db, 'insert into outbox (key, type, payload) '
+                               "select i::text, 'benchmark', body(i, %s)::json from generate_series(1, %s) i",
+                (self.size, self.count if count is None else count))
+        execute(self.relay_db, 'vacuum analyze outbox')
+        execute(self.relay_db, 'checkpoint')
+
+    def fill_package(self, count=None):
+        execute(self.relay_db, output('node', HERE + '/relay_outbox.mjs', 'setup'))
+        execute(self.relay_db, 'insert into outbox (id, aggregate_type, aggregate_id, message_type, concurrency, payload) '
+                               "select gen_random_uuid(), 'item', i::text, 'benchmark', 'parallel', body(i, %s)::jsonb "
+                               'from generate_series(1, %s) i',
+                (self.size, self.count if count is None else count))
+        execute(self.relay_db, 'vacuum analyze outbox')
+        execute(self.relay_db, 'checkpoint')
 
 
 def alternate(variants, rounds):
