@@ -56,6 +56,9 @@ class Environment:
             self.servers[name] = Server(self, name, settings)
         return self.servers[name]
 
+    def stop_server(self, name):
+        self.servers.pop(name).stop()
+
     def stop(self):
         for server in self.servers.values():
             server.stop()

@@ -11,9 +11,9 @@ import threading
 import time
 from contextlib import contextmanager
 
-from bench import alternate, bare, cpu_seconds, execute, publisher, results_of, stopped, value
+from bench import alternate, cpu_seconds, execute, publisher, results_of, stopped, value
 from capture import COLUMNS, VALUES
-from drain import Backlog, TOPIC
+from drain import Drain
 
 QUEUE = 'account_service'
 
@@ -50,34 +50,33 @@ def children_cpu():
     return usage.ru_utime + usage.ru_stime
 
 
-def drained_by_bare(backlog):
+def drained_by_bare(run):
     cpu = children_cpu()
-    program = bare('publish', backlog.env.broker.port, TOPIC, backlog.file, 2000)
-    backlog.rate(program.run())
+    run.bare()
     return children_cpu() - cpu
 
 
-def drained_by_publisher(backlog):
+def drained_by_publisher(run):
     """CPU seconds, and KiB of memory: idle, and at most."""
-    pid = publisher(backlog.db)
+    pid = publisher(run.db)
     idle, cpu = private_memory(pid), cpu_seconds(pid)
     with Peak(pid) as peak:
-        backlog.pg_fanout()
+        run.pg_fanout()
     return cpu_seconds(pid) - cpu, idle, peak.kib
 
 
 def cpu_and_memory(env):
-    count = env.size(200000, 5000)
-    backlog = Backlog(env, count, 300, 1, 'classic')
-    seen = alternate({'bare C': lambda: (drained_by_bare(backlog), 0, 0),
-                      'pg_fanout': lambda: drained_by_publisher(backlog)}, env.rounds)
-    backlog.end()
-    mib = {state: {'pg_fanout': [v[i] / 1024 for v in seen['pg_fanout']]}
-           for i, state in ((1, 'idle'), (2, 'most while draining'))}
-    return (results_of('cost', 'CPU of a million messages', 's',
-                       {name: [v[0] * 1e6 / count for v in values] for name, values in seen.items()},
-                       'bare C', higher=False) +
-            [r for state, values in mib.items() for r in results_of('cost', 'memory, ' + state, 'MiB', values, None)])
+    run = Drain(env, 300, 200000, 'classic', 1)
+    seen = alternate({'bare C': lambda: (drained_by_bare(run), 0, 0),
+                      'pg_fanout': lambda: drained_by_publisher(run)}, env.rounds)
+    run.end()
+    results = results_of('cost', 'CPU of a million messages', 's',
+                         {name: [v[0] * 1e6 / run.count for v in values] for name, values in seen.items()},
+                         'bare C', higher=False)
+    for i, state in ((1, 'idle'), (2, 'most while draining')):
+        results += results_of('cost', 'memory, ' + state, 'MiB', {'pg_fanout': [v[i] / 1024 for v in seen['pg_fanout']]},
+                              None)
+    return results
 
 
 # WAL
