@@ -401,7 +401,7 @@ class Backlog:
                          'from generate_series(1, %s) i', (self.topic, self.size, self.count))
 
     def fill_outbox(self, count=None):
-        execute(self.relay_db, 'drop table if exists outbox')
+        execute(self.relay_db, 'drop table if exists outbox cascade')
         execute(self.relay_db, OUTBOX)
         execute(self.relay_db, 'insert into outbox (key, type, payload) '
                                "select i::text, 'benchmark', body(i, %s)::json from generate_series(1, %s) i",
