@@ -168,23 +168,33 @@ comment on table fanout.rotation is 'internal: one row, the segment that new mes
 insert into fanout.rotation values (0, now());
 revoke all on fanout.rotation from public;
 
+create sequence fanout.sent_id_seq;
+comment on sequence fanout.sent_id_seq is 'internal: numbers of entries in the ledger';
+revoke all on sequence fanout.sent_id_seq from public;
+
 create table fanout.sent (
-    sent_id bigint generated always as identity primary key,
+    segment smallint    not null,
+    sent_id bigint      not null default nextval('fanout.sent_id_seq'),
     base    pg_snapshot not null,
     target  pg_snapshot not null,
     last_id bigint      not null,
     count   integer     not null,
     sent_at timestamptz not null default clock_timestamp()
-);
+) partition by list (segment);
+create table fanout.sent_0 partition of fanout.sent for values in (0);
+create table fanout.sent_1 partition of fanout.sent for values in (1);
+create table fanout.sent_2 partition of fanout.sent for values in (2);
+create index sent_sent_id_idx on fanout.sent (sent_id);
 create index sent_sent_at_idx on fanout.sent (sent_at);
+comment on table fanout.sent_0 is 'internal: a segment of the ledger';
+comment on table fanout.sent_1 is 'internal: a segment of the ledger';
+comment on table fanout.sent_2 is 'internal: a segment of the ledger';
 comment on table fanout.sent is
-'internal: the ledger. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
+'internal: the ledger, insert-only, in a ring of three segments. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
 -- Nothing can have been written before this transaction.
-insert into fanout.sent (base, target, last_id, count)
-select s, s, 0, 0 from pg_current_snapshot() s;
-comment on sequence fanout.sent_sent_id_seq is 'internal: numbers of entries in the ledger';
-revoke all on fanout.sent from public;
-revoke all on sequence fanout.sent_sent_id_seq from public;
+insert into fanout.sent (segment, base, target, last_id, count)
+select 0, s, s, 0, 0 from pg_current_snapshot() s;
+revoke all on fanout.sent, fanout.sent_0, fanout.sent_1, fanout.sent_2 from public;
 
 create table fanout.held (
     id         bigint primary key,

@@ -172,8 +172,10 @@ is_star(ColumnRef *ref)
 }
 
 static bool
-find_missing(Node *node, MissingRow *missing)
+find_missing(Node *node, void *arg)
 {
+	MissingRow *missing = arg;
+
 	if (node == NULL)
 		return false;
 	if (IsA(node, ColumnRef))

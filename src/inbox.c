@@ -34,8 +34,6 @@
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "miscadmin.h"
-#include "storage/bufmgr.h"
-#include "storage/lmgr.h"
 #include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -50,6 +48,7 @@
 
 #include "inbox.h"
 #include "query.h"
+#include "segment.h"
 #include "shmem.h"
 #include "wakeup.h"
 #include "wire.h"
@@ -583,32 +582,17 @@ inbox_record_redriven(int64 dead_id, const char *sqlstate, const char *error)
 
 /* ---- the ring of segments ---- */
 
-static Oid
-segment_oid(int segment)
-{
-	char		name[32];
-
-	snprintf(name, sizeof(name), "inbox_%d", segment);
-	return get_relname_relid(name, get_namespace_oid("fanout", false));
-}
-
-/* Empties it unless it is in use; false: it is not empty. */
+/* Unless it is in use; false: it is not empty. */
 static bool
-empty_segment(int segment)
+empty_inbox(int segment)
 {
-	Oid			oid = segment_oid(segment);
-	Relation	rel = table_open(oid, AccessShareLock);
-	bool		empty = (RelationGetNumberOfBlocks(rel) == 0);
-	char		sql[64];
+	Oid			relid = segment_oid("inbox", segment);
 
-	table_close(rel, AccessShareLock);
-	if (empty)
+	if (segment_empty(relid))
 		return true;
-	if (!ConditionalLockRelationOid(oid, AccessExclusiveLock))
+	if (!segment_lock(relid))
 		return false;
-	snprintf(sql, sizeof(sql), "truncate fanout.inbox_%d", segment);
-	if (SPI_execute(sql, false, 0) != SPI_OK_UTILITY)
-		elog(ERROR, "could not empty segment %d of the inbox", segment);
+	segment_truncate(relid);
 	return true;
 }
 
@@ -657,7 +641,7 @@ inbox_rotate(int retention_s)
 	{
 		int			next = (DatumGetInt32(query_value(0, 1, &isnull)) + 1) % INBOX_SEGMENTS;
 
-		if (empty_segment(next))
+		if (empty_inbox(next))
 		{
 			values[0] = Int32GetDatum(next);
 			query_execute(&advance, 1, types, values, NULL);

@@ -13,7 +13,7 @@
  * ends.
  *
  * Rows are never updated or deleted.  The ledger (fanout.sent) says up to
- * where they were sent; segments are emptied by TRUNCATE.
+ * where they were sent.  Both are rings of segments that are emptied by TRUNCATE.
  *
  * Locks: writers hold ROW EXCLUSIVE on a segment until their transaction
  * ends, so that rotation, which takes ACCESS EXCLUSIVE without waiting, never
@@ -34,8 +34,6 @@
 #include "commands/sequence.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "storage/bufmgr.h"
-#include "storage/lmgr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
@@ -52,6 +50,7 @@
 #include "outbox.h"
 #include "query.h"
 #include "relinfo.h"
+#include "segment.h"
 #include "shmem.h"
 #include "wakeup.h"
 
@@ -424,7 +423,8 @@ void
 outbox_record_sent(const Chunk *chunk)
 {
 	static CachedQuery query = {
-		"insert into fanout.sent (base, target, last_id, count) values ($1, $2, $3, $4)"
+		"insert into fanout.sent (segment, base, target, last_id, count)"
+		" select current, $1, $2, $3, $4 from fanout.rotation"
 	};
 	Oid			types[4] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID};
 	Datum		values[4] = {
@@ -668,52 +668,46 @@ segment_expired(int segment, int retention_s)
 	return DatumGetBool(query_value(0, 1, &isnull));
 }
 
+/*
+ * Under ACCESS EXCLUSIVE no transaction that wrote into it is still undecided,
+ * and the rows are looked at once more.  True if it is empty then.
+ */
 static bool
-segment_empty(int segment)
+empty_outbox(int segment, int retention_s)
 {
-	Relation	rel = table_open(relinfo_segment(segment), AccessShareLock);
-	bool		empty = (RelationGetNumberOfBlocks(rel) == 0);
+	Oid			relid = relinfo_segment(segment);
 
-	table_close(rel, AccessShareLock);
-	return empty;
+	if (segment_empty(relid))
+		return true;
+	if (!segment_expired(segment, retention_s) || !segment_lock(relid) ||
+		!segment_expired(segment, retention_s))
+		return false;
+	segment_truncate(relid);
+	return true;
+}
+
+static bool
+holds_newest_entry(int segment)
+{
+	static CachedQuery query = {"select segment::int from fanout.sent order by sent_id desc limit 1"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	return SPI_processed != 1 || DatumGetInt32(query_value(0, 1, &isnull)) == segment;
 }
 
 /*
- * Empties a segment under ACCESS EXCLUSIVE, taken only if nobody has any lock
- * on it: then no transaction that wrote into it is still undecided, and the
- * rows are looked at once more under the lock.
+ * Entries go to the ledger's segment of the same number as new rows go to.  So
+ * they tell of rows in that segment of the outbox, or in older ones: with no
+ * rows left there, nobody asks for them.  But the newest entry is the cursor.
  */
 static void
-empty_segment(int segment, int retention_s)
+empty_ledger(int segment)
 {
-	char		sql[128];
+	Oid			relid = segment_oid("sent", segment);
 
-	if (segment_empty(segment) || !segment_expired(segment, retention_s))
-		return;
-	if (!ConditionalLockRelationOid(relinfo_segment(segment), AccessExclusiveLock))
-		return;
-	if (!segment_expired(segment, retention_s))
-		return;
-	snprintf(sql, sizeof(sql), "truncate fanout.outbox_%d", segment);
-	if (SPI_execute(sql, false, 0) != SPI_OK_UTILITY)
-		elog(ERROR, "could not empty segment %d", segment);
-}
-
-/* now() and the order of sent_at are what the index can be used for. */
-void
-outbox_prune_ledger(int retention_s)
-{
-	static CachedQuery query = {
-		"delete from fanout.sent where sent_id in (select sent_id from fanout.sent"
-		" where sent_at < now() - 3 * $1 * interval '1 s'"
-		" and sent_id < (select sent_id from fanout.sent where sent_at < now() - $1 * interval '1 s'"
-		"                order by sent_at desc, sent_id desc limit 1)"
-		" order by sent_at limit 100000)"
-	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(retention_s)};
-
-	query_execute(&query, 1, types, values, NULL);
+	if (!segment_empty(relid) && !holds_newest_entry(segment) && segment_lock(relid))
+		segment_truncate(relid);
 }
 
 static int
@@ -750,9 +744,14 @@ outbox_rotate(int retention_s)
 	int			current = outbox_current_segment();
 
 	for (int i = 1; i < OUTBOX_SEGMENTS; i++)
-		empty_segment((current + i) % OUTBOX_SEGMENTS, retention_s);
-	if (!segment_empty(current) &&
-		segment_empty((current + 1) % OUTBOX_SEGMENTS) &&
+	{
+		int			segment = (current + i) % OUTBOX_SEGMENTS;
+
+		if (empty_outbox(segment, retention_s))
+			empty_ledger(segment);
+	}
+	if (!segment_empty(relinfo_segment(current)) &&
+		segment_empty(relinfo_segment((current + 1) % OUTBOX_SEGMENTS)) &&
 		rotation_due(retention_s))
 		current = advance_segment(current);
 	return current;

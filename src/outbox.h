@@ -162,15 +162,12 @@ extern int	outbox_topics_held(int32 **topic_ids);
 extern int	outbox_current_segment(void);
 
 /*
- * One step of rotation: empties a segment whose rows have all been sent for
- * longer than the retention, and makes the next one current if it is empty
+ * One step of rotation: empties segments whose rows have all been sent for
+ * longer than the retention, those of the ledger with them, and makes the next one current if it is empty
  * and the current one is old enough.  Never waits for a lock.  Returns the
  * current segment.
  */
 extern int	outbox_rotate(int retention_s);
-
-/* Removes entries of the ledger that no row can need any more, some at a time. */
-extern void outbox_prune_ledger(int retention_s);
 
 /* Adds to the counters of sent messages: parallel arrays. */
 extern void outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds);

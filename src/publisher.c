@@ -80,7 +80,8 @@
 /* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
 #define PUBLISH_TIMEOUT_MS 30000
 
-#define STATISTICS_MS 5000
+#define FIRST_STATISTICS_MS 1000
+#define STATISTICS_MS 10000
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
@@ -1334,23 +1335,42 @@ count_sent(void)
 	pfree(counts);
 }
 
+static bool
+sent_uncounted(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+	bool		uncounted = false;
+
+	while ((topic = topology_next(&i)) != NULL)
+		uncounted = uncounted || topic->sent > 0;
+	return uncounted;
+}
+
+/*
+ * The first messages after a pause are counted soon; then seldom, because each
+ * time leaves a dead tuple behind.
+ */
 static void
 keep_statistics(MonoTime now)
 {
-	if (pub.statistics_at == 0)
+	bool		uncounted = sent_uncounted();
+
+	if (pub.statistics_at == 0 && uncounted)
 	{
-		/* the first messages after a pause are counted soon */
 		pub.statistics_since = now;
-		pub.statistics_at = mono_plus(now, 1000);
-		return;
+		pub.statistics_at = mono_plus(now, FIRST_STATISTICS_MS);
 	}
-	if (now < pub.statistics_at)
+	if (pub.statistics_at == 0 || now < pub.statistics_at)
 		return;
-	worker_begin();
-	count_sent();
-	worker_commit();
+	if (uncounted)
+	{
+		worker_begin();
+		count_sent();
+		worker_commit();
+	}
 	pub.statistics_since = now;
-	pub.statistics_at = (pub.nchunks > 0) ? mono_plus(now, STATISTICS_MS) : 0;
+	pub.statistics_at = uncounted ? mono_plus(now, STATISTICS_MS) : 0;
 }
 
 static void
@@ -1365,7 +1385,6 @@ maintain(MonoTime now)
 	topology_find_held();
 	worker_commit();
 	worker_begin();
-	outbox_prune_ledger(pgf_retention);
 	inbox_rotate(pgf_inbox_retention);
 	worker_commit();
 	read_subscriptions();
@@ -1377,18 +1396,6 @@ maintain(MonoTime now)
 	pub.maintenance_at = mono_plus(now, maintenance_interval());
 }
 
-static bool
-sent_uncounted(void)
-{
-	Topic	   *topic;
-	int			i = 0;
-	bool		uncounted = false;
-
-	while ((topic = topology_next(&i)) != NULL)
-		uncounted = uncounted || topic->sent > 0;
-	return uncounted;
-}
-
 static void
 work_by_the_clock(void)
 {
@@ -1398,8 +1405,7 @@ work_by_the_clock(void)
 	log_alarm();
 	connection_lasts(&pub.conn, now);
 	maintain(now);
-	if (pub.statistics_at != 0 || sent_uncounted())
-		keep_statistics(now);
+	keep_statistics(now);
 }
 
 /* ---- the loop ---- */

@@ -128,8 +128,10 @@ foreach my $v ('open writer', 'prepared', 'repeatable read', 'repeatable read 2'
 {
 	is(scalar(grep { $_->{body}->{after}->{v} eq $v } @received), 1, "among them: $v");
 }
-is(sql(q(select coalesce(sum(n_dead_tup), 0) from pg_stat_user_tables where relname ~ '^outbox_')),
-	0, 'no dead tuple was left in a segment');
+is(sql(q(select coalesce(sum(n_dead_tup + n_tup_del), 0) from pg_stat_user_tables where relname ~ '^(outbox|sent)_')),
+	0, 'no dead tuple was left in a segment, nor in one of the ledger');
+is(sql(q(select count(*) from fanout.sent where sent_at < now() - interval '20 s')),
+	0, 'entries of the ledger go with the rows they tell of');
 $_->{harness}->kill_kill foreach ($repeatable, $writer, $reader);
 
 # ---- memory ----

@@ -1,0 +1,28 @@
+/*-------------------------------------------------------------------------
+ *
+ * segment.h
+ *		Tables in a ring of segments: outbox, ledger, inbox.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_SEGMENT_H
+#define PGF_SEGMENT_H
+
+#include "postgres.h"
+
+/* fanout.<table>_<segment>.  InvalidOid if there is no such table. */
+extern Oid	segment_oid(const char *table, int segment);
+
+/* Has no row, dead or alive. */
+extern bool segment_empty(Oid segment);
+
+/*
+ * Takes ACCESS EXCLUSIVE until the transaction ends; false, without waiting,
+ * if anybody has any lock on it.
+ */
+extern bool segment_lock(Oid segment);
+
+/* Once it is locked. */
+extern void segment_truncate(Oid segment);
+
+#endif							/* PGF_SEGMENT_H */
