@@ -25,6 +25,8 @@ from urllib.parse import urlparse
 import pika
 import psycopg2
 
+import report
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
 WINDOW = 2000  # messages in flight: pg_fanout.max_in_flight, and of all others
@@ -142,7 +144,7 @@ class Server:
             ticks = f.read().rpartition(')')[2].split()[13:15]
         used = sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
         for child in children(pid):
-            with suppress(FileNotFoundError):  # it has just ended
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 used += cpu_seconds(child)
         return used
 
@@ -467,8 +469,8 @@ def results_of(scenario, what, unit, values, base, targets=None, higher=True, co
     for result in results:
         fields = result.fields
         middle = statistics.median(fields['values'])
-        against = statistics.median(values[base]) if base in values else None
-        ratio = f'{middle / against:8.3f} of {base}' if against else ''
+        number = report.against(fields['values'], values.get(base), 'ratio')
+        ratio = f'{number:8.3f} of {base}' if number is not None else ''
         say(f"  {scenario:10} {what:32} {fields['variant']:26} {middle:12,.3f} {unit:12} {ratio}")
     return results
 

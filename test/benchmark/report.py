@@ -40,20 +40,28 @@ def middle(result):
 
 
 def base_of(result, results):
+    """The values that a result is compared with, or None."""
     for other in results:
         if other['variant'] == result['base'] and (other['what'], other['unit']) == (result['what'], result['unit']):
-            return middle(other)
+            return other['values']
     return None
+
+
+def against(values, base, compare):
+    """Ratio to the base, or difference: round by round, since what a machine does
+    beside changes with time, and of these the median.  None if there is none."""
+    if not values or not base or (compare == 'ratio' and 0 in base):
+        return None
+    if len(values) != len(base):
+        values, base = [statistics.median(values)], [statistics.median(base)]
+    return statistics.median(v / b if compare == 'ratio' else v - b for v, b in zip(values, base))
 
 
 def compared(result, results):
     """The number that the target is about, or None."""
-    base = base_of(result, results)
     if result['compare'] == 'value':
         return middle(result)
-    if base is None or (result['compare'] == 'ratio' and base == 0):
-        return None
-    return middle(result) / base if result['compare'] == 'ratio' else middle(result) - base
+    return against(result['values'], base_of(result, results), result['compare'])
 
 
 def verdict(result, number):
