@@ -49,6 +49,33 @@ debian_unpack() {
 	rm -r "$dir/debs"
 }
 
+# debian_runnable DIR PROGRAM ...: makes unpacked programs (paths below DIR/root)
+# run here.  Each becomes a script that starts it with that release's loader and
+# libraries, since this machine's may be too old for it; scripts that know where
+# they are installed learn where they are.
+debian_runnable() {
+	local root=$1/root program loader libraries
+
+	shift
+	loader=$(find "$root/usr/lib" -name 'ld-linux-*.so.*' | head -n 1)
+	[ -n "$loader" ] || return 1
+	libraries=${loader%/*}
+	for program in "${@/#/$root/}"; do
+		[ ! -L "$program" ] || continue
+		case $(head -c 4 "$program" | tr -d '\0') in
+			'#!'*) sed -i "s,=/usr/lib/,=$root/usr/lib/," "$program" ;;
+			$'\x7fELF')
+				mv "$program" "$program.elf"
+				# the script expands these, not we
+				# shellcheck disable=SC2016
+				printf '#!/bin/sh\nexec %s --argv0 "$0" --library-path %s %s.elf "$@"\n' \
+					"$loader" "$libraries:$libraries/systemd" "$program" >"$program"
+				chmod 755 "$program"
+				;;
+		esac
+	done
+}
+
 # debian_source DIR PACKAGE: fetches the source of a package of this machine's
 # release into DIR.
 debian_source() {
