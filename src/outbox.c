@@ -430,7 +430,7 @@ outbox_record_sent(const Chunk *chunk)
 	Datum		values[4] = {
 		chunk->base, chunk->target,
 		Int64GetDatum(chunk->messages[chunk->count - 1]->id),
-		Int32GetDatum(chunk->count)
+		Int32GetDatum(chunk->before + chunk->count)
 	};
 
 	query_execute(&query, 4, types, values, NULL);

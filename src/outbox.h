@@ -92,6 +92,8 @@ typedef struct Chunk
 	MemoryContext context;
 	Message   **messages;
 	int			count;
+	int			before;			/* messages of chunks that are recorded with
+								 * it */
 	size_t		bytes;			/* of payloads */
 	int			unsettled;		/* messages that are waiting or in flight */
 	bool		last;			/* of its batch, or of the topic's held ones */
@@ -132,7 +134,7 @@ extern void outbox_load_cursor(Cursor *cursor);
  */
 extern Chunk *outbox_read(Cursor *cursor, MemoryContext parent, bool *topology);
 
-/* The chunk is settled: one entry in the ledger. */
+/* The chunk and those before it are settled: one entry in the ledger. */
 extern void outbox_record_sent(const Chunk *chunk);
 
 /* Moves messages into fanout.held. */

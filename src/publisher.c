@@ -26,9 +26,9 @@
  *
  * At most two chunks of the outbox are in memory: one whose confirms are
  * awaited while the other is being published.  A chunk is recorded, in one
- * transaction, when all its messages are settled and all chunks before it are
- * recorded: held and dead ones are moved, and one entry in the ledger marks
- * the rest sent.  Messages held of a topic that flows again are read as
+ * transaction, when all its messages are settled and all chunks before it are:
+ * held and dead ones are moved, and one entry in the ledger marks the rest
+ * sent, with those of small chunks before it.  Messages held of a topic that flows again are read as
  * chunks of their own; "drain" below.
  *
  * While a topic has messages held, all its further ones are held too, so that
@@ -85,6 +85,11 @@
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
+
+/* How long small chunks are gathered, for one entry in the ledger. */
+#define GATHER_MS 50
+#define GATHER_MESSAGES 1000
+#define GATHER_BYTES (1024 * 1024)
 #define TOPIC_DROPPED "its topic was dropped"
 #define RECHECK_TOPICS 50		/* each time maintain() runs */
 
@@ -102,6 +107,8 @@ typedef struct Publisher
 	Chunk	   *first;			/* chunks of the outbox, oldest first */
 	Chunk	   *newest;
 	int			nchunks;
+	Chunk	   *settled;		/* taken from these, to be recorded */
+	MonoTime	record_settled_at;
 	Chunk	   *drain;			/* held messages being sent; NULL: none */
 	Topic	   *drain_topic;	/* looked up anew after each load */
 	int32		drain_topic_id;
@@ -807,7 +814,7 @@ note_end_of_batch(Chunk *chunk, uint64 ticket)
 	if (chunk != NULL && !chunk->last)
 		return;
 	if (chunk == NULL)
-		chunk = pub.newest;
+		chunk = (pub.newest != NULL) ? pub.newest : pub.settled;
 	if (chunk == NULL)
 		batch_recorded(ticket, pub.drops_seen);
 	else
@@ -1004,11 +1011,64 @@ record_held(const Chunk *chunk)
 	}
 }
 
+/* The oldest chunk stands for those settled before it, which were all sent. */
 static void
-record_oldest_chunk(void)
+take_oldest_chunk(void)
 {
 	Chunk	   *chunk = pub.first;
+	Chunk	   *before = pub.settled;
 
+	pub.first = chunk->next;
+	if (pub.first == NULL)
+		pub.newest = NULL;
+	pub.nchunks--;
+
+	pub.settled = chunk;
+	if (before == NULL)
+	{
+		pub.record_settled_at = mono_later(GATHER_MS);
+		return;
+	}
+	chunk->before = before->before + before->count;
+	chunk->flush_ticket = Max(chunk->flush_ticket, before->flush_ticket);
+	drop_chunk(before);
+}
+
+static bool
+all_sent(const Chunk *chunk)
+{
+	for (int i = 0; i < chunk->count; i++)
+	{
+		if (chunk->messages[i]->state != MESSAGE_SENT)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Of single messages that come a few at a time, each would cost the ledger as
+ * much as its row cost the outbox.  What is gathered would be sent again after
+ * a crash, as what is in flight would be.
+ */
+static bool
+may_gather(const Chunk *chunk)
+{
+	return chunk->before + chunk->count < GATHER_MESSAGES &&
+		chunk->bytes < GATHER_BYTES && !chunk->drops_behind &&
+		pg_atomic_read_u64(&worker_slot->flush_requested) <= pg_atomic_read_u64(&worker_slot->flush_done) &&
+		all_sent(chunk);
+}
+
+static bool
+settled_due(void)
+{
+	return pub.settled != NULL &&
+		(pub.record_settled_at <= mono_now() || !may_gather(pub.settled));
+}
+
+static void
+record_chunk(Chunk *chunk)
+{
 	worker_begin();
 	record_held(chunk);
 	record_dead(chunk);
@@ -1017,10 +1077,7 @@ record_oldest_chunk(void)
 	worker_commit();
 
 	batch_recorded(chunk->flush_ticket, chunk->drops_behind);
-	pub.first = chunk->next;
-	if (pub.first == NULL)
-		pub.newest = NULL;
-	pub.nchunks--;
+	pub.settled = NULL;
 	drop_chunk(chunk);
 }
 
@@ -1067,10 +1124,17 @@ record_settled(void)
 {
 	bool		any = false;
 
-	while (pub.first != NULL && pub.first->unsettled == 0)
+	while (true)
 	{
-		record_oldest_chunk();
-		any = true;
+		if (settled_due())
+		{
+			record_chunk(pub.settled);
+			any = true;
+		}
+		else if (pub.first != NULL && pub.first->unsettled == 0)
+			take_oldest_chunk();
+		else
+			break;
 	}
 	if (drain_settled() && pub.drain_record_at <= mono_now())
 	{
@@ -1429,6 +1493,8 @@ wait_for_work(void)
 		earlier(&timeout, now, pub.statistics_at);
 	if (topology_answered() || topology_stalls_changed())
 		earlier(&timeout, now, pub.record_at);
+	if (pub.settled != NULL)
+		earlier(&timeout, now, pub.record_settled_at);
 	if (drain_settled())
 		earlier(&timeout, now, pub.drain_record_at);
 	if (pub.conn.broker != NULL)

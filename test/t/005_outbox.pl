@@ -134,6 +134,18 @@ is(sql(q(select count(*) from fanout.sent where sent_at < now() - interval '20 s
 	0, 'entries of the ledger go with the rows they tell of');
 $_->{harness}->kill_kill foreach ($repeatable, $writer, $reader);
 
+# ---- the ledger of single messages ----
+
+my $entries = sql('select last_value from fanout.sent_id_seq');
+my $file = PostgreSQL::Test::Utils::tempdir() . '/single.sql';
+PostgreSQL::Test::Utils::append_to_file($file, "insert into t (v) values ('single');\n");
+$node->command_ok([ 'pgbench', '-n', '-c', '1', '-t', '300', '-f', $file, $node->connstr('postgres') ],
+	'300 transactions one after the other');
+PgFanout::wait_for_state($node, 'sent');
+cmp_ok(sql('select last_value from fanout.sent_id_seq') - $entries,
+	'<', 200, 'messages that come one by one share entries of the ledger');
+$broker->collect('t_g', expect => 300);
+
 # ---- memory ----
 
 sql('alter system set pg_fanout.retention = 3600');
