@@ -160,6 +160,15 @@ append_row(StringInfo out, const Change *change, HeapTuple row)
 		rowjson_append(out, change->info->row, row, change->desc);
 }
 
+/* Not by appendStringInfo(), which would cost as much as all columns together. */
+static void
+append_number(StringInfo out, const char *before, int64 number)
+{
+	appendStringInfoString(out, before);
+	enlargeStringInfo(out, MAXINT8LEN);
+	out->len += pg_lltoa(number, out->data + out->len);
+}
+
 /* The envelope of Debezium's change events (its documentation, "Data change events"). */
 static void
 render_debezium(StringInfo out, const Change *change)
@@ -173,12 +182,14 @@ render_debezium(StringInfo out, const Change *change)
 	append_row(out, change, before);
 	appendStringInfoString(out, ",\"after\":");
 	append_row(out, change, change->new_row);
-	appendStringInfo(out, ",\"source\":%s,\"txId\":" UINT64_FORMAT ",\"ts_ms\":" INT64_FORMAT "}",
-					 change->info->source,
-					 U64FromFullTransactionId(GetTopFullTransactionId()),
-					 epoch_ms(GetCurrentTransactionStartTimestamp()));
-	appendStringInfo(out, ",\"op\":\"%s\",\"ts_ms\":" INT64_FORMAT "}",
-					 capture_op_code[change->op], epoch_ms(change->now));
+	appendStringInfoString(out, ",\"source\":");
+	appendStringInfoString(out, change->info->source);
+	append_number(out, ",\"txId\":", U64FromFullTransactionId(GetTopFullTransactionId()));
+	append_number(out, ",\"ts_ms\":", epoch_ms(GetCurrentTransactionStartTimestamp()));
+	appendStringInfoString(out, "},\"op\":\"");
+	appendStringInfoString(out, capture_op_code[change->op]);
+	append_number(out, "\",\"ts_ms\":", epoch_ms(change->now));
+	appendStringInfoChar(out, '}');
 }
 
 /* The row as it is after an insert or update, as it was before a delete. */
@@ -320,7 +331,7 @@ capture_change(TriggerData *trigdata)
 	row.payload = body.data;
 	row.payload_len = body.len;
 	row.created_at = change.now;
-	outbox_insert(&row);
+	outbox_insert(&row, false);
 }
 
 /* A value too large to render, or a failing cast, says nothing of a trigger. */
@@ -485,7 +496,7 @@ pgf_publish(PG_FUNCTION_ARGS)
 		check_headers(row.headers);
 	row.payload = render_payload(PG_GETARG_JSONB_P(1), topic.format, &row);
 	row.payload_len = strlen(row.payload);
-	outbox_insert(&row);
+	outbox_insert(&row, true);
 
 	*result = row.message_id;
 	PG_RETURN_UUID_P(result);

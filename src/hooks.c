@@ -85,6 +85,7 @@
 #include "hooks.h"
 #include "shmem.h"
 #include "wakeup.h"
+#include "writer.h"
 
 #define EXTENSION_NAME		"pg_fanout"
 #define SETTING_PREFIX		"pg_fanout."
@@ -196,6 +197,7 @@ utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 
 	before_utility(pstmt->utilityStmt);
 	next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+	writer_flush();				/* COPY */
 	if (commit_prepared)
 		after_commit_prepared();
 	if (restart)

@@ -20,6 +20,7 @@
 #include "launcher.h"
 #include "shmem.h"
 #include "wakeup.h"
+#include "writer.h"
 
 PG_MODULE_MAGIC;
 
@@ -36,5 +37,6 @@ _PG_init(void)
 	shmem_init();
 	hooks_init();
 	wakeup_init();
+	writer_init();
 	launcher_register();
 }

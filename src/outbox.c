@@ -53,6 +53,7 @@
 #include "segment.h"
 #include "shmem.h"
 #include "wakeup.h"
+#include "writer.h"
 
 #define PORTAL_NAME "pg_fanout_batch"
 
@@ -73,12 +74,34 @@ StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
 
 /* ---- writing ---- */
 
-static HeapTuple
-form_row(const OutboxRow *row, TupleDesc desc, int segment)
+/* Columns of fanout.outbox, made once per session. */
+static TupleDesc
+row_descriptor(void)
 {
-	Datum		values[OUTBOX_NATTS];
-	bool		nulls[OUTBOX_NATTS] = {0};
+	static const Oid types[OUTBOX_NATTS] = {
+		INT2OID, INT8OID, XID8OID, INT4OID, UUIDOID, TEXTOID,
+		TEXTOID, JSONBOID, TEXTOID, TEXTOID, TIMESTAMPTZOID
+	};
+	static TupleDesc desc = NULL;
+	MemoryContext old_context;
+	TupleDesc	fresh;
 
+	if (desc != NULL)
+		return desc;
+	old_context = MemoryContextSwitchTo(TopMemoryContext);
+	fresh = CreateTemplateTupleDesc(OUTBOX_NATTS);
+	for (int i = 0; i < OUTBOX_NATTS; i++)
+		TupleDescInitEntry(fresh, i + 1, NULL, types[i], -1, 0);
+	MemoryContextSwitchTo(old_context);
+	desc = fresh;
+	return desc;
+}
+
+/* The row's columns; texts are made in the current context. */
+static void
+fill_row(const OutboxRow *row, int segment, Datum *values, bool *nulls)
+{
+	memset(nulls, false, OUTBOX_NATTS * sizeof(bool));
 	values[0] = Int16GetDatum(segment);
 	values[1] = Int64GetDatum(nextval_internal(relinfo_outbox_sequence(), false));
 	values[2] = FullTransactionIdGetDatum(GetTopFullTransactionId());
@@ -94,23 +117,21 @@ form_row(const OutboxRow *row, TupleDesc desc, int segment)
 	values[9] = (Datum) 0;
 	nulls[9] = true;
 	values[10] = TimestampTzGetDatum(row->created_at);
-	return heap_form_tuple(desc, values, nulls);
 }
 
-/*
- * The segments have neither constraints to check nor triggers, defaults or
- * policies, so the row is put straight into heap and index, as the server
- * does with its own catalogs.  That also spares the writer any right on them.
- */
 void
-outbox_insert(const OutboxRow *row)
+outbox_insert(const OutboxRow *row, bool at_once)
 {
 	DatabaseSlot *slot = shmem_my_slot();
 	int			segment = slot ? pg_atomic_read_u32(&slot->current_segment) : 0;
-	Relation	rel = table_open(relinfo_segment(segment), RowExclusiveLock);
+	Datum		values[OUTBOX_NATTS];
+	bool		nulls[OUTBOX_NATTS];
 
-	CatalogTupleInsert(rel, form_row(row, RelationGetDescr(rel), segment));
-	table_close(rel, NoLock);
+	fill_row(row, segment, values, nulls);
+	if (at_once)
+		writer_insert(segment, row_descriptor(), values, nulls);
+	else
+		writer_queue(segment, row_descriptor(), values, nulls);
 	wakeup_publisher_at_commit();
 }
 

@@ -34,10 +34,11 @@ typedef struct OutboxRow
 } OutboxRow;
 
 /*
- * Writes one message into the current segment and arranges for the publisher
- * to be woken at commit.  Checks no rights: the caller has decided.
+ * Writes one message into the current segment, at once or at the latest when
+ * the statement ends, and arranges for the publisher to be woken at commit.
+ * Checks no rights: the caller has decided.
  */
-extern void outbox_insert(const OutboxRow *row);
+extern void outbox_insert(const OutboxRow *row, bool at_once);
 
 /* Records that the current transaction changed topics or bindings. */
 extern void outbox_topology_changed(void);

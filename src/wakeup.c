@@ -4,7 +4,8 @@
  *		The transaction callback: waking workers, releasing holds.
  *
  * All that pg_fanout does at the end of a backend's transaction is done here,
- * in one callback that is registered once per process.
+ * in one callback that is registered once per process; but for the rows that
+ * still have to be inserted before, see writer.c.
  *
  * XACT_EVENT_COMMIT comes after the transaction has left the ProcArray, so a
  * publisher that is woken by it sees what was committed.  An error in it would

@@ -115,6 +115,64 @@ commit;
 select key from messages();
 drop trigger late on account;
 
+-- a statement's rows are written together when it ends: in order, many, large ones among them
+create table page (id int primary key, body text);
+select fanout.capture('page', 'capture_transaction');
+begin;
+insert into page select g, repeat('x', case when g % 50 = 0 then 5000 else 5 end) from generate_series(1, 400) g;
+select count(*) as rows, count(distinct id) as ids, bool_and(key::int = n) as in_order,
+       bool_and(length(payload::json -> 'after' ->> 'body') = case when n % 50 = 0 then 5000 else 5 end) as whole
+from (select *, row_number() over (order by id) as n from fanout.outbox where xid = pg_current_xact_id()) o;
+-- by the index, which has to know of each of them
+set local enable_seqscan = off;
+select count(*) from fanout.outbox where xid = pg_current_xact_id();
+rollback;
+-- what COPY wrote is there for the next statement, too
+begin;
+copy page from stdin;
+1	one
+2	two
+\.
+select count(*) from fanout.outbox where xid = pg_current_xact_id();
+rollback;
+
+-- subtransactions of another trigger, in the middle of a statement: kept, failed, and what the statement itself wrote
+create table audit (id int primary key);
+select fanout.capture('audit', 'capture_transaction');
+create function audit() returns trigger language plpgsql as $$
+begin
+    insert into audit values (new.id + 1000);
+    if (new.id + 1000) % 3 = 0 then
+        raise 'no';
+    end if;
+    return null;
+exception when raise_exception then
+    return null;
+end $$;
+create trigger zz_audit after insert on page for each row execute function audit();
+begin;
+insert into page select g from generate_series(1, 6) g;
+select string_agg(key, ' ' order by id) from fanout.outbox where xid = pg_current_xact_id();
+commit;
+select key from messages();
+-- the statement itself fails when some of it was written and some was not
+do $$ begin
+    insert into page select g from generate_series(1001, 1300) g;
+    begin
+        insert into page select g from generate_series(2001, 2300) g union all select 1001;
+    exception when unique_violation then
+        null;
+    end;
+    begin
+        insert into page select g from generate_series(3001, 3300) g;
+        raise 'no';
+    exception when raise_exception then
+        null;
+    end;
+end $$;
+select type, count(*), min(key::int), max(key::int) from messages() group by type order by type;
+drop table page, audit;
+
 -- two-phase commit
 begin;
 insert into account values (60, 60);

@@ -1,0 +1,221 @@
+/*-------------------------------------------------------------------------
+ *
+ * writer.c
+ *		Rows into the outbox's segments, a statement's together.
+ *
+ * The segments have neither constraints to check nor triggers, defaults or
+ * policies, so rows are put straight into heap and index, as the server does
+ * with its own catalogs.  That also spares the writer any right on them.
+ *
+ * A statement that changes many rows pays for locking, opening and logging
+ * once per page rather than once per row: its rows are queued and inserted
+ * together.  Their ids are drawn before, so it never matters in which order
+ * they get there.  The queue belongs to one subtransaction, and only this one
+ * may insert it: the rows carry its xid.
+ *
+ * Scenarios:
+ *
+ * - The statement ends: the queue is inserted, so that the next statement
+ *	 sees it.
+ *
+ * - The statement is one of several, in a function that the outer one calls:
+ *	 the same.
+ *
+ * - A subtransaction begins while its parent has a queue (an exception block in
+ *	 another AFTER trigger): its rows are inserted one by one.
+ *
+ * - What ends no statement of the executor (an apply worker of logical
+ *	 replication): before COMMIT, PREPARE TRANSACTION, or the end of the
+ *	 subtransaction.
+ *
+ * - ROLLBACK, also to a savepoint: the queue is forgotten.
+ *
+ * - Rows written while the transaction commits, by others' callbacks: nobody
+ *	 would insert them later, so they are inserted at once.
+ *
+ * - Rows that must be toasted are inserted at once, since
+ *	 CatalogTuplesMultiInsertWithInfo() cannot do that.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heaptoast.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/indexing.h"
+#include "executor/executor.h"
+#include "executor/tuptable.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+
+#include "relinfo.h"
+#include "writer.h"
+
+/* A dozen pages, and little enough to stay in the processor's cache. */
+#define QUEUE_ROWS 128
+
+static struct
+{
+	MemoryContext context;		/* holds the rows; NULL: nothing is queued */
+	SubTransactionId subid;
+	int			segment;
+	TupleDesc	desc;			/* the caller's */
+	int			count;
+	HeapTuple	rows[QUEUE_ROWS];
+}			queue;
+
+static bool committing = false;
+static ExecutorFinish_hook_type next_executor_finish = NULL;
+
+/* ---- inserting ---- */
+
+static void
+insert_tuple(int segment, HeapTuple row)
+{
+	Relation	rel = table_open(relinfo_segment(segment), RowExclusiveLock);
+
+	CatalogTupleInsert(rel, row);
+	table_close(rel, NoLock);
+}
+
+void
+writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
+{
+	insert_tuple(segment, heap_form_tuple(desc, values, nulls));
+}
+
+static void
+insert_queue(void)
+{
+	Relation	rel = table_open(relinfo_segment(queue.segment), RowExclusiveLock);
+	CatalogIndexState indexes = CatalogOpenIndexes(rel);
+	TupleTableSlot *slots[QUEUE_ROWS];
+
+	/* slots that own their rows: others would be copied */
+	for (int i = 0; i < queue.count; i++)
+	{
+		slots[i] = MakeTupleTableSlot(queue.desc, &TTSOpsHeapTuple);
+		ExecStoreHeapTuple(queue.rows[i], slots[i], true);
+	}
+	CatalogTuplesMultiInsertWithInfo(rel, slots, queue.count, indexes);
+	CatalogCloseIndexes(indexes);
+	table_close(rel, NoLock);
+}
+
+/* ---- the queue ---- */
+
+static void
+forget_queue(void)
+{
+	queue.count = 0;
+	MemoryContextReset(queue.context);
+}
+
+void
+writer_flush(void)
+{
+	MemoryContext old_context;
+
+	if (queue.count == 0 || queue.subid != GetCurrentSubTransactionId())
+		return;
+	old_context = MemoryContextSwitchTo(queue.context);
+	if (queue.count == 1)
+		insert_tuple(queue.segment, queue.rows[0]);
+	else
+		insert_queue();
+	MemoryContextSwitchTo(old_context);
+	forget_queue();
+}
+
+static bool
+may_queue(void)
+{
+	return queue.context != NULL && !committing &&
+		(queue.count == 0 || queue.subid == GetCurrentSubTransactionId());
+}
+
+void
+writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
+{
+	MemoryContext old_context;
+	HeapTuple	row;
+
+	if (!may_queue())
+	{
+		writer_insert(segment, desc, values, nulls);
+		return;
+	}
+	if (queue.count == QUEUE_ROWS || queue.segment != segment)
+		writer_flush();
+	queue.subid = GetCurrentSubTransactionId();
+	queue.segment = segment;
+	queue.desc = desc;
+
+	old_context = MemoryContextSwitchTo(queue.context);
+	row = heap_form_tuple(desc, values, nulls);
+	MemoryContextSwitchTo(old_context);
+	if (row->t_len <= TOAST_TUPLE_THRESHOLD)
+		queue.rows[queue.count++] = row;
+	else
+	{
+		insert_tuple(segment, row);
+		heap_freetuple(row);
+	}
+}
+
+/* ---- when it is inserted ---- */
+
+static void
+executor_finish(QueryDesc * query)
+{
+	if (next_executor_finish)
+		next_executor_finish(query);
+	else
+		standard_ExecutorFinish(query);
+	writer_flush();
+}
+
+static void
+xact_callback(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+		case XACT_EVENT_PRE_PREPARE:
+			writer_flush();
+			committing = true;
+			break;
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PREPARE:
+		case XACT_EVENT_ABORT:
+			if (queue.count > 0)
+				forget_queue();
+			committing = false;
+			break;
+		case XACT_EVENT_PARALLEL_PRE_COMMIT:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_PARALLEL_ABORT:
+			break;
+	}
+}
+
+static void
+subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
+		writer_flush();
+	else if (event == SUBXACT_EVENT_ABORT_SUB && queue.count > 0 && queue.subid == subid)
+		forget_queue();
+}
+
+void
+writer_init(void)
+{
+	queue.context = AllocSetContextCreate(TopMemoryContext, "pg_fanout queue", ALLOCSET_DEFAULT_SIZES);
+	next_executor_finish = ExecutorFinish_hook;
+	ExecutorFinish_hook = executor_finish;
+	RegisterXactCallback(xact_callback, NULL);
+	RegisterSubXactCallback(subxact_callback, NULL);
+}
