@@ -85,6 +85,7 @@ become_owner(void)
 		{"search_path", "pg_catalog, pg_temp"},
 		{"enable_seqscan", "off"},	/* plans are made when tables are empty */
 		{"plan_cache_mode", "force_generic_plan"},
+		{"jit", "off"},			/* a disabled scan looks dear enough for it */
 	};
 	Caller		caller;
 
