@@ -122,6 +122,7 @@ def idle(env):
                               compare='value')
     for n in servers:
         env.stop_server(f'idle{n}')
+    env.broker.delete('idle', ['idle_g'])
     return results
 
 
