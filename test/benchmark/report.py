@@ -1,9 +1,11 @@
 #!/usr/bin/python3
-"""report - from results to the README's table and plots
+"""report - from results to tables and plots
 
     report.py --merge SUITE FILE     adds a run's results to those that are kept,
-                                     then writes table and plots
-    report.py                        writes table and plots again
+                                     then writes tables and plots
+    report.py                        writes tables and plots again
+
+The README gets what has a target; RESULTS.md beside this file has all.
 """
 
 import json
@@ -15,6 +17,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 README = os.path.join(HERE, '..', '..', 'README.md')
 BEGIN, END = '<!-- benchmark -->', '<!-- /benchmark -->'
+SUITES = ('bookworm', 'trixie')
+SCENARIOS = ('drain', 'latency', 'capture', 'consume', 'cost', 'stability')
 
 
 def load(file):
@@ -27,9 +31,14 @@ def kept(suite):
 
 
 def merge(suite, file):
-    """Scenarios that were run replace what was kept of them."""
+    """What was run again replaces what was kept of it."""
     results = load(kept(suite)) if os.path.exists(kept(suite)) else {}
-    results.update(load(file))
+    for scenario, entry in load(file).items():
+        again = {result['what'] for result in entry['results']}
+        old = results.get(scenario, {}).get('results', [])
+        entry['results'] = [result for result in old if result['what'] not in again] + entry['results']
+        results[scenario] = entry
+    os.makedirs(os.path.dirname(kept(suite)), exist_ok=True)
     with open(kept(suite), 'w') as f:
         json.dump(results, f, indent=1)
         f.write('\n')
@@ -97,16 +106,134 @@ def table(by_scenario):
     return '\n'.join(lines)
 
 
+def measured(suite):
+    """The scenarios in the order in which they are shown."""
+    results = load(kept(suite)) if os.path.exists(kept(suite)) else {}
+    return {scenario: results[scenario] for scenario in SCENARIOS if scenario in results}
+
+
+def targets():
+    """The README's table: what has a target."""
+    lines = ['| | RabbitMQ | what | | to the base | target |', '| --- | --- | --- | --- | --- | --- |']
+    for suite in SUITES:
+        for scenario, entry in measured(suite).items():
+            for result in entry['results']:
+                if result['target'] is not None:
+                    what, variant, median, _, ratio, said = row(result, entry['results'])
+                    lines.append(f"| {scenario} | {entry['facts']['RabbitMQ']} | {what}: {variant} | {median} "
+                                 f"| {ratio} | {said} |")
+    return '\n'.join(lines)
+
+
+def about(suite):
+    facts = [entry['facts'] for entry in measured(suite).values()]
+    dates = sorted({each['date'] for each in facts})
+    return (f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {facts[0]['machine']}, "
+            f"{facts[0]['system']}; PostgreSQL {facts[0]['PostgreSQL']}, RabbitMQ {facts[0]['RabbitMQ']} on Erlang "
+            f"{facts[0]['Erlang']}, rabbitmq-c {facts[0]['rabbitmq-c']}: `{command(suite)}`.")
+
+
+def command(suite):
+    return 'bash test/bench --keep' + ('' if suite == SUITES[0] else f' --suite {suite} drain latency')
+
+
+def write_tables(suites):
+    with open(os.path.join(HERE, 'RESULTS.md'), 'w') as f:
+        f.write('# All results\n')
+        for suite in suites:
+            f.write(f'\n## {suite}\n\n{about(suite)}\n\n{table(measured(suite))}'.rstrip('\n') + '\n')
+
+
+def write_readme(suites, plots):
+    shown_plots = '\n'.join(f'![{name}](test/benchmark/plots/{name}.svg)' for name in plots)
+    parts = [targets(), '', shown_plots, '', *(about(suite) + '\n' for suite in suites)]
+    with open(README) as f:
+        text = f.read()
+    text = re.sub(f'{BEGIN}.*{END}', lambda m: BEGIN + '\n' + '\n'.join(parts) + END, text, flags=re.S)
+    with open(README, 'w') as f:
+        f.write(text)
+
+
+# Plots
+
+OURS = '#1f5f8b'
+OTHERS = ('#9a9a9a', '#d9b44a', '#8fb26b', '#c98b5e', '#b7a5c9', '#6f8f8c', '#cfcfcf')
+
+
+def settings(results, unit):
+    """{setting: {variant: result}} of the results in a unit."""
+    found = {}
+    for result in results:
+        if result['unit'] == unit and result['values']:
+            found.setdefault(result['what'], {})[result['variant']] = result
+    return found
+
+
+def plot(name, entry, unit, title, log=False):
+    """A group of bars for each setting, a bar for each variant, from min to max a line."""
+    import matplotlib
+    matplotlib.use('svg')
+    matplotlib.rcParams['svg.hashsalt'] = 'pg_fanout'
+    from matplotlib import pyplot
+
+    groups = settings(entry['results'], unit)
+    variants = list(dict.fromkeys(variant for group in groups.values() for variant in group))
+    height = 0.8 / len(variants)
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(groups) * (len(variants) + 1)))
+    for number, variant in enumerate(variants):
+        bars = [(place + number * height, group[variant]) for place, group in enumerate(groups.values())
+                if variant in group]
+        middles = [middle(result) for _, result in bars]
+        spread = [[m - min(r['values']) for m, (_, r) in zip(middles, bars)],
+                  [max(r['values']) - m for m, (_, r) in zip(middles, bars)]]
+        axes.barh([place for place, _ in bars], middles, height, xerr=spread, label=variant,
+                  color=OURS if variant == 'pg_fanout' else OTHERS[number % len(OTHERS)],
+                  error_kw={'linewidth': 0.8})
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(groups))], list(groups))
+    axes.invert_yaxis()
+    axes.set_xscale('log' if log else 'linear')
+    axes.set_xlabel(unit)
+    axes.set_title(f"{title} (PostgreSQL {entry['facts']['PostgreSQL']}, RabbitMQ {entry['facts']['RabbitMQ']})")
+    axes.legend(fontsize='small')
+    figure.tight_layout()
+    save(figure, name)
+    pyplot.close(figure)
+
+
+def save(figure, name):
+    """Without a date, and without blanks at the ends of lines."""
+    file = os.path.join(HERE, 'plots', name + '.svg')
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    figure.savefig(file, metadata={'Date': None})
+    with open(file) as f:
+        text = re.sub(r'[ \t]+$', '', f.read(), flags=re.M)
+    with open(file, 'w') as f:
+        f.write(text)
+
+
+PLOTS = (  # scenario, unit, title, logarithmic
+    ('drain', 'messages/s', 'Draining a backlog', False),
+    ('latency', 'ms', 'From commit to delivery', True),
+    ('consume', 'messages/s', 'Consuming', True),
+)
+
+
+def write_plots(suites):
+    names = []
+    for suite in suites:
+        for scenario, unit, title, log in PLOTS:
+            if scenario in measured(suite):
+                names.append(f'{scenario}-{suite}')
+                plot(names[-1], measured(suite)[scenario], unit, title, log)
+    return names
+
+
 def main():
     if sys.argv[1:2] == ['--merge']:
         merge(*sys.argv[2:4])
-    with open(README) as f:
-        text = f.read()
-    if BEGIN not in text or not os.path.exists(kept('bookworm')):
-        return
-    text = re.sub(f'{BEGIN}.*{END}', lambda m: f"{BEGIN}\n\n{table(load(kept('bookworm')))}\n{END}", text, flags=re.S)
-    with open(README, 'w') as f:
-        f.write(text)
+    suites = [suite for suite in SUITES if os.path.exists(kept(suite))]
+    write_tables(suites)
+    write_readme(suites, write_plots(suites))
 
 
 if __name__ == '__main__':
