@@ -44,6 +44,7 @@
  * Losing the connection loses nothing: what was not acked comes again, and
  * the inbox knows what was applied.  What failed keeps its place before those
  * of its key, in whatever order the broker sends them.
+ * Of the others all that comes again is gathered first, and put in order.
  *
  * No transaction is open while the broker is waited for.  An error in here
  * (not one of a handler) ends the process, and the launcher starts it again.
@@ -145,14 +146,17 @@ typedef struct Consumer
 	int			in_hand;		/* delivered, and neither acked nor nacked */
 	int			blocked;		/* of these, WAITING or FAILED */
 	int			blocked_now;	/* the same, of this epoch */
+	int			delivered_now;	/* how many came in this epoch */
 	size_t		bytes;			/* of bodies in memory */
-	int			suspects;		/* so many may still be */
+	bool		suspicious;		/* of what is delivered again */
 	MonoTime	failure_log_at; /* no sooner */
 	MonoTime	next_due;		/* of one that is FAILED; 0: none */
 	MonoTime	next_gone;		/* of one that is AWAY; 0: none */
 } Consumer;
 
 static Consumer con;
+
+static void consume_anew(void);
 
 /* ---- lists ---- */
 
@@ -661,7 +665,7 @@ handle_ready(void)
 	Delivery   *next;
 	int			n = 0;
 
-	if (con.first_ready == NULL || con.conn.broker == NULL)
+	if (con.first_ready == NULL || con.conn.broker == NULL || con.gathering)
 		return false;
 	worker_set_state(WORKER_CONSUMING);
 	if (goes_alone(con.first_ready))
@@ -820,14 +824,15 @@ came_again(Delivery *delivery, BrokerDelivery *wire)
 
 /*
  * Suspect is what the broker delivers again first, after a process that ended
- * while a handler ran.
+ * while a handler ran.  How many that process had in hand is not known: with
+ * those that waited, more than the prefetch.
  */
 static bool
 is_suspect(const BrokerDelivery *wire)
 {
 	if (!wire->redelivered)
-		con.suspects = 0;
-	return con.suspects > 0 && con.suspects-- > 0;
+		con.suspicious = false;
+	return con.suspicious;
 }
 
 static int
@@ -858,12 +863,25 @@ end_gathering(void)
 	con.ngathered = 0;
 }
 
+/*
+ * With those that waited, the one before had more in hand than its prefetch.
+ * So as long as only such come, one prefetch after the other is taken.
+ */
 static bool
 gathered_all(void)
 {
-	if (!con.gathering || con.gather_until > mono_now())
+	bool		full = con.delivered_now >= con.row.prefetch && con.ngathered < GATHER_MAX &&
+		con.bytes < (size_t) pgf_consumer_memory * 1024;
+
+	if (!con.gathering || (!full && con.gather_until > mono_now()))
 		return false;
-	end_gathering();
+	if (full)
+	{
+		consume_anew();
+		con.gather_until = mono_later(GATHER_MS);
+	}
+	else
+		end_gathering();
 	return true;
 }
 
@@ -876,6 +894,7 @@ delivered(BrokerDelivery *wire)
 
 	MemoryContextSwitchTo(oldcontext);
 	pg_atomic_fetch_add_u64(&worker_subscription->delivered, 1);
+	con.delivered_now++;
 	if (failed != NULL)
 	{
 		delivery->wire = NULL;
@@ -1067,6 +1086,7 @@ consume(void)
 
 	con.epoch++;
 	con.blocked_now = 0;
+	con.delivered_now = 0;
 	snprintf(con.tag, sizeof(con.tag), "pg_fanout-%u", con.epoch);
 	result = broker_consume(con.conn.broker, con.row.queue, con.tag, con.row.prefetch, &error);
 	if (result == BROKER_OK)
@@ -1075,20 +1095,26 @@ consume(void)
 	return false;
 }
 
-/* Those that wait leave too little room for others. */
-static bool
-make_room(void)
+/* What is in hand stays in hand, and uses up no prefetch any more. */
+static void
+consume_anew(void)
 {
 	BrokerError error;
-	BrokerResult result;
+	BrokerResult result = broker_cancel(con.conn.broker, con.tag, &error);
 
-	if (!con.consuming || con.blocked_now * 2 < con.row.prefetch || con.blocked >= MAX_WAITING)
-		return false;
-	result = broker_cancel(con.conn.broker, con.tag, &error);
 	if (result == BROKER_OK)
 		(void) consume();
 	else
 		call_failed(result, &error);
+}
+
+/* Those that wait leave too little room for others. */
+static bool
+make_room(void)
+{
+	if (!con.consuming || con.blocked_now * 2 < con.row.prefetch || con.blocked >= MAX_WAITING)
+		return false;
+	consume_anew();
 	return true;
 }
 
@@ -1292,9 +1318,10 @@ take_over(void)
 {
 	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
 	con.subscription_id = worker_subscription->subscription.subscription_id;
-	con.suspects = worker_subscription->clean ? 0 : 1;
+	con.suspicious = !worker_subscription->clean;
 	worker_subscription->clean = false;
 	LWLockRelease(pgf_shared->lock);
+	pg_atomic_write_u32(&worker_subscription->waiting, 0);
 }
 
 static void
@@ -1313,7 +1340,6 @@ start(void)
 	take_over();
 	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
 		worker_end(WORKER_TERMINATED);
-	con.suspects *= con.row.prefetch;
 	snprintf(con.name, sizeof(con.name), "consumer of %s", con.row.queue ? con.row.queue : "(null)");
 	snprintf(con.connection_name, sizeof(con.connection_name), "pg_fanout consumer %s/%s",
 			 con.row.topic, con.row.consumer_group);

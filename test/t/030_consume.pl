@@ -73,6 +73,7 @@ is(sql('select count(*), count(distinct message_id), min(role), max(role) from l
 is(sql('select count(*) from (select sequence < lag(sequence) over (partition by key order by n) as wrong from log) x where wrong'),
 	'0', 'in order per key');
 wait_until(q((select applied from fanout.stat_subscriptions) = 1000));
+unlike(slurp_file('/proc/' . of_subscription('pid', 't') . '/maps'), qr/llvmjit/, 'its own statements are not compiled');
 is($broker->count('t_g'), 0, 'and the queue is empty');
 
 # a batch with failures: they cost only themselves, and their keys wait
@@ -294,6 +295,52 @@ sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions where topi
 wait_until('(select count(*) from log where body is not null) = 2');
 is(sql('select body, attempt from log order by n'),
 	qq({"fail": 3}|4\n{"behind": 1}|1), 'attempts survive restarts of server and worker, and so does the order');
+
+# more in hand than the prefetch, since they wait; and the next worker ends as
+# soon as it has got something of that: the broker delivers it in another order
+sql('truncate log');
+app(q(select fanout.unsubscribe('t', 'g')));
+sql(q(select fanout.publish('t', jsonb_build_object('n', i) || case when i = 1 then '{"fail": 1}' else '{}' end::jsonb, key => 'k') from generate_series(1, 40) i));
+PgFanout::flush($node);
+app(q(select fanout.subscribe('t', 'g', 'handle(fanout.message)', prefetch => 10, retry_delay => '5 s', max_retry_delay => '5 s')));
+wait_until(q((select waiting from fanout.stat_subscriptions where topic = 't') = 40));
+sql(q(do $$
+declare
+	before bigint;
+begin
+	select delivered into before from fanout.stat_subscriptions where topic = 't';
+	perform pg_terminate_backend(pid, 10000) from fanout.stat_subscriptions where topic = 't';
+	while (select delivered from fanout.stat_subscriptions where topic = 't') = before loop
+		perform pg_sleep(0.002);
+	end loop;
+	perform pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 't';
+end $$));
+wait_until('(select count(*) from log) = 40');
+is(sql(q(select string_agg(body ->> 'n', ' ' order by n) from log)), join(' ', 1 .. 40),
+	'more in hand than the prefetch, and two ends in a row: in order all the same');
+
+# the one that ends the worker comes after as many that wait
+sql('truncate log');
+app(q(
+create function wait_or_end(m fanout.message) returns void language plpgsql as $$
+begin
+	insert into log (body) values (m.body);
+	if m.body ? 'fail' then raise exception 'fails'; end if;
+	if m.body ? 'end' then perform pg_terminate_backend(pg_backend_pid()); perform pg_sleep(1); end if;
+end $$;
+));
+sql(q(select fanout.declare_binding('end', 'g')));
+sql(q(select fanout.publish('end', case i when 1 then '{"fail": 1}' when 10 then '{"end": 1}' else '{}' end::jsonb, key => case i when 10 then 'other' else 'k' end)
+	from generate_series(1, 10) i));
+PgFanout::flush($node);
+my $offset = -s $node->logfile;
+app(q(select fanout.subscribe('end', 'g', 'wait_or_end(fanout.message)', prefetch => 2, retry_delay => '1 min')));
+wait_until(q(exists (select from fanout.delivery_failure where key = 'other' and sqlstate = '57P01')));
+sql(q(select fanout.publish('end', '{"n": 1}', key => 'another')));
+wait_until(q(exists (select from log where body ? 'n')));
+is(sql('select key, attempts from fanout.delivery_failure order by key'), "k|1\nother|1", 'what ends the worker is found among many that wait');
+is(scalar(() = slurp_file($node->logfile, $offset) =~ /FATAL:  terminating background worker "pg_fanout consumer"/g), 2, 'when it does so again');
+app(q(select fanout.unsubscribe('end', 'g')));
 
 # the queue goes away
 sql('truncate log');
