@@ -12,7 +12,8 @@ show pg_fanout.uri;
 reset pg_fanout.uri;
 select count(*) as without_description from pg_settings where name like 'pg\_fanout.%' and (short_desc is null or short_desc !~ '\.$');
 
--- ranges
+-- ranges: 22023; the words differ between versions
+\set VERBOSITY sqlstate
 set pg_fanout.heartbeat = -1;
 set pg_fanout.heartbeat = 3601;
 set pg_fanout.heartbeat = '1 min';
@@ -34,6 +35,7 @@ set pg_fanout.max_databases = 5;
 set pg_fanout.max_subscriptions = 5;
 set pg_fanout.inbox_retention = 0;
 set pg_fanout.consumer_memory = 1;
+\set VERBOSITY default
 reset all;
 -- a typing error is one, from PostgreSQL 15 on
 create function sqlstate_of(command text) returns text language plpgsql as $$
