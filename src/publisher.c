@@ -1127,14 +1127,12 @@ record_settled(void)
 	while (true)
 	{
 		if (settled_due())
-		{
 			record_chunk(pub.settled);
-			any = true;
-		}
 		else if (pub.first != NULL && pub.first->unsettled == 0)
-			take_oldest_chunk();
+			take_oldest_chunk();	/* there is room for another now */
 		else
 			break;
+		any = true;
 	}
 	if (drain_settled() && pub.drain_record_at <= mono_now())
 	{
