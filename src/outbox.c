@@ -46,6 +46,7 @@
 
 #include "broker.h"
 #include "compat.h"
+#include "headers.h"
 #include "msgid.h"
 #include "outbox.h"
 #include "query.h"
@@ -202,26 +203,14 @@ text_or_null(HeapTuple tuple, TupleDesc desc, int column)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
-/* A string header, or NULL. */
-static char *
-string_header(Jsonb *headers, const char *name)
-{
-	JsonbValue	buffer;
-	JsonbValue *v = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
-
-	if (v == NULL || v->type != jbvString)
-		return NULL;
-	return pnstrdup(v->val.string.val, v->val.string.len);
-}
-
 static void
 read_headers(Message *message, Datum value)
 {
 	char	   *op;
 
 	message->headers = DatumGetJsonbPCopy(value);
-	message->old_key = string_header(message->headers, "old_key");
-	op = string_header(message->headers, "op");
+	message->old_key = headers_string(message->headers, "old_key");
+	op = headers_string(message->headers, "op");
 	message->truncates = (op != NULL && strcmp(op, "t") == 0);
 }
 

@@ -52,6 +52,7 @@
 
 #include "compat.h"
 #include "delivery.h"
+#include "headers.h"
 #include "inbox.h"
 #include "query.h"
 
@@ -954,27 +955,14 @@ text_value(Datum value, bool isnull)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
-static const char *
-string_header(Jsonb *headers, const char *name)
-{
-	JsonbValue	buffer;
-	JsonbValue *value = NULL;
-
-	if (headers != NULL && JB_ROOT_IS_OBJECT(headers))
-		value = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
-	if (value == NULL || value->type != jbvString)
-		return NULL;
-	return pnstrdup(value->val.string.val, value->val.string.len);
-}
-
 static void
 read_message(SyncMessage *message, const Datum *values, const bool *nulls)
 {
 	Jsonb	   *headers = nulls[MESSAGE_HEADERS] ? NULL : DatumGetJsonbP(values[MESSAGE_HEADERS]);
 
 	message->key = text_value(values[MESSAGE_KEY], nulls[MESSAGE_KEY]);
-	message->old_key = string_header(headers, "old_key");
-	message->op = string_header(headers, "op");
+	message->old_key = headers_string(headers, "old_key");
+	message->op = headers_string(headers, "op");
 	message->has_sequence = !nulls[MESSAGE_SEQUENCE];
 	if (message->has_sequence)
 		message->sequence = DatumGetInt64(values[MESSAGE_SEQUENCE]);
