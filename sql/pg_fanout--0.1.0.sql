@@ -1308,16 +1308,18 @@ create table fanout.inbox (
     primary key (subscription_id, message_id, segment)
 ) partition by list (segment);
 comment on table fanout.inbox is
-'internal: messages that were applied, or given up; insert-only, in a ring of three segments, for pg_fanout.inbox_retention at least';
+'internal: messages that were applied, or given up; insert-only, in a ring of four segments, for pg_fanout.inbox_retention at least';
 revoke all on fanout.inbox from public;
 
 create table fanout.inbox_0 partition of fanout.inbox for values in (0);
 create table fanout.inbox_1 partition of fanout.inbox for values in (1);
 create table fanout.inbox_2 partition of fanout.inbox for values in (2);
+create table fanout.inbox_3 partition of fanout.inbox for values in (3);
 comment on table fanout.inbox_0 is 'internal: a segment of the inbox';
 comment on table fanout.inbox_1 is 'internal: a segment of the inbox';
 comment on table fanout.inbox_2 is 'internal: a segment of the inbox';
-revoke all on fanout.inbox_0, fanout.inbox_1, fanout.inbox_2 from public;
+comment on table fanout.inbox_3 is 'internal: a segment of the inbox';
+revoke all on fanout.inbox_0, fanout.inbox_1, fanout.inbox_2, fanout.inbox_3 from public;
 
 create table fanout.inbox_rotation (
     current    smallint    not null,

@@ -6,9 +6,10 @@
  *
  * A message is applied when its id is in the inbox, which it comes into in the
  * transaction that ran its handler.  The inbox is insert-only, in a ring of
- * three segments: rows go to the current one; all are looked into.  After half
- * the retention the next one becomes current, having been emptied by TRUNCATE;
- * by then its youngest row is as old as the retention, at least.
+ * four segments: rows go to the current one, and that and the two before it are
+ * looked into.  After half the retention the next one becomes current.  So the
+ * youngest row of the fourth is as old as the retention, at least; it is
+ * emptied by TRUNCATE, which nobody who looks into the others is in the way of.
  *
  * The worker runs as the role that subscribed, which has no right to these
  * tables.  So every statement here runs as the extension's owner, with
@@ -18,8 +19,8 @@
  * Must never: call a handler, or leave the owner's rights behind.
  *
  * Locks: writers hold ROW EXCLUSIVE and readers ACCESS SHARE on segments until
- * their transaction ends; rotation takes ACCESS EXCLUSIVE only if nobody has
- * any lock.
+ * their transaction ends, never on the one that is to be emptied; rotation takes
+ * ACCESS EXCLUSIVE on that, only if nobody has any lock.
  *
  *-------------------------------------------------------------------------
  */
@@ -53,7 +54,14 @@
 #include "wakeup.h"
 #include "wire.h"
 
-#define INBOX_SEGMENTS 3
+#define INBOX_SEGMENTS 4
+
+/* The statement must name them: a partition that is pruned is locked, too. */
+#define LOOK_UP_SEGMENT(segment) \
+	"select message_id from fanout.inbox_" #segment \
+	" where subscription_id = $1 and message_id = any ($2)"
+#define LOOK_UP(a, b, c) \
+	{LOOK_UP_SEGMENT(a) " union all " LOOK_UP_SEGMENT(b) " union all " LOOK_UP_SEGMENT(c)}
 
 PG_FUNCTION_INFO_V1(pgf_subscribe);
 PG_FUNCTION_INFO_V1(pgf_unsubscribe);
@@ -287,11 +295,24 @@ set_outcomes(Delivery **deliveries, int n)
 	hash_destroy(met);
 }
 
+static int
+current_segment(void)
+{
+	static CachedQuery query = {"select current::int from fanout.inbox_rotation"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	if (SPI_processed != 1)
+		elog(ERROR, "fanout.inbox_rotation must have one row");
+	return DatumGetInt32(query_value(0, 1, &isnull));
+}
+
 void
 inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
 {
-	static CachedQuery query = {
-		"select message_id from fanout.inbox where subscription_id = $1 and message_id = any ($2)"
+	/* by the current segment */
+	static CachedQuery queries[INBOX_SEGMENTS] = {
+		LOOK_UP(0, 3, 2), LOOK_UP(1, 0, 3), LOOK_UP(2, 1, 0), LOOK_UP(3, 2, 1)
 	};
 	Caller		caller = become_owner();
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
@@ -299,7 +320,7 @@ inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
 	int			count;
 
 	values[1] = id_array(deliveries, n, NULL, &count);
-	query_execute(&query, 2, types, values, NULL);
+	query_execute(&queries[current_segment()], 2, types, values, NULL);
 	set_outcomes(deliveries, n);
 	become_caller(&caller);
 }
@@ -597,58 +618,47 @@ empty_inbox(int segment)
 	return true;
 }
 
-static void
-forget_old_failures(int retention_s)
-{
-	static CachedQuery query = {
-		"delete from fanout.failure where next_try < clock_timestamp() - $1 * interval '1 s'"
-	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(retention_s)};
-
-	query_execute(&query, 1, types, values, NULL);
-}
-
 /* What the inbox would not recognise any more may as well be applied again. */
 static void
-forget_deleted_rows(int retention_s)
+forget_old(CachedQuery *query, int retention_s)
 {
-	static CachedQuery query = {
-		"delete from fanout.sync_row where deleted_at < clock_timestamp() - $1 * interval '1 s'"
-	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
 
-	query_execute(&query, 1, types, values, NULL);
+	query_execute(query, 1, types, values, NULL);
 }
 
 void
 inbox_rotate(int retention_s)
 {
 	static CachedQuery due = {
-		"select current::int from fanout.inbox_rotation"
-		" where rotated_at < clock_timestamp() - $1 / 2.0 * interval '1 s'"
+		"select from fanout.inbox_rotation where rotated_at < clock_timestamp() - $1 / 2.0 * interval '1 s'"
 	};
 	static CachedQuery advance = {
 		"update fanout.inbox_rotation set current = $1::smallint, rotated_at = clock_timestamp()"
 	};
+	static CachedQuery failures = {
+		"delete from fanout.failure where next_try < clock_timestamp() - $1 * interval '1 s'"
+	};
+	static CachedQuery deleted_rows = {
+		"delete from fanout.sync_row where deleted_at < clock_timestamp() - $1 * interval '1 s'"
+	};
 	Caller		caller = become_owner();
+	int			next = (current_segment() + 1) % INBOX_SEGMENTS;
+	bool		ready = empty_inbox(next);
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
-	bool		isnull;
 
 	query_execute(&due, 1, types, values, NULL);
 	if (SPI_processed == 1)
 	{
-		int			next = (DatumGetInt32(query_value(0, 1, &isnull)) + 1) % INBOX_SEGMENTS;
-
-		if (empty_inbox(next))
+		if (ready)
 		{
 			values[0] = Int32GetDatum(next);
 			query_execute(&advance, 1, types, values, NULL);
 		}
-		forget_old_failures(retention_s);
-		forget_deleted_rows(retention_s);
+		forget_old(&failures, retention_s);
+		forget_old(&deleted_rows, retention_s);
 	}
 	become_caller(&caller);
 }
