@@ -159,6 +159,9 @@
 /* More bytes in deliveries than any consumer lets pile up while it waits. */
 #define DELIVERED_MAX		((size_t) 1024 * 1024 * 1024)
 
+/* Of these, so many are taken in on the way, when it is not them that is asked for. */
+#define DELIVERED_AHEAD		((size_t) 1024 * 1024)
+
 /* Tables in tables: RabbitMQ's own (x-death) have two levels. */
 #define NESTED_MAX			16
 
@@ -198,6 +201,8 @@ struct Broker
 	Assembler	content;		/* basic.return, or basic.deliver, of the
 								 * publishing channel */
 	BrokerDelivery *delivery;	/* that content's, if it is a delivery */
+	bool		consumes;		/* on this channel, something was consumed */
+	uint64_t	delivery_tag;	/* on this channel: the last delivery's */
 	size_t		delivered;		/* bytes of deliveries not yet fetched */
 
 	/* Writing */
@@ -343,6 +348,7 @@ static void drain(Broker *broker);
 static void dispatch(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_connection(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_publishing(Broker *broker, const amqp_frame_t *frame);
+static void dispatch_delivery(Broker *broker, const amqp_basic_deliver_t *deliver);
 static void dispatch_method(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_topology(Broker *broker, const amqp_frame_t *frame);
 static void connection_closed(Broker *broker, const amqp_connection_close_t *close);
@@ -1006,6 +1012,8 @@ broker_reopen(Broker *broker, BrokerError *error)
 	drop_deliveries(broker);
 	broker_free_delivery(broker->delivery);
 	broker->delivery = NULL;
+	broker->consumes = false;
+	broker->delivery_tag = 0;
 	for (size_t i = broker->first; i < broker->last; i++)
 	{
 		BrokerEventType type = broker->events[i].type;
@@ -1444,6 +1452,7 @@ broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
 	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
 		!check_short("consumer tag", consumer_tag, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
+	broker->consumes = true;
 	consume.queue = bytes_of(queue);
 	consume.consumer_tag = bytes_of(consumer_tag);
 	if (call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_QOS_METHOD, &qos,
@@ -1538,8 +1547,9 @@ begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver)
 	broker->delivery = delivery;
 	if (delivery == NULL)
 		return false;
-	delivery->tag = deliver->delivery_tag;
+	delivery->tag = broker->delivery_tag = deliver->delivery_tag;
 	delivery->redelivered = deliver->redelivered;
+	delivery->size = sizeof(BrokerDelivery);
 	return true;
 }
 
@@ -1576,6 +1586,7 @@ delivery_assembled(Broker *broker)
 	BrokerEvent *event;
 
 	delivery->body_len = (size_t) broker->content.body_size;
+	delivery->size += delivery->body_len;
 	delivery->body = assemble_take_body(&broker->content);
 	if (broker->delivered > DELIVERED_MAX)
 	{
@@ -1586,7 +1597,7 @@ delivery_assembled(Broker *broker)
 	if (event == NULL)
 		return;
 	event->delivery = delivery;
-	broker->delivered += delivery->body_len;
+	broker->delivered += delivery->size;
 	broker->delivery = NULL;
 }
 
@@ -1600,6 +1611,7 @@ keep(BrokerDelivery *delivery, size_t size)
 		return NULL;
 	block->next = delivery->memory;
 	delivery->memory = block;
+	delivery->size += sizeof(BrokerBlock) + size;
 	return block + 1;
 }
 
@@ -1929,10 +1941,11 @@ static void
 refill_credit(Broker *broker)
 {
 	bool		readable;
+	bool		writable = tcp_writable(broker->fd, &readable);
 
-	if (tcp_writable(broker->fd, &readable))
+	if (writable)
 		broker->credit = broker->credit_max;
-	if (readable)
+	if (readable && (!writable || broker->delivered < DELIVERED_AHEAD))
 		drain(broker);
 }
 
@@ -2148,9 +2161,14 @@ static void
 drain(Broker *broker)
 {
 	amqp_frame_t frame;
+	int			frames = 0;
 
-	for (int i = 0; i < READS_AT_ONCE && read_frame(broker, &frame); i++)
+	while (frames++ < READS_AT_ONCE && read_frame(broker, &frame))
+	{
 		dispatch(broker, &frame);
+		if (broker->delivered >= DELIVERED_AHEAD)
+			break;
+	}
 }
 
 /* Takes note of a frame nobody waits for.  Never waits, never writes much. */
@@ -2214,6 +2232,25 @@ dispatch_publishing(Broker *broker, const amqp_frame_t *frame)
 	}
 }
 
+/* Of a tag that is 0 or comes again, an ack would settle something else. */
+static void
+dispatch_delivery(Broker *broker, const amqp_basic_deliver_t *deliver)
+{
+	AssembleResult result = assemble_method(&broker->content, 0, "", 0);
+
+	if (result != ASSEMBLE_VIOLATION &&
+		(!broker->consumes || deliver->delivery_tag <= broker->delivery_tag))
+	{
+		broker->content.problem = broker->consumes ?
+			"a delivery tag is not greater than the one before it" :
+			"a delivery came before anything was consumed";
+		result = ASSEMBLE_VIOLATION;
+	}
+	if (result != ASSEMBLE_VIOLATION && !begin_delivery(broker, deliver))
+		lose(broker, 0, "out of memory");
+	content_assembled(broker, result);
+}
+
 static void
 dispatch_method(Broker *broker, const amqp_frame_t *frame)
 {
@@ -2232,11 +2269,7 @@ dispatch_method(Broker *broker, const amqp_frame_t *frame)
 
 	if (frame->payload.method.id == AMQP_BASIC_DELIVER_METHOD && broker->options->consumer)
 	{
-		AssembleResult result = assemble_method(&broker->content, 0, "", 0);
-
-		if (result != ASSEMBLE_VIOLATION && !begin_delivery(broker, decoded))
-			lose(broker, 0, "out of memory");
-		content_assembled(broker, result);
+		dispatch_delivery(broker, decoded);
 		return;
 	}
 
@@ -2461,7 +2494,7 @@ pop_event(Broker *broker, BrokerEvent *event)
 		*event = *next;
 		if (next->delivery != NULL)
 		{
-			broker->delivered -= next->delivery->body_len;
+			broker->delivered -= next->delivery->size;
 			next->delivery = NULL;
 		}
 		return true;

@@ -180,6 +180,7 @@ struct BrokerDelivery
 	int			nheaders;
 	char	   *body;			/* NULL if body_len is 0 */
 	size_t		body_len;
+	size_t		size;			/* of all of it in memory, about */
 	struct BrokerBlock *memory; /* private */
 };
 

@@ -11,12 +11,16 @@
  * process, on a socket pair, and time passes only in waits, so that the same
  * script always plays the same way and a timeout costs nothing.
  *
+ * Built with CONSUMES, the client consumes, and does not publish: fuzz_consume.
+ *
  * This file stands in for tcp.c.  Promised, besides that no sanitizer has
  * anything to say:
  *
  * - every call ends within its timeout;
  * - the confirms that come out are those that went in, in that order, and none
  *   of them is for a message that was not published by then;
+ * - no delivery comes out but as it went in, in that order, by a tag of its own;
+ *   only such are acked or given back;
  * - what the client writes is well-formed, whatever it reads;
  * - a connection that is lost stays lost, and no socket is left behind.
  *
@@ -35,6 +39,12 @@
 #include "fuzz.h"
 #include "tcp.h"
 
+#ifdef CONSUMES
+static const bool consumes = true;
+#else
+static const bool consumes = false;
+#endif
+
 #define CONNECT_TIMEOUT 2000
 #define RPC_TIMEOUT		1000
 #define PUBLISH_TIMEOUT 500
@@ -44,6 +54,7 @@
 #define REQUESTS_MAX	16
 #define STREAM_MAX		(1024 * 1024)
 #define FRAME_LIMIT		65536
+#define HELD_MAX		64
 
 typedef struct Stream
 {
@@ -67,7 +78,7 @@ typedef struct Request
 {
 	int			channel;
 	uint32_t	reply;			/* method */
-	uint8_t		name[256];		/* of a queue, as a short string */
+	uint8_t		name[256];		/* of a queue or a consumer, as a short string */
 }			Request;
 
 static Tape tape;
@@ -85,6 +96,9 @@ static Request requests[REQUESTS_MAX];
 static int	nrequests;
 static Claim claims[CLAIMS_MAX];
 static int	nclaims;
+static uint64_t begun[CLAIMS_MAX];	/* tags of deliveries */
+static int	nbegun;
+static uint64_t next_tag;		/* of a delivery, if the broker is honest */
 static int	channel_life;		/* of the publishing channel */
 static size_t cut;				/* of the next frame */
 static bool wrong_end;
@@ -98,6 +112,12 @@ static void *ring[WINDOW];
 static uint64_t published;
 static int	my_life;			/* channel_life when it was opened for us */
 static int	next_claim;
+static int	next_begun;
+static uint64_t last_tag;		/* of the last delivery */
+static BrokerDelivery *held[HELD_MAX];
+static int	nheld;
+static uint64_t settled_tags[STEPS_MAX];	/* acked or given back */
+static int	nsettled;
 static bool over;				/* nothing but closing makes sense */
 
 
@@ -195,6 +215,19 @@ note_confirm(const uint8_t * payload, size_t len)
 	nclaims++;
 }
 
+static void
+note_delivery(const uint8_t * payload, size_t len)
+{
+	size_t		at = 5 + (len > 4 ? payload[4] : 0);
+
+	if (payload[1] != 60 || payload[3] != 60 || len < at + 8 || nbegun == CLAIMS_MAX)
+		return;
+	begun[nbegun] = 0;
+	for (int i = 0; i < 8; i++)
+		begun[nbegun] = begun[nbegun] << 8 | payload[at + i];
+	nbegun++;
+}
+
 /* Finds the next whole frame in a stream, as the other side will. */
 static const uint8_t *
 next_frame(Stream * stream, size_t *len)
@@ -240,7 +273,10 @@ say(const void *bytes, size_t len)
 	while ((frame = next_frame(&said, &frame_len)) != NULL)
 	{
 		if (frame[0] == 1 && frame[1] == 0 && frame[2] == 1 && frame[7] == 0)
+		{
 			note_confirm(frame + 7, frame_len - 8);
+			note_delivery(frame + 7, frame_len - 8);
+		}
 	}
 }
 
@@ -367,12 +403,15 @@ say_reply(const Request * request)
 			put_number(0, 1);
 		if ((class == 20 && method == 11) || (class == 50 && method == 41))
 			put_number(0, 4);
+		if ((class == 50 && method == 11) || (class == 60 && method > 20))
+			put_bytes(request->name, request->name[0] + (size_t) 1);
 		if (class == 50 && method == 11)
 		{
-			put_bytes(request->name, request->name[0] + (size_t) 1);
 			put_number(1, 4);
 			put_number(2, 4);
 		}
+		if (class == 60 && method == 21)
+			next_tag = 1;
 		put_method(request->channel);
 	}
 }
@@ -406,6 +445,56 @@ say_return(void)
 	put_bytes("NO_ROUTE", 8);
 	put_number(0, 2);
 	put_method(1);
+}
+
+static void
+say_deliver(int channel)
+{
+	uint8_t		how = tape_byte(&tape);
+	uint64_t	tag = how < 250 ? next_tag++ : tape_number(&tape, 2);
+
+	begin_method(60, 60);
+	put_number(1, 1);
+	put_bytes("c", 1);
+	put_number(how == 255 ? UINT64_MAX - tag : tag, 8);
+	put_number(how & 1, 1);
+	put_number(0, 2);
+	put_method(channel);
+}
+
+/* A basic.return; or to a consumer, a delivery. */
+static void say_return(void);
+
+static void
+begin_content(void)
+{
+	if (consumes)
+		say_deliver(1);
+	else
+		say_return();
+}
+
+/* Every property that is looked at, and headers that are whatever they are. */
+static void
+say_properties(uint64_t size)
+{
+	size_t		len = tape_byte(&tape);
+	size_t		got;
+	const		uint8_t *table = tape_bytes(&tape, len, &got);
+
+	begin_method(60, 0);
+	put_number(size, 8);
+	put_number(0xa0e0, 2);		/* content type, headers, id, timestamp, type */
+	put_number(1, 1);
+	put_bytes("j", 1);
+	put_number(got, 4);
+	put_bytes(table, got);
+	put_number(2, 1);
+	put_bytes("id", 2);
+	put_number(1, 8);
+	put_number(1, 1);
+	put_bytes("t", 1);
+	say_frame(2, 1, payload.bytes, payload.len);
 }
 
 static void
@@ -470,6 +559,7 @@ speak(void)
 	static const uint32_t replies[] = {
 		10 << 16 | 10, 10 << 16 | 30, 10 << 16 | 41, 10 << 16 | 51, 20 << 16 | 11,
 		20 << 16 | 41, 85 << 16 | 11, 40 << 16 | 11, 50 << 16 | 11, 50 << 16 | 21,
+		60 << 16 | 11, 60 << 16 | 21, 60 << 16 | 31,
 	};
 	uint8_t		op = tape_ended(&tape) ? 0 : tape_byte(&tape);
 	int			more = op / 32;
@@ -495,13 +585,16 @@ speak(void)
 			say_confirm(120);
 			break;
 		case 7:
-			say_return();
-			say_header(60, (uint64_t) more);
+			begin_content();
+			if (consumes && more % 2)
+				say_properties((uint64_t) more);
+			else
+				say_header(60, (uint64_t) more);
 			if (more > 0)
 				say_body((size_t) more);
 			break;
 		case 8:
-			say_return();
+			begin_content();
 			break;
 		case 9:
 			say_header(more == 7 ? 10 : 60, tape_byte(&tape));
@@ -528,6 +621,13 @@ speak(void)
 			say_blocked();
 			break;
 		case 17:
+			if (consumes && more % 2)
+			{
+				begin_method(60, 30);
+				put_bytes("\1c\1", 3);
+				put_method(1);
+				break;
+			}
 			begin_method(10, 61);
 			put_method(0);
 			break;
@@ -553,7 +653,7 @@ speak(void)
 			break;
 		case 25:
 		case 26:
-			request.reply = replies[tape_byte(&tape) % 10];
+			request.reply = replies[tape_byte(&tape) % (consumes ? 13 : 10)];
 			request.name[0] = 1;
 			request.name[1] = more % 2 ? 'q' : 'r';
 			say_reply(&request);
@@ -603,6 +703,33 @@ expect_answer(int channel, int class, int method)
 }
 
 static void
+hear_consuming(const uint8_t * method, int id, size_t len)
+{
+	const		uint8_t *name = method + (id == 20 ? 6 : 4);
+	uint64_t	tag = 0;
+	int			i = 0;
+
+	if (id == 80 || id == 120)
+	{
+		CHECK(len == 13);
+		for (int at = 4; at < 12; at++)
+			tag = tag << 8 | method[at];
+		while (i < nsettled && settled_tags[i] != tag)
+			i++;
+		CHECK(i < nsettled);
+		return;
+	}
+	CHECK(id == 10 || id == 20 || id == 30);
+	expect_answer(1, 60, id + 1);
+	if (id == 10)
+		return;
+	if (id == 20)
+		name += name[0] + 1;
+	CHECK(name + name[0] < method + len);
+	memcpy(requests[nrequests - 1].name, name, name[0] + (size_t) 1);
+}
+
+static void
 hear_method(int channel, const uint8_t * method, size_t len)
 {
 	int			class = method[0] << 8 | method[1];
@@ -623,6 +750,8 @@ hear_method(int channel, const uint8_t * method, size_t len)
 	}
 	else if (class == 10 && id == 31)
 		return;
+	else if (class == 60 && consumes)
+		hear_consuming(method, id, len);
 	else if (id % 10 == 0 && class != 60)
 		expect_answer(channel, class, id + 1);
 	else
@@ -640,7 +769,7 @@ check_content(int type, const uint8_t * bytes, size_t len)
 		expect = 1;
 	else if (type == 1)
 	{
-		bool		publish = bytes[1] == 60;
+		bool		publish = bytes[1] == 60 && bytes[3] == 40;
 
 		/* the broker's closing of the channel ends a content early */
 		CHECK(expect == 1 || bytes[1] == 20);
@@ -769,6 +898,9 @@ static BrokerOptions options = {
 	.connect_timeout_ms = CONNECT_TIMEOUT,
 	.rpc_timeout_ms = RPC_TIMEOUT,
 	.heartbeat_s = 10,
+#ifdef CONSUMES
+	.consumer = true,
+#endif
 	.wait = wait_socket,
 	.fd_changed = fd_changed,
 };
@@ -816,9 +948,18 @@ take_confirm(const BrokerEvent *event)
 }
 
 static void
+drop_held(void)
+{
+	while (nheld > 0)
+		broker_free_delivery(held[--nheld]);
+}
+
+static void
 channel_opened(void)
 {
 	published = 0;
+	last_tag = 0;
+	drop_held();
 	confirms_init(&window, ring, WINDOW);
 	my_life = channel_life;
 	next_claim = 0;
@@ -835,6 +976,42 @@ reopen(void)
 		channel_opened();
 	else
 		over = true;			/* as the publisher does */
+}
+
+static size_t
+read_fields(const BrokerField * fields, int count, int depth)
+{
+	size_t		bytes = 0;
+
+	CHECK(depth < 20);
+	for (int i = 0; i < count; i++)
+	{
+		bytes += strlen(fields[i].name);
+		if (fields[i].type == BROKER_VALUE_STRING)
+			bytes += strlen(fields[i].value.string.data) <= fields[i].value.string.len;
+		else if (fields[i].type == BROKER_VALUE_TABLE || fields[i].type == BROKER_VALUE_ARRAY)
+			bytes += read_fields(fields[i].value.nested.fields, fields[i].value.nested.count, depth + 1);
+	}
+	return bytes;
+}
+
+static void
+take_delivery(BrokerDelivery * delivery)
+{
+	size_t		bytes;
+
+	CHECK(consumes && delivery != NULL && delivery->tag > last_tag);
+	last_tag = delivery->tag;
+	while (next_begun < nbegun && begun[next_begun] != delivery->tag)
+		next_begun++;
+	CHECK(next_begun++ < nbegun || nbegun == CLAIMS_MAX);
+	bytes = read_fields(delivery->headers, delivery->nheaders, 0);
+	for (size_t i = 0; i < delivery->body_len; i++)
+		bytes += (size_t) (delivery->body[i] == 'x');
+	CHECK(bytes <= delivery->size);
+	if (nheld == HELD_MAX)
+		drop_held();
+	held[nheld++] = delivery;
 }
 
 /* Returns false if there is nothing more. */
@@ -870,9 +1047,10 @@ take_event(void)
 		case BROKER_UNBLOCKED:
 			break;
 		case BROKER_DELIVERY:
+			take_delivery(event.delivery);
+			break;
 		case BROKER_CANCELLED:
-			/* nothing was consumed */
-			CHECK(false);
+			CHECK(consumes);
 			break;
 	}
 	return !over;
@@ -903,6 +1081,35 @@ publish(void)
 	(void) confirms_add(&window, &message);
 	if (result == BROKER_OK)
 		published++;
+}
+
+static void
+settle(bool requeue)
+{
+	BrokerError error = {0};
+	BrokerDelivery *delivery;
+
+	if (nheld == 0)
+		return;
+	delivery = held[--nheld];
+	settled_tags[nsettled++] = delivery->tag;
+	check_result(requeue ? broker_requeue(broker, delivery->tag, PUBLISH_TIMEOUT, &error) :
+				 broker_ack(broker, delivery->tag, delivery->tag % 2, PUBLISH_TIMEOUT, &error), &error);
+	broker_free_delivery(delivery);
+}
+
+/* What a consumer does instead of publishing. */
+static void
+consume(int which)
+{
+	BrokerError error = {0};
+
+	if (which == 0)
+		check_result(broker_consume(broker, "q", "c", 10, &error), &error);
+	else if (which == 1)
+		check_result(broker_cancel(broker, "c", &error), &error);
+	else
+		settle(which == 3);
 }
 
 static void
@@ -951,7 +1158,10 @@ step(void)
 		case 1:
 		case 2:
 		case 3:
-			publish();
+			if (consumes)
+				consume(op % 16);
+			else
+				publish();
 			break;
 		case 4:
 		case 5:
@@ -995,7 +1205,9 @@ begin_conversation(void)
 	heard.first = heard.last = 0;
 	said.first = said.last = unsent = 0;
 	heard.broken = said.broken = false;
-	nrequests = nclaims = next_claim = 0;
+	nrequests = nclaims = next_claim = nbegun = next_begun = 0;
+	next_tag = 1;
+	nsettled = 0;
 	channel_life = -1;
 	cut = last_len = 0;
 	wrong_end = over = false;
@@ -1047,6 +1259,7 @@ LLVMFuzzerTestOneInput(const uint8_t * data, size_t size)
 	{
 		for (int i = 0; i < STEPS_MAX && !tape_ended(&tape) && !over; i++)
 			step();
+		drop_held();
 		broker_close(broker, mode & 4);
 		CHECK(announced == -1);
 	}
