@@ -147,7 +147,7 @@ typedef struct Consumer
 	int			blocked;		/* of these, WAITING or FAILED */
 	int			blocked_now;	/* the same, of this epoch */
 	int			delivered_now;	/* how many came in this epoch */
-	size_t		bytes;			/* of bodies in memory */
+	size_t		bytes;			/* of deliveries in memory */
 	bool		suspicious;		/* of what is delivered again */
 	MonoTime	failure_log_at; /* no sooner */
 	MonoTime	next_due;		/* of one that is FAILED; 0: none */
@@ -199,7 +199,7 @@ static void
 drop_body(Delivery *delivery)
 {
 	if (delivery->wire != NULL)
-		con.bytes -= delivery->wire->body_len;
+		con.bytes -= delivery->size;
 	delivery_drop_body(delivery);
 }
 
@@ -295,6 +295,7 @@ lose_deliveries(void)
 			delivery_free(delivery);
 			continue;
 		}
+		item->waiting = false;
 		delivery->tag = 0;
 		set_away(delivery);
 		add_to_order(delivery);
@@ -437,14 +438,23 @@ fail(Delivery *delivery)
 	note_due(&con.next_due, delivery->due);
 }
 
+/* The other half is for what can be worked on. */
+static size_t
+memory_for_waiting(void)
+{
+	return (size_t) pgf_consumer_memory * 1024 / 2;
+}
+
 static void
 wait_in_order(Delivery *delivery)
 {
 	delivery->state = DELIVERY_WAITING;
-	/* half of the memory is for what can be worked on */
-	if (con.bytes > (size_t) pgf_consumer_memory * 1024 / 2)
+	if (con.bytes > memory_for_waiting())
 		drop_body(delivery);
-	add_to_order(delivery);
+	if (delivery->order.pinned)
+		delivery->order.waiting = true;
+	else
+		add_to_order(delivery);
 	count_blocked(delivery, 1);
 }
 
@@ -587,7 +597,7 @@ handle_singly(Delivery *delivery)
 	HandlerResult result;
 	bool		exhausted = delivery->attempts >= con.row.max_attempts;
 
-	if (!delivery->order.pinned && order_blocks(&con.order, &delivery->order))
+	if (order_blocks(&con.order, &delivery->order))
 	{
 		wait_in_order(delivery);
 		return;
@@ -651,7 +661,7 @@ next_of_batch(void)
 	{
 		Delivery   *delivery = take_ready();
 
-		if (delivery->order.pinned || !order_blocks(&con.order, &delivery->order))
+		if (!order_blocks(&con.order, &delivery->order))
 			return delivery;
 		wait_in_order(delivery);
 	}
@@ -760,24 +770,39 @@ give_up_gone(MonoTime now)
 	}
 }
 
-static bool
+/*
+ * Its body was let go: it has to come again, and keeps its place.  So that this
+ * does not take a while for each of a key, those behind it are called, too, as
+ * many as there is room for.
+ */
+static OrderVerdict
+call_back(Delivery *delivery, size_t *room)
+{
+	delivery->state = DELIVERY_FAILED;
+	delivery->due = mono_now();
+	note_due(&con.next_due, delivery->due);
+	if (!delivery->order.pinned)
+	{
+		delivery->order.pinned = true;
+		remember_failed(delivery);
+	}
+	if (*room < delivery->size)
+		return ORDER_STAYS;
+	*room -= delivery->size;
+	return ORDER_STAYS_ALONE;
+}
+
+static OrderVerdict
 release(OrderItem *item, void *arg)
 {
 	Delivery   *delivery = (Delivery *) item;
 
+	item->waiting = false;
 	if (delivery->wire == NULL)
-	{
-		/* its body was let go: it has to come again, and keeps its place */
-		item->pinned = true;
-		remember_failed(delivery);
-		delivery->state = DELIVERY_FAILED;
-		delivery->due = mono_now();
-		note_due(&con.next_due, delivery->due);
-		return false;
-	}
+		return call_back(delivery, arg);
 	count_blocked(delivery, -1);
 	con.released[con.nreleased++] = delivery;
-	return true;
+	return item->pinned ? ORDER_STAYS : ORDER_LEAVES;
 }
 
 /*
@@ -788,9 +813,12 @@ release(OrderItem *item, void *arg)
 static void
 release_waiting(void)
 {
+	size_t		room = memory_for_waiting();
+
+	room -= Min(room, con.bytes);
 	con.released = palloc((con.order.count + 1) * sizeof(Delivery *));
 	con.nreleased = 0;
-	order_release(&con.order, release, NULL);
+	order_release(&con.order, release, &room);
 	put_back(con.released, con.nreleased);
 	pfree(con.released);
 }
@@ -802,10 +830,11 @@ static void
 came_again(Delivery *delivery, BrokerDelivery *wire)
 {
 	delivery->wire = wire;
+	delivery->size = wire->size;
 	delivery->tag = wire->tag;
 	delivery->epoch = con.epoch;
 	con.in_hand++;
-	con.bytes += wire->body_len;
+	con.bytes += wire->size;
 	if (delivery->state == DELIVERY_GONE)
 	{
 		delivery->order.pinned = true;
@@ -885,6 +914,13 @@ gathered_all(void)
 	return true;
 }
 
+/* More than the prefetches that were asked for can be. */
+static bool
+too_many(void)
+{
+	return con.in_hand >= 2 * (MAX_WAITING + con.row.prefetch);
+}
+
 static void
 delivered(BrokerDelivery *wire)
 {
@@ -915,7 +951,7 @@ delivered(BrokerDelivery *wire)
 	delivery->epoch = con.epoch;
 	delivery->suspect = is_suspect(wire);
 	con.in_hand++;
-	con.bytes += wire->body_len;
+	con.bytes += wire->size;
 	if (con.gathering && wire->redelivered && con.ngathered < GATHER_MAX)
 	{
 		con.gathered[con.ngathered++] = delivery;
@@ -932,7 +968,14 @@ handle_event(BrokerEvent *event)
 	switch (event->type)
 	{
 		case BROKER_DELIVERY:
-			if (event->delivery != NULL)
+			if (event->delivery == NULL)
+				break;
+			if (too_many())
+			{
+				broker_free_delivery(event->delivery);
+				broker_failed("the broker delivers more than was asked for");
+			}
+			else
 				delivered(event->delivery);
 			break;
 		case BROKER_CANCELLED:

@@ -310,6 +310,7 @@ delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 	const BrokerField *op = find_header(wire, "op", BROKER_VALUE_STRING);
 
 	delivery->wire = wire;
+	delivery->size = wire->size;
 	delivery->tag = wire->tag;
 	if (wire->message_id == NULL || !parse_uuid(wire->message_id, &delivery->message_id))
 		derive_id(wire, queue, &delivery->message_id);

@@ -47,6 +47,7 @@ typedef struct Delivery
 
 	/* of the delivery in hand */
 	BrokerDelivery *wire;		/* NULL: its body was let go */
+	size_t		size;			/* of that in memory, now or before */
 	uint64		tag;			/* 0: not in hand */
 	uint32		epoch;			/* of which basic.consume */
 	bool		suspect;		/* the worker may have ended because of it */

@@ -12,11 +12,16 @@
  * which those that find their keys free leave, too.  So what is decided is
  * always decided by the order of coming alone.
  *
+ * One that has left is not done with: it may fail, and others that came after
+ * it may still be here.  So each has a place, by which it waits for none but
+ * those before it, and to which it comes back.
+ *
  * Must never: look at anything but keys, or free an item.
  *
  * Scenarios, each a test in test/unit/test_order.c: nothing failed; one key
  * blocked, others free; two keys joined by one item; a barrier among others;
- * an item that comes back in its old place; a model with random keys.
+ * an item that stays in its place; one that comes back to it; one that is asked
+ * about before its time; a model with random keys.
  *
  *-------------------------------------------------------------------------
  */
@@ -25,13 +30,16 @@
 
 #include "order.h"
 
-#define INITIAL_PLACES 64
+#define INITIAL_ROOM 64
 
+static void link_item(Order *order, OrderItem *item);
 static void unlink_item(Order *order, OrderItem *item);
-static bool has_key(const Order *order, uint64_t key);
+static void clear_keys(Order *order);
+static OrderKey *find_key(const Order *order, uint64_t key);
 static bool add_keys(Order *order, const OrderItem *item);
+static void add_key(Order *order, uint64_t key, uint64_t place);
+static void lower(uint64_t *place, uint64_t other);
 static bool make_room(Order *order);
-static void put_key(uint64_t *keys, size_t nplaces, uint64_t key, size_t *nkeys);
 static uint64_t nonzero(uint64_t key);
 
 void
@@ -45,24 +53,24 @@ order_clear(Order *order)
 {
 	order->first = order->last = NULL;
 	order->count = 0;
-	order->nkeys = 0;
-	order->blocking = 0;
-	order->barrier = false;
 	order->stale = false;
-	if (order->nplaces > 0)
-		memset(order->keys, 0, order->nplaces * sizeof(uint64_t));
+	clear_keys(order);
 }
 
 bool
 order_blocks(const Order *order, const OrderItem *item)
 {
-	if (order->blocking == 0)
+	uint64_t	place = item->place != 0 ? item->place : UINT64_MAX;
+
+	if (order->lowest == 0 || order->lowest >= place)
 		return false;
-	if (order->barrier || item->barrier)
+	if (item->barrier || (order->barrier != 0 && order->barrier < place))
 		return true;
 	for (int i = 0; i < item->nkeys; i++)
 	{
-		if (has_key(order, item->keys[i]))
+		const OrderKey *key = order->room > 0 ? find_key(order, item->keys[i]) : NULL;
+
+		if (key != NULL && key->key != 0 && key->place < place)
 			return true;
 	}
 	return false;
@@ -71,16 +79,11 @@ order_blocks(const Order *order, const OrderItem *item)
 bool
 order_add(Order *order, OrderItem *item)
 {
+	if (item->place == 0)
+		item->place = ++order->last_place;
 	if (!add_keys(order, item))
 		return false;
-	item->next = NULL;
-	item->previous = order->last;
-	if (order->last != NULL)
-		order->last->next = item;
-	else
-		order->first = item;
-	order->last = item;
-	order->count++;
+	link_item(order, item);
 	return true;
 }
 
@@ -93,42 +96,51 @@ order_remove(Order *order, OrderItem *item)
 
 /* The set has room: it holds no more keys than before. */
 void
-order_release(Order *order, bool (*release) (OrderItem *item, void *arg), void *arg)
+order_release(Order *order, OrderVerdict (*release) (OrderItem *item, void *arg), void *arg)
 {
 	OrderItem  *next;
+	bool		complete = true;
 
-	order->nkeys = 0;
-	order->blocking = 0;
-	order->barrier = false;
+	clear_keys(order);
 	order->stale = false;
-	if (order->nplaces > 0)
-		memset(order->keys, 0, order->nplaces * sizeof(uint64_t));
 	for (OrderItem *item = order->first; item != NULL; item = next)
 	{
+		OrderVerdict verdict = ORDER_STAYS;
+
 		next = item->next;
-		if (item->pinned || order_blocks(order, item))
-			(void) add_keys(order, item);
-		else
+		if ((!item->pinned || item->waiting) && !order_blocks(order, item))
 		{
-			unlink_item(order, item);
-			if (!release(item, arg))
-			{
-				/* back to where it was */
-				item->next = next;
-				item->previous = next != NULL ? next->previous : order->last;
-				if (item->previous != NULL)
-					item->previous->next = item;
-				else
-					order->first = item;
-				if (next != NULL)
-					next->previous = item;
-				else
-					order->last = item;
-				order->count++;
-				(void) add_keys(order, item);
-			}
+			verdict = release(item, arg);
+			if (verdict == ORDER_LEAVES)
+				unlink_item(order, item);
 		}
+		if (verdict == ORDER_STAYS)
+			(void) add_keys(order, item);
+		complete = complete && verdict != ORDER_STAYS_ALONE;
 	}
+	for (OrderItem *item = order->first; item != NULL && !complete; item = item->next)
+		(void) add_keys(order, item);
+}
+
+/* Mostly it is the last. */
+static void
+link_item(Order *order, OrderItem *item)
+{
+	OrderItem  *before = order->last;
+
+	while (before != NULL && before->place > item->place)
+		before = before->previous;
+	item->previous = before;
+	item->next = before != NULL ? before->next : order->first;
+	if (item->previous != NULL)
+		item->previous->next = item;
+	else
+		order->first = item;
+	if (item->next != NULL)
+		item->next->previous = item;
+	else
+		order->last = item;
+	order->count++;
 }
 
 static void
@@ -146,21 +158,40 @@ unlink_item(Order *order, OrderItem *item)
 	order->count--;
 }
 
-static bool
-has_key(const Order *order, uint64_t key)
+static void
+clear_keys(Order *order)
 {
-	size_t		place;
+	order->nkeys = 0;
+	order->lowest = 0;
+	order->barrier = 0;
+	if (order->room > 0)
+		memset(order->keys, 0, order->room * sizeof(OrderKey));
+}
 
-	if (order->nkeys == 0)
-		return false;
+/* Where it is, or would be. */
+static OrderKey *
+find_key(const Order *order, uint64_t key)
+{
+	size_t		i;
+
 	key = nonzero(key);
-	for (place = key & (order->nplaces - 1); order->keys[place] != 0;
-		 place = (place + 1) & (order->nplaces - 1))
+	for (i = key & (order->room - 1); order->keys[i].key != 0; i = (i + 1) & (order->room - 1))
 	{
-		if (order->keys[place] == key)
-			return true;
+		if (order->keys[i].key == key)
+			break;
 	}
-	return false;
+	return &order->keys[i];
+}
+
+static void
+add_key(Order *order, uint64_t key, uint64_t place)
+{
+	OrderKey   *entry = find_key(order, key);
+
+	if (entry->key == 0)
+		order->nkeys++;
+	entry->key = nonzero(key);
+	lower(&entry->place, place);
 }
 
 static bool
@@ -169,46 +200,40 @@ add_keys(Order *order, const OrderItem *item)
 	if (!make_room(order))
 		return false;
 	for (int i = 0; i < item->nkeys; i++)
-		put_key(order->keys, order->nplaces, nonzero(item->keys[i]), &order->nkeys);
-	order->barrier = order->barrier || item->barrier;
-	order->blocking++;
+		add_key(order, item->keys[i], item->place);
+	if (item->barrier)
+		lower(&order->barrier, item->place);
+	lower(&order->lowest, item->place);
 	return true;
+}
+
+static void
+lower(uint64_t *place, uint64_t other)
+{
+	if (*place == 0 || other < *place)
+		*place = other;
 }
 
 /* For two more keys, at most half full. */
 static bool
 make_room(Order *order)
 {
-	size_t		nplaces = order->nplaces > 0 ? order->nplaces * 2 : INITIAL_PLACES;
-	size_t		nkeys = 0;
-	uint64_t   *keys;
+	Order		larger = *order;
 
-	if (order->nplaces > 0 && (order->nkeys + 2) * 2 <= order->nplaces)
+	if (order->room > 0 && (order->nkeys + 2) * 2 <= order->room)
 		return true;
-	keys = calloc(nplaces, sizeof(uint64_t));
-	if (keys == NULL)
+	larger.room = order->room > 0 ? order->room * 2 : INITIAL_ROOM;
+	larger.keys = calloc(larger.room, sizeof(OrderKey));
+	if (larger.keys == NULL)
 		return false;
-	for (size_t i = 0; i < order->nplaces; i++)
+	for (size_t i = 0; i < order->room; i++)
 	{
-		if (order->keys[i] != 0)
-			put_key(keys, nplaces, order->keys[i], &nkeys);
+		if (order->keys[i].key != 0)
+			*find_key(&larger, order->keys[i].key) = order->keys[i];
 	}
 	free(order->keys);
-	order->keys = keys;
-	order->nplaces = nplaces;
+	*order = larger;
 	return true;
-}
-
-static void
-put_key(uint64_t *keys, size_t nplaces, uint64_t key, size_t *nkeys)
-{
-	size_t		place = key & (nplaces - 1);
-
-	while (keys[place] != 0 && keys[place] != key)
-		place = (place + 1) & (nplaces - 1);
-	if (keys[place] == 0)
-		(*nkeys)++;
-	keys[place] = key;
 }
 
 /* 0 marks a free place. */

@@ -26,11 +26,28 @@ typedef struct OrderItem
 	int			nkeys;
 	bool		barrier;
 	bool		pinned;			/* failed: leaves by order_remove() alone */
+	bool		waiting;		/* pinned, and yet to be handed over */
 
 	/* the order's own */
+	uint64_t	place;			/* 0: was never in it */
 	struct OrderItem *previous;
 	struct OrderItem *next;
 } OrderItem;
+
+/* A key that is waited for. */
+typedef struct OrderKey
+{
+	uint64_t	key;			/* 0: free */
+	uint64_t	place;			/* of the first that has it */
+} OrderKey;
+
+/* What becomes of one that need not wait any more. */
+typedef enum OrderVerdict
+{
+	ORDER_LEAVES,
+	ORDER_STAYS,				/* those behind it wait */
+	ORDER_STAYS_ALONE,			/* so do they, but they are asked about, too */
+} OrderVerdict;
 
 typedef struct Order
 {
@@ -39,11 +56,12 @@ typedef struct Order
 	size_t		count;
 
 	/* what they keep from being handled */
-	uint64_t   *keys;			/* a set: open addressing, 0 is a free place */
-	size_t		nplaces;		/* a power of two, or 0 */
+	OrderKey   *keys;			/* a set: open addressing */
+	size_t		room;			/* of the set: a power of two, or 0 */
 	size_t		nkeys;
-	size_t		blocking;		/* how many of them are in the set */
-	bool		barrier;		/* one of these is a barrier */
+	uint64_t	lowest;			/* place of those that are in the set; 0: none */
+	uint64_t	barrier;		/* of the first barrier among these; 0: none */
+	uint64_t	last_place;		/* that was given to any */
 	bool		stale;			/* some may go: order_release() */
 } Order;
 
@@ -51,19 +69,22 @@ typedef struct Order
 extern void order_init(Order *order);
 extern void order_clear(Order *order);
 
-/* Must the item wait? */
+/* Must the item wait for one that is before it? */
 extern bool order_blocks(const Order *order, const OrderItem *item);
 
-/* The youngest of those that failed or wait.  False: out of memory. */
+/*
+ * Comes last, but for one that was here before: that comes back to its place.
+ * False: out of memory.
+ */
 extern bool order_add(Order *order, OrderItem *item);
 
 /* Done with, or never to be seen again. */
 extern void order_remove(Order *order, OrderItem *item);
 
 /*
- * Hands over, oldest first, those that need not wait any more; they are out of
- * the order then, unless release() returns false after it has pinned them.
+ * Asks, oldest first, about those that need not wait any more, pinned ones
+ * only if they are waiting.  release() must not change the order itself.
  */
-extern void order_release(Order *order, bool (*release) (OrderItem *item, void *arg), void *arg);
+extern void order_release(Order *order, OrderVerdict (*release) (OrderItem *item, void *arg), void *arg);
 
 #endif							/* PGF_ORDER_H */

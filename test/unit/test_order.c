@@ -1,7 +1,7 @@
 /*
  * Which deliveries wait behind which: a key that failed blocks itself alone,
- * barriers block all, and what is released is released in order; against a
- * model with random keys.
+ * barriers block all, what is released is released in order, and comes back to
+ * its place if it fails then; against a model with random keys.
  */
 #include "order.h"
 
@@ -68,13 +68,17 @@ comes(uint64_t key, uint64_t old_key, bool barrier)
 	return true;
 }
 
-static bool
+static OrderVerdict
 release(OrderItem *item, void *arg)
 {
+	OrderVerdict verdict = arg != NULL ? *(OrderVerdict *) arg : ORDER_LEAVES;
+
 	snprintf(released + strlen(released), sizeof(released) - strlen(released), "%d ",
 			 ((Item *) item)->number);
-	((Item *) item)->waits = false;
-	return arg == NULL;
+	((Item *) item)->waits = verdict != ORDER_LEAVES;
+	item->waiting = false;
+	item->pinned = item->pinned || verdict != ORDER_LEAVES;
+	return verdict;
 }
 
 static bool
@@ -138,6 +142,14 @@ test_barrier(void)
 	ok(releases(""), "as long as it is there");
 }
 
+static bool
+asks(OrderVerdict verdict, const char *expected)
+{
+	released[0] = '\0';
+	order_release(&order, release, &verdict);
+	return strcmp(released, expected) == 0;
+}
+
 static void
 test_kept(void)
 {
@@ -145,15 +157,40 @@ test_kept(void)
 
 	begin();
 	failed = fail(1, 0, false);
-	ok(comes(1, 0, false) && comes(1, 0, false), "two wait");
+	ok(comes(1, 0, false) && comes(1, 0, false) && comes(1, 0, false), "three wait");
 	order_remove(&order, &failed->order);
-	released[0] = '\0';
-	/* as one whose body was let go: it is pinned by release() */
-	items[1].order.pinned = false;
-	order_release(&order, release, &order);
-	ok(order.count == 2 && order.first == &items[1].order && order.last == &items[2].order,
-	   "one that cannot go yet keeps its place");
-	ok(order_blocks(&order, &items[2].order), "and its key blocked");
+	ok(asks(ORDER_STAYS, "2 "), "one that cannot go yet lets none go behind it");
+	ok(order.count == 3 && order.first == &items[1].order && order.last == &items[3].order,
+	   "and keeps its place");
+	ok(!order_blocks(&order, &items[1].order) && order_blocks(&order, &items[2].order),
+	   "it does not wait for itself");
+	ok(asks(ORDER_STAYS, ""), "pinned as it is, it is not asked about again");
+	items[1].order.waiting = true;
+	ok(asks(ORDER_STAYS_ALONE, "2 3 4 "), "unless it waits; those behind it can be asked about, too");
+	ok(!order_blocks(&order, &items[1].order) && order_blocks(&order, &items[2].order) &&
+	   order_blocks(&order, &items[3].order), "they wait all the same");
+}
+
+static void
+test_place(void)
+{
+	Item	   *failed;
+	Item	   *other;
+
+	begin();
+	failed = fail(1, 0, false);
+	other = fail(2, 0, false);
+	ok(comes(1, 0, false) && comes(1, 2, false), "one waits for a key, one behind it for two");
+	order_remove(&order, &failed->order);
+	ok(releases("3 "), "the first goes");
+	ok(!order_blocks(&order, &items[2].order), "what stays does not block what was before it");
+	items[2].order.pinned = true;
+	order_add(&order, &items[2].order);
+	ok(order.last == &items[3].order && order.last->previous == &items[2].order, "if it fails, it comes back to its place");
+	order_remove(&order, &other->order);
+	ok(releases("") && order_blocks(&order, &items[3].order), "and the other waits for it");
+	order_remove(&order, &items[2].order);
+	ok(releases("4 "), "until it is done");
 }
 
 /* Must item i wait, by the definition? */
@@ -189,6 +226,8 @@ model_agrees(void)
 
 		if (items[i].waits && !items[i].order.pinned && !model_blocks(i))
 			return false;		/* it should have been released */
+		if (items[i].order.place != 0 && order_blocks(&order, &items[i].order) != model_blocks(i))
+			return false;
 		count += waited;
 	}
 	return count == order.count;
@@ -214,8 +253,14 @@ random_run(unsigned seed)
 		{
 			if (items[i].waits && items[i].order.pinned && rand() % 10 == 0)
 			{
-				items[i].waits = false;
+				items[i].waits = items[i].order.pinned = false;
 				order_remove(&order, &items[i].order);
+			}
+			else if (!items[i].waits && items[i].order.place != 0 && rand() % 50 == 0)
+			{
+				/* one that had left fails */
+				items[i].waits = items[i].order.pinned = true;
+				order_add(&order, &items[i].order);
 			}
 		}
 		released[0] = '\0';
@@ -244,6 +289,7 @@ main(void)
 	test_chain();
 	test_barrier();
 	test_kept();
+	test_place();
 	test_random();
 	order_clear(&order);
 	free(order.keys);
