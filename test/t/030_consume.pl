@@ -283,6 +283,35 @@ foreach my $case (
 	pass("handler $name: it goes on");
 }
 
+# a handler that changes while it runs: the call goes on as it began
+sql(q(select fanout.declare_binding('swap', 'g')));
+app(q(truncate log;
+	create function swap(m fanout.message) returns void language plpgsql as $$ begin perform pg_sleep(1); insert into log (key, role) values (m.key, 'old'); end $$;
+	select fanout.subscribe('swap', 'g', 'swap(fanout.message)')));
+foreach my $case (
+	[ 'replaced', q(create or replace function swap(m fanout.message) returns void language plpgsql as
+		$$ begin perform pg_sleep(1); insert into log (key, role) values (m.key, 'replaced'); end $$), 'old replaced' ],
+	[ 'dropped, and another created', q(begin; drop function swap(fanout.message); create function swap(m fanout.message) returns int language sql as
+		$$ insert into log (key, role) select m.key, 'another' from pg_sleep(1); select 1 $$; commit), 'replaced another' ],
+	[ 'dropped', 'drop function swap(fanout.message)', 'another' ])
+{
+	my ($name, $change, $versions) = @$case;
+
+	sql('truncate log');
+	sql(q(select fanout.publish('swap', '{}', key => 'first')));
+	wait_until(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep')));
+	app($change);
+	sql(q(select fanout.publish('swap', '{}', key => 'second')));
+	wait_until('(select count(*) from log) = ' . scalar(split(/ /, $versions)));
+	is(sql(q(select string_agg(role, ' ' order by n) from log)), $versions, "handler $name while it runs: that call ends as it began, the next is of what is there");
+}
+wait_until(q((select state = 'refused' and last_error ~ 'does not exist any more' from fanout.stat_subscriptions where topic = 'swap')));
+app(q(create function swap(m fanout.message) returns void language sql as $$ insert into log (key, role) values (m.key, 'created again') $$));
+wait_until('(select count(*) from log) = 2');
+is(sql(q(select string_agg(key || ' ' || role, ', ' order by n) from log)), 'first another, second created again', 'once there is one again, it goes on');
+is(sql('select count(*) from fanout.delivery_failure') . sql('select count(*) from fanout.dead_letter'), '00', 'none of this is a failed attempt');
+app(q(select fanout.unsubscribe('swap', 'g')));
+
 # attempts are counted across restarts
 sql('truncate log');
 app(q(select fanout.unsubscribe('t', 'g');

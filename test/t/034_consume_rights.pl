@@ -128,6 +128,18 @@ attempts([ 'SET', q(select set_config('search_path', 'nowhere', false), set_conf
 attempts([ 'after it', q(select current_setting('search_path') || current_setting('statement_timeout') || current_setting('transaction_read_only')),
 	"$same \"\$user\", public0off" ]);
 
+attempts(
+	[ 'SET LOCAL', q(set local datestyle = 'German'; select current_setting('datestyle')), "$same German, DMY" ],
+	[ 'after SET LOCAL', q(select current_setting('datestyle')), "$same ISO, MDY" ],
+	[ 'SET TRANSACTION READ ONLY', 'set transaction read only', '25006' ],
+	[ 'after SET TRANSACTION', q(select current_setting('transaction_read_only')), "$same off" ]);
+app('create table deferred (i int unique deferrable)');
+attempts(
+	[ 'SET CONSTRAINTS', 'set constraints all deferred; insert into deferred values (1), (1)', '23505' ],
+	[ 'in the same transaction', 'insert into deferred values (2)', "$same " ],
+	[ 'after SET CONSTRAINTS', 'insert into deferred values (3), (3)', '23505' ]);
+is(sql('select count(*), min(i) from public.deferred'), '1|2', 'SET CONSTRAINTS costs only those that it let through');
+
 # a trigger that runs when the transaction is about to commit
 app(q(create table late (sql text);
 	create function run_late() returns trigger language plpgsql as 'begin execute new.sql; return null; end';
