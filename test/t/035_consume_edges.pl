@@ -48,7 +48,7 @@ select fanout.declare_binding(t, 'g') from unnest('{busy,busier,gated,fails,behi
 
 # Consumers that hardly ever have no transaction open; and one message that
 # comes again and again.
-my $retention = 1;
+my $retention = 2;
 my $repeated = 'abcdef11-2222-4333-8444-555555555555';
 my $script = PostgreSQL::Test::Utils::tempdir() . '/load.sql';
 my ($out, $err) = ('', '');
