@@ -42,7 +42,7 @@ class Consume:
 
     def __init__(self, env):
         self.env = env
-        self.count = env.size(50000, 2000)
+        self.count = env.size(200000, 2000)
         self.server = env.server()
         self.source = self.server.database('bench')
         execute(self.source, 'create table item (id integer primary key, name text, filler text)')
