@@ -39,11 +39,13 @@ def say(text):
 class Environment:
     """Where a run happens, and how large it is."""
 
-    def __init__(self, scratch, suite, quick, rounds):
+    def __init__(self, scratch, suite, quick, rounds, names):
         self.scratch = scratch
+        self.command = ' '.join(['bash test/bench --suite', suite, '--rounds', str(rounds), *names])
         self.suite = suite
         self.quick = quick
         self.rounds = 1 if quick else rounds
+        self.load = os.getloadavg()[0]  # what the machine did before we came
         config = os.environ['PG_CONFIG']
         self.bindir = output(config, '--bindir')
         self.broker = Broker(os.path.join(scratch, 'broker'))
@@ -75,6 +77,8 @@ class Environment:
             'RabbitMQ': self.broker.version,
             'Erlang': self.broker.erlang,
             'rabbitmq-c': output('pkg-config', '--modversion', 'librabbitmq'),
+            'load before': round(self.load, 1),
+            'command': self.command,
         }
 
 

@@ -126,15 +126,13 @@ def targets():
 
 
 def about(suite):
+    """Where and how, with each command once; what else the machine did shows in its load."""
     facts = [entry['facts'] for entry in measured(suite).values()]
-    dates = sorted({each['date'] for each in facts})
-    return (f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {facts[0]['machine']}, "
-            f"{facts[0]['system']}; PostgreSQL {facts[0]['PostgreSQL']}, RabbitMQ {facts[0]['RabbitMQ']} on Erlang "
-            f"{facts[0]['Erlang']}, rabbitmq-c {facts[0]['rabbitmq-c']}: `{command(suite)}`.")
-
-
-def command(suite):
-    return 'bash test/bench --keep' + ('' if suite == SUITES[0] else f' --suite {suite} drain latency')
+    commands = {each['command']: each for each in facts}
+    return (f"Measured on {facts[0]['machine']}, {facts[0]['system']}; PostgreSQL {facts[0]['PostgreSQL']}, RabbitMQ "
+            f"{facts[0]['RabbitMQ']} on Erlang {facts[0]['Erlang']}, rabbitmq-c {facts[0]['rabbitmq-c']}:\n\n" +
+            '\n'.join(f"- `{command}`, {each['date']}, load average {each['load before']:g} before"
+                      for command, each in commands.items()))
 
 
 def write_tables(suites):
