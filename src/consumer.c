@@ -33,8 +33,9 @@
  * A delivery that failed is not acked; its body is let go.  When its next
  * attempt is due it is nacked, and comes again at once.  Those of the same key
  * that come after it wait in memory (order.c).  They, too, are not acked, and
- * would use up the prefetch: when half of it waits, the consumer is cancelled
- * and another begun on the same channel, with a fresh prefetch.
+ * would use up the prefetch: when half of it waits and all of it has come, the
+ * consumer is cancelled and another begun on the same channel, with a fresh
+ * prefetch.
  *
  * Attempts are in fanout.failure.  A handler that ends the process (FATAL, a
  * crash) leaves no trace, so after a process that ended while a handler ran,
@@ -91,9 +92,18 @@
 #define PREDECESSOR_MS 3000
 #define PREDECESSOR_LOOK_MS 100
 
+/*
+ * A quorum queue whose leader does not answer, as after a start of the broker,
+ * is said to have no messages and no consumers.
+ */
+#define LEADER_MS 500
+
 /* What is delivered again is gathered until nothing came for so long. */
 #define GATHER_MS 100
 #define GATHER_MAX MAX_WAITING
+
+/* How long room is waited for. */
+#define ROOM_MS 20
 
 /* How often the depth of the queue is looked at. */
 #define INSPECT_MS 5000
@@ -146,7 +156,8 @@ typedef struct Consumer
 	int			in_hand;		/* delivered, and neither acked nor nacked */
 	int			blocked;		/* of these, WAITING or FAILED */
 	int			blocked_now;	/* the same, of this epoch */
-	int			delivered_now;	/* how many came in this epoch */
+	int			in_hand_now;	/* delivered in this epoch, and in hand */
+	MonoTime	room_until;		/* nothing is handled before; 0: it is */
 	size_t		bytes;			/* of deliveries in memory */
 	bool		suspicious;		/* of what is delivered again */
 	MonoTime	failure_log_at; /* no sooner */
@@ -193,6 +204,14 @@ count_blocked(const Delivery *delivery, int change)
 	if (delivery->epoch == con.epoch)
 		con.blocked_now += change;
 	pg_atomic_write_u32(&worker_subscription->waiting, con.blocked);
+}
+
+static void
+count_in_hand(const Delivery *delivery, int change)
+{
+	con.in_hand += change;
+	if (delivery->epoch == con.epoch)
+		con.in_hand_now += change;
 }
 
 static void
@@ -301,7 +320,8 @@ lose_deliveries(void)
 		add_to_order(delivery);
 	}
 	con.consuming = false;
-	con.in_hand = con.blocked = con.blocked_now = 0;
+	con.in_hand = con.in_hand_now = con.blocked = con.blocked_now = 0;
+	con.room_until = 0;
 	con.next_due = 0;
 	pg_atomic_write_u32(&worker_subscription->waiting, 0);
 	pg_atomic_write_u64(&worker_subscription->lag, 0);
@@ -511,7 +531,7 @@ settle_all(Delivery **deliveries, int n)
 		if (!settle(deliveries[i]))
 			continue;
 		tags[count++] = deliveries[i]->tag;
-		con.in_hand--;
+		count_in_hand(deliveries[i], -1);
 		forget(deliveries[i]);
 	}
 	ack_all(tags, count);
@@ -668,6 +688,41 @@ next_of_batch(void)
 	return NULL;
 }
 
+/* Those that wait leave too little room for others. */
+static bool
+crowded(void)
+{
+	return con.consuming && con.blocked_now * 2 >= con.row.prefetch && con.blocked < MAX_WAITING;
+}
+
+/* All that the prefetch allows, so that nothing is on its way. */
+static bool
+all_has_come(void)
+{
+	return con.in_hand_now >= con.row.prefetch;
+}
+
+/*
+ * What is on its way when a consumer is cancelled goes back to the queue, and
+ * comes after newer messages.  So before room is made, nothing is acked until
+ * all has come; or for ROOM_MS, since the queue may have no more.
+ */
+static bool
+await_room(void)
+{
+	if (!crowded())
+	{
+		con.room_until = 0;
+		return false;
+	}
+	if (con.room_until == 0)
+		con.room_until = mono_later(ROOM_MS);
+	if (con.room_until > mono_now())
+		return true;
+	con.room_until = 0;
+	return false;
+}
+
 static bool
 handle_ready(void)
 {
@@ -675,7 +730,7 @@ handle_ready(void)
 	Delivery   *next;
 	int			n = 0;
 
-	if (con.first_ready == NULL || con.conn.broker == NULL || con.gathering)
+	if (con.first_ready == NULL || con.conn.broker == NULL || con.gathering || await_room())
 		return false;
 	worker_set_state(WORKER_CONSUMING);
 	if (goes_alone(con.first_ready))
@@ -703,7 +758,7 @@ give_back(Delivery *delivery)
 	count_blocked(delivery, -1);
 	result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
 	delivery->tag = 0;
-	con.in_hand--;
+	count_in_hand(delivery, -1);
 	set_away(delivery);
 	if (result == BROKER_OK)
 		return true;
@@ -833,7 +888,7 @@ came_again(Delivery *delivery, BrokerDelivery *wire)
 	delivery->size = wire->size;
 	delivery->tag = wire->tag;
 	delivery->epoch = con.epoch;
-	con.in_hand++;
+	count_in_hand(delivery, 1);
 	con.bytes += wire->size;
 	if (delivery->state == DELIVERY_GONE)
 	{
@@ -899,7 +954,7 @@ end_gathering(void)
 static bool
 gathered_all(void)
 {
-	bool		full = con.delivered_now >= con.row.prefetch && con.ngathered < GATHER_MAX &&
+	bool		full = all_has_come() && con.ngathered < GATHER_MAX &&
 		con.bytes < (size_t) pgf_consumer_memory * 1024;
 
 	if (!con.gathering || (!full && con.gather_until > mono_now()))
@@ -930,7 +985,6 @@ delivered(BrokerDelivery *wire)
 
 	MemoryContextSwitchTo(oldcontext);
 	pg_atomic_fetch_add_u64(&worker_subscription->delivered, 1);
-	con.delivered_now++;
 	if (failed != NULL)
 	{
 		delivery->wire = NULL;
@@ -950,7 +1004,7 @@ delivered(BrokerDelivery *wire)
 	}
 	delivery->epoch = con.epoch;
 	delivery->suspect = is_suspect(wire);
-	con.in_hand++;
+	count_in_hand(delivery, 1);
 	con.bytes += wire->size;
 	if (con.gathering && wire->redelivered && con.ngathered < GATHER_MAX)
 	{
@@ -1017,15 +1071,13 @@ take_events(void)
 /* ---- consuming ---- */
 
 static bool
-inspect_queue(uint32_t *consumers, BrokerError *error, BrokerResult *result)
+inspect_queue(uint32_t *messages, uint32_t *consumers, BrokerError *error, BrokerResult *result)
 {
-	uint32_t	messages;
-
-	*result = broker_inspect_queue(con.conn.broker, con.row.queue, &messages, consumers, error);
+	*result = broker_inspect_queue(con.conn.broker, con.row.queue, messages, consumers, error);
 	con.inspect_at = mono_later(INSPECT_MS);
 	if (*result != BROKER_OK)
 		return false;
-	pg_atomic_write_u64(&worker_subscription->lag, (uint64) messages + 1);
+	pg_atomic_write_u64(&worker_subscription->lag, (uint64) *messages + 1);
 	return true;
 }
 
@@ -1077,19 +1129,23 @@ ask_publisher(void)
 
 /*
  * Waits until nobody else consumes, or PREDECESSOR_MS: then it is another
- * member of the group.  Interruptible.
+ * member of the group.  If nobody does since the queue has no leader, a message
+ * or LEADER_MS is waited for first.  Interruptible.
  */
 static bool
-await_predecessor(uint32_t consumers)
+await_predecessor(uint32_t messages, uint32_t consumers)
 {
-	MonoTime	until = mono_later(PREDECESSOR_MS);
+	MonoTime	gone_until = mono_later(PREDECESSOR_MS);
+	MonoTime	leader_until = mono_later(LEADER_MS);
 	BrokerError error;
 	BrokerResult result;
 
-	while (con.row.ordered && consumers > 0 && mono_now() < until)
+	while (con.row.ordered &&
+		   ((consumers > 0 && mono_now() < gone_until) ||
+			(consumers == 0 && messages == 0 && mono_now() < leader_until)))
 	{
 		(void) worker_wait(-1, false, PREDECESSOR_LOOK_MS);
-		if (!inspect_queue(&consumers, &error, &result))
+		if (!inspect_queue(&messages, &consumers, &error, &result))
 		{
 			call_failed(result, &error);
 			return false;
@@ -1102,12 +1158,13 @@ await_predecessor(uint32_t consumers)
 static bool
 find_queue(void)
 {
+	uint32_t	messages;
 	uint32_t	consumers;
 	BrokerError error;
 	BrokerResult result;
 
-	if (inspect_queue(&consumers, &error, &result))
-		return await_predecessor(consumers);
+	if (inspect_queue(&messages, &consumers, &error, &result))
+		return await_predecessor(messages, consumers);
 	if (result == BROKER_REFUSED && error.code == 404)
 	{
 		if (publisher_declares())
@@ -1128,8 +1185,8 @@ consume(void)
 	BrokerResult result;
 
 	con.epoch++;
-	con.blocked_now = 0;
-	con.delivered_now = 0;
+	con.blocked_now = con.in_hand_now = 0;
+	con.room_until = 0;
 	snprintf(con.tag, sizeof(con.tag), "pg_fanout-%u", con.epoch);
 	result = broker_consume(con.conn.broker, con.row.queue, con.tag, con.row.prefetch, &error);
 	if (result == BROKER_OK)
@@ -1151,11 +1208,10 @@ consume_anew(void)
 		call_failed(result, &error);
 }
 
-/* Those that wait leave too little room for others. */
 static bool
 make_room(void)
 {
-	if (!con.consuming || con.blocked_now * 2 < con.row.prefetch || con.blocked >= MAX_WAITING)
+	if (!crowded() || !all_has_come())
 		return false;
 	consume_anew();
 	return true;
@@ -1266,13 +1322,14 @@ static void
 work_by_the_clock(void)
 {
 	MonoTime	now = mono_now();
+	uint32_t	messages;
 	uint32_t	consumers;
 	BrokerError error;
 	BrokerResult result;
 
 	connection_lasts(&con.conn, now);
 	give_up_gone(now);
-	if (con.consuming && con.inspect_at <= now && !inspect_queue(&consumers, &error, &result))
+	if (con.consuming && con.inspect_at <= now && !inspect_queue(&messages, &consumers, &error, &result))
 		call_failed(result, &error);
 }
 
@@ -1290,6 +1347,7 @@ work(void)
 	}
 	any = take_events() || any;
 	any = gathered_all() || any;
+	any = make_room() || any;
 	any = handle_ready() || any;
 	if (con.order.stale)
 	{
@@ -1297,7 +1355,6 @@ work(void)
 		any = true;
 	}
 	any = give_back_due(mono_now()) || any;
-	any = make_room() || any;
 	any = redrive_dead() || any;
 	work_by_the_clock();
 	return any;
@@ -1332,6 +1389,8 @@ wait_for_work(void)
 		earlier(&timeout, now, con.inspect_at);
 		if (con.gathering)
 			earlier(&timeout, now, con.gather_until);
+		if (con.first_ready != NULL)
+			earlier(&timeout, now, con.room_until);
 	}
 	(void) worker_wait(fd, false, timeout);
 }

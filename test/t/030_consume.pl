@@ -348,6 +348,25 @@ wait_until('(select count(*) from log) = 40');
 is(sql(q(select string_agg(body ->> 'n', ' ' order by n) from log)), join(' ', 1 .. 40),
 	'more in hand than the prefetch, and two ends in a row: in order all the same');
 
+# room is made many times, in a stream: nothing goes back to the queue that was
+# on its way
+sql('truncate log');
+app(q(
+create table came (n serial, key text, sequence bigint, attempt int, redelivered boolean);
+create function come(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.attempt = 1 and hashtext(m.message_id::text) % 25 = 0 then raise exception 'one in 25 fails at first'; end if;
+	insert into came (key, sequence, attempt, redelivered) values (m.key, m.sequence, m.attempt, m.redelivered);
+end $$));
+sql(q(select fanout.declare_binding('room', 'g')));
+app(q(select fanout.subscribe('room', 'g', 'come(fanout.message)', prefetch => 40, retry_delay => '100 ms', max_retry_delay => '200 ms')));
+sql(q(select fanout.publish('room', '1', key => (random() * 40)::int::text) from generate_series(1, 500))) foreach 1 .. 6;
+wait_until('(select count(*) from came) = 3000');
+is(sql(q(select count(distinct sequence), count(*) filter (where redelivered and attempt = 1) from came)), '3000|0',
+	'room is made for others than those that wait: nothing comes late');
+is(sql(q(select count(*) from (select sequence < lag(sequence) over (partition by key order by n) as wrong from came) x where wrong)), '0', 'and all in order');
+app(q(select fanout.unsubscribe('room', 'g')));
+
 # the one that ends the worker comes after as many that wait
 sql('truncate log');
 app(q(
