@@ -160,12 +160,14 @@ append_row(StringInfo out, const Change *change, HeapTuple row)
 		rowjson_append(out, change->info->row, row, change->desc);
 }
 
+#define MAX_INT64_DIGITS 20		/* and sign */
+
 /* Not by appendStringInfo(), which would cost as much as all columns together. */
 static void
 append_number(StringInfo out, const char *before, int64 number)
 {
 	appendStringInfoString(out, before);
-	enlargeStringInfo(out, MAXINT8LEN);
+	enlargeStringInfo(out, MAX_INT64_DIGITS);
 	out->len += pg_lltoa(number, out->data + out->len);
 }
 

@@ -174,6 +174,7 @@ static void consume_anew(void);
 static void
 append_ready(Delivery *delivery)
 {
+	order_place(&con.order, &delivery->order);
 	delivery->state = DELIVERY_READY;
 	delivery->next = NULL;
 	if (con.last_ready != NULL)
@@ -540,22 +541,37 @@ settle_all(Delivery **deliveries, int n)
 
 /* ---- handling ---- */
 
+static void
+put_back_one(Delivery *delivery)
+{
+	Delivery   *before = NULL;
+	Delivery   *after = con.first_ready;
+
+	while (after != NULL && after->order.place < delivery->order.place)
+	{
+		before = after;
+		after = after->next;
+	}
+	delivery->state = DELIVERY_READY;
+	delivery->next = after;
+	if (before != NULL)
+		before->next = delivery;
+	else
+		con.first_ready = delivery;
+	if (after == NULL)
+		con.last_ready = delivery;
+	con.nready++;
+}
+
 /*
- * First in the list again, in the same order: what is in no list would be lost
+ * In their places, mostly before all others: what is in no list would be lost
  * sight of when the connection is.
  */
 static void
 put_back(Delivery **deliveries, int n)
 {
 	for (int i = n - 1; i >= 0; i--)
-	{
-		deliveries[i]->state = DELIVERY_READY;
-		deliveries[i]->next = con.first_ready;
-		con.first_ready = deliveries[i];
-		if (con.last_ready == NULL)
-			con.last_ready = deliveries[i];
-		con.nready++;
-	}
+		put_back_one(deliveries[i]);
 }
 
 /* Nothing was done, and nothing can be; true if so. */
@@ -688,6 +704,12 @@ next_of_batch(void)
 	return NULL;
 }
 
+static bool
+memory_full(void)
+{
+	return con.bytes >= (size_t) pgf_consumer_memory * 1024;
+}
+
 /* Those that wait leave too little room for others. */
 static bool
 crowded(void)
@@ -710,7 +732,7 @@ all_has_come(void)
 static bool
 await_room(void)
 {
-	if (!crowded())
+	if (!con.row.ordered || !crowded() || memory_full())
 	{
 		con.room_until = 0;
 		return false;
@@ -954,10 +976,9 @@ end_gathering(void)
 static bool
 gathered_all(void)
 {
-	bool		full = all_has_come() && con.ngathered < GATHER_MAX &&
-		con.bytes < (size_t) pgf_consumer_memory * 1024;
+	bool		full = all_has_come() && con.ngathered < GATHER_MAX && !memory_full();
 
-	if (!con.gathering || (!full && con.gather_until > mono_now()))
+	if (!con.gathering || (!full && !memory_full() && con.gather_until > mono_now()))
 		return false;
 	if (full)
 	{
@@ -1056,7 +1077,7 @@ take_events(void)
 	BrokerEvent event;
 
 	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL &&
-		 ((con.nready == 0 && con.ngathered == 0) || con.bytes < (size_t) pgf_consumer_memory * 1024); i++)
+		 ((con.nready == 0 && con.ngathered == 0) || !memory_full()); i++)
 	{
 		broker_next_event(con.conn.broker, &event);
 		if (event.type == BROKER_NOTHING)
@@ -1211,7 +1232,7 @@ consume_anew(void)
 static bool
 make_room(void)
 {
-	if (!crowded() || !all_has_come())
+	if (!crowded() || (con.row.ordered && !all_has_come()))
 		return false;
 	consume_anew();
 	return true;

@@ -76,11 +76,17 @@ order_blocks(const Order *order, const OrderItem *item)
 	return false;
 }
 
-bool
-order_add(Order *order, OrderItem *item)
+void
+order_place(Order *order, OrderItem *item)
 {
 	if (item->place == 0)
 		item->place = ++order->last_place;
+}
+
+bool
+order_add(Order *order, OrderItem *item)
+{
+	order_place(order, item);
 	if (!add_keys(order, item))
 		return false;
 	link_item(order, item);
@@ -94,7 +100,7 @@ order_remove(Order *order, OrderItem *item)
 	order->stale = true;
 }
 
-/* The set has room: it holds no more keys than before. */
+/* The set has room for what it held before. */
 void
 order_release(Order *order, OrderVerdict (*release) (OrderItem *item, void *arg), void *arg)
 {

@@ -29,7 +29,7 @@ typedef struct OrderItem
 	bool		waiting;		/* pinned, and yet to be handed over */
 
 	/* the order's own */
-	uint64_t	place;			/* 0: was never in it */
+	uint64_t	place;			/* 0: has none yet */
 	struct OrderItem *previous;
 	struct OrderItem *next;
 } OrderItem;
@@ -72,10 +72,10 @@ extern void order_clear(Order *order);
 /* Must the item wait for one that is before it? */
 extern bool order_blocks(const Order *order, const OrderItem *item);
 
-/*
- * Comes last, but for one that was here before: that comes back to its place.
- * False: out of memory.
- */
+/* Gives it the last place, unless it has one: when it comes. */
+extern void order_place(Order *order, OrderItem *item);
+
+/* In its place, the last if it has none yet.  False: out of memory. */
 extern bool order_add(Order *order, OrderItem *item);
 
 /* Done with, or never to be seen again. */

@@ -25,7 +25,7 @@
  *		    DEAD   (the broker could never take it: size, headers, encoding)
  *
  * At most two chunks of the outbox are in memory: one whose confirms are
- * awaited while the other is being published.  A chunk is recorded, in one
+ * awaited while the other is being published; and a small one that is settled.  A chunk is recorded, in one
  * transaction, when all its messages are settled and all chunks before it are:
  * held and dead ones are moved, and one entry in the ledger marks the rest
  * sent, with those of small chunks before it.  Messages held of a topic that flows again are read as

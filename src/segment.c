@@ -8,7 +8,8 @@
  * one that is, and when, is the affair of whoever owns the table.
  *
  * Locks: whoever reads or writes a segment keeps a lock on it until its
- * transaction ends.  Emptying needs ACCESS EXCLUSIVE, and waits for nobody.
+ * transaction ends.  Emptying takes ACCESS EXCLUSIVE only if nobody has any.
+ * Looking at a segment waits for whoever has that: VACUUM FULL, CLUSTER.
  *
  *-------------------------------------------------------------------------
  */

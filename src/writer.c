@@ -49,6 +49,7 @@
 #include "executor/tuptable.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 
 #include "relinfo.h"
 #include "writer.h"
@@ -167,6 +168,19 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
 
 /* ---- when it is inserted ---- */
 
+/*
+ * Not so a query that changes nothing, or a foreign key's own, which leaves its
+ * triggers to the statement: one that runs for each row would have the rows inserted
+ * one by one.  In parallel mode nothing may be inserted at all.
+ */
+static bool
+ends_statement(const QueryDesc * query)
+{
+	if (query->estate->es_top_eflags & EXEC_FLAG_SKIP_TRIGGERS)
+		return false;
+	return query->operation != CMD_SELECT || query->plannedstmt->hasModifyingCTE;
+}
+
 static void
 executor_finish(QueryDesc * query)
 {
@@ -174,7 +188,19 @@ executor_finish(QueryDesc * query)
 		next_executor_finish(query);
 	else
 		standard_ExecutorFinish(query);
+	if (ends_statement(query) && !IsInParallelMode())
+		writer_flush();
+}
+
+/* The server has no snapshot any more, and some that check for one. */
+static void
+flush_at_end(void)
+{
+	if (queue.count == 0)
+		return;
+	PushActiveSnapshot(GetTransactionSnapshot());
 	writer_flush();
+	PopActiveSnapshot();
 }
 
 static void
@@ -184,14 +210,13 @@ xact_callback(XactEvent event, void *arg)
 	{
 		case XACT_EVENT_PRE_COMMIT:
 		case XACT_EVENT_PRE_PREPARE:
-			writer_flush();
+			flush_at_end();
 			committing = true;
 			break;
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_PREPARE:
 		case XACT_EVENT_ABORT:
-			if (queue.count > 0)
-				forget_queue();
+			forget_queue();
 			committing = false;
 			break;
 		case XACT_EVENT_PARALLEL_PRE_COMMIT:
@@ -206,7 +231,7 @@ subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId pa
 {
 	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
 		writer_flush();
-	else if (event == SUBXACT_EVENT_ABORT_SUB && queue.count > 0 && queue.subid == subid)
+	else if (event == SUBXACT_EVENT_ABORT_SUB && (queue.count == 0 || queue.subid == subid))
 		forget_queue();
 }
 

@@ -124,6 +124,26 @@ test_chain(void)
 	ok(releases("3 4 5 "), "until that is done, too");
 }
 
+/* It fails only after one behind it was found to wait for another. */
+static void
+test_fails_late(void)
+{
+	Item	   *failed;
+	Item	   *late;
+
+	begin();
+	failed = fail(1, 0, false);
+	late = make(2, 0, false);
+	order_place(&order, &late->order);
+	ok(!order_blocks(&order, &late->order) && comes(2, 1, false), "one goes, the next of its key waits for another");
+	late->order.pinned = true;
+	order_add(&order, &late->order);
+	order_remove(&order, &failed->order);
+	ok(releases(""), "the first fails meanwhile: the next waits for that, too");
+	order_remove(&order, &late->order);
+	ok(releases("3 "), "until that is done");
+}
+
 static void
 test_barrier(void)
 {
@@ -287,6 +307,7 @@ main(void)
 	order_init(&order);
 	test_keys();
 	test_chain();
+	test_fails_late();
 	test_barrier();
 	test_kept();
 	test_place();
