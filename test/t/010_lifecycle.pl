@@ -514,7 +514,8 @@ sub stop_writer
 	my ($writer) = @_;
 	my $harness = delete $writer->{harness};
 
-	$harness->signal('INT');
+	# SIGINT is ignored by what a shell started in the background
+	$harness->signal('TERM');
 	$harness->finish;
 	return;
 }

@@ -62,9 +62,9 @@ foreach my $lie (@lies)
 	if ($harmless{$lie})
 	{
 		# it may have been told to the connection before, too
-		sleep 0.3;
+		sleep 1;
 		my $told = told();
-		sleep 0.3;
+		sleep 0.5;
 		is(told(), $told, "$lie: it goes on");
 	}
 	else
