@@ -1011,29 +1011,6 @@ record_held(const Chunk *chunk)
 	}
 }
 
-/* The oldest chunk stands for those settled before it, which were all sent. */
-static void
-take_oldest_chunk(void)
-{
-	Chunk	   *chunk = pub.first;
-	Chunk	   *before = pub.settled;
-
-	pub.first = chunk->next;
-	if (pub.first == NULL)
-		pub.newest = NULL;
-	pub.nchunks--;
-
-	pub.settled = chunk;
-	if (before == NULL)
-	{
-		pub.record_settled_at = mono_later(GATHER_MS);
-		return;
-	}
-	chunk->before = before->before + before->count;
-	chunk->flush_ticket = Max(chunk->flush_ticket, before->flush_ticket);
-	drop_chunk(before);
-}
-
 static bool
 all_sent(const Chunk *chunk)
 {
@@ -1054,16 +1031,41 @@ static bool
 may_gather(const Chunk *chunk)
 {
 	return chunk->before + chunk->count < GATHER_MESSAGES &&
-		chunk->bytes < GATHER_BYTES && !chunk->drops_behind &&
-		pg_atomic_read_u64(&worker_slot->flush_requested) <= pg_atomic_read_u64(&worker_slot->flush_done) &&
-		all_sent(chunk);
+		chunk->bytes < GATHER_BYTES && all_sent(chunk);
 }
 
+/* The oldest chunk stands for those settled before it, which were all sent. */
+static void
+take_oldest_chunk(void)
+{
+	Chunk	   *chunk = pub.first;
+	Chunk	   *before = pub.settled;
+
+	pub.first = chunk->next;
+	if (pub.first == NULL)
+		pub.newest = NULL;
+	pub.nchunks--;
+
+	pub.settled = chunk;
+	if (before == NULL)
+		pub.record_settled_at = mono_later(GATHER_MS);
+	else
+	{
+		chunk->before = before->before + before->count;
+		chunk->flush_ticket = Max(chunk->flush_ticket, before->flush_ticket);
+		drop_chunk(before);
+	}
+	if (!may_gather(chunk))
+		pub.record_settled_at = 0;
+}
+
+/* Somebody may have begun to wait for it since it was taken. */
 static bool
 settled_due(void)
 {
 	return pub.settled != NULL &&
-		(pub.record_settled_at <= mono_now() || !may_gather(pub.settled));
+		(pub.record_settled_at <= mono_now() || pub.settled->drops_behind ||
+		 pg_atomic_read_u64(&worker_slot->flush_requested) > pg_atomic_read_u64(&worker_slot->flush_done));
 }
 
 static void
@@ -1416,15 +1418,20 @@ sent_uncounted(void)
 static void
 keep_statistics(MonoTime now)
 {
-	bool		uncounted = sent_uncounted();
+	bool		uncounted;
 
-	if (pub.statistics_at == 0 && uncounted)
-	{
-		pub.statistics_since = now;
-		pub.statistics_at = mono_plus(now, FIRST_STATISTICS_MS);
-	}
-	if (pub.statistics_at == 0 || now < pub.statistics_at)
+	if (pub.statistics_at > now)
 		return;
+	uncounted = sent_uncounted();
+	if (pub.statistics_at == 0)
+	{
+		if (uncounted)
+		{
+			pub.statistics_since = now;
+			pub.statistics_at = mono_plus(now, FIRST_STATISTICS_MS);
+		}
+		return;
+	}
 	if (uncounted)
 	{
 		worker_begin();
