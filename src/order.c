@@ -68,9 +68,9 @@ order_blocks(const Order *order, const OrderItem *item)
 		return true;
 	for (int i = 0; i < item->nkeys; i++)
 	{
-		const OrderKey *key = order->room > 0 ? find_key(order, item->keys[i]) : NULL;
+		const OrderKey *key = find_key(order, item->keys[i]);
 
-		if (key != NULL && key->key != 0 && key->place < place)
+		if (key->key != 0 && key->place < place)
 			return true;
 	}
 	return false;
@@ -174,7 +174,7 @@ clear_keys(Order *order)
 		memset(order->keys, 0, order->room * sizeof(OrderKey));
 }
 
-/* Where it is, or would be. */
+/* Where it is, or would be.  Once a key was added: before, there is no set. */
 static OrderKey *
 find_key(const Order *order, uint64_t key)
 {
