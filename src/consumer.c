@@ -73,8 +73,12 @@
 #include "topology.h"
 #include "worker.h"
 
-/* Most deliveries in one transaction. */
-#define BATCH_MESSAGES 1000
+/*
+ * Most deliveries in one transaction: a quarter of the prefetch, so that the
+ * next ones come while these are handled and acked; within these bounds.
+ */
+#define BATCH_MIN 100
+#define BATCH_MAX 1000
 
 /* More deliveries that wait than this are no longer made room for. */
 #define MAX_WAITING 65535
@@ -401,30 +405,45 @@ ack(uint64 tag, bool multiple)
 	return false;
 }
 
+/* Of what is in hand, but not being settled; all taken later have higher ones. */
+static uint64
+lowest_tag(void)
+{
+	uint64		lowest = PG_UINT64_MAX;
+
+	for (const Delivery *delivery = con.first_ready; delivery != NULL; delivery = delivery->next)
+		lowest = Min(lowest, delivery->tag);
+	for (const OrderItem *item = con.order.first; item != NULL; item = item->next)
+	{
+		const Delivery *delivery = (const Delivery *) item;
+
+		if (delivery->tag != 0)
+			lowest = Min(lowest, delivery->tag);
+	}
+	for (int i = 0; i < con.ngathered; i++)
+		lowest = Min(lowest, con.gathered[i]->tag);
+	return lowest;
+}
+
 /*
- * If nothing else is in hand, one ack does for all of them.  What is in hand
- * is not in the order of tags: one that waited may be older than any of these,
- * and an ack of it would lose it.
+ * One ack does for all that are lower than what stays in hand: one that waits
+ * may be older than any of these, and an ack of it would lose it.
  */
 static void
 ack_all(const uint64 *tags, int n)
 {
+	uint64		limit = (n > 1) ? lowest_tag() : 0;
 	uint64		highest = 0;
 
-	if (n == 0)
-		return;
-	if (con.in_hand > 0)
-	{
-		for (int i = 0; i < n; i++)
-		{
-			if (!ack(tags[i], false))
-				return;
-		}
-		return;
-	}
 	for (int i = 0; i < n; i++)
-		highest = Max(highest, tags[i]);
-	(void) ack(highest, true);
+	{
+		if (tags[i] < limit)
+			highest = Max(highest, tags[i]);
+		else if (!ack(tags[i], false))
+			return;
+	}
+	if (highest > 0)
+		(void) ack(highest, true);
 }
 
 static void
@@ -745,6 +764,12 @@ await_room(void)
 	return false;
 }
 
+static int
+batch_limit(void)
+{
+	return Max(BATCH_MIN, Min(con.row.prefetch / 4, BATCH_MAX));
+}
+
 static bool
 handle_ready(void)
 {
@@ -760,8 +785,8 @@ handle_ready(void)
 		handle_singly(take_ready());
 		return true;
 	}
-	deliveries = palloc(Min(con.nready, BATCH_MESSAGES) * sizeof(Delivery *));
-	while (n < BATCH_MESSAGES && (next = next_of_batch()) != NULL)
+	deliveries = palloc(Min(con.nready, batch_limit()) * sizeof(Delivery *));
+	while (n < batch_limit() && (next = next_of_batch()) != NULL)
 		deliveries[n++] = next;
 	if (n > 0)
 		handle_batch(deliveries, n);

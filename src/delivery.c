@@ -26,9 +26,9 @@
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
-#include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -118,72 +118,113 @@ delivery_json(const char *bytes, size_t len, bool *isnull)
 	return text !=NULL ? parse_json(text, isnull) : (Datum) 0;
 }
 
-static void append_fields(StringInfo out, const BrokerField *fields, int count, bool names);
+/* ---- headers ---- */
 
-static void
-append_field_text(StringInfo out, const char *utf8, size_t len)
+static JsonbValue *push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names);
+
+static JsonbValue
+text_value(const char *utf8, size_t len)
 {
+	JsonbValue	value = {.type = jbvNull};
 	char	   *text = delivery_text(utf8, len);
 
-	if (text == NULL)
-		appendStringInfoString(out, "null");
-	else
-		escape_json(out, text);
+	if (text !=NULL)
+	{
+		value.type = jbvString;
+		value.val.string.val = text;
+
+		value.val.string.len = strlen(text);
+	}
+	return value;
 }
 
-static void
-append_field_value(StringInfo out, const BrokerField *field)
+/* All digits of it; jsonb has neither infinity nor NaN. */
+static JsonbValue
+double_value(double real)
 {
+	JsonbValue	value = {.type = jbvNull};
+
+	if (isfinite(real))
+	{
+		value.type = jbvNumeric;
+		value.val.numeric = DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(psprintf("%.17g", real)),
+																ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+	}
+	return value;
+}
+
+static JsonbValue
+scalar_value(const BrokerField *field)
+{
+	JsonbValue	value = {.type = jbvNull};
+
 	switch (field->type)
 	{
-		case BROKER_VALUE_NULL:
-			appendStringInfoString(out, "null");
-			break;
 		case BROKER_VALUE_BOOL:
-			appendStringInfoString(out, field->value.boolean ? "true" : "false");
+			value.type = jbvBool;
+			value.val.boolean = field->value.boolean;
 			break;
 		case BROKER_VALUE_INT:
-			appendStringInfo(out, INT64_FORMAT, (int64) field->value.integer);
+			value.type = jbvNumeric;
+			value.val.numeric = int64_to_numeric(field->value.integer);
 			break;
 		case BROKER_VALUE_DOUBLE:
-			if (isfinite(field->value.real))
-				appendStringInfo(out, "%.17g", field->value.real);
-			else
-				appendStringInfoString(out, "null");
-			break;
+			return double_value(field->value.real);
 		case BROKER_VALUE_STRING:
-			append_field_text(out, field->value.string.data, field->value.string.len);
+			return text_value(field->value.string.data, field->value.string.len);
+		default:
 			break;
-		case BROKER_VALUE_TABLE:
-		case BROKER_VALUE_ARRAY:
-			append_fields(out, field->value.nested.fields, field->value.nested.count,
-						  field->type == BROKER_VALUE_TABLE);
-			break;
+	}
+	return value;
+}
+
+static void
+push_field(JsonbParseState **state, JsonbIteratorToken token, const BrokerField *field)
+{
+	JsonbValue	value;
+
+	if (field->type == BROKER_VALUE_TABLE || field->type == BROKER_VALUE_ARRAY)
+		(void) push_fields(state, field->value.nested.fields, field->value.nested.count,
+						   field->type == BROKER_VALUE_TABLE);
+	else
+	{
+		value = scalar_value(field);
+		(void) pushJsonbValue(state, token, &value);
 	}
 }
 
 static void
-append_fields(StringInfo out, const BrokerField *fields, int count, bool names)
+push_named(JsonbParseState **state, const BrokerField *field)
 {
-	const char *separator = "";
+	JsonbValue	name = text_value(field->name, strlen(field->name));
 
-	appendStringInfoChar(out, names ? '{' : '[');
+	if (name.type != jbvString)
+		return;
+	(void) pushJsonbValue(state, WJB_KEY, &name);
+	push_field(state, WJB_VALUE, field);
+}
+
+/* An object, or an array; nested no deeper than the connection lets them be. */
+static JsonbValue *
+push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names)
+{
+	(void) pushJsonbValue(state, names ? WJB_BEGIN_OBJECT : WJB_BEGIN_ARRAY, NULL);
 	for (int i = 0; i < count; i++)
 	{
-		char	   *name = names ? delivery_text(fields[i].name, strlen(fields[i].name)) : NULL;
-
-		if (names && name == NULL)
-			continue;
-		appendStringInfoString(out, separator);
 		if (names)
-		{
-			escape_json(out, name);
-			appendStringInfoChar(out, ':');
-		}
-		append_field_value(out, &fields[i]);
-		separator = ",";
+			push_named(state, &fields[i]);
+		else
+			push_field(state, WJB_ELEM, &fields[i]);
 	}
-	appendStringInfoChar(out, names ? '}' : ']');
+	return pushJsonbValue(state, names ? WJB_END_OBJECT : WJB_END_ARRAY, NULL);
+}
+
+static Jsonb *
+headers_json(const BrokerField *headers, int count)
+{
+	JsonbParseState *state = NULL;
+
+	return JsonbValueToJsonb(push_fields(&state, headers, count, true));
 }
 
 /* ---- ids ---- */
@@ -221,6 +262,14 @@ parse_uuid(const char *s, pg_uuid_t *id)
 }
 
 static void
+append_header(StringInfo name, const BrokerField *header)
+{
+	Jsonb	   *json = headers_json(header, 1);
+
+	appendBinaryStringInfo(name, VARDATA(json), VARSIZE(json) - VARHDRSZ);
+}
+
+static void
 append_content(StringInfo name, const BrokerDelivery *wire)
 {
 	appendStringInfoString(name, wire->type ? wire->type : "");
@@ -230,10 +279,8 @@ append_content(StringInfo name, const BrokerDelivery *wire)
 	appendStringInfo(name, UINT64_FORMAT, (uint64) wire->timestamp);
 	for (int i = 0; i < wire->nheaders; i++)
 	{
-		if (strncmp(wire->headers[i].name, "x-", 2) == 0)
-			continue;
-		appendStringInfoChar(name, '\0');
-		append_fields(name, &wire->headers[i], 1, true);
+		if (strncmp(wire->headers[i].name, "x-", 2) != 0)
+			append_header(name, &wire->headers[i]);
 	}
 	appendStringInfoChar(name, '\0');
 	if (wire->body_len > 0 && wire->body_len < MaxAllocSize - name->len - 1)
@@ -361,16 +408,6 @@ set_text(MessageValues *message, int attribute, const char *text)
 		message->values[attribute] = CStringGetTextDatum(text);
 }
 
-static Datum
-headers_json(const BrokerDelivery *wire, bool *isnull)
-{
-	StringInfoData json;
-
-	initStringInfo(&json);
-	append_fields(&json, wire->headers, wire->nheaders, true);
-	return parse_json(json.data, isnull);
-}
-
 /* AMQP counts seconds from 1970; what the type cannot hold is no time. */
 static void
 set_published_at(MessageValues *message, const BrokerDelivery *wire)
@@ -398,7 +435,7 @@ delivery_values(const Delivery *delivery, const char *topic, const char *consume
 	set_text(message, MESSAGE_KEY, delivery->key);
 	message->values[MESSAGE_SEQUENCE] = Int64GetDatum(delivery->sequence);
 	message->nulls[MESSAGE_SEQUENCE] = !delivery->has_sequence;
-	message->values[MESSAGE_HEADERS] = headers_json(wire, &message->nulls[MESSAGE_HEADERS]);
+	message->values[MESSAGE_HEADERS] = JsonbPGetDatum(headers_json(wire->headers, wire->nheaders));
 	message->values[MESSAGE_BODY] = delivery_json(wire->body, wire->body_len,
 												  &message->nulls[MESSAGE_BODY]);
 	message->values[MESSAGE_RAW] =

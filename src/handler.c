@@ -59,6 +59,9 @@
  */
 #define GRACE_MS 2000
 
+/* Of a call, kept for the next one: a thousand messages of 1 kB. */
+#define CALL_MEMORY (1024 * 1024)
+
 /* Of an error's text, in bytes. */
 #define MAX_ERROR 8192
 
@@ -69,6 +72,8 @@ static bool running = false;
 static bool refresh = true;		/* the subscription has to be read anew */
 static FmgrInfo handler_function;
 static TupleDesc message_desc;
+static MemoryContext call_context;	/* what the handler is given, and leaves */
+static MemoryContext value_context; /* while one message is made */
 
 /* ---- what it depends on ---- */
 
@@ -100,6 +105,8 @@ handler_init(void)
 		CacheRegisterSyscacheCallback(caches[i], something_changed, (Datum) 0);
 	handler_timer = RegisterTimeout(USER_TIMEOUT, handler_late);
 	grace_timer = RegisterTimeout(USER_TIMEOUT, handler_deaf);
+	call_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout call", 0, CALL_MEMORY, ALLOCSET_DEFAULT_MAXSIZE);
+	value_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout message", ALLOCSET_DEFAULT_SIZES);
 }
 
 bool
@@ -152,16 +159,22 @@ message_datum(MessageValues *message)
 	return HeapTupleGetDatum(heap_form_tuple(message_desc, message->values, message->nulls));
 }
 
+/* In the current memory context; what it took to make it is let go. */
 static Datum
-message_argument(const SubscriptionRow *row, MessageValues *messages, int n)
+delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 {
-	Datum	   *elements;
+	MemoryContext oldcontext = MemoryContextSwitchTo(value_context);
+	MessageValues message;
 
-	if (!row->batch)
-		return message_datum(&messages[0]);
-	elements = palloc(n * sizeof(Datum));
-	for (int i = 0; i < n; i++)
-		elements[i] = message_datum(&messages[i]);
+	MemoryContextReset(value_context);
+	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	MemoryContextSwitchTo(oldcontext);
+	return message_datum(&message);
+}
+
+static Datum
+array_datum(const SubscriptionRow *row, Datum *elements, int n)
+{
 	return PointerGetDatum(construct_array(elements, n, row->message_type, -1, false, TYPALIGN_DOUBLE));
 }
 
@@ -201,20 +214,20 @@ call(const SubscriptionRow *row, Datum argument)
 	AtEOXact_GUC(false, settings);
 }
 
-/* What was made for the call goes with it. */
+/* What was made for the call goes with it; if it fails, before the next one. */
 static void
 call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout message",
-												  ALLOCSET_DEFAULT_SIZES);
-	MemoryContext oldcontext = MemoryContextSwitchTo(context);
-	MessageValues *messages = palloc(n * sizeof(MessageValues));
+	MemoryContext oldcontext = MemoryContextSwitchTo(call_context);
+	Datum	   *messages;
 
+	MemoryContextReset(call_context);
+	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
-		delivery_values(deliveries[i], row->topic, row->consumer_group, &messages[i]);
-	call(row, message_argument(row, messages, n));
+		messages[i] = delivery_datum(row, deliveries[i]);
+	call(row, row->batch ? array_datum(row, messages, n) : messages[0]);
 	MemoryContextSwitchTo(oldcontext);
-	MemoryContextDelete(context);
+	MemoryContextReset(call_context);
 }
 
 /* ---- errors ---- */
@@ -498,7 +511,11 @@ redrive(SubscriptionRow *row, Redriven *redriven)
 		return result;
 	}
 	if (inbox_remove_redriven(redriven->dead_id))
-		call(row, message_argument(row, &redriven->message, 1));
+	{
+		Datum		message = message_datum(&redriven->message);
+
+		call(row, row->batch ? array_datum(row, &message, 1) : message);
+	}
 	commit(row);
 	return HANDLER_COMMITTED;
 }

@@ -352,25 +352,35 @@ forget_failures(int32 subscription_id, Delivery **deliveries, int n)
 		query_execute(&query, 2, types, values, NULL);
 }
 
+/* As the outbox is written (writer.c): there is nothing on it but its index. */
+static void
+insert_ids(int32 subscription_id, int segment, Delivery **deliveries, int n)
+{
+	Oid			relid = segment_oid("inbox", segment);
+	Relation	rel = table_open(relid, RowExclusiveLock);
+	TupleDesc	desc = CreateTupleDescCopy(RelationGetDescr(rel));
+	Datum		values[3] = {Int16GetDatum(segment), Int32GetDatum(subscription_id), (Datum) 0};
+	bool		nulls[3] = {false, false, false};
+	HeapTuple  *rows = palloc((n + 1) * sizeof(HeapTuple));
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (!is_done(deliveries[i]))
+			continue;
+		values[2] = UUIDPGetDatum(&deliveries[i]->message_id);
+		rows[count++] = heap_form_tuple(desc, values, nulls);
+	}
+	segment_insert(relid, desc, rows, count);
+	table_close(rel, NoLock);
+}
+
 void
 inbox_record(int32 subscription_id, Delivery **deliveries, int n)
 {
-	static CachedQuery query = {
-		"insert into fanout.inbox (segment, subscription_id, message_id)"
-		" select r.current, $1, id from fanout.inbox_rotation r, unnest($2) id"
-	};
 	Caller		caller = become_owner();
-	Oid			types[2] = {INT4OID, UUIDARRAYOID};
-	Datum		values[2] = {Int32GetDatum(subscription_id), (Datum) 0};
-	int			count;
 
-	values[1] = id_array(deliveries, n, is_done, &count);
-	if (count > 0)
-	{
-		query_execute(&query, 2, types, values, NULL);
-		if (SPI_processed != count)
-			elog(ERROR, "fanout.inbox_rotation must have one row");
-	}
+	insert_ids(subscription_id, current_segment(), deliveries, n);
 	forget_failures(subscription_id, deliveries, n);
 	become_caller(&caller);
 }

@@ -16,8 +16,10 @@
 #include "postgres.h"
 
 #include "access/table.h"
+#include "catalog/indexing.h"
 #include "catalog/namespace.h"
 #include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "storage/bufmgr.h"
 #include "storage/lmgr.h"
 #include "utils/lsyscache.h"
@@ -42,6 +44,24 @@ segment_empty(Oid segment)
 
 	table_close(rel, AccessShareLock);
 	return empty;
+}
+
+void
+segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n)
+{
+	Relation	rel = table_open(segment, RowExclusiveLock);
+	CatalogIndexState indexes = CatalogOpenIndexes(rel);
+	TupleTableSlot **slots = palloc((n + 1) * sizeof(TupleTableSlot *));
+
+	/* slots that own their rows: others would be copied */
+	for (int i = 0; i < n; i++)
+	{
+		slots[i] = MakeTupleTableSlot(desc, &TTSOpsHeapTuple);
+		ExecStoreHeapTuple(rows[i], slots[i], true);
+	}
+	CatalogTuplesMultiInsertWithInfo(rel, slots, n, indexes);
+	CatalogCloseIndexes(indexes);
+	table_close(rel, NoLock);
 }
 
 bool

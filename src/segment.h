@@ -10,11 +10,20 @@
 
 #include "postgres.h"
 
+#include "access/htup.h"
+#include "access/tupdesc.h"
+
 /* fanout.<table>_<segment>.  InvalidOid if there is no such table. */
 extern Oid	segment_oid(const char *table, int segment);
 
 /* Has no row, dead or alive. */
 extern bool segment_empty(Oid segment);
+
+/*
+ * Puts the rows straight into heap and index; frees them.  None may be so large
+ * that it would be toasted.  The caller needs no right to the table.
+ */
+extern void segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n);
 
 /*
  * Takes ACCESS EXCLUSIVE until the transaction ends; false, without waiting,

@@ -46,12 +46,12 @@
 #include "access/xact.h"
 #include "catalog/indexing.h"
 #include "executor/executor.h"
-#include "executor/tuptable.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
 #include "relinfo.h"
+#include "segment.h"
 #include "writer.h"
 
 /* A dozen pages, and little enough to stay in the processor's cache. */
@@ -87,24 +87,6 @@ writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
 	insert_tuple(segment, heap_form_tuple(desc, values, nulls));
 }
 
-static void
-insert_queue(void)
-{
-	Relation	rel = table_open(relinfo_segment(queue.segment), RowExclusiveLock);
-	CatalogIndexState indexes = CatalogOpenIndexes(rel);
-	TupleTableSlot *slots[QUEUE_ROWS];
-
-	/* slots that own their rows: others would be copied */
-	for (int i = 0; i < queue.count; i++)
-	{
-		slots[i] = MakeTupleTableSlot(queue.desc, &TTSOpsHeapTuple);
-		ExecStoreHeapTuple(queue.rows[i], slots[i], true);
-	}
-	CatalogTuplesMultiInsertWithInfo(rel, slots, queue.count, indexes);
-	CatalogCloseIndexes(indexes);
-	table_close(rel, NoLock);
-}
-
 /* ---- the queue ---- */
 
 static void
@@ -125,7 +107,7 @@ writer_flush(void)
 	if (queue.count == 1)
 		insert_tuple(queue.segment, queue.rows[0]);
 	else
-		insert_queue();
+		segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
 	forget_queue();
 }
