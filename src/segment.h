@@ -20,8 +20,9 @@ extern Oid	segment_oid(const char *table, int segment);
 extern bool segment_empty(Oid segment);
 
 /*
- * Puts the rows straight into heap and index; frees them.  None may be so large
- * that it would be toasted.  The caller needs no right to the table.
+ * Inserts rows; their memory belongs to the current context from then on.  If
+ * there are several, none may be so large that it would be toasted.  Needs no
+ * right to the table.
  */
 extern void segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n);
 

@@ -3,10 +3,6 @@
  * writer.c
  *		Rows into the outbox's segments, a statement's together.
  *
- * The segments have neither constraints to check nor triggers, defaults or
- * policies, so rows are put straight into heap and index, as the server does
- * with its own catalogs.  That also spares the writer any right on them.
- *
  * A statement that changes many rows pays for locking, opening and logging
  * once per page rather than once per row: its rows are queued and inserted
  * together.  Their ids are drawn before, so it never matters in which order
@@ -34,7 +30,7 @@
  *	 would insert them later, so they are inserted at once.
  *
  * - Rows that must be toasted are inserted at once, since
- *	 CatalogTuplesMultiInsertWithInfo() cannot do that.
+ *	 inserting several at once cannot do that.
  *
  *-------------------------------------------------------------------------
  */
@@ -42,12 +38,9 @@
 
 #include "access/heaptoast.h"
 #include "access/htup_details.h"
-#include "access/table.h"
 #include "access/xact.h"
-#include "catalog/indexing.h"
 #include "executor/executor.h"
 #include "utils/memutils.h"
-#include "utils/rel.h"
 #include "utils/snapmgr.h"
 
 #include "relinfo.h"
@@ -72,19 +65,12 @@ static ExecutorFinish_hook_type next_executor_finish = NULL;
 
 /* ---- inserting ---- */
 
-static void
-insert_tuple(int segment, HeapTuple row)
-{
-	Relation	rel = table_open(relinfo_segment(segment), RowExclusiveLock);
-
-	CatalogTupleInsert(rel, row);
-	table_close(rel, NoLock);
-}
-
 void
 writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
 {
-	insert_tuple(segment, heap_form_tuple(desc, values, nulls));
+	HeapTuple	row = heap_form_tuple(desc, values, nulls);
+
+	segment_insert(relinfo_segment(segment), desc, &row, 1);
 }
 
 /* ---- the queue ---- */
@@ -104,10 +90,7 @@ writer_flush(void)
 	if (queue.count == 0 || queue.subid != GetCurrentSubTransactionId())
 		return;
 	old_context = MemoryContextSwitchTo(queue.context);
-	if (queue.count == 1)
-		insert_tuple(queue.segment, queue.rows[0]);
-	else
-		segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
+	segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
 	forget_queue();
 }
@@ -143,7 +126,7 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
 		queue.rows[queue.count++] = row;
 	else
 	{
-		insert_tuple(segment, row);
+		segment_insert(relinfo_segment(segment), desc, &row, 1);
 		heap_freetuple(row);
 	}
 }

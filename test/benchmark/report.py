@@ -158,23 +158,23 @@ OURS = '#1f5f8b'
 OTHERS = ('#9a9a9a', '#d9b44a', '#8fb26b', '#c98b5e', '#b7a5c9', '#6f8f8c', '#cfcfcf')
 
 
-def settings(results, unit):
-    """{setting: {variant: result}} of the results in a unit."""
+def settings(results, unit, part):
+    """{setting: {variant: result}} of the results in a unit, of settings with such names."""
     found = {}
     for result in results:
-        if result['unit'] == unit and result['values']:
+        if result['unit'] == unit and part in result['what'] and result['values']:
             found.setdefault(result['what'], {})[result['variant']] = result
     return found
 
 
-def plot(name, entry, unit, title, log=False):
+def plot(name, entry, unit, part, title, log=False):
     """A group of bars for each setting, a bar for each variant, from min to max a line."""
     import matplotlib
     matplotlib.use('svg')
     matplotlib.rcParams['svg.hashsalt'] = 'pg_fanout'
     from matplotlib import pyplot
 
-    groups = settings(entry['results'], unit)
+    groups = settings(entry['results'], unit, part)
     variants = list(dict.fromkeys(variant for group in groups.values() for variant in group))
     height = 0.8 / len(variants)
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(groups) * (len(variants) + 1)))
@@ -209,20 +209,22 @@ def save(figure, name):
         f.write(text)
 
 
-PLOTS = (  # scenario, unit, title, logarithmic
-    ('drain', 'messages/s', 'Draining a backlog', False),
-    ('latency', 'ms', 'From commit to delivery', True),
-    ('consume', 'messages/s', 'Consuming', True),
+PLOTS = (  # name, scenario, unit, part of the settings' names, title, logarithmic
+    ('drain', 'drain', 'messages/s', '', 'Draining a backlog', False),
+    ('latency', 'latency', 'ms', '', 'From commit to delivery', True),
+    ('capture-rows', 'capture', 'tps', 'single-row', 'Single-row updates', False),
+    ('capture-bulk', 'capture', 'us of CPU/row', 'capture alone', 'What capture adds to bulk statements', False),
+    ('consume', 'consume', 'messages/s', '', 'Consuming', True),
 )
 
 
 def write_plots(suites):
     names = []
     for suite in suites:
-        for scenario, unit, title, log in PLOTS:
+        for name, scenario, unit, part, title, log in PLOTS:
             if scenario in measured(suite):
-                names.append(f'{scenario}-{suite}')
-                plot(names[-1], measured(suite)[scenario], unit, title, log)
+                names.append(f'{name}-{suite}')
+                plot(names[-1], measured(suite)[scenario], unit, part, title, log)
     return names
 
 
