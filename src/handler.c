@@ -214,20 +214,26 @@ call(const SubscriptionRow *row, Datum argument)
 	AtEOXact_GUC(false, settings);
 }
 
-/* What was made for the call goes with it; if it fails, before the next one. */
+/* What was made for the call goes before the next one, and at the end. */
+static void
+forget_call(void)
+{
+	MemoryContextReset(call_context);
+	MemoryContextReset(value_context);
+}
+
 static void
 call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
 {
 	MemoryContext oldcontext = MemoryContextSwitchTo(call_context);
 	Datum	   *messages;
 
-	MemoryContextReset(call_context);
+	forget_call();
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
 		messages[i] = delivery_datum(row, deliveries[i]);
 	call(row, row->batch ? array_datum(row, messages, n) : messages[0]);
 	MemoryContextSwitchTo(oldcontext);
-	MemoryContextReset(call_context);
 }
 
 /* ---- errors ---- */
@@ -493,6 +499,7 @@ handler_apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mo
 	PG_END_TRY();
 	running = false;
 	MemoryContextSwitchTo(oldcontext);
+	forget_call();
 	if (result != HANDLER_COMMITTED)
 		undo_outcomes(deliveries, n, mode);
 	return result;

@@ -39,7 +39,6 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
-#include "utils/hsearch.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -56,12 +55,18 @@
 
 #define INBOX_SEGMENTS 4
 
-/* The statement must name them: a partition that is pruned is locked, too. */
+/* Statements must name segments: a partition that is pruned is locked, too. */
 #define LOOK_UP_SEGMENT(segment) \
 	"select message_id from fanout.inbox_" #segment \
 	" where subscription_id = $1 and message_id = any ($2)"
 #define LOOK_UP(a, b, c) \
 	{LOOK_UP_SEGMENT(a) " union all " LOOK_UP_SEGMENT(b) " union all " LOOK_UP_SEGMENT(c)}
+#define IN_RUNS_SEGMENT(segment) \
+	"exists (select from fanout.inbox_" #segment \
+	" where subscription_id = $1 and message_id between first and last)"
+#define IN_RUNS(a, b, c) \
+	{"select from unnest($2, $3) run (first, last) where " \
+	IN_RUNS_SEGMENT(a) " or " IN_RUNS_SEGMENT(b) " or " IN_RUNS_SEGMENT(c) " limit 1"}
 
 PG_FUNCTION_INFO_V1(pgf_subscribe);
 PG_FUNCTION_INFO_V1(pgf_unsubscribe);
@@ -261,40 +266,6 @@ id_array(Delivery **deliveries, int n, bool (*chosen) (const Delivery *delivery)
 	return PointerGetDatum(construct_array(ids, *count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
 }
 
-static HTAB *
-make_id_table(int n)
-{
-	HASHCTL		ctl = {0};
-
-	ctl.keysize = sizeof(pg_uuid_t);
-	ctl.entrysize = sizeof(pg_uuid_t);
-	ctl.hcxt = CurrentMemoryContext;
-	return hash_create("pg_fanout message ids", n, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
-}
-
-static void
-set_outcomes(Delivery **deliveries, int n)
-{
-	HTAB	   *seen = make_id_table(n);
-	HTAB	   *met = make_id_table(n);
-	bool		found;
-	bool		isnull;
-
-	for (uint64 i = 0; i < SPI_processed; i++)
-		(void) hash_search(seen, DatumGetUUIDP(query_value(i, 1, &isnull)), HASH_ENTER, &found);
-	for (int i = 0; i < n; i++)
-	{
-		deliveries[i]->outcome = OUTCOME_NONE;
-		(void) hash_search(met, &deliveries[i]->message_id, HASH_ENTER, &found);
-		if (hash_search(seen, &deliveries[i]->message_id, HASH_FIND, NULL) != NULL)
-			deliveries[i]->outcome = OUTCOME_SEEN;
-		else if (found)
-			deliveries[i]->outcome = OUTCOME_TWIN;
-	}
-	hash_destroy(seen);
-	hash_destroy(met);
-}
-
 static int
 current_segment(void)
 {
@@ -307,21 +278,120 @@ current_segment(void)
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
-void
-inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
+static int
+compare_ids(const void *a, const void *b)
 {
-	/* by the current segment */
+	const Delivery *left = *(Delivery *const *) a;
+	const Delivery *right = *(Delivery *const *) b;
+	int			result = memcmp(&left->message_id, &right->message_id, UUID_LEN);
+
+	if (result != 0)
+		return result;
+	return left->order.place < right->order.place ? -1 : 1;
+}
+
+static Delivery **
+sort_by_id(Delivery **deliveries, int n)
+{
+	Delivery  **sorted = palloc((n + 1) * sizeof(Delivery *));
+
+	memcpy(sorted, deliveries, n * sizeof(Delivery *));
+	qsort(sorted, n, sizeof(Delivery *), compare_ids);
+	return sorted;
+}
+
+static bool
+equal_ids(const Delivery *a, const Delivery *b, size_t length)
+{
+	return memcmp(&a->message_id, &b->message_id, length) == 0;
+}
+
+static void
+find_twins(Delivery **sorted, int n)
+{
+	for (int i = 0; i < n; i++)
+		sorted[i]->outcome = (i > 0 && equal_ids(sorted[i], sorted[i - 1], UUID_LEN)) ? OUTCOME_TWIN : OUTCOME_NONE;
+}
+
+/*
+ * Might any of them be in the inbox?  The ids of a process that writes messages
+ * count up in their second half (msgid.c), so those that come together are a
+ * few runs.  Nothing in the inbox lies within a run whose messages are all new,
+ * and one search finds that out.  Other producers' ids are no runs.
+ */
+static bool
+may_be_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
+{
+	static CachedQuery queries[INBOX_SEGMENTS] = {
+		IN_RUNS(0, 3, 2), IN_RUNS(1, 0, 3), IN_RUNS(2, 1, 0), IN_RUNS(3, 2, 1)
+	};
+	Oid			types[3] = {INT4OID, UUIDARRAYOID, UUIDARRAYOID};
+	Datum		values[3] = {Int32GetDatum(subscription_id), (Datum) 0, (Datum) 0};
+	Datum	   *first = palloc((n + 1) * sizeof(Datum));
+	Datum	   *last = palloc((n + 1) * sizeof(Datum));
+	int			runs = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (i == 0 || !equal_ids(sorted[i], sorted[i - 1], UUID_LEN / 2))
+			first[runs++] = UUIDPGetDatum(&sorted[i]->message_id);
+		last[runs - 1] = UUIDPGetDatum(&sorted[i]->message_id);
+	}
+	if (runs > n / 4)
+		return true;
+	values[1] = PointerGetDatum(construct_array(first, runs, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	values[2] = PointerGetDatum(construct_array(last, runs, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	query_execute(&queries[segment], 3, types, values, NULL);
+	return SPI_processed > 0;
+}
+
+/* All with that id, of which the lowest one is searched for. */
+static void
+set_seen(Delivery **sorted, int n, const pg_uuid_t *id)
+{
+	int			low = 0;
+	int			high = n;
+
+	while (low < high)
+	{
+		int			middle = (low + high) / 2;
+
+		if (memcmp(&sorted[middle]->message_id, id, UUID_LEN) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	for (; low < n && memcmp(&sorted[low]->message_id, id, UUID_LEN) == 0; low++)
+		sorted[low]->outcome = OUTCOME_SEEN;
+}
+
+static void
+find_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
+{
 	static CachedQuery queries[INBOX_SEGMENTS] = {
 		LOOK_UP(0, 3, 2), LOOK_UP(1, 0, 3), LOOK_UP(2, 1, 0), LOOK_UP(3, 2, 1)
 	};
-	Caller		caller = become_owner();
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
 	Datum		values[2] = {Int32GetDatum(subscription_id), (Datum) 0};
 	int			count;
+	bool		isnull;
 
-	values[1] = id_array(deliveries, n, NULL, &count);
-	query_execute(&queries[current_segment()], 2, types, values, NULL);
-	set_outcomes(deliveries, n);
+	values[1] = id_array(sorted, n, NULL, &count);
+	query_execute(&queries[segment], 2, types, values, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		set_seen(sorted, n, DatumGetUUIDP(query_value(i, 1, &isnull)));
+}
+
+void
+inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
+{
+	Caller		caller = become_owner();
+	int			segment = current_segment();
+	Delivery  **sorted = sort_by_id(deliveries, n);
+
+	find_twins(sorted, n);
+	if (may_be_seen(subscription_id, segment, sorted, n))
+		find_seen(subscription_id, segment, sorted, n);
 	become_caller(&caller);
 }
 
@@ -641,6 +711,10 @@ forget_old(CachedQuery *query, int retention_s)
 void
 inbox_rotate(int retention_s)
 {
+	/* the clock was wrong once: better too long than too short */
+	static CachedQuery not_yet = {
+		"update fanout.inbox_rotation set rotated_at = clock_timestamp() where rotated_at > clock_timestamp()"
+	};
 	static CachedQuery due = {
 		"select from fanout.inbox_rotation where rotated_at < clock_timestamp() - $1 / 2.0 * interval '1 s'"
 	};
@@ -659,6 +733,7 @@ inbox_rotate(int retention_s)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
 
+	query_execute(&not_yet, 0, NULL, NULL, NULL);
 	query_execute(&due, 1, types, values, NULL);
 	if (SPI_processed == 1)
 	{

@@ -204,7 +204,8 @@ class Broker:
         try:
             yield connection.channel()
         finally:
-            connection.close()
+            if connection.is_open:
+                connection.close()
 
     def ctl(self, *arguments):
         return output(TOP + '/test/lib/rabbit', 'ctl', self.directory, *arguments)
@@ -221,10 +222,18 @@ class Broker:
                 channel.queue_bind(queue, exchange)
 
     def delete(self, exchange, queues):
-        with self.channel() as channel:
-            for queue in queues:
-                channel.queue_delete(queue)
-            channel.exchange_delete(exchange)
+        """A quorum queue with a long log may not be deleted in time (541): it is asked again."""
+        for attempt in range(5):
+            try:
+                with self.channel() as channel:
+                    for queue in queues:
+                        channel.queue_delete(queue)
+                    channel.exchange_delete(exchange)
+                return
+            except pika.exceptions.AMQPError:
+                if attempt == 4:
+                    raise
+                time.sleep(2)
 
     def purge(self, queues):
         with self.channel() as channel:

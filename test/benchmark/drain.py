@@ -12,7 +12,7 @@ import time
 
 from bench import WINDOW, Backlog, alternate, bare, execute, node, publisher, python, results_of, stopped, value
 
-RELAY_SECONDS = 20
+RELAY_SECONDS = 5
 
 SETTINGS = [  # bytes, messages, type and number of queues
     (300, 200000, 'quorum', 1),

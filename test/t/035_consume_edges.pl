@@ -90,6 +90,10 @@ is(sql(qq(select count(*) - count(distinct message_id) from log where message_id
 record('inbox rotated while two consumers are busy', '2 clients, 80/s', $applied, 0, 0);
 PgFanout::poll(sub { sql('select count(*) from fanout.inbox') == 0 }, 'an empty inbox', 30);
 pass('with no more messages it is emptied');
+sql(q(update fanout.inbox_rotation set rotated_at = now() + interval '1 year'));
+PgFanout::poll(sub { sql('select rotated_at <= clock_timestamp() from fanout.inbox_rotation') eq 't' },
+	'a rotation that the clock put into the future', 30);
+pass('a wrong clock does not stop its rotation');
 sql(q(alter system reset pg_fanout.inbox_retention; select pg_reload_conf();
 	select fanout.unsubscribe(t, 'g') from unnest('{busy,busier}'::text[]) t; truncate log));
 
