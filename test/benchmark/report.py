@@ -31,12 +31,17 @@ def kept(suite):
 
 
 def merge(suite, file):
-    """What was run again replaces what was kept of it."""
+    """What was run again replaces what was kept of it; each run that is left is told of."""
     results = load(kept(suite)) if os.path.exists(kept(suite)) else {}
     for scenario, entry in load(file).items():
         again = {result['what'] for result in entry['results']}
-        old = results.get(scenario, {}).get('results', [])
-        entry['results'] = [result for result in old if result['what'] not in again] + entry['results']
+        old = results.get(scenario, {'results': [], 'runs': []})
+        for result in entry['results']:
+            result['command'] = entry['facts']['command']
+        entry['results'] = [result for result in old['results'] if result['what'] not in again] + entry['results']
+        commands = {result['command'] for result in entry['results']}
+        entry['runs'] = [run for run in old['runs'] if run['command'] in commands - {entry['facts']['command']}]
+        entry['runs'].append(entry['facts'])
         results[scenario] = entry
     os.makedirs(os.path.dirname(kept(suite)), exist_ok=True)
     with open(kept(suite), 'w') as f:
@@ -127,7 +132,7 @@ def targets():
 
 def about(suite):
     """Where and how, with each command once; what else the machine did shows in its load."""
-    facts = [entry['facts'] for entry in measured(suite).values()]
+    facts = [run for entry in measured(suite).values() for run in entry['runs']]
     commands = {each['command']: each for each in facts}
     return (f"Measured on {facts[0]['machine']}, {facts[0]['system']}; PostgreSQL {facts[0]['PostgreSQL']}, RabbitMQ "
             f"{facts[0]['RabbitMQ']} on Erlang {facts[0]['Erlang']}, rabbitmq-c {facts[0]['rabbitmq-c']}:\n\n" +
