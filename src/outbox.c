@@ -61,14 +61,20 @@
 #define OUTBOX_NATTS 11
 
 /* What readers select; read_message() takes it apart in this order. */
-#define MESSAGE_COLUMNS \
+#define MESSAGE_COLUMNS(most, place) \
 	"id, xid, topic_id, message_id, type, key, headers, " \
-	"case when octet_length(payload) <= " CppAsString2(MAX_BODY) " then payload end, " \
-	"octet_length(payload), queue, created_at"
+	"case when octet_length(payload) <= " CppAsString2(most) " then payload end, " \
+	"octet_length(payload), queue, created_at, " place
 
 #define MAX_BODY 536870912
 
 StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
+
+/*
+ * Longer payloads are not copied into the batch's cursor, which is materialized
+ * before its first row is seen; they are read from the segment with the chunk.
+ */
+#define MAX_CURSOR_BODY 1000
 
 /* Most rows fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
@@ -235,7 +241,87 @@ read_message(HeapTuple tuple, TupleDesc desc)
 	message->payload_len = DatumGetInt32(SPI_getbinval(tuple, desc, 9, &isnull));
 	message->queue = text_or_null(tuple, desc, 10);
 	message->created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 11, &isnull));
+	value = SPI_getbinval(tuple, desc, 12, &isnull);
+	message->segment = isnull ? -1 : DatumGetInt16(value);
+	value = SPI_getbinval(tuple, desc, 13, &isnull);
+	if (!isnull)
+		message->place = *(ItemPointer) DatumGetPointer(value);
 	return message;
+}
+
+/* ---- payloads that are not in the cursor ---- */
+
+static bool
+is_left_in(const Message *message, int segment)
+{
+	return message->payload == NULL && message->segment == segment && message->payload_len <= MAX_BODY;
+}
+
+/* The rows come in any order. */
+static void
+take_payload(Message **messages, int n, int row)
+{
+	bool		isnull;
+	int64		id = DatumGetInt64(query_value(row, 1, &isnull));
+
+	for (int i = 0; i < n; i++)
+	{
+		if (messages[i]->id == id)
+			messages[i]->payload = TextDatumGetCString(query_value(row, 2, &isnull));
+	}
+}
+
+/*
+ * By their places in the heap, which stay while nobody rewrites the segment:
+ * VACUUM FULL or CLUSTER between two chunks of a batch makes this fail, and the
+ * worker begins anew.
+ */
+static void
+read_payloads_in(int segment, Message **messages, int n)
+{
+	static CachedQuery queries[OUTBOX_SEGMENTS] = {
+		{"select id, payload from fanout.outbox_0 where ctid = any ($1)"},
+		{"select id, payload from fanout.outbox_1 where ctid = any ($1)"},
+		{"select id, payload from fanout.outbox_2 where ctid = any ($1)"}
+	};
+	MemoryContext context = CurrentMemoryContext;
+	Oid			types[1] = {TIDARRAYOID};
+	Datum		values[1];
+	Datum	   *places = palloc((n + 1) * sizeof(Datum));
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (is_left_in(messages[i], segment))
+			places[count++] = PointerGetDatum(&messages[i]->place);
+	}
+	if (count == 0)
+		return;
+	values[0] = PointerGetDatum(construct_array(places, count, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
+	query_execute(&queries[segment], 1, types, values, NULL);
+	MemoryContextSwitchTo(context); /* SPI does not come back to it */
+	for (uint64 i = 0; i < SPI_processed; i++)
+		take_payload(messages, n, i);
+	SPI_freetuptable(SPI_tuptable);
+	for (int i = 0; i < n; i++)
+	{
+		if (is_left_in(messages[i], segment))
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("table \"fanout.outbox_%d\" was rewritten while it was read", segment)));
+	}
+}
+
+static void
+read_payloads(Message **messages, int n, size_t *bytes)
+{
+	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
+		read_payloads_in(segment, messages, n);
+	for (int i = 0; i < n; i++)
+	{
+		if (messages[i]->payload != NULL)
+			*bytes += messages[i]->payload_len;
+	}
 }
 
 static Chunk *
@@ -268,12 +354,11 @@ fetch_rows(Portal portal, Chunk *chunk, int n, size_t *largest)
 
 		message->chunk = chunk;
 		chunk->messages[chunk->count++] = message;
-		if (message->payload != NULL)
-			chunk->bytes += message->payload_len;
 		*largest = Max(*largest, message->payload_len);
 	}
-	MemoryContextSwitchTo(oldcontext);
 	SPI_freetuptable(SPI_tuptable);
+	read_payloads(chunk->messages + chunk->count - fetched, fetched, &chunk->bytes);
+	MemoryContextSwitchTo(oldcontext);
 	return fetched;
 }
 
@@ -306,12 +391,12 @@ static Portal
 open_batch(const Cursor *cursor)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS " from ("
-		" select * from fanout.outbox"
+		"select " MESSAGE_COLUMNS(MAX_CURSOR_BODY, "segment, place") " from ("
+		" select *, ctid as place from fanout.outbox"
 		" where xid >= pg_snapshot_xmax($1) and xid < pg_snapshot_xmax($2)"
 		" and pg_visible_in_snapshot(xid, $2)"
 		" union all"
-		" select * from fanout.outbox"
+		" select *, ctid as place from fanout.outbox"
 		" where xid = any (array(select x from pg_snapshot_xip($1) x where pg_visible_in_snapshot(x, $2)))"
 		") o where id > $3 order by id"
 	};
@@ -552,7 +637,7 @@ Chunk *
 outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS " from fanout.held where topic_id = $1 order by id"
+		"select " MESSAGE_COLUMNS(MAX_BODY, "null::smallint, null::tid") " from fanout.held where topic_id = $1 order by id"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(topic_id)};

@@ -72,6 +72,8 @@ typedef struct Message
 	size_t		payload_len;
 	char	   *queue;			/* NULL: the topic's exchange */
 	TimestampTz created_at;
+	int			segment;		/* of the outbox; -1: from fanout.held */
+	ItemPointerData place;		/* in that */
 	bool		truncates;		/* TRUNCATE: orders with all keys */
 
 	/* publisher's own, see wire.h and publisher.c */

@@ -83,4 +83,7 @@ def drain(env, settings=None):
 
 
 SCENARIOS = {'drain': drain}
-LONG = {'drain1': lambda env: drain(env, SETTINGS[:1])}  # the first setting alone
+LONG = {  # the first setting alone, and the last
+    'drain1': lambda env: drain(env, SETTINGS[:1]),
+    'drain-large': lambda env: drain(env, SETTINGS[-1:]),
+}
