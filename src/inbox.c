@@ -47,6 +47,7 @@
 #include "utils/timestamp.h"
 
 #include "inbox.h"
+#include "msgid.h"
 #include "query.h"
 #include "segment.h"
 #include "shmem.h"
@@ -253,6 +254,12 @@ inbox_binding_exists(const char *topic, const char *consumer_group)
 /* ---- the inbox ---- */
 
 static Datum
+uuid_array(Datum *ids, int n)
+{
+	return PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+}
+
+static Datum
 id_array(Delivery **deliveries, int n, bool (*chosen) (const Delivery *delivery), int *count)
 {
 	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
@@ -263,7 +270,7 @@ id_array(Delivery **deliveries, int n, bool (*chosen) (const Delivery *delivery)
 		if (chosen == NULL || chosen(deliveries[i]))
 			ids[(*count)++] = UUIDPGetDatum(&deliveries[i]->message_id);
 	}
-	return PointerGetDatum(construct_array(ids, *count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	return uuid_array(ids, *count);
 }
 
 static int
@@ -333,14 +340,14 @@ may_be_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
 
 	for (int i = 0; i < n; i++)
 	{
-		if (i == 0 || !equal_ids(sorted[i], sorted[i - 1], UUID_LEN / 2))
+		if (i == 0 || !equal_ids(sorted[i], sorted[i - 1], MSGID_HALF))
 			first[runs++] = UUIDPGetDatum(&sorted[i]->message_id);
 		last[runs - 1] = UUIDPGetDatum(&sorted[i]->message_id);
 	}
 	if (runs > n / 4)
 		return true;
-	values[1] = PointerGetDatum(construct_array(first, runs, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
-	values[2] = PointerGetDatum(construct_array(last, runs, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	values[1] = uuid_array(first, runs);
+	values[2] = uuid_array(last, runs);
 	query_execute(&queries[segment], 3, types, values, NULL);
 	return SPI_processed > 0;
 }

@@ -32,8 +32,6 @@
 #define MSGID_VARIANT		UINT64CONST(0x8000000000000000)
 #define MSGID_COUNTER_MASK	UINT64CONST(0x3FFFFFFFFFFFFFFF)
 
-#define MSGID_HALF			(UUID_LEN / 2)
-
 static struct
 {
 	int			pid;			/* process that drew the base; 0: none yet */

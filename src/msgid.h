@@ -12,6 +12,9 @@
 
 #include "utils/uuid.h"
 
+/* So many bytes name the process that made an id; the others count up. */
+#define MSGID_HALF			(UUID_LEN / 2)
+
 /*
  * A new version-4 UUID.  Each process draws one random base (libuuid) and
  * counts on from it, so that ids never repeat and cost no system call each.

@@ -287,9 +287,10 @@ read_payloads_in(int segment, Message **messages, int n)
 	MemoryContext context = CurrentMemoryContext;
 	Oid			types[1] = {TIDARRAYOID};
 	Datum		values[1];
-	Datum	   *places = palloc((n + 1) * sizeof(Datum));
+	Datum		places[FETCH_MAX];
 	int			count = 0;
 
+	Assert(n <= FETCH_MAX);
 	for (int i = 0; i < n; i++)
 	{
 		if (is_left_in(messages[i], segment))
