@@ -9,10 +9,11 @@ of one is in the way of another:
     jsontriga   PgQ's trigger that writes the row as JSON
     plpgsql     as applications have it: to_jsonb(new) into an outbox that has an
                 index on the unsent rows
+    floor       a trigger in C that writes a row as large as pg_fanout's, with one
+                index entry, and does nothing else (floor.c): the limit
 
 Only writing is measured: nobody reads what was written.  PgQ has no ticker, the
-outbox no relay; pg_fanout's publisher runs, but has no broker.  (Each commit
-still wakes it, which counts against it.)  Autovacuum is off, since it would come
+outbox no relay; pg_fanout's publisher runs, but has no broker.  Autovacuum is off, since it would come
 into some of the measurements and not into others; before each, the table is
 vacuumed, what was captured is thrown away, and a checkpoint is made.
 
@@ -22,10 +23,11 @@ machine that does something else, too.
 
 import time
 
-from bench import alternate, cpu_seconds, execute, publisher, results_of, value
+from bench import HERE, alternate, cpu_seconds, execute, publisher, results_of, value
 
 TABLE_ROWS = 100000
 BULK_ROWS = 20000
+PAYLOAD = 614  # what makes the floor's rows as large as pg_fanout's
 
 COLUMNS = """
     id         integer primary key,
@@ -87,6 +89,14 @@ VARIANTS = {
     'jsontriga': pgq('jsontriga'),
     'plpgsql': (PLPGSQL + """create trigger capture after insert or update or delete on account
             for each row execute function to_outbox()""", 'truncate outbox'),
+    'floor': (f"""create table message (id bigint not null, payload text not null);
+        create index on message (id);
+        create function floor_row() returns trigger language c as '{HERE}/floor';
+        create function floor_statement() returns trigger language c as '{HERE}/floor';
+        create trigger capture_row after insert or update or delete on account
+            for each row execute function floor_row({PAYLOAD});
+        create trigger capture_statement after insert or update or delete on account
+            for each statement execute function floor_statement()""", 'truncate message'),
 }
 
 
@@ -188,7 +198,7 @@ def bulk(env, variants):
                               {'no trigger': [times[operation, unit] for times in seen['no trigger']]}, None)
         results += results_of('capture', what + ', capture alone', unit, costs, 'jsontriga', {'pg_fanout': 0.4}, higher=False)
         results += results_of('capture', what + ', against plpgsql', unit,
-                              {name: costs[name] for name in ('plpgsql', 'pg_fanout')}, 'plpgsql',
+                              {name: costs[name] for name in ('plpgsql', 'pg_fanout', 'floor')}, 'plpgsql',
                               {'pg_fanout': 0.25}, higher=False)
     return results
 

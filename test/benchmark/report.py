@@ -19,6 +19,7 @@ README = os.path.join(HERE, '..', '..', 'README.md')
 BEGIN, END = '<!-- benchmark -->', '<!-- /benchmark -->'
 SUITES = ('bookworm', 'trixie')
 SCENARIOS = ('drain', 'latency', 'capture', 'consume', 'cost', 'stability')
+LIMITS = ('bare C', 'bare C, acks only', 'floor')  # what does only what cannot be left out
 
 
 def load(file):
@@ -78,6 +79,14 @@ def compared(result, results):
     return against(result['values'], base_of(result, results), result['compare'])
 
 
+def limit(result, results):
+    """The same number of what does only what cannot be left out, as text."""
+    for other in results:
+        if other['variant'] in LIMITS and (other['what'], other['unit']) == (result['what'], result['unit']):
+            return row(other, results)[RATIO]
+    return ''
+
+
 def verdict(result, number):
     if result['target'] is None or number is None:
         return ''
@@ -90,6 +99,9 @@ def shown(number):
     if number is None:
         return ''
     return f'{number:,.0f}' if abs(number) >= 100 else f'{number:.3g}'
+
+
+RATIO = 4  # its place in a row
 
 
 def row(result, results):
@@ -119,14 +131,15 @@ def measured(suite):
 
 def targets():
     """The README's table: what has a target."""
-    lines = ['| | RabbitMQ | what | | to the base | target |', '| --- | --- | --- | --- | --- | --- |']
+    lines = ['| | RabbitMQ | what | | to the base | target | limit |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
     for suite in SUITES:
         for scenario, entry in measured(suite).items():
             for result in entry['results']:
                 if result['target'] is not None:
                     what, variant, median, _, ratio, said = row(result, entry['results'])
                     lines.append(f"| {scenario} | {entry['facts']['RabbitMQ']} | {what}: {variant} | {median} "
-                                 f"| {ratio} | {said} |")
+                                 f"| {ratio} | {said} | {limit(result, entry['results'])} |")
     return '\n'.join(lines)
 
 
