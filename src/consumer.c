@@ -119,10 +119,11 @@
 
 #define EVENTS_AT_ONCE 10000
 
+/* A message may be in the queue more than once: linked by "same". */
 typedef struct FailedEntry
 {
 	pg_uuid_t	message_id;		/* hash key */
-	Delivery   *delivery;
+	Delivery   *first;
 } FailedEntry;
 
 typedef struct Consumer
@@ -242,15 +243,35 @@ remember_failed(Delivery *delivery)
 	bool		found;
 	FailedEntry *entry = hash_search(con.failed, &delivery->message_id, HASH_ENTER, &found);
 
-	entry->delivery = delivery;
+	delivery->same = found ? entry->first : NULL;
+	entry->first = delivery;
 }
 
+static void
+forget_failed(Delivery *delivery)
+{
+	FailedEntry *entry = hash_search(con.failed, &delivery->message_id, HASH_FIND, NULL);
+	Delivery  **link;
+
+	Assert(entry != NULL);
+	link = &entry->first;
+	while (*link != delivery)
+		link = &(*link)->same;
+	*link = delivery->same;
+	if (entry->first == NULL)
+		hash_search(con.failed, &delivery->message_id, HASH_REMOVE, NULL);
+}
+
+/* One that waits to come again, if there is one; else one in hand, or NULL. */
 static Delivery *
 find_failed(const pg_uuid_t *message_id)
 {
 	FailedEntry *entry = hash_search(con.failed, message_id, HASH_FIND, NULL);
+	Delivery   *delivery = entry ? entry->first : NULL;
 
-	return entry ? entry->delivery : NULL;
+	while (delivery != NULL && delivery->tag != 0 && delivery->same != NULL)
+		delivery = delivery->same;
+	return delivery;
 }
 
 static void
@@ -259,7 +280,7 @@ forget(Delivery *delivery)
 	if (delivery->order.pinned)
 	{
 		order_remove(&con.order, &delivery->order);
-		hash_search(con.failed, &delivery->message_id, HASH_REMOVE, NULL);
+		forget_failed(delivery);
 	}
 	drop_body(delivery);
 	delivery_free(delivery);

@@ -44,6 +44,7 @@ typedef struct Delivery
 	DeliveryState state;
 	DeliveryOutcome outcome;
 	struct Delivery *next;		/* in the list of those to be handled */
+	struct Delivery *same;		/* another that failed, of the same message id */
 
 	/* of the delivery in hand */
 	BrokerDelivery *wire;		/* NULL: its body was let go */

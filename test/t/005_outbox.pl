@@ -159,4 +159,29 @@ note "publisher: peak $peak kB, of which shared buffers $shared kB";
 cmp_ok($peak - $shared, '<', 100 * 1024, "a transaction of $large rows takes the publisher less than 100 MB of its own");
 is($broker->count('t_g'), $large, 'and all of it arrives');
 
+# ---- a segment rewritten in the middle of a batch ----
+
+# Bodies of more than 1000 bytes are read with each chunk of a batch.  With the
+# broker's answers held back, and the socket's buffers full, most are not yet.
+# They move, since what was rolled back before them goes.
+$broker->amqp('purge', '--queue', 't_g');
+my $proxy = $broker->proxy;
+my $uri = $proxy->uri;
+sql("alter system set pg_fanout.uri = '$uri'");
+$node->reload;
+PgFanout::poll(sub { sql('select connected_to from fanout.stat_publisher') =~ /:@{[ $proxy->port ]}\b/ },
+	'a connection through the proxy');
+$proxy->command('freeze');
+sql(q(begin; insert into t (v) select 'not to stay' from generate_series(1, 100); rollback;
+	insert into t (v) select repeat(md5(i::text), 60) from generate_series(1, 20000) i));
+PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') > 0 }, 'the beginning of a batch');
+sql("vacuum full fanout.outbox_$_") foreach 0 .. 2;
+$proxy->command('pass');
+PgFanout::flush($node, timeout => '180 s');
+like(slurp_file($node->logfile), qr/table "fanout\.outbox_\d" was rewritten while it was read/,
+	'VACUUM FULL in the middle of a batch ends the publisher');
+my %seen;
+$seen{ $_->{message_id} }++ foreach $broker->collect('t_g', expect => 20000);
+is(scalar keys %seen, 20000, 'the next one publishes all of it');
+
 done_testing();

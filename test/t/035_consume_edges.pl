@@ -162,6 +162,23 @@ foreach my $case ([ '1MB', 6, 150, 'bodies beyond half of consumer_memory are le
 	sql(q(select fanout.unsubscribe('behind', 'g'); truncate log));
 }
 
+# Two copies of a message wait behind one that fails, when there is no room for
+# their bodies (a filler waits, too), and are called back when there is again.
+sql(q(alter system set pg_fanout.consumer_memory = '1MB'; select pg_reload_conf();
+	select fanout.subscribe('behind', 'g', 'fail(fanout.message)', retry_delay => '2 s', prefetch => 10)));
+wait_until(q((select state = 'idle' from fanout.stat_subscriptions)));
+sql(q(select fanout.publish('behind', '{"fail": 1}', key => 'a'), fanout.publish('behind', '{"fail": 2}', key => 'b')));
+wait_until(q((select count(*) = 2 from fanout.delivery_failure)));
+sql(q(select fanout.publish('behind', jsonb_build_object('filler', repeat('x', 510000)), key => 'a')));
+wait_until(q((select waiting = 3 from fanout.stat_subscriptions)));
+system_or_bail("$PgFanout::lib/amqp", 'publish', '--uri', $broker->uri, '--exchange', 'behind', '--message-id', $repeated,
+	'--headers', '{"key": "b"}', '--count', 2, '"' . 'x' x 20000 . '"');
+wait_until(q((select waiting = 5 from fanout.stat_subscriptions)));
+is(sql(q(select count(*) from log)), '0', 'two copies of a message wait behind one that failed');
+# b is tried at 0, 2 and 6 s
+PgFanout::poll(sub { sql('select count(*) from log') == 4 }, 'all four', 20);
+is(sql(q(select string_agg(key, ' ') from log where key = 'b')), 'b b', 'one of them is applied, and does not wait for the other');
+
 done_testing();
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
