@@ -178,6 +178,7 @@ hold_message(Topic *topic, Message *message)
 	if (!is_held_message(message))
 	{
 		topic->holding++;
+		topology_touch(topic);
 		if (topic == pub.drain_topic)
 			pub.drain_disturbed = true;
 	}
@@ -213,6 +214,7 @@ stall_topic(Topic *topic, const char *reason)
 				(errmsg("topic \"%s\" is stalled", topic->name),
 				 errdetail("%s", reason)));
 	}
+	topology_touch(topic);
 	topic->attempts++;
 	topic->retry_at = mono_later(backoff(pgf_retry_interval, topic->attempts - 1,
 										 Max(pgf_retry_interval, MAX_RETRY_MS)));
@@ -644,13 +646,10 @@ bury_first_held(Topic *topic)
 static void
 bury_exhausted(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-
 	/* not one that is being sent just now */
 	if (pub.drain != NULL && pub.drain->unsettled > 0)
 		return;
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		if (topic->dead_letters && topic->stalled && topic->held &&
 			topic->attempts >= Max(pgf_retry_limit, 2))
@@ -672,10 +671,7 @@ record_stalls(void)
 static void
 stall_refused_topics(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		const char *error = topology_error(topic);
 
@@ -1215,11 +1211,9 @@ start_drain(Topic *topic)
 static Topic *
 due_topic(MonoTime now)
 {
-	Topic	   *topic;
 	Topic	   *due = NULL;
-	int			i = 0;
 
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		if (!may_drain(topic, now) && !(awaits_retry(topic) && topic->retry_at <= now))
 			continue;
@@ -1270,12 +1264,10 @@ retry_stalled(void)
 static MonoTime
 next_retry(void)
 {
-	Topic	   *topic;
-	int			i = 0;
 	MonoTime	next = 0;		/* a topic's 0 is "at once": work() has taken
 								 * it */
 
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		if (awaits_retry(topic) && (next == 0 || topic->retry_at < next))
 			next = topic->retry_at;
@@ -1289,13 +1281,12 @@ next_retry(void)
 static bool
 something_waits(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-	bool		waits = false;
-
-	while ((topic = topology_next(&i)) != NULL)
-		waits = waits || topic->held || topic->holding > 0 || topology_error(topic) != NULL;
-	return waits;
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
+	{
+		if (topic->held || topic->holding > 0 || topology_error(topic) != NULL)
+			return true;
+	}
+	return false;
 }
 
 static void

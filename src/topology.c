@@ -32,6 +32,7 @@
 #include "wire.h"
 
 static HTAB *topics = NULL;
+static Topic *restless = NULL;	/* list of those that may not be at rest */
 static uint32 current_load = 0;
 
 Topic *
@@ -52,6 +53,51 @@ topology_next(int *i)
 		hash_seq_init(&scan, topics);
 	topic = hash_seq_search(&scan);
 	return topic;
+}
+
+/* ---- topics that are not at rest ---- */
+
+void
+topology_touch(Topic *topic)
+{
+	if (topic->restless)
+		return;
+	topic->restless = true;
+	topic->next = restless;
+	restless = topic;
+}
+
+static bool
+answered(const Topic *topic)
+{
+	if (topic->answered)
+		return true;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		if (topic->bindings[b].answered)
+			return true;
+	}
+	return false;
+}
+
+static bool
+at_rest(const Topic *topic)
+{
+	return !topic->held && topic->holding == 0 && !topic->stalled && !topic->stall_changed &&
+		!answered(topic) && topology_error(topic) == NULL;
+}
+
+Topic *
+topology_restless(Topic *last)
+{
+	Topic	  **next = last ? &last->next : &restless;
+
+	while (*next != NULL && at_rest(*next))
+	{
+		(*next)->restless = false;
+		*next = (*next)->next;
+	}
+	return *next;
 }
 
 /* ---- reading the catalog ---- */
@@ -134,6 +180,8 @@ load_topic(int row)
 	topic->nbindings = 0;
 	topic->held = false;
 	MemoryContextSwitchTo(oldcontext);
+	topic->restless = false;	/* the list begins anew, too */
+	topology_touch(topic);
 }
 
 /* Arguments of queue.declare: ours, unless the caller's say otherwise. */
@@ -325,7 +373,10 @@ topology_find_held(void)
 		Topic	   *topic = topology_find(ids[i]);
 
 		if (topic != NULL)
+		{
 			topic->held = true;
+			topology_touch(topic);
+		}
 	}
 }
 
@@ -421,6 +472,7 @@ topology_load(void)
 	}
 	previous = remember_previous(&nprevious);
 	current_load++;
+	restless = NULL;
 	execute("select topic_id, topic, format, on_exhausted = 'dead_letter', paused, dropping from fanout.topic",
 			0, NULL, NULL, NULL);
 	for (int row = 0; row < SPI_processed; row++)
@@ -628,6 +680,7 @@ topology_declare_topic(Broker *broker, Topic *topic, bool drops, BrokerError *er
 {
 	BrokerResult result = BROKER_OK;
 
+	topology_touch(topic);
 	if (!topic->confirmed && topic->error == NULL && !topic->dropping)
 		result = declare_exchange(broker, topic, error);
 	for (int b = 0; b < topic->nbindings && result == BROKER_OK; b++)
@@ -666,29 +719,15 @@ topology_declare(Broker *broker, bool drops, BrokerError *error)
 
 /* ---- recording ---- */
 
-static bool
-topic_answered(const Topic *topic)
-{
-	if (topic->answered)
-		return true;
-	for (int b = 0; b < topic->nbindings; b++)
-	{
-		if (topic->bindings[b].answered)
-			return true;
-	}
-	return false;
-}
-
 bool
 topology_answered(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-	bool		answered = false;
-
-	while ((topic = topology_next(&i)) != NULL)
-		answered = answered || topic_answered(topic);
-	return answered;
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
+	{
+		if (answered(topic))
+			return true;
+	}
+	return false;
 }
 
 static bool
@@ -807,10 +846,7 @@ record_topic(Topic *topic)
 void
 topology_record(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		for (int b = 0; b < topic->nbindings; b++)
 		{
@@ -827,13 +863,12 @@ topology_record(void)
 bool
 topology_stalls_changed(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-	bool		changed = false;
-
-	while ((topic = topology_next(&i)) != NULL)
-		changed = changed || topic->stall_changed;
-	return changed;
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
+	{
+		if (topic->stall_changed)
+			return true;
+	}
+	return false;
 }
 
 static void
@@ -885,10 +920,7 @@ record_stall(Topic *topic)
 void
 topology_record_stalls(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-
-	while ((topic = topology_next(&i)) != NULL)
+	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
 		if (topic->stall_changed)
 			record_stall(topic);

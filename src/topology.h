@@ -82,6 +82,8 @@ typedef struct Topic
 	MonoTime	retry_at;		/* no sooner */
 	char	   *reason;			/* TopMemoryContext */
 	int64		sent;			/* not counted in fanout.topic_stat yet */
+	bool		restless;		/* linked by next */
+	struct Topic *next;
 } Topic;
 
 /*
@@ -101,6 +103,15 @@ extern void topology_find_held(void);
 
 /* All topics, in no particular order; begin with *i = 0; NULL at the end. */
 extern Topic *topology_next(int *i);
+
+/*
+ * The topics that there is something to do for, or that nothing can be done
+ * for at the moment: those stalled, refused, with held messages, or with
+ * something to record.  Begin with NULL.  Looking for them costs nothing for all
+ * the others; what makes a topic one of them has to call topology_touch().
+ */
+extern Topic *topology_restless(Topic *last);
+extern void topology_touch(Topic *topic);
 
 /* Everything has to be declared again: another connection, or verify(). */
 extern void topology_forget_confirmed(void);
