@@ -127,6 +127,7 @@ typedef struct Publisher
 	Confirms	window;
 	int			window_limit;
 	size_t		window_bytes;
+	bool		window_was_full;	/* and is left to empty to a half */
 	int			isolate;		/* messages to be sent one at a time */
 	bool		renew_channel;	/* once nothing is in flight on it */
 
@@ -923,6 +924,20 @@ window_open(void)
 		!confirms_full(&pub.window);
 }
 
+/*
+ * A window that was full is filled again once half of it is confirmed.  A
+ * message for each confirm would have the broker do for each what it can do for
+ * many at once: a quorum queue writes and replicates them together.  The other
+ * half keeps it busy meanwhile.
+ */
+static bool
+worth_filling(void)
+{
+	if (pub.window.outstanding <= pub.window_limit / 2)
+		pub.window_was_full = false;
+	return !pub.window_was_full;
+}
+
 /* Publishes what may go.  Returns whether it did anything. */
 static bool
 publish_ready(void)
@@ -930,7 +945,7 @@ publish_ready(void)
 	bool		any = false;
 	int			n = 0;
 
-	if (!flight_has_ready(&pub.flight) || !window_open())
+	if (!flight_has_ready(&pub.flight) || !window_open() || !worth_filling())
 		return false;
 	worker_set_state(WORKER_PUBLISHING);
 	broker_cork(pub.conn.broker);
@@ -946,6 +961,7 @@ publish_ready(void)
 		if (++n % 100 == 0)
 			(void) take_events();
 	}
+	pub.window_was_full = (pub.window.outstanding >= pub.window_limit);
 	if (pub.conn.broker != NULL)
 		broker_uncork(pub.conn.broker);
 	return any;
