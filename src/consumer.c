@@ -262,16 +262,19 @@ forget_failed(Delivery *delivery)
 		hash_search(con.failed, &delivery->message_id, HASH_REMOVE, NULL);
 }
 
-/* One that waits to come again, if there is one; else one in hand, or NULL. */
+/* The first that waits to come again, if one does; else one in hand, or NULL. */
 static Delivery *
 find_failed(const pg_uuid_t *message_id)
 {
 	FailedEntry *entry = hash_search(con.failed, message_id, HASH_FIND, NULL);
-	Delivery   *delivery = entry ? entry->first : NULL;
+	Delivery   *found = entry ? entry->first : NULL;
 
-	while (delivery != NULL && delivery->tag != 0 && delivery->same != NULL)
-		delivery = delivery->same;
-	return delivery;
+	for (Delivery *delivery = found; delivery != NULL; delivery = delivery->same)
+	{
+		if (delivery->tag == 0 && (found->tag != 0 || delivery->order.place < found->order.place))
+			found = delivery;
+	}
+	return found;
 }
 
 static void

@@ -86,6 +86,9 @@
 #define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
 
+/* How long a window that was full may wait for half of it to be confirmed. */
+#define REFILL_MS 200
+
 /* How long small chunks are gathered, for one entry in the ledger. */
 #define GATHER_MS 50
 #define GATHER_MESSAGES 1000
@@ -127,7 +130,7 @@ typedef struct Publisher
 	Confirms	window;
 	int			window_limit;
 	size_t		window_bytes;
-	bool		window_was_full;	/* and is left to empty to a half */
+	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 	int			isolate;		/* messages to be sent one at a time */
 	bool		renew_channel;	/* once nothing is in flight on it */
 
@@ -928,14 +931,19 @@ window_open(void)
  * A window that was full is filled again once half of it is confirmed.  A
  * message for each confirm would have the broker do for each what it can do for
  * many at once: a quorum queue writes and replicates them together.  The other
- * half keeps it busy meanwhile.
+ * half keeps it busy meanwhile; if it is never confirmed, the rest is for those
+ * that are.
  */
 static bool
 worth_filling(void)
 {
-	if (pub.window.outstanding <= pub.window_limit / 2)
-		pub.window_was_full = false;
-	return !pub.window_was_full;
+	return pub.window.outstanding <= pub.window_limit / 2 || pub.refill_at <= mono_now();
+}
+
+static bool
+may_publish(void)
+{
+	return flight_has_ready(&pub.flight) && window_open() && worth_filling();
 }
 
 /* Publishes what may go.  Returns whether it did anything. */
@@ -945,7 +953,7 @@ publish_ready(void)
 	bool		any = false;
 	int			n = 0;
 
-	if (!flight_has_ready(&pub.flight) || !window_open() || !worth_filling())
+	if (!may_publish())
 		return false;
 	worker_set_state(WORKER_PUBLISHING);
 	broker_cork(pub.conn.broker);
@@ -961,7 +969,7 @@ publish_ready(void)
 		if (++n % 100 == 0)
 			(void) take_events();
 	}
-	pub.window_was_full = (pub.window.outstanding >= pub.window_limit);
+	pub.refill_at = (pub.window.outstanding >= pub.window_limit) ? mono_later(REFILL_MS) : 0;
 	if (pub.conn.broker != NULL)
 		broker_uncork(pub.conn.broker);
 	return any;
@@ -1519,6 +1527,8 @@ wait_for_work(void)
 			earlier(&timeout, now, pub.alarm_log_at);
 		if (pub.window.outstanding > 0)
 			timeout = Min(timeout, 1000);
+		if (flight_has_ready(&pub.flight) && window_open())
+			earlier(&timeout, now, pub.refill_at);
 		worker_set_state(broker_blocked(pub.conn.broker) ? WORKER_BLOCKED :
 						 pub.nchunks > 0 || pub.drain != NULL ? WORKER_PUBLISHING : WORKER_IDLE);
 	}
@@ -1568,7 +1578,7 @@ work(void)
 	work_by_the_clock();
 	serve_flush();
 	/* what the clock asked to be declared must not wait for the next message */
-	return any || may_declare();
+	return any || may_declare() || may_publish();
 }
 
 static void
