@@ -192,6 +192,7 @@ struct Broker
 	char		where[288];		/* host:port, for texts */
 
 	bool		greeted;		/* it has proved to speak what we speak */
+	int			major;			/* of the server's version */
 	bool		lost;
 	BrokerError why;			/* lost: the first reason */
 	bool		blocked;		/* by connection.blocked */
@@ -271,6 +272,7 @@ static bool log_in(Broker *broker, const BrokerAddress *address,
 static bool authenticate(Broker *broker, const BrokerAddress *address,
 						 const char *password, int64_t deadline);
 static bool check_start(Broker *broker, const amqp_connection_start_t *start);
+static int	server_major(const amqp_table_t *properties);
 static bool send_start_ok(Broker *broker, const char *user, const char *password,
 						  int64_t deadline);
 static bool tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline);
@@ -455,6 +457,12 @@ bool
 broker_blocked(const Broker *broker)
 {
 	return broker->blocked;
+}
+
+int
+broker_major(const Broker *broker)
+{
+	return broker->major;
 }
 
 long
@@ -802,6 +810,7 @@ authenticate(Broker *broker, const BrokerAddress *address, const char *password,
 	if (reply == NULL || !check_start(broker, reply))
 		return false;
 	broker->greeted = true;
+	broker->major = server_major(&((const amqp_connection_start_t *) reply)->server_properties);
 	if (!send_start_ok(broker, address->user, password, deadline))
 		return false;
 
@@ -830,6 +839,26 @@ check_start(Broker *broker, const amqp_connection_start_t *start)
 	}
 	return lose(broker, 0, "%s does not offer authentication mechanism PLAIN",
 				broker->where);
+}
+
+/* Of "4.0.5": 4. */
+static int
+server_major(const amqp_table_t *properties)
+{
+	int			major = 0;
+
+	for (int i = 0; i < properties->num_entries; i++)
+	{
+		const amqp_table_entry_t *entry = &properties->entries[i];
+		const char *digit = entry->value.value.bytes.bytes;
+
+		if (entry->key.len != 7 || memcmp(entry->key.bytes, "version", 7) != 0 ||
+			entry->value.kind != AMQP_FIELD_KIND_UTF8)
+			continue;
+		for (size_t n = entry->value.value.bytes.len; n > 0 && *digit >= '0' && *digit <= '9' && major < 1000; n--)
+			major = major * 10 + *digit++ - '0';
+	}
+	return major;
 }
 
 static bool

@@ -227,6 +227,9 @@ extern int	broker_handshake_fd(void);
 /* Is the connection blocked by the broker (connection.blocked)? */
 extern bool broker_blocked(const Broker *broker);
 
+/* The first number of the server's version, as it says; 0: it does not. */
+extern int	broker_major(const Broker *broker);
+
 /*
  * Milliseconds until broker_next_event() must be called again for the sake of
  * heartbeats; an hour if there are none.

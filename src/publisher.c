@@ -933,11 +933,15 @@ window_open(void)
  * many at once: a quorum queue writes and replicates them together.  The other
  * half keeps it busy meanwhile; if it is never confirmed, the rest is for those
  * that are.
+ *
+ * Quorum queues of RabbitMQ 4 take half as much again in this way, while 3.10
+ * takes a few percent less (test/bench drain).
  */
 static bool
 worth_filling(void)
 {
-	return pub.window.outstanding <= pub.window_limit / 2 || pub.refill_at <= mono_now();
+	return broker_major(pub.conn.broker) < 4 ||
+		pub.window.outstanding <= pub.window_limit / 2 || pub.refill_at <= mono_now();
 }
 
 static bool
