@@ -843,22 +843,28 @@ check_start(Broker *broker, const amqp_connection_start_t *start)
 
 /* Of "4.0.5": 4. */
 static int
+leading_number(amqp_bytes_t text)
+{
+	const char *digit = text.bytes;
+	int			number = 0;
+
+	for (size_t n = text.len; n > 0 && *digit >= '0' && *digit <= '9' && number < 1000; n--)
+		number = number * 10 + *digit++ - '0';
+	return number;
+}
+
+static int
 server_major(const amqp_table_t *properties)
 {
-	int			major = 0;
-
 	for (int i = 0; i < properties->num_entries; i++)
 	{
 		const amqp_table_entry_t *entry = &properties->entries[i];
-		const char *digit = entry->value.value.bytes.bytes;
 
-		if (entry->key.len != 7 || memcmp(entry->key.bytes, "version", 7) != 0 ||
-			entry->value.kind != AMQP_FIELD_KIND_UTF8)
-			continue;
-		for (size_t n = entry->value.value.bytes.len; n > 0 && *digit >= '0' && *digit <= '9' && major < 1000; n--)
-			major = major * 10 + *digit++ - '0';
+		if (entry->key.len == 7 && memcmp(entry->key.bytes, "version", 7) == 0 &&
+			entry->value.kind == AMQP_FIELD_KIND_UTF8)
+			return leading_number(entry->value.value.bytes);
 	}
-	return major;
+	return 0;
 }
 
 static bool

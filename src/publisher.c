@@ -691,7 +691,7 @@ stall_refused_topics(void)
 static void
 record_topology(void)
 {
-	if (!topology_answered() && !topology_stalls_changed())
+	if (!topology_unrecorded())
 		return;
 	worker_begin();
 	topology_record();
@@ -1515,7 +1515,7 @@ wait_for_work(void)
 	earlier(&timeout, now, pub.maintenance_at);
 	if (pub.statistics_at != 0)
 		earlier(&timeout, now, pub.statistics_at);
-	if (topology_answered() || topology_stalls_changed())
+	if (topology_unrecorded())
 		earlier(&timeout, now, pub.record_at);
 	if (pub.settled != NULL)
 		earlier(&timeout, now, pub.record_settled_at);

@@ -720,11 +720,11 @@ topology_declare(Broker *broker, bool drops, BrokerError *error)
 /* ---- recording ---- */
 
 bool
-topology_answered(void)
+topology_unrecorded(void)
 {
 	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
 	{
-		if (answered(topic))
+		if (answered(topic) || topic->stall_changed)
 			return true;
 	}
 	return false;
@@ -859,17 +859,6 @@ topology_record(void)
 }
 
 /* ---- stalls ---- */
-
-bool
-topology_stalls_changed(void)
-{
-	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
-	{
-		if (topic->stall_changed)
-			return true;
-	}
-	return false;
-}
 
 static void
 raise_alert(Topic *topic)

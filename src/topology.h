@@ -134,8 +134,11 @@ extern BrokerResult topology_declare(Broker *broker, bool drops, BrokerError *er
 extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, bool drops,
 										   BrokerError *error);
 
-/* Is there an answer that topology_record() should write into the catalog? */
-extern bool topology_answered(void);
+/*
+ * Is there an answer or a stall that topology_record() or
+ * topology_record_stalls() should write into the catalog?
+ */
+extern bool topology_unrecorded(void);
 
 /*
  * Records the answers, in the current transaction; those whose rows are
@@ -147,7 +150,6 @@ extern void topology_record(void);
 extern const char *topology_error(const Topic *topic);
 
 /* Writes stalls that changed: fanout.stall, WARNING and NOTIFY for alerts. */
-extern bool topology_stalls_changed(void);
 extern void topology_record_stalls(void);
 
 #endif							/* PGF_TOPOLOGY_H */

@@ -54,10 +54,15 @@ def middle(result):
     return statistics.median(result['values']) if result['values'] else None
 
 
+def beside(result, results):
+    """All variants of the same setting and unit."""
+    return [other for other in results if (other['what'], other['unit']) == (result['what'], result['unit'])]
+
+
 def base_of(result, results):
     """The values that a result is compared with, or None."""
-    for other in results:
-        if other['variant'] == result['base'] and (other['what'], other['unit']) == (result['what'], result['unit']):
+    for other in beside(result, results):
+        if other['variant'] == result['base']:
             return other['values']
     return None
 
@@ -79,14 +84,6 @@ def compared(result, results):
     return against(result['values'], base_of(result, results), result['compare'])
 
 
-def limit(result, results):
-    """The same number of what does only what cannot be left out, as text."""
-    for other in results:
-        if other['variant'] in LIMITS and (other['what'], other['unit']) == (result['what'], result['unit']):
-            return row(other, results)[RATIO]
-    return ''
-
-
 def verdict(result, number):
     if result['target'] is None or number is None:
         return ''
@@ -101,16 +98,27 @@ def shown(number):
     return f'{number:,.0f}' if abs(number) >= 100 else f'{number:.3g}'
 
 
-RATIO = 4  # its place in a row
+def ratio(result, results):
+    """To the base, or the difference from it, as text."""
+    number = compared(result, results)
+    if number is None or result['compare'] == 'value':
+        return ''
+    sign = '+' if result['compare'] == 'difference' and number >= 0 else ''
+    return f'{sign}{number:.2f}'
+
+
+def limit(result, results):
+    """The same number of what does only what cannot be left out, as text."""
+    for other in beside(result, results):
+        if other['variant'] in LIMITS:
+            return ratio(other, results)
+    return ''
 
 
 def row(result, results):
-    number = compared(result, results)
     spread = f"{shown(min(result['values']))} to {shown(max(result['values']))}" if len(result['values']) > 1 else ''
-    sign = '+' if result['compare'] == 'difference' and number is not None and number >= 0 else ''
-    ratio = '' if number is None or result['compare'] == 'value' else f'{sign}{number:.2f}'
-    return [result['what'], result['variant'], f"{shown(middle(result))} {result['unit']}", spread, ratio,
-            verdict(result, number)]
+    return [result['what'], result['variant'], f"{shown(middle(result))} {result['unit']}", spread,
+            ratio(result, results), verdict(result, compared(result, results))]
 
 
 def table(by_scenario):
@@ -137,9 +145,9 @@ def targets():
         for scenario, entry in measured(suite).items():
             for result in entry['results']:
                 if result['target'] is not None:
-                    what, variant, median, _, ratio, said = row(result, entry['results'])
+                    what, variant, median, _, to_base, said = row(result, entry['results'])
                     lines.append(f"| {scenario} | {entry['facts']['RabbitMQ']} | {what}: {variant} | {median} "
-                                 f"| {ratio} | {said} | {limit(result, entry['results'])} |")
+                                 f"| {to_base} | {said} | {limit(result, entry['results'])} |")
     return '\n'.join(lines)
 
 
