@@ -126,7 +126,11 @@ for each statement execute function fanout.topology_changed();
 
 -- CACHE 1: ids of two transactions that change the same row one after the
 -- other must come in that order.
+-- Ids begin at the microseconds since 1970, and every session moves the sequence
+-- on to them, so that they never go back: not in a database that was restored,
+-- nor after the extension was dropped and created again.
 create sequence fanout.outbox_id_seq cache 1;
+select setval('fanout.outbox_id_seq', (extract(epoch from clock_timestamp()) * 1000000)::bigint);
 comment on sequence fanout.outbox_id_seq is 'internal: ids of outbox rows, the header "sequence" of their messages';
 revoke all on sequence fanout.outbox_id_seq from public;
 
@@ -356,7 +360,8 @@ comment on function fanout.keep_topic(text) is
 'internal: the id of a topic that is not dropped before this transaction ends; NULL if it does not exist';
 revoke all on function fanout.keep_topic(text) from public;
 
-create function fanout.raise_difference(object text, differences text[]) returns void
+create function fanout.raise_difference(object text, differences text[], hint text default 'Drop it first, or declare it as it is.')
+returns void
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -365,12 +370,12 @@ begin
         raise exception '% already exists with a different declaration', object
             using errcode = 'duplicate_object',
                   detail = array_to_string(differences, ' '),
-                  hint = 'Drop it first, or declare it as it is.';
+                  hint = raise_difference.hint;
     end if;
 end
 $$;
-comment on function fanout.raise_difference(text, text[]) is 'internal: the error for declaring something again differently';
-revoke all on function fanout.raise_difference(text, text[]) from public;
+comment on function fanout.raise_difference(text, text[], text) is 'internal: the error for declaring something again differently';
+revoke all on function fanout.raise_difference(text, text[], text) from public;
 
 create function fanout.difference(what text, old text, new text) returns text
 language sql immutable
@@ -603,6 +608,18 @@ as 'MODULE_PATHNAME', 'pgf_trigger_arguments';
 comment on function fanout.trigger_arguments(oid) is 'internal: arguments of a trigger, NULL if there is no such trigger';
 revoke all on function fanout.trigger_arguments(oid) from public;
 
+-- In SQL, since commands on tables that are not captured must work without the
+-- library.
+create function fanout.trigger_topic(tgargs bytea) returns text
+language sql stable strict
+set search_path = pg_catalog, pg_temp
+as $$
+    select convert_from(substring(tgargs from 1 for position('\x00'::bytea in tgargs) - 1), getdatabaseencoding())
+    where position('\x00'::bytea in tgargs) > 0
+$$;
+comment on function fanout.trigger_topic(bytea) is 'internal: the first argument of a trigger, NULL if it has none';
+revoke all on function fanout.trigger_topic(bytea) from public;
+
 create function fanout.trigger_option(arguments text[], name text) returns text
 language sql immutable
 set search_path = pg_catalog, pg_temp
@@ -630,34 +647,156 @@ comment on function fanout.column_list(text) is
 'internal: an option of a capture trigger that lists columns; if it is no list, an empty one, which fanout.capture() refuses';
 revoke all on function fanout.column_list(text) from public;
 
--- A capture is nothing but its triggers: they are dropped, renamed, dumped and
--- inherited by partitions together with the table.
-create view fanout.captures as
-select tgrelid::regclass as entity,
-       args[1] as topic,
-       array_agg(distinct operation) as operations,
-       fanout.column_list((array_agg(fanout.trigger_option(args, 'columns')))[1]) as columns,
-       fanout.column_list((array_agg(fanout.trigger_option(args, 'exclude')))[1]) as exclude,
-       fanout.column_list((array_agg(fanout.trigger_option(args, 'key')))[1]) as key,
-       (array_agg(fanout.trigger_option(args, 'when')))[1] as "when",
-       coalesce((array_agg(fanout.trigger_option(args, 'old_row')))[1] = 'true', false) as old_row,
-       bool_and(tgenabled <> 'D') as enabled
+-- Which captures there are, so that a command that changes no captured table
+-- costs next to nothing; filled when a capture's trigger is created.
+create table fanout.capture (
+    entity      oid  not null,
+    topic       text collate "C" not null,
+    entity_name text not null,
+    primary key (entity, topic)
+);
+comment on table fanout.capture is
+'internal: tables that are captured; the triggers say how, see the view fanout.captures';
+comment on column fanout.capture.entity_name is 'what the table was called when it was captured';
+revoke all on fanout.capture from public;
+
+-- A column keeps its number whatever it is called.  The triggers' arguments have
+-- the names, which is what a dump needs.
+create table fanout.captured_column (
+    entity oid      not null,
+    topic  text     collate "C" not null,
+    option text     collate "C" not null check (option in ('columns', 'exclude', 'key')),
+    n      integer  not null,
+    attnum smallint not null,
+    name   text     not null,
+    primary key (entity, topic, option, n)
+);
+comment on table fanout.captured_column is
+'internal: columns that the options of captures name, by number';
+comment on column fanout.captured_column.attnum is '0: it was dropped; another one of that name takes its place';
+comment on column fanout.captured_column.name is 'its name in the arguments of the triggers';
+revoke all on fanout.captured_column from public;
+
+create function fanout.captured_columns(entity oid, topic text, option text, arguments text[]) returns text[]
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when g.given is null then null
+                when r.n > 0 then r.columns
+                else fanout.column_list(g.given) end
+    from (select fanout.trigger_option(captured_columns.arguments, captured_columns.option)) g(given),
+         (select count(*), coalesce(array_agg(a.attname::text order by c.n) filter (where not a.attisdropped), '{}')
+          from fanout.captured_column c left join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
+          where c.entity = captured_columns.entity and c.topic = captured_columns.topic
+            and c.option = captured_columns.option) r(n, columns)
+$$;
+comment on function fanout.captured_columns(oid, text, text, text[]) is
+'internal: what the columns that an option of a capture names are called now; NULL: it is not given';
+revoke all on function fanout.captured_columns(oid, text, text, text[]) from public;
+
+create function fanout.index_columns(index oid) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array_agg(a.attname::text order by k.n)
+    from pg_index i
+         cross join unnest(i.indkey::int2[]) with ordinality k(attnum, n)
+         join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+    where i.indexrelid = index_columns.index and k.n <= i.indnkeyatts
+$$;
+comment on function fanout.index_columns(oid) is 'internal: key columns of an index';
+revoke all on function fanout.index_columns(oid) from public;
+
+create function fanout.default_key(entity oid, exclude text[]) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select fanout.index_columns(i.indexrelid)
+    from pg_index i
+    where i.indrelid = entity and (i.indisprimary or i.indisreplident)
+      and not fanout.index_columns(i.indexrelid) && coalesce(exclude, '{}')
+    order by i.indisprimary desc limit 1
+$$;
+comment on function fanout.default_key(oid, text[]) is
+'internal: columns of the primary key, else of the replica identity, else NULL; not one that has an excluded column';
+revoke all on function fanout.default_key(oid, text[]) from public;
+
+create function fanout.trigger_condition(trigger oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select substring(pg_get_triggerdef(trigger) from
+                     ' WHEN \((.*)\) EXECUTE FUNCTION fanout\.capture_trigger\(')
+$$;
+comment on function fanout.trigger_condition(oid) is
+'internal: the condition of a capture trigger as the server has it; NULL: none';
+revoke all on function fanout.trigger_condition(oid) from public;
+
+-- An idle trigger is what fanout.capture(replace => true) makes of one that is
+-- not needed any more: DROP TRIGGER would wait for all readers of the table.
+create view fanout.capture_trigger_list as
+select t.oid as trigger, t.tgrelid as entity, t.args[1] as topic, t.args, t.tgname as name, t.tgtype,
+       fanout.trigger_option(t.args, 'idle') is not null as idle,
+       not exists (with recursive clones(oid, tgenabled) as (
+                       select t.oid, t.tgenabled
+                       union all
+                       select c.oid, c.tgenabled from pg_trigger c join clones p on c.tgparentid = p.oid
+                   )
+                   select from clones where tgenabled not in ('O', 'A')) as enabled
 from (select t.*, fanout.trigger_arguments(t.oid) as args
       from pg_trigger t
-      where t.tgfoid = 'fanout.capture_trigger()'::regprocedure and t.tgparentid = 0) t,
-     lateral (values (4, 'insert'), (16, 'update'), (8, 'delete'), (32, 'truncate')) o(bit, operation)
-where tgtype & bit <> 0
-group by tgrelid, args[1];
+      where t.tgfoid = 'fanout.capture_trigger()'::regprocedure and t.tgparentid = 0) t;
+comment on view fanout.capture_trigger_list is
+'internal: triggers of captures, without those of partitions; enabled: also in all partitions';
+comment on column fanout.capture_trigger_list.trigger is 'oid of the trigger';
+comment on column fanout.capture_trigger_list.entity is 'oid of the table';
+comment on column fanout.capture_trigger_list.topic is 'where its messages go; NULL: it names none';
+comment on column fanout.capture_trigger_list.args is 'its arguments: the topic, then pairs of option and value';
+comment on column fanout.capture_trigger_list.name is 'its name';
+comment on column fanout.capture_trigger_list.tgtype is 'as in pg_trigger';
+comment on column fanout.capture_trigger_list.idle is 'it never fires';
+comment on column fanout.capture_trigger_list.enabled is 'does it fire, on the table and on all partitions?';
+revoke all on fanout.capture_trigger_list from public;
+
+-- A capture is its triggers: they are dropped, renamed, dumped and inherited by
+-- partitions together with the table.
+create view fanout.captures as
+select c.entity::regclass as entity, c.topic, c.operations, l.columns, l.exclude,
+       coalesce(l.key, fanout.default_key(c.entity, l.exclude)) as key,
+       fanout.trigger_option(c.args, 'where') as "where",
+       fanout.trigger_option(c.args, 'when') as "when",
+       fanout.trigger_condition(c.condition_trigger) as condition,
+       coalesce(fanout.trigger_option(c.args, 'old_row') = 'true', false) as old_row,
+       c.enabled
+from (select t.entity, t.topic, array_agg(distinct operation) as operations,
+             fanout.trigger_arguments(min(t.trigger)) as args,
+             -- of several, the one that has no other row in the place of OLD or NEW
+             (array_agg(t.trigger order by t.tgtype & 16 = 0, t.trigger) filter (where t.tgtype & 1 <> 0))[1]
+                 as condition_trigger,
+             bool_and(t.enabled)
+                 and count(distinct t.trigger)::text
+                     is not distinct from coalesce(min(fanout.trigger_option(t.args, 'triggers')),
+                                                   count(distinct t.trigger)::text) as enabled
+      from fanout.capture_trigger_list t,
+           lateral (values (4, 'insert'), (16, 'update'), (8, 'delete'), (32, 'truncate')) o(bit, operation)
+      where t.tgtype & bit <> 0 and not t.idle
+      group by t.entity, t.topic) c,
+     lateral (select fanout.captured_columns(c.entity, c.topic, 'columns', c.args) as columns,
+                     fanout.captured_columns(c.entity, c.topic, 'exclude', c.args) as exclude,
+                     fanout.captured_columns(c.entity, c.topic, 'key', c.args) as key) l;
 comment on view fanout.captures is 'tables whose changes are captured, and how; made by fanout.capture()';
 comment on column fanout.captures.entity is 'the table';
 comment on column fanout.captures.topic is 'where its changes go';
 comment on column fanout.captures.operations is 'among insert, update, delete, truncate';
 comment on column fanout.captures.columns is 'columns in the message; NULL: all';
 comment on column fanout.captures.exclude is 'columns left out; NULL: none';
-comment on column fanout.captures.key is 'columns of the message key; NULL: primary key, else replica identity, else none';
-comment on column fanout.captures."when" is 'condition as given; NULL: always';
+comment on column fanout.captures.key is 'columns of the message key: those given, else the primary key, else the replica identity; NULL: none';
+comment on column fanout.captures."where" is 'condition on the row as given; NULL: all rows';
+comment on column fanout.captures."when" is 'condition on the event as given; NULL: always';
+comment on column fanout.captures.condition is 'what a trigger checks for both, as the server has it now; of the updates'' trigger if there is one; NULL: nothing';
 comment on column fanout.captures.old_row is 'do messages of updates always carry the row as it was before?';
-comment on column fanout.captures.enabled is 'false: a trigger has been disabled with ALTER TABLE';
+comment on column fanout.captures.enabled is
+'false: a trigger is missing, or was disabled with ALTER TABLE or made to fire for replicas only, on the table or on one of its partitions';
 revoke all on fanout.captures from public;
 
 create function fanout.drop_topic(topic text) returns void
@@ -705,17 +844,70 @@ create function fanout.condition_for(operation text, entity regclass, condition 
 language c stable strict
 as 'MODULE_PATHNAME', 'pgf_condition_for';
 comment on function fanout.condition_for(text, regclass, text) is
-'internal: the condition with the row that the operation lacks (OLD of an insert, NEW of a delete) replaced by NULL. Errors: 42601 if it is not one expression';
+'internal: a condition over OLD and NEW with the row that the operation lacks (OLD of an insert, NEW of a delete) replaced by NULL. Errors: 42601 if it is not one expression';
 revoke all on function fanout.condition_for(text, regclass, text) from public;
 
-create function fanout.trigger_name(topic text, suffix text) returns name
+create function fanout.row_condition(row_name text, entity regclass, condition text) returns text
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_row_condition';
+comment on function fanout.row_condition(text, regclass, text) is
+'internal: a condition on columns of a table, made one on columns of OLD or NEW. Errors: 42601 if it is not one expression, 42P10 if it names another table';
+revoke all on function fanout.row_condition(text, regclass, text) from public;
+
+create function fanout.condition_names_columns(condition text) returns boolean
+language c immutable strict
+as 'MODULE_PATHNAME', 'pgf_condition_names_columns';
+comment on function fanout.condition_names_columns(text) is
+'internal: does a condition over OLD and NEW name single columns of them?';
+revoke all on function fanout.condition_names_columns(text) from public;
+
+create function fanout.condition_problem(trigger oid) returns text
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_condition_problem';
+comment on function fanout.condition_problem(oid) is
+'internal: why a trigger''s condition fails for some rows; NULL: nothing is known';
+revoke all on function fanout.condition_problem(oid) from public;
+
+create function fanout.condition_is_immutable(trigger oid) returns boolean
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_condition_is_immutable';
+comment on function fanout.condition_is_immutable(oid) is
+'internal: does a trigger''s condition depend on the rows alone?';
+revoke all on function fanout.condition_is_immutable(oid) from public;
+
+create function fanout.check_condition(entity oid, topic text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    problem text;
+begin
+    select p into problem
+    from fanout.capture_trigger_list t, fanout.condition_problem(t.trigger) p
+    where t.entity = check_condition.entity and t.topic = check_condition.topic and p is not null
+    limit 1;
+    if found then
+        raise exception 'condition of the capture of table % into topic "%" cannot be evaluated for every row',
+                        check_condition.entity::regclass, check_condition.topic
+            using errcode = 'datatype_mismatch',
+                  detail = problem,
+                  hint = 'Name columns, or compare "old *<> new", or "old::text is distinct from new::text".';
+    end if;
+end
+$$;
+comment on function fanout.check_condition(oid, text) is
+'internal: raises an error if a condition of a capture fails for some rows';
+revoke all on function fanout.check_condition(oid, text) from public;
+
+create function fanout.trigger_name(topic text, kind text) returns name
 language sql immutable
 set search_path = pg_catalog, pg_temp
 as $$
-    -- a long name is cut by characters, and stays unique by its hash
+    -- kinds are words without "_", so that no two captures meet; a long name is
+    -- cut by characters, and stays unique by its hash
     select case when octet_length(full_name) < 64 then full_name
-                else 'pg_fanout_' || md5(topic) || suffix end::name
-    from (select 'pg_fanout_' || topic || suffix) n(full_name)
+                else format('pg_fanout_%s#%s', kind, md5(topic)) end::name
+    from (select format('pg_fanout_%s_%s', kind, topic)) n(full_name)
 $$;
 comment on function fanout.trigger_name(text, text) is 'internal: name of a capture''s trigger';
 revoke all on function fanout.trigger_name(text, text) from public;
@@ -753,31 +945,16 @@ $$;
 comment on function fanout.check_columns(regclass, text, text[]) is 'internal: raises an error unless all columns exist';
 revoke all on function fanout.check_columns(regclass, text, text[]) from public;
 
-create function fanout.default_key(entity regclass) returns text[]
+create function fanout.captures_of(entity regclass)
+returns table (topic text, arguments text[])
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select array_agg(a.attname::text order by k.ordinality)
-    from (select i.indexrelid, i.indkey::int2[] as indkey, i.indnkeyatts
-          from pg_index i
-          where i.indrelid = entity and (i.indisprimary or i.indisreplident)
-          order by i.indisprimary desc limit 1) i,
-         unnest(i.indkey) with ordinality k(attnum, ordinality)
-         join pg_attribute a on a.attrelid = entity and a.attnum = k.attnum
-    where k.ordinality <= i.indnkeyatts
+    select t.topic, fanout.trigger_arguments((array_agg(t.trigger order by t.idle))[1])
+    from fanout.capture_trigger_list t where t.entity = captures_of.entity
+    group by t.topic
 $$;
-comment on function fanout.default_key(regclass) is 'internal: columns of the primary key, else of the replica identity, else NULL';
-revoke all on function fanout.default_key(regclass) from public;
-
-create function fanout.captures_of(entity regclass)
-returns table (topic text, operations text[], columns text[], exclude text[], key text[], "when" text, old_row boolean)
-language sql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-    select c.topic, c.operations, c.columns, c.exclude, c.key, c."when", c.old_row
-    from fanout.captures c where c.entity = captures_of.entity
-$$;
-comment on function fanout.captures_of(regclass) is 'internal: captures of one table';
+comment on function fanout.captures_of(regclass) is 'internal: captures of one table, with the arguments of their triggers';
 revoke all on function fanout.captures_of(regclass) from public;
 
 create function fanout.lock_capture(entity regclass) returns void
@@ -787,25 +964,162 @@ comment on function fanout.lock_capture(regclass) is
 'internal: makes transactions that capture the same table wait for each other';
 revoke all on function fanout.lock_capture(regclass) from public;
 
+-- The options of a capture, in the form in which its triggers have them.
+create function fanout.capture_arguments(entity regclass, topic text, columns text[], exclude text[], key text[],
+                                         "where" text, "when" text, old_row boolean)
+returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array[topic]
+           || case when columns is not null then array['columns', columns::text] else '{}' end
+           || case when exclude is not null then array['exclude', exclude::text] else '{}' end
+           || case when key is not null then array['key', key::text] else '{}' end
+           || case when "where" is not null then array['where', "where"] else '{}' end
+           || case when "when" is not null then array['when', "when"] else '{}' end
+           || case when old_row then array['old_row', 'true'] else '{}' end
+$$;
+comment on function fanout.capture_arguments(regclass, text, text[], text[], text[], text, text, boolean) is
+'internal: arguments of a capture''s triggers, but for those that differ between them';
+revoke all on function fanout.capture_arguments(regclass, text, text[], text[], text[], text, text, boolean) from public;
+
+-- One trigger for all operations if there is no condition.  Else one for each,
+-- and with a filter on the row two more: of an update that takes the row out of
+-- it, a delete is published; of one that brings it in, an insert.
+create function fanout.capture_triggers(entity regclass, operations text[], "where" text, "when" text)
+returns table (kind text, events text, level text, condition text, sent_as text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with given as (
+        select array_agg(distinct o order by o) as operations from unnest(operations) o
+    ), wheres as (
+        select format(E'(%s\n)', fanout.row_condition('old', entity, "where")) as old_in,
+               format(E'(%s\n)', fanout.row_condition('new', entity, "where")) as new_in
+        where "where" is not null
+    ), kinds(kind, event, row_condition, sent_as) as (
+        select 'insert', 'insert', (select new_in from wheres), null
+        union all
+        select 'delete', 'delete', (select old_in from wheres), null
+        union all
+        select 'update', 'update', (select old_in || ' and ' || new_in from wheres), null
+        union all
+        select 'leave', 'update', old_in || ' and ' || new_in || ' is not true', 'delete' from wheres
+        union all
+        select 'enter', 'update', new_in || ' and ' || old_in || ' is not true', 'insert' from wheres
+    )
+    select 'row', array_to_string(array_remove(g.operations, 'truncate'), ' or '), 'row', null, null
+    from given g
+    where "where" is null and "when" is null and array_remove(g.operations, 'truncate') <> '{}'
+    union all
+    select k.kind, k.event, 'row',
+           concat_ws(' and ', case when "when" is not null
+                                   then format(E'(%s\n)', fanout.condition_for(k.event, entity, "when")) end,
+                     k.row_condition),
+           k.sent_as
+    from kinds k, given g
+    where ("where" is not null or "when" is not null) and k.event = any (g.operations)
+    union all
+    select 'truncate', 'truncate', 'statement', null, null
+    from given g where 'truncate' = any (g.operations)
+$$;
+comment on function fanout.capture_triggers(regclass, text[], text, text) is
+'internal: the triggers that a capture needs; sent_as: the operation that their messages tell of, if it is not the event''s';
+revoke all on function fanout.capture_triggers(regclass, text[], text, text) from public;
+
+create function fanout.check_capture(entity regclass, topic text, operations text[], columns text[],
+                                     exclude text[], key text[])
+returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    c pg_class;
+    clashing text;
+begin
+    select * into c from pg_class where oid = check_capture.entity;
+    if not found or c.relkind not in ('r', 'p') then
+        raise exception '% is not a table', check_capture.entity
+            using errcode = 'wrong_object_type',
+                  detail = 'Only ordinary and partitioned tables can be captured.';
+    elsif c.relnamespace = 'fanout'::regnamespace then
+        raise exception 'tables of pg_fanout cannot be captured'
+            using errcode = 'wrong_object_type';
+    end if;
+    if check_capture.operations is null or array_length(check_capture.operations, 1) is null
+       or not check_capture.operations <@ array['insert', 'update', 'delete', 'truncate']
+    then
+        raise exception 'operations must be among insert, update, delete and truncate'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'They are written in lower case, as in ''{insert,update}''.';
+    end if;
+    perform fanout.check_columns(check_capture.entity, 'columns', check_capture.columns);
+    perform fanout.check_columns(check_capture.entity, 'exclude', check_capture.exclude);
+    perform fanout.check_columns(check_capture.entity, 'key', check_capture.key);
+    if check_capture.columns is not null and check_capture.exclude is not null then
+        raise exception 'columns and exclude cannot be given both'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    select e into clashing
+    from unnest(check_capture.exclude) e
+    where e = any (coalesce(check_capture.key, fanout.default_key(check_capture.entity, null))) limit 1;
+    if found then
+        raise exception 'column "%" cannot be excluded', clashing
+            using errcode = 'invalid_parameter_value',
+                  detail = 'It belongs to the key, and every message carries its key.',
+                  hint = 'Name other columns in "key".';
+    end if;
+end
+$$;
+comment on function fanout.check_capture(regclass, text, text[], text[], text[], text[]) is
+'internal: raises an error unless a table can be captured so';
+revoke all on function fanout.check_capture(regclass, text, text[], text[], text[], text[]) from public;
+
+create function fanout.capture_differences(entity regclass, old_arguments text[], topic text, operations text[],
+                                           columns text[], exclude text[], key text[],
+                                           "where" text, "when" text, old_row boolean)
+returns text[]
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    old fanout.captures;
+begin
+    select * into old from fanout.captures c
+    where c.entity = capture_differences.entity and c.topic = capture_differences.topic;
+    return array_remove(array[
+        fanout.difference('operations', old.operations::text,
+                          (select array_agg(distinct o order by o)::text from unnest(capture_differences.operations) o)),
+        fanout.difference('columns', old.columns::text, capture_differences.columns::text),
+        fanout.difference('exclude', old.exclude::text, capture_differences.exclude::text),
+        fanout.difference('key', fanout.captured_columns(capture_differences.entity, capture_differences.topic,
+                                                         'key', old_arguments)::text,
+                          capture_differences.key::text),
+        fanout.difference('where', old."where", capture_differences."where"),
+        fanout.difference('when', old."when", capture_differences."when"),
+        fanout.difference('old_row', old.old_row::text, coalesce(capture_differences.old_row, false)::text)], null);
+end
+$$;
+comment on function fanout.capture_differences(regclass, text[], text, text[], text[], text[], text[], text, text, boolean) is
+'internal: how a capture that exists differs from one that is declared';
+revoke all on function fanout.capture_differences(regclass, text[], text, text[], text[], text[], text[], text, text, boolean) from public;
+
 -- Looks things up with the rights of pg_fanout, and changes nothing.  The locks
 -- make a second session that captures the same table find the capture of the
 -- first, and keep the topic.
 create function fanout.capture_statements(entity regclass, topic text, operations text[], columns text[],
-                                          exclude text[], key text[], "when" text, old_row boolean)
+                                          exclude text[], key text[], "where" text, "when" text,
+                                          old_row boolean, replace boolean)
 returns text[]
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    row_operations text[];
+    old_arguments text[];
+    differences text[];
     arguments text[];
-    old record;
-    clashing text;
-    operation text;
-    statements text[] := '{}';
-    statement text := 'create trigger %I after %s on %s for each %s %s execute function fanout.capture_trigger(%s)';
-    quoted text;
+    statements text[];
 begin
     if capture_statements.entity is null then
         raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
@@ -814,186 +1128,221 @@ begin
     perform fanout.lock_capture(capture_statements.entity);
     perform fanout.keep_topic(capture_statements.topic);
     perform fanout.require_topic(capture_statements.topic);
-    if not exists (select from pg_class where oid = capture_statements.entity and relkind in ('r', 'p')) then
-        raise exception '% is not a table', capture_statements.entity
-            using errcode = 'wrong_object_type',
-                  detail = 'Only ordinary and partitioned tables can be captured.';
-    elsif exists (select from pg_class c where c.oid = capture_statements.entity and c.relnamespace = 'fanout'::regnamespace) then
-        raise exception 'tables of pg_fanout cannot be captured'
-            using errcode = 'wrong_object_type';
-    end if;
-    if capture_statements.operations is null or array_length(capture_statements.operations, 1) is null
-       or not capture_statements.operations <@ array['insert', 'update', 'delete', 'truncate']
-    then
-        raise exception 'operations must be among insert, update, delete and truncate'
-            using errcode = 'invalid_parameter_value',
-                  hint = 'They are written in lower case, as in ''{insert,update}''.';
-    end if;
-    perform fanout.check_columns(capture_statements.entity, 'columns', capture_statements.columns);
-    perform fanout.check_columns(capture_statements.entity, 'exclude', capture_statements.exclude);
-    perform fanout.check_columns(capture_statements.entity, 'key', capture_statements.key);
-    if capture_statements.columns is not null and capture_statements.exclude is not null then
-        raise exception 'columns and exclude cannot be given both'
-            using errcode = 'invalid_parameter_value';
-    end if;
-    select c into clashing
-    from unnest(capture_statements.exclude) c
-    where c = any (coalesce(capture_statements.key, fanout.default_key(capture_statements.entity))) limit 1;
+    perform fanout.check_capture(capture_statements.entity, capture_statements.topic, capture_statements.operations,
+                                 capture_statements.columns, capture_statements.exclude, capture_statements.key);
+
+    select c.arguments into old_arguments from fanout.captures_of(capture_statements.entity) c
+    where c.topic = capture_statements.topic;
     if found then
-        raise exception 'column "%" cannot be excluded', clashing
-            using errcode = 'invalid_parameter_value',
-                  detail = 'It belongs to the key, and every message carries its key.',
-                  hint = 'Name other columns in "key".';
+        differences := fanout.capture_differences(
+            capture_statements.entity, old_arguments, capture_statements.topic, capture_statements.operations,
+            capture_statements.columns, capture_statements.exclude, capture_statements.key,
+            capture_statements."where", capture_statements."when", capture_statements.old_row);
+        if not coalesce(capture_statements.replace, false) then
+            perform fanout.raise_difference(
+                format('capture of table %s into topic "%s"', capture_statements.entity, capture_statements.topic),
+                differences, 'Use replace => true to change it, or declare it as it is.');
+            return '{}';
+        end if;
     end if;
 
-    arguments := array[capture_statements.topic];
-    if capture_statements.columns is not null then
-        arguments := arguments || array['columns', capture_statements.columns::text];
-    end if;
-    if capture_statements.exclude is not null then
-        arguments := arguments || array['exclude', capture_statements.exclude::text];
-    end if;
-    if capture_statements.key is not null then
-        arguments := arguments || array['key', capture_statements.key::text];
-    end if;
-    if capture_statements."when" is not null then
-        arguments := arguments || array['when', capture_statements."when"];
-    end if;
-    if capture_statements.old_row then
-        arguments := arguments || array['old_row', 'true'];
-    end if;
-
-    select * into old from fanout.captures_of(capture_statements.entity) c where c.topic = capture_statements.topic;
-    if found then
-        perform fanout.raise_difference(
-            format('capture of table %s into topic "%s"', capture_statements.entity, capture_statements.topic),
-            array_remove(array[
-                fanout.difference('operations', old.operations::text,
-                                  (select array_agg(o order by o)::text
-                                   from (select distinct unnest(capture_statements.operations)) u(o))),
-                fanout.difference('columns', old.columns::text, capture_statements.columns::text),
-                fanout.difference('exclude', old.exclude::text, capture_statements.exclude::text),
-                fanout.difference('key', old.key::text, capture_statements.key::text),
-                fanout.difference('when', old."when", capture_statements."when"),
-                fanout.difference('old_row', old.old_row::text, coalesce(capture_statements.old_row, false)::text)], null));
-        return statements;
-    end if;
-
-    select string_agg(quote_literal(a), ', ' order by n) into quoted
-    from unnest(arguments) with ordinality u(a, n);
-    select array_agg(o order by array_position(array['insert', 'update', 'delete'], o)) into row_operations
-    from (select distinct unnest(capture_statements.operations)) u(o)
-    where o <> 'truncate';
-
-    if row_operations is not null and capture_statements."when" is null then
-        statements := array[format(statement, fanout.trigger_name(capture_statements.topic, ''),
-                                   array_to_string(row_operations, ' or '), capture_statements.entity, 'row', '', quoted)];
-    elsif row_operations is not null then
-        foreach operation in array row_operations loop
-            statements := statements
-                || format(statement, fanout.trigger_name(capture_statements.topic, '_' || operation),
-                          operation, capture_statements.entity, 'row',
-                          format(E'when (%s\n)', fanout.condition_for(operation, capture_statements.entity,
-                                                                       capture_statements."when")),
-                          quoted);
-        end loop;
-    end if;
-    if 'truncate' = any (capture_statements.operations) then
-        statements := statements
-            || format(statement, fanout.trigger_name(capture_statements.topic, '_truncate'),
-                      'truncate', capture_statements.entity, 'statement', '', quoted);
-    end if;
+    arguments := fanout.capture_arguments(
+        capture_statements.entity, capture_statements.topic, capture_statements.columns,
+        capture_statements.exclude, capture_statements.key, capture_statements."where",
+        capture_statements."when", capture_statements.old_row);
+    with needed as (
+        select t.*, fanout.trigger_name(capture_statements.topic, t.kind) as name, count(*) over () as n
+        from fanout.capture_triggers(capture_statements.entity, capture_statements.operations,
+                                     capture_statements."where", capture_statements."when") t
+    ), existing as (
+        select l.name, l.tgtype, (select t.tgenabled from pg_trigger t where t.oid = l.trigger) as state
+        from fanout.capture_trigger_list l
+        where l.entity = capture_statements.entity and l.topic = capture_statements.topic
+    ), triggers as (
+        select case when n.name in (select name from existing) then 'create or replace' else 'create' end as command,
+               n.name, n.events, n.level, n.condition,
+               arguments || array['triggers', n.n::text]
+                   || case when n.sent_as is not null then array['sent_as', n.sent_as] else '{}' end as args
+        from needed n
+        union all
+        select 'create or replace', e.name, case when e.tgtype & 1 <> 0 then 'insert' else 'truncate' end,
+               case when e.tgtype & 1 <> 0 then 'row' else 'statement' end, 'false', arguments || array['idle', 'true']
+        from existing e where e.name not in (select name from needed)
+    )
+    select array_agg(statement) into statements
+    from (select format('%s trigger %I after %s on %s for each %s%s execute function fanout.capture_trigger(%s)',
+                        t.command, t.name, t.events, capture_statements.entity, t.level,
+                        case when t.condition is not null then format(E' when (%s)', t.condition) else '' end,
+                        (select string_agg(quote_literal(a), ', ' order by i)
+                         from unnest(t.args) with ordinality u(a, i)))
+          from triggers t
+          union all
+          -- a trigger that is replaced loses this
+          select format('alter table %s enable %s trigger %I', capture_statements.entity,
+                        case (select min(state) from existing) when 'A' then 'always' else 'replica' end, n.name)
+          from needed n where (select min(state) from existing) in ('A', 'R')) s(statement);
     return statements;
 end
 $$;
-comment on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, boolean) is
+comment on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) is
 'internal: checks what fanout.capture() was given and returns the statements that it runs, none if the table is captured so already';
-revoke all on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, boolean) from public;
+revoke all on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) from public;
 
--- Runs with the caller's rights: who may not create a trigger on the table may
--- not capture it, and the condition is the caller's own SQL.
-create function fanout.capture(entity regclass, topic text,
-                               operations text[] default '{insert,update,delete}',
-                               columns text[] default null, exclude text[] default null,
-                               key text[] default null, "when" text default null,
-                               old_row boolean default false)
+-- Numbers are taken from names when a trigger is created, by whatever command.
+create function fanout.bind_capture(entity oid, topic text, arguments text[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    missing text;
+begin
+    if bind_capture.topic is null then
+        raise exception 'a capture trigger of table % names no topic', bind_capture.entity::regclass
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Use fanout.capture() to create it.';
+    end if;
+    select o into missing
+    from unnest(array['columns', 'exclude', 'key']) o,
+         fanout.trigger_option(bind_capture.arguments, o) given
+    where given <> '{}' and fanout.column_list(given) = '{}';
+    if found then
+        raise exception 'option "%" of a capture trigger of table % is malformed', missing, bind_capture.entity::regclass
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Use fanout.capture() to create it.';
+    end if;
+    delete from fanout.capture c
+    where c.topic = bind_capture.topic and to_regclass(c.entity_name) = bind_capture.entity;
+    insert into fanout.capture as c (entity, topic, entity_name)
+    values (bind_capture.entity, bind_capture.topic, bind_capture.entity::regclass)
+    on conflict (entity, topic) do update set entity_name = excluded.entity_name;
+    delete from fanout.captured_column c
+    where c.entity = bind_capture.entity and c.topic = bind_capture.topic;
+    insert into fanout.captured_column (entity, topic, option, n, attnum, name)
+    select bind_capture.entity, bind_capture.topic, o.option, u.n, coalesce(a.attnum, 0), u.name
+    from unnest(array['columns', 'exclude', 'key']) o(option),
+         unnest(fanout.column_list(fanout.trigger_option(bind_capture.arguments, o.option))) with ordinality u(name, n)
+         left join pg_attribute a on a.attrelid = bind_capture.entity and a.attname = u.name
+                                 and a.attnum > 0 and not a.attisdropped
+    where u.name is not null;
+    select c.name into missing from fanout.captured_column c
+    where c.entity = bind_capture.entity and c.topic = bind_capture.topic and c.attnum = 0 limit 1;
+    if found then
+        raise exception 'column "%" of table % does not exist', missing, bind_capture.entity::regclass
+            using errcode = 'undefined_column',
+                  detail = format('The capture into topic "%s" names it.', bind_capture.topic),
+                  hint = 'Use fanout.capture() to capture the table.';
+    end if;
+end
+$$;
+comment on function fanout.bind_capture(oid, text, text[]) is
+'internal: records the numbers of the columns that a capture names. Errors: 42703 if one does not exist';
+revoke all on function fanout.bind_capture(oid, text, text[]) from public;
+
+create function fanout.capture_declared(entity regclass, topic text, operations text[], columns text[],
+                                        exclude text[], key text[], "where" text, "when" text,
+                                        old_row boolean, replace boolean)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
+#variable_conflict use_column
 declare
-    statement text;
+    extension name;
 begin
-    foreach statement in array fanout.capture_statements(entity, topic, operations, columns, exclude, key, "when", old_row) loop
-        execute statement;
-    end loop;
+    perform fanout.bind_capture(c.entity, c.topic, c.args)
+    from fanout.capture_trigger_list c
+    where c.entity = capture_declared.entity and c.topic = capture_declared.topic and not c.idle limit 1;
+    perform fanout.check_condition(capture_declared.entity, capture_declared.topic);
+    if capture_declared."where" is not null and capture_declared."when" is null
+       and exists (select from fanout.capture_trigger_list l
+                   where l.entity = capture_declared.entity and l.topic = capture_declared.topic
+                     and not l.idle and not fanout.condition_is_immutable(l.trigger))
+    then
+        raise exception 'functions in "where" must be immutable'
+            using errcode = 'invalid_object_definition',
+                  detail = 'A row would leave the filter, or enter it, without being changed.',
+                  hint = 'Conditions on the event, such as its time or user, go into "when".';
+    end if;
+
+    if exists (select from fanout.captures c
+               where c.entity = capture_declared.entity and c.topic = capture_declared.topic
+                 and c.key is null and c.operations <> '{truncate}')
+    then
+        raise notice 'table % has no key', capture_declared.entity
+            using detail = 'Its messages have no key, and no order among themselves.',
+                  hint = 'Give it a primary key, or name columns in "key".';
+    end if;
+    if fanout.condition_names_columns(capture_declared."when") then
+        raise notice 'copies of table % may differ from it', capture_declared.entity
+            using detail = 'Changes that "when" leaves out reach nobody.',
+                  hint = 'Use "where" to publish a part of the rows: a row that leaves it is deleted from the copies.';
+    end if;
+    select x.extname into extension
+    from pg_depend d join pg_extension x on x.oid = d.refobjid
+    where d.classid = 'pg_class'::regclass and d.objid = capture_declared.entity
+      and d.refclassid = 'pg_extension'::regclass and d.deptype = 'e';
+    if found then
+        raise notice 'table % belongs to extension "%"', capture_declared.entity, extension
+            using detail = 'Dumps have the extension, but not the triggers of the capture.',
+                  hint = 'Capture the table again wherever a dump is restored.';
+    end if;
 end
 $$;
-comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) is
-'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); when: SQL condition over OLD and NEW, NULL values where an operation has no such row; old_row: messages of updates always carry the row as it was. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42701 a column named twice, 42809 not a table, 22023 bad options, 42501 missing rights, 42710 if it is captured differently';
-revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, boolean) from public;
+comment on function fanout.capture_declared(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) is
+'internal: what fanout.capture() does after it has created triggers';
+revoke all on function fanout.capture_declared(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) from public;
+
+create function fanout.capture(entity regclass, topic text,
+                               operations text[] default '{insert,update,delete,truncate}',
+                               columns text[] default null, exclude text[] default null,
+                               key text[] default null, "where" text default null, "when" text default null,
+                               old_row boolean default false, replace boolean default false)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_capture';
+comment on function fanout.capture(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) is
+'publishes every change of a table to a topic, from the next statement on. operations: among insert, update, delete, truncate; columns, exclude: which columns the message carries (NULL: all); key: columns that make the message key (NULL: primary key, else replica identity, else none); where: SQL condition on the row, as in a WHERE clause: only rows for which it is true are published, an update that takes a row out of them is a delete, one that brings it in an insert (NULL: all rows); when: SQL condition on the event, over OLD and NEW, NULL values where an operation has no such row (NULL: always); old_row: messages of updates always carry the row as it was; replace: changes a capture that exists. Conditions are read with the caller''s search_path. The caller needs the right to create triggers on the table. Errors: 42704 unknown topic, 42703 unknown column, 42701 a column named twice, 42809 not a table, 22023 bad options, 42804 a condition that fails for some rows, 42501 missing rights, 42710 if it is captured differently';
+revoke all on function fanout.capture(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) from public;
 
 create function fanout.uncapture_statements(entity regclass, topic text) returns text[]
-language sql stable security definer
+language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(array_agg(format('drop trigger %I on %s', t.tgname, uncapture_statements.entity)), '{}')
-    from pg_trigger t
-    where t.tgrelid = uncapture_statements.entity and t.tgparentid = 0
-      and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
-      and (uncapture_statements.topic is null
-           or (fanout.trigger_arguments(t.oid))[1] = uncapture_statements.topic)
+    select coalesce(array_agg(format('drop trigger %I on %s', t.name, uncapture_statements.entity)), '{}')
+    from fanout.capture_trigger_list t
+    where t.entity = uncapture_statements.entity
+      and (uncapture_statements.topic is null or t.topic = uncapture_statements.topic)
 $$;
 comment on function fanout.uncapture_statements(regclass, text) is
 'internal: the statements that fanout.uncapture() runs';
 revoke all on function fanout.uncapture_statements(regclass, text) from public;
 
-create function fanout.uncapture(entity regclass, topic text default null) returns integer
-language plpgsql volatile
+create function fanout.end_captures(entity regclass, topic text) returns integer
+language sql volatile
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-    statements text[] := fanout.uncapture_statements(entity, topic);
-    statement text;
-    captures integer := (select count(*) from fanout.captures_of(entity) c
-                         where uncapture.topic is null or c.topic = uncapture.topic);
-begin
-    foreach statement in array statements loop
-        execute statement;
-    end loop;
-    return captures;
-end
+    delete from fanout.capture c
+    where to_regclass(c.entity_name) = end_captures.entity and c.entity <> end_captures.entity
+      and (end_captures.topic is null or c.topic = end_captures.topic);
+    select count(*)::integer from fanout.captures_of(end_captures.entity) c
+    where end_captures.topic is null or c.topic = end_captures.topic
 $$;
+comment on function fanout.end_captures(regclass, text) is
+'internal: how many captures of a table fanout.uncapture() ends; forgets those of a table whose place this one took';
+revoke all on function fanout.end_captures(regclass, text) from public;
+
+create function fanout.uncapture(entity regclass, topic text default null) returns integer
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_uncapture';
 comment on function fanout.uncapture(regclass, text) is
 'ends the capture of a table into a topic (NULL: into all topics); returns how many captures there were. The caller must own the table. Errors: 42501 missing rights';
 revoke all on function fanout.uncapture(regclass, text) from public;
 
--- Options of a capture name columns; this keeps them true.
-create function fanout.column_altered() returns event_trigger
-language c volatile security definer
-set search_path = pg_catalog, pg_temp
-as 'MODULE_PATHNAME', 'pgf_column_altered';
-comment on function fanout.column_altered() is
-'internal: keeps the options of captures true when columns are renamed. Errors: 2BP01 when a column is dropped that an explicit key names';
-revoke all on function fanout.column_altered() from public;
 
-create function fanout.captured_with_children(entity oid)
-returns table (trigger oid, relid oid, args text[])
-language sql stable
-set search_path = pg_catalog, pg_temp
-as $$
-    with recursive family(relid) as (
-        select captured_with_children.entity
-        union
-        select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
-    )
-    select t.oid, t.tgrelid, fanout.trigger_arguments(t.oid)
-    from pg_trigger t join family f on t.tgrelid = f.relid
-    where t.tgfoid = 'fanout.capture_trigger()'::regprocedure
-$$;
-comment on function fanout.captured_with_children(oid) is
-'internal: capture triggers of a table and of its partitions and heirs, each with arguments of its own';
-revoke all on function fanout.captured_with_children(oid) from public;
+-- ---------------------------------------------------------------------------
+-- What other commands do to captured tables
+-- ---------------------------------------------------------------------------
 
 create function fanout.set_trigger_arguments(trigger oid, arguments text[]) returns void
 language c volatile strict
@@ -1002,60 +1351,202 @@ comment on function fanout.set_trigger_arguments(oid, text[]) is
 'internal: replaces the arguments of a capture trigger';
 revoke all on function fanout.set_trigger_arguments(oid, text[]) from public;
 
-create function fanout.column_renamed(entity oid, old_name text, new_name text) returns void
+create function fanout.bind_new_triggers() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     t record;
-    new_args text[];
 begin
-    for t in select * from fanout.captured_with_children(entity) loop
-        select array_agg(case when n % 2 = 1 and n > 1 and t.args[n - 1] in ('columns', 'exclude', 'key')
-                                   and old_name = any (fanout.column_list(a))
-                              then array_replace(a::text[], old_name, new_name)::text
-                              else a end order by n)
-        into new_args
-        from unnest(t.args) with ordinality u(a, n);
-        if new_args <> t.args then
-            perform fanout.set_trigger_arguments(t.trigger, new_args);
-        end if;
+    for t in select l.* from pg_event_trigger_ddl_commands() c join pg_trigger p on p.oid = c.objid
+             join fanout.capture_trigger_list l on l.trigger = p.oid
+             where c.classid = 'pg_trigger'::regclass and p.tgfoid = 'fanout.capture_trigger()'::regprocedure
+               and not l.idle
+    loop
+        perform fanout.bind_capture(t.entity, t.topic, t.args);
     end loop;
 end
 $$;
-comment on function fanout.column_renamed(oid, text, text) is 'internal: follows the renaming of a column';
-revoke all on function fanout.column_renamed(oid, text, text) from public;
+comment on function fanout.bind_new_triggers() is 'internal: part of fanout.schema_changed()';
+revoke all on function fanout.bind_new_triggers() from public;
 
-create function fanout.column_dropped(entity oid, name text) returns void
+-- Dropped with the table, with a column that their condition names, or by hand.
+-- Where another table has the dropped one's name, it may have taken its place:
+-- check() tells that it is not captured.
+create function fanout.forget_captures() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    with gone as (
+        delete from fanout.capture c
+        where not exists (select from pg_trigger t where t.tgrelid = c.entity
+                          and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
+                          and fanout.trigger_topic(t.tgargs) = c.topic)
+          and (to_regclass(c.entity_name) is null
+               or exists (select from pg_class r where r.oid = c.entity))
+        returning c.entity, c.topic
+    )
+    delete from fanout.captured_column c using gone g where c.entity = g.entity and c.topic = g.topic
+$$;
+comment on function fanout.forget_captures() is 'internal: part of fanout.schema_changed()';
+revoke all on function fanout.forget_captures() from public;
+
+-- A column that is exchanged for another one of its name, or that comes back, is
+-- meant by what names it.
+create function fanout.replace_dropped_columns() returns table (entity oid, topic text)
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    update fanout.captured_column c set attnum = live.attnum
+    from pg_attribute live
+    where live.attrelid = c.entity and live.attname = c.name and live.attnum > 0 and not live.attisdropped
+      and live.attnum <> c.attnum
+      and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attnum = c.attnum
+                      and a.attnum > 0 and not a.attisdropped)
+    returning c.entity, c.topic
+$$;
+comment on function fanout.replace_dropped_columns() is 'internal: part of fanout.schema_changed()';
+revoke all on function fanout.replace_dropped_columns() from public;
+
+create function fanout.keep_key_columns() returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    lost record;
+begin
+    select c.* into lost
+    from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
+    where c.option = 'key' and a.attisdropped limit 1;
+    if found then
+        raise exception 'cannot drop column "%" of table %', lost.name, lost.entity::regclass
+            using errcode = 'dependent_objects_still_exist',
+                  detail = format('The capture into topic "%s" names it in its key.', lost.topic),
+                  hint = 'Use fanout.uncapture(), or fanout.capture() with another key and replace => true, first.';
+    end if;
+end
+$$;
+comment on function fanout.keep_key_columns() is
+'internal: part of fanout.schema_changed(); refuses to drop a column that a capture''s key names';
+revoke all on function fanout.keep_key_columns() from public;
+
+create function fanout.follow_columns(entity oid, topic text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    t record;
+begin
+    for t in select l.trigger, l.args from fanout.capture_trigger_list l
+             where l.entity = follow_columns.entity and l.topic = follow_columns.topic
+    loop
+        perform fanout.set_trigger_arguments(t.trigger, (
+            select array_agg(case when n % 2 = 1 and t.args[n - 1] in ('columns', 'exclude', 'key')
+                                  then fanout.captured_columns(follow_columns.entity, follow_columns.topic,
+                                                               t.args[n - 1], t.args)::text
+                                  else a end order by n)
+            from unnest(t.args) with ordinality u(a, n)));
+    end loop;
+    update fanout.captured_column c
+    set name = case when a.attisdropped then c.name else a.attname end,
+        attnum = case when a.attisdropped then 0 else c.attnum end
+    from pg_attribute a
+    where c.entity = follow_columns.entity and c.topic = follow_columns.topic
+      and a.attrelid = c.entity and a.attnum = c.attnum;
+end
+$$;
+comment on function fanout.follow_columns(oid, text) is
+'internal: makes the arguments of a capture''s triggers name its columns as they are called now';
+revoke all on function fanout.follow_columns(oid, text) from public;
+
+create function fanout.follow_changed_columns() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    t record;
+begin
+    for t in select distinct * from fanout.replace_dropped_columns() loop
+        perform fanout.follow_columns(t.entity, t.topic);
+    end loop;
+    perform fanout.keep_key_columns();
+    -- a dropped column has another name, too
+    for t in select distinct c.entity, c.topic
+             from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
+             where a.attname <> c.name
+    loop
+        perform fanout.follow_columns(t.entity, t.topic);
+    end loop;
+end
+$$;
+comment on function fanout.follow_changed_columns() is 'internal: part of fanout.schema_changed()';
+revoke all on function fanout.follow_changed_columns() from public;
+
+-- Only of tables that this command can have changed: those that it names, and
+-- those with columns of a row type or domain.
+create function fanout.check_conditions() returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     t record;
 begin
-    for t in select * from fanout.captured_with_children(entity) loop
-        if name = any (fanout.column_list(fanout.trigger_option(t.args, 'key')))
-           and not exists (select from pg_attribute a
-                           where a.attrelid = t.relid and a.attname = name and not a.attisdropped)
-        then
-            raise exception 'cannot drop column "%" of table %', name, t.relid::regclass
-                using errcode = 'dependent_objects_still_exist',
-                      detail = format('The capture into topic "%s" names it in its key.', t.args[1]),
-                      hint = 'Use fanout.uncapture() first.';
-        end if;
+    for t in select c.entity, c.topic from fanout.capture c
+             where exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgqual is not null)
+               and (exists (select from pg_event_trigger_ddl_commands() d
+                            where d.classid = 'pg_class'::regclass and d.objid = c.entity)
+                    or exists (select from pg_attribute a join pg_type y on y.oid = a.atttypid
+                                    left join pg_type e on e.oid = y.typelem
+                               where a.attrelid = c.entity and a.attnum > 0
+                                 and (y.typtype in ('c', 'd') or e.typtype in ('c', 'd')))
+                    or exists (select from pg_class r where r.oid = c.entity and r.reloftype <> 0))
+    loop
+        perform fanout.check_condition(t.entity, t.topic);
     end loop;
 end
 $$;
-comment on function fanout.column_dropped(oid, text) is 'internal: refuses to drop a column that a capture''s key names';
-revoke all on function fanout.column_dropped(oid, text) from public;
+comment on function fanout.check_conditions() is
+'internal: part of fanout.schema_changed(); refuses what would make the condition of a capture fail';
+revoke all on function fanout.check_conditions() from public;
 
-create event trigger pg_fanout_column_altered on ddl_command_end
-when tag in ('ALTER TABLE')
-execute function fanout.column_altered();
--- Also where session_replication_role is "replica": a column renamed there
--- would no longer be excluded.
-alter event trigger pg_fanout_column_altered enable always;
-comment on event trigger pg_fanout_column_altered is 'pg_fanout: keeps the options of captures true when columns are renamed';
+-- In PL/pgSQL, and quick where no captured table is concerned: commands on other
+-- tables must work even where the library is gone.
+create function fanout.schema_changed() returns event_trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if tg_tag in ('CREATE TRIGGER', 'CREATE SCHEMA', 'CREATE EXTENSION', 'ALTER EXTENSION')
+       and exists (select from pg_event_trigger_ddl_commands() c join pg_trigger t on t.oid = c.objid
+                   where c.classid = 'pg_trigger'::regclass
+                     and t.tgfoid = 'fanout.capture_trigger()'::regprocedure)
+    then
+        perform fanout.bind_new_triggers();
+    end if;
+    if not exists (select from fanout.capture) then
+        return;
+    elsif tg_tag like 'DROP %' then
+        perform fanout.forget_captures();
+    end if;
+    if tg_tag like 'ALTER %' or tg_tag like 'DROP %' then
+        perform fanout.follow_changed_columns();
+    end if;
+    if tg_tag like 'ALTER %' then
+        perform fanout.check_conditions();
+    end if;
+end
+$$;
+comment on function fanout.schema_changed() is
+'internal: keeps captures true when tables and types are changed. Errors: 2BP01 when a column is dropped that a key names, 42804 when a condition would fail for some rows, 42703 when a trigger of a capture is created that names a column which does not exist';
+revoke all on function fanout.schema_changed() from public;
+
+create event trigger pg_fanout_schema_changed on ddl_command_end
+execute function fanout.schema_changed();
+-- Also where session_replication_role is "replica": a dump restored there would
+-- name the columns as they were.
+alter event trigger pg_fanout_schema_changed enable always;
+comment on event trigger pg_fanout_schema_changed is 'pg_fanout: keeps captures true when tables and types are changed';
 
 
 -- ---------------------------------------------------------------------------
@@ -2161,27 +2652,82 @@ $$;
 comment on function fanout.check_flow() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_flow() from public;
 
+-- What is wrong with a capture, the worst first.
+create function fanout.capture_problems(entity oid, topic text)
+returns table (severity integer, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select 1, 'the topic does not exist: writes to the table fail', 'Declare the topic, or use fanout.uncapture().'
+    where not exists (select from fanout.topic t where t.topic = capture_problems.topic and not t.dropping)
+    union all
+    select 2, 'a condition fails for some rows, and with it writes to the table: ' || p,
+           'Use fanout.capture() with another condition and replace => true.'
+    from fanout.capture_trigger_list l, fanout.condition_problem(l.trigger) p
+    where l.entity = capture_problems.entity and l.topic = capture_problems.topic and p is not null
+    union all
+    select 3, format('column "%s" of its key is gone', c.name),
+           'Use fanout.capture() with another key and replace => true.'
+    from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
+    where c.entity = capture_problems.entity and c.topic = capture_problems.topic
+      and c.option = 'key' and a.attisdropped
+    union all
+    select 4, format('the numbers of the columns in "%s" are not recorded', o.option),
+           'Event triggers were off when the capture was made. Use fanout.capture() with replace => true.'
+    from unnest(array['columns', 'exclude', 'key']) o(option)
+    where exists (select from fanout.capture_trigger_list l
+                  where l.entity = capture_problems.entity and l.topic = capture_problems.topic and not l.idle
+                    and fanout.trigger_option(l.args, o.option) not in ('', '{}'))
+      and not exists (select from fanout.captured_column c
+                      where c.entity = capture_problems.entity and c.topic = capture_problems.topic
+                        and c.option = o.option)
+    union all
+    select 5, 'a trigger is missing, disabled, or fires for replicas only',
+           'Use ALTER TABLE ... ENABLE TRIGGER, also for partitions, or fanout.capture() with replace => true.'
+    from fanout.captures c
+    where c.entity = capture_problems.entity and c.topic = capture_problems.topic and not c.enabled
+    union all
+    select 6, 'an excluded column belongs to its primary key, so that its messages have no key',
+           'Name other columns in "key", with replace => true.'
+    from fanout.captures c
+    where c.entity = capture_problems.entity and c.topic = capture_problems.topic
+      and c.key is null and fanout.default_key(c.entity, null) is not null
+    union all
+    select 7, format('another table is called %s now, as this one was when it was captured', c.entity_name),
+           'If it took the place of this one, capture it; else use fanout.capture() with replace => true.'
+    from fanout.capture c
+    where c.entity = capture_problems.entity and c.topic = capture_problems.topic
+      and to_regclass(c.entity_name) <> c.entity
+    union all
+    select 8, 'its messages have no key, and no order among themselves',
+           'Give the table a primary key, or name columns in "key".'
+    from fanout.captures c
+    where c.entity = capture_problems.entity and c.topic = capture_problems.topic
+      and c.key is null and fanout.default_key(c.entity, null) is null and c.operations <> '{truncate}'
+$$;
+comment on function fanout.capture_problems(oid, text) is 'internal: part of fanout.check()';
+revoke all on function fanout.capture_problems(oid, text) from public;
+
 create function fanout.check_captures() returns table (item text, ok boolean, detail text, hint text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select format('capture of %s into "%s"', c.entity, c.topic),
-           t.topic is not null and c.enabled and not malformed,
-           case when t.topic is null then 'the topic does not exist: writes to the table fail'
-                when malformed then 'a trigger has malformed arguments: writes to the table fail'
-                when not c.enabled then 'a trigger is disabled'
-                else array_to_string(c.operations, ', ') end,
-           case when t.topic is null then 'Declare the topic, or use fanout.uncapture().'
-                when malformed then 'Use fanout.uncapture(), then fanout.capture().'
-                when not c.enabled then 'Use ALTER TABLE ... ENABLE TRIGGER.' end
-    from fanout.captures c left join fanout.topic t on t.topic = c.topic and not t.dropping,
-         lateral (select coalesce('{}' in (c.columns, c.exclude, c.key), false)) m(malformed)
-    union all
-    select format('capture of %s has a key', c.entity), false, 'its messages have no key, and no order among themselves',
-           'Give the table a primary key, or name columns in "key".'
+    select format('capture of %s into "%s"', c.entity, c.topic), p.severity is null,
+           coalesce(p.detail, array_to_string(c.operations, ', ')), p.hint
     from fanout.captures c
-    where c.key is null and fanout.default_key(c.entity) is null
-      and c.operations && array['insert', 'update', 'delete']
+         left join lateral (select * from fanout.capture_problems(c.entity, c.topic) order by severity limit 1) p on true
+    union all
+    select format('capture of %s into "%s"', c.entity_name, c.topic), false,
+           'a captured table was dropped, and this one has its name, but is not captured',
+           'Use fanout.capture(), or fanout.uncapture() if that is right.'
+    from fanout.capture c
+    where to_regclass(c.entity_name) is not null and not exists (select from pg_class r where r.oid = c.entity)
+    union all
+    select format('capture of %s into "%s"', l.entity::regclass, l.topic), false,
+           'only triggers that do nothing are left',
+           'Use fanout.uncapture(), or fanout.capture() with replace => true.'
+    from fanout.capture_trigger_list l
+    group by l.entity, l.topic having bool_and(l.idle)
 $$;
 comment on function fanout.check_captures() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_captures() from public;
@@ -2265,7 +2811,8 @@ grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_pub
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
-    fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text) to pg_monitor;
+    fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
+    fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;
 
 

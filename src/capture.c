@@ -16,6 +16,7 @@
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "common/hashfn.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
@@ -23,7 +24,6 @@
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/datum.h"
-#include "utils/guc.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -34,20 +34,23 @@
 
 #include "broker.h"
 #include "msgid.h"
+#include "nesting.h"
 #include "outbox.h"
 #include "relinfo.h"
 #include "rowjson.h"
-#include "wakeup.h"
 
 PG_FUNCTION_INFO_V1(pgf_capture_trigger);
 PG_FUNCTION_INFO_V1(pgf_publish);
 
-/* One change, as the renderers need it.  old_row, new_row: NULL if absent. */
+/*
+ * One change, as the renderers need it.  old_row, new_row: NULL if the message
+ * has none.
+ */
 typedef struct Change
 {
 	CaptureInfo *info;
 	TupleDesc	desc;
-	CaptureOp	op;
+	CaptureOp	op;				/* of the message */
 	HeapTuple	old_row;
 	HeapTuple	new_row;
 	const char *key;			/* NULL: none */
@@ -57,14 +60,6 @@ typedef struct Change
 } Change;
 
 /* ---- keys ---- */
-
-static const char *const key_settings[][2] = {
-	{"TimeZone", "UTC"},
-	{"DateStyle", "ISO"},
-	{"IntervalStyle", "postgres"},
-	{"bytea_output", "hex"},
-	{"extra_float_digits", "1"},
-};
 
 static bool
 keys_differ(const Change *change)
@@ -87,59 +82,92 @@ keys_differ(const Change *change)
 	return false;
 }
 
+/*
+ * Columns of a row as text: of a single one its value, of several a JSON array.
+ * NULL if there are none, or all of them are NULL.
+ */
 static char *
-format_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
+render_columns(RowJson *plan, const AttrNumber *attnums, int n, HeapTuple row, TupleDesc desc)
 {
 	StringInfoData out;
 	bool		all_null = true;
 
-	if (info->nkeys == 0)
+	if (n == 0)
 		return NULL;
-	if (info->nkeys == 1)
+	if (n == 1)
 	{
 		bool		isnull;
-		Datum		value = heap_getattr(row, info->keys[0], desc, &isnull);
+		Datum		value = heap_getattr(row, attnums[0], desc, &isnull);
 
-		return rowjson_text(info->key, 0, value, isnull);
+		return rowjson_text(plan, 0, value, isnull);
 	}
 
 	initStringInfo(&out);
-	for (int i = 0; i < info->nkeys; i++)
+	for (int i = 0; i < n; i++)
 	{
 		bool		isnull;
-		Datum		value = heap_getattr(row, info->keys[i], desc, &isnull);
+		Datum		value = heap_getattr(row, attnums[i], desc, &isnull);
 
 		appendStringInfoChar(&out, i == 0 ? '[' : ',');
-		rowjson_append_value(&out, info->key, i, value, isnull);
+		rowjson_append_value(&out, plan, i, value, isnull);
 		all_null = all_null && isnull;
 	}
 	appendStringInfoChar(&out, ']');
 	return all_null ? NULL : out.data;
 }
 
-/*
- * The key as text: of a single column its value, of several a JSON array.
- * NULL if there is no key, or all of it is NULL.
- *
- * A key names the row, so it must be the same text from every session.  Where
- * the types depend on settings (timestamptz on TimeZone, bytea on
- * bytea_output, ...), these are fixed while it is rendered.
- */
 static char *
 render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
 {
-	int			nestlevel;
-	char	   *key;
+	return render_columns(info->key, info->keys, info->nkeys, row, desc);
+}
 
-	if (!info->key_needs_settings)
-		return format_key(info, row, desc);
-	nestlevel = NewGUCNestLevel();
-	for (int i = 0; i < lengthof(key_settings); i++)
-		(void) set_config_option(key_settings[i][0], key_settings[i][1], PGC_USERSET,
-								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
-	key = format_key(info, row, desc);
-	AtEOXact_GUC(true, nestlevel);
-	return key;
+/* ---- order ---- */
+
+/* Adds what names the row: its message key, and its primary key if that is another. */
+static void
+add_identities(NestedChange *nested, CaptureInfo *info, HeapTuple row, TupleDesc desc)
+{
+	const char *names[2];
+
+	names[0] = render_key(info, row, desc);
+	names[1] = render_columns(info->identity, info->identity_keys, info->nidentity, row, desc);
+	for (int i = 0; i < lengthof(names); i++)
+	{
+		if (names[i] != NULL)
+			nested->identities[nested->nidentities++] =
+				hash_bytes_extended((const unsigned char *) names[i], strlen(names[i]), i);
+	}
+}
+
+/*
+ * Draws the message's id, its place in the order: not always the sequence's
+ * next number, since triggers of nested statements fire before those of the
+ * statements around them.
+ */
+static int64
+draw_id(CaptureInfo *info, TriggerData *trigdata)
+{
+	TupleDesc	desc = RelationGetDescr(trigdata->tg_relation);
+	NestedChange nested = {0};
+	TriggerEvent event = trigdata->tg_event;
+
+	if (!nesting_matters())
+		return outbox_next_id();
+	nested.relid = RelationGetRelid(trigdata->tg_relation);
+	nested.entity = ((uint64) info->topic.topic_id << 32) | info->entity;
+	if (TRIGGER_FIRED_BY_UPDATE(event) || TRIGGER_FIRED_BY_DELETE(event))
+		nested.old_row = trigdata->tg_trigtuple;
+	if (TRIGGER_FIRED_BY_INSERT(event))
+		nested.new_row = trigdata->tg_trigtuple;
+	if (TRIGGER_FIRED_BY_UPDATE(event))
+		nested.new_row = trigdata->tg_newtuple;
+	if (nested.old_row != NULL)
+		add_identities(&nested, info, nested.old_row, desc);
+	nested.nold = nested.nidentities;
+	if (nested.new_row != NULL)
+		add_identities(&nested, info, nested.new_row, desc);
+	return nesting_draw(&nested);
 }
 
 /* ---- bodies ---- */
@@ -287,26 +315,28 @@ operation_of(TriggerEvent event)
 	return OP_TRUNCATE;
 }
 
+/*
+ * Finds out what the message says: of an update that takes a row out of the
+ * capture's filter, that it was deleted; of one that brings it in, inserted.
+ */
 static void
 describe_change(Change *change, TriggerData *trigdata)
 {
+	CaptureOp	event = operation_of(trigdata->tg_event);
+
 	memset(change, 0, sizeof(*change));
 	change->info = relinfo_of_trigger(trigdata);
 	change->desc = RelationGetDescr(trigdata->tg_relation);
-	change->op = operation_of(trigdata->tg_event);
+	change->op = change->info->sent_as < 0 ? event : change->info->sent_as;
 	change->now = GetCurrentTimestamp();
 	msgid_new(&change->message_id);
 
-	if (change->op == OP_INSERT)
-		change->new_row = trigdata->tg_trigtuple;
-	else if (change->op == OP_DELETE)
+	if (change->op == OP_UPDATE || change->op == OP_DELETE)
 		change->old_row = trigdata->tg_trigtuple;
-	else if (change->op == OP_UPDATE)
-	{
-		change->old_row = trigdata->tg_trigtuple;
-		change->new_row = trigdata->tg_newtuple;
+	if (change->op == OP_UPDATE || change->op == OP_INSERT)
+		change->new_row = (event == OP_UPDATE) ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	if (change->op == OP_UPDATE)
 		change->key_changed = keys_differ(change);
-	}
 	if (change->op != OP_TRUNCATE)
 		change->key = render_key(change->info,
 								 change->new_row != NULL ? change->new_row : change->old_row,
@@ -333,10 +363,13 @@ capture_change(TriggerData *trigdata)
 	row.payload = body.data;
 	row.payload_len = body.len;
 	row.created_at = change.now;
+	row.id = draw_id(change.info, trigdata);
+	if (change.new_row != NULL)
+		nesting_fired(RelationGetRelid(trigdata->tg_relation), change.new_row);
 	outbox_insert(&row, false);
 }
 
-/* A value too large to render, or a failing cast, says nothing of a trigger. */
+/* A value that is too large to render says nothing of a trigger. */
 static void
 capture_context(void *arg)
 {
@@ -482,6 +515,7 @@ pgf_publish(PG_FUNCTION_ARGS)
 	topic = relinfo_topic(text_to_cstring(PG_GETARG_TEXT_PP(0)));
 
 	memset(&row, 0, sizeof(row));
+	row.id = outbox_next_id();
 	row.topic_id = topic.topic_id;
 	msgid_new(&row.message_id);
 	row.key = PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2));

@@ -3,7 +3,16 @@
  * capture_ddl.c
  *		What fanout.capture() needs of the parser and the catalogs.
  *
- * Only helpers of the SQL functions: nothing here runs when rows are written.
+ * Makes the conditions of capture triggers from what users write, finds out
+ * whether they can be evaluated, and changes the arguments of triggers.  It
+ * must never run when rows are written.
+ *
+ * Conditions are edited as text, at places that the server's own parser finds,
+ * and become WHEN conditions of triggers.  So the server keeps them: by column
+ * number, with dependencies, in each partition, and in dumps.
+ *
+ * Locks: those of CREATE TRIGGER, and one that makes sessions that capture the
+ * same table take turns.
  *
  *-------------------------------------------------------------------------
  */
@@ -13,15 +22,16 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "catalog/indexing.h"
+#include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
-#include "commands/event_trigger.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "nodes/nodeFuncs.h"
 #include "nodes/parsenodes.h"
+#include "optimizer/optimizer.h"
 #include "parser/parser.h"
 #include "storage/lock.h"
 #include "utils/array.h"
@@ -29,6 +39,8 @@
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
+#include "utils/syscache.h"
+#include "utils/typcache.h"
 
 #include "compat.h"
 #include "relinfo.h"
@@ -37,7 +49,12 @@ PG_FUNCTION_INFO_V1(pgf_trigger_arguments);
 PG_FUNCTION_INFO_V1(pgf_set_trigger_arguments);
 PG_FUNCTION_INFO_V1(pgf_lock_capture);
 PG_FUNCTION_INFO_V1(pgf_condition_for);
-PG_FUNCTION_INFO_V1(pgf_column_altered);
+PG_FUNCTION_INFO_V1(pgf_row_condition);
+PG_FUNCTION_INFO_V1(pgf_condition_names_columns);
+PG_FUNCTION_INFO_V1(pgf_condition_problem);
+PG_FUNCTION_INFO_V1(pgf_condition_is_immutable);
+PG_FUNCTION_INFO_V1(pgf_capture);
+PG_FUNCTION_INFO_V1(pgf_uncapture);
 
 Datum
 pgf_trigger_arguments(PG_FUNCTION_ARGS)
@@ -122,7 +139,7 @@ pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
 	scan = systable_beginscan(rel, TriggerOidIndexId, true, NULL, 1, &key);
 	tuple = systable_getnext(scan);
 	if (!HeapTupleIsValid(tuple) || ((Form_pg_trigger) GETSTRUCT(tuple))->tgnargs != nargs)
-		elog(ERROR, "trigger %u has not %d arguments", PG_GETARG_OID(0), nargs);
+		elog(ERROR, "trigger %u does not have %d arguments", PG_GETARG_OID(0), nargs);
 	update_trigger(tuple, rel, pack_arguments(arguments, nargs));
 	systable_endscan(scan);
 	table_close(rel, RowExclusiveLock);
@@ -146,84 +163,51 @@ pgf_lock_capture(PG_FUNCTION_ARGS)
 
 /* ---- conditions ---- */
 
-/*
- * The condition is written over OLD and NEW, but a trigger on INSERT must not
- * mention OLD, nor one on DELETE NEW.  There the missing row is replaced in
- * the text by a NULL of the table's row type; the places are found by the
- * server's own parser.
- */
-typedef struct Place
+/* One change of a condition's text: length bytes at location become text. */
+typedef struct Edit
 {
 	int			location;
-	bool		star;			/* old.* */
-} Place;
+	int			length;
+	const char *text;
+} Edit;
 
-typedef struct MissingRow
+#define MAX_EDITS 100
+
+typedef struct EditList
 {
-	const char *name;			/* "old" or "new" */
+	const char *sql;			/* "select (<condition>)" */
+	const char *row;			/* name of a row: the only one, or that is
+								 * missing */
+	const char *table;			/* name of the table, where rows have it */
+	const char *replacement;
 	int			count;
-	Place		places[100];
-} MissingRow;
+	Edit		edits[MAX_EDITS];
+	bool		names_columns;	/* a column of OLD or NEW is named */
+} EditList;
+
+static void
+add_edit(EditList *list, int location, int length, const char *text)
+{
+	if (list->count == MAX_EDITS)
+		ereport(ERROR,
+				(errcode(ERRCODE_STATEMENT_TOO_COMPLEX),
+				 errmsg("condition names rows or columns more than %d times", MAX_EDITS)));
+	list->edits[list->count].location = location;
+	list->edits[list->count].length = length;
+	list->edits[list->count++].text = text;
+}
+
+/* The name that a reference begins with; "" if it is none. */
+static const char *
+first_name(ColumnRef *ref)
+{
+	return IsA(linitial(ref->fields), String) ? strVal(linitial(ref->fields)) : "";
+}
 
 static bool
 is_star(ColumnRef *ref)
 {
 	return list_length(ref->fields) == 2 && IsA(lsecond(ref->fields), A_Star);
-}
-
-static bool
-find_missing(Node *node, void *arg)
-{
-	MissingRow *missing = arg;
-
-	if (node == NULL)
-		return false;
-	if (IsA(node, ColumnRef))
-	{
-		ColumnRef  *ref = (ColumnRef *) node;
-
-		if (IsA(linitial(ref->fields), String) &&
-			strcmp(strVal(linitial(ref->fields)), missing->name) == 0)
-		{
-			if (missing->count == lengthof(missing->places))
-				ereport(ERROR,
-						(errcode(ERRCODE_STATEMENT_TOO_COMPLEX),
-						 errmsg("condition mentions %s more than %d times", missing->name,
-								(int) lengthof(missing->places))));
-			missing->places[missing->count].location = ref->location;
-			missing->places[missing->count++].star = is_star(ref);
-		}
-		return false;
-	}
-	return raw_expression_tree_walker(node, find_missing, missing);
-}
-
-/*
- * Parses "select (<condition>)" and makes sure that it is one expression and
- * nothing else, so that the text can be put between parentheses elsewhere.
- */
-static Node *
-parse_condition(const char *sql)
-{
-	List	   *parsed = raw_parser(sql, RAW_PARSE_DEFAULT);
-	SelectStmt *select;
-
-	if (list_length(parsed) == 1 && IsA(((RawStmt *) linitial(parsed))->stmt, SelectStmt))
-	{
-		select = (SelectStmt *) ((RawStmt *) linitial(parsed))->stmt;
-		if (select->op == SETOP_NONE && list_length(select->targetList) == 1 &&
-			((ResTarget *) linitial(select->targetList))->name == NULL &&
-			select->fromClause == NIL && select->whereClause == NULL &&
-			select->groupClause == NIL && select->havingClause == NULL &&
-			select->windowClause == NIL && select->sortClause == NIL &&
-			select->limitCount == NULL && select->limitOffset == NULL &&
-			select->lockingClause == NIL && select->intoClause == NULL)
-			return ((ResTarget *) linitial(select->targetList))->val;
-	}
-	ereport(ERROR,
-			(errcode(ERRCODE_SYNTAX_ERROR),
-			 errmsg("condition must be a single expression over OLD and NEW")));
-	return NULL;				/* keep compiler quiet */
 }
 
 /*
@@ -250,98 +234,476 @@ written_length(const char *s, const char *name, bool star)
 	return end - s;
 }
 
-/* The walker visits position(a in b) as b, a. */
-static int
-compare_places(const void *a, const void *b)
+/* Points an error at the condition, not at the statement that called us. */
+static void
+condition_context(void *arg)
 {
-	return ((const Place *) a)->location - ((const Place *) b)->location;
+	int			position = geterrposition();
+
+	if (position > 0)
+	{
+		errposition(0);
+		internalerrposition(position);
+		internalerrquery(arg);
+	}
 }
 
+/*
+ * Parses "select (<condition>)" and makes sure that it is one expression and
+ * nothing else, so that the text can be put between parentheses elsewhere.
+ */
+static Node *
+parse_condition(const char *sql)
+{
+	ErrorContextCallback context = {error_context_stack, condition_context, unconstify(char *, sql)};
+	List	   *parsed;
+	SelectStmt *select;
+
+	error_context_stack = &context;
+	parsed = raw_parser(sql, RAW_PARSE_DEFAULT);
+	error_context_stack = context.previous;
+	if (list_length(parsed) == 1 && IsA(((RawStmt *) linitial(parsed))->stmt, SelectStmt))
+	{
+		select = (SelectStmt *) ((RawStmt *) linitial(parsed))->stmt;
+		if (select->op == SETOP_NONE && list_length(select->targetList) == 1 &&
+			((ResTarget *) linitial(select->targetList))->name == NULL &&
+			select->fromClause == NIL && select->whereClause == NULL &&
+			select->groupClause == NIL && select->havingClause == NULL &&
+			select->windowClause == NIL && select->sortClause == NIL &&
+			select->limitCount == NULL && select->limitOffset == NULL &&
+			select->lockingClause == NIL && select->intoClause == NULL)
+			return ((ResTarget *) linitial(select->targetList))->val;
+	}
+	ereport(ERROR,
+			(errcode(ERRCODE_SYNTAX_ERROR),
+			 errmsg("condition must be a single expression")));
+	return NULL;				/* keep compiler quiet */
+}
+
+/* The walker visits position(a in b) as b, a. */
+static int
+compare_edits(const void *a, const void *b)
+{
+	return ((const Edit *) a)->location - ((const Edit *) b)->location;
+}
+
+/*
+ * Finds what a walker wants to edit in a condition, and returns the condition
+ * with the edits made.
+ */
+static text *
+edit_condition(EditList *list, const char *condition, bool (*walker) (Node *node, void *arg))
+{
+	StringInfoData out;
+	int			done = strlen("select (");
+
+	list->sql = psprintf("select (%s\n)", condition);
+	(void) walker(parse_condition(list->sql), list);
+	qsort(list->edits, list->count, sizeof(Edit), compare_edits);
+	initStringInfo(&out);
+	for (int i = 0; i < list->count; i++)
+	{
+		Edit	   *edit = &list->edits[i];
+
+		if (edit->location < done)
+			elog(ERROR, "overlapping references in condition");
+		appendBinaryStringInfo(&out, list->sql + done, edit->location - done);
+		appendStringInfoString(&out, edit->text);
+		done = edit->location + edit->length;
+	}
+	appendBinaryStringInfo(&out, list->sql + done, strlen(list->sql) - done - strlen("\n)"));
+	return cstring_to_text_with_len(out.data, out.len);
+}
+
+static void
+check_entity(Oid entity)
+{
+	if (get_rel_name(entity) == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("relation with OID %u does not exist", entity)));
+}
+
+/* Replaces each reference to the row that the operation does not have. */
+static bool
+replace_missing_row(Node *node, void *arg)
+{
+	EditList   *list = arg;
+	ColumnRef  *ref = (ColumnRef *) node;
+
+	if (node == NULL)
+		return false;
+	if (!IsA(node, ColumnRef))
+		return raw_expression_tree_walker(node, replace_missing_row, arg);
+	if (strcmp(first_name(ref), list->row) == 0)
+		add_edit(list, ref->location, written_length(list->sql + ref->location, list->row, is_star(ref)),
+				 list->replacement);
+	return false;
+}
+
+/*
+ * Makes a condition over OLD and NEW one for a single operation: a trigger on
+ * INSERT must not mention OLD, nor one on DELETE NEW, so a NULL of the table's
+ * row type takes their place.
+ */
 Datum
 pgf_condition_for(PG_FUNCTION_ARGS)
 {
 	char	   *operation = text_to_cstring(PG_GETARG_TEXT_PP(0));
 	Oid			entity = PG_GETARG_OID(1);
 	char	   *condition = text_to_cstring(PG_GETARG_TEXT_PP(2));
-	char	   *sql = psprintf("select (%s\n)", condition);
-	MissingRow	missing = {0};
-	StringInfoData out;
-	int			done = strlen("select (");
-	Node	   *expression = parse_condition(sql);
+	EditList	list = {0};
 
-	if (get_rel_name(entity) == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("relation with OID %u does not exist", entity)));
+	check_entity(entity);
 	if (strcmp(operation, "update") == 0)
-		PG_RETURN_TEXT_P(cstring_to_text(condition));
-	missing.name = (strcmp(operation, "insert") == 0) ? "old" : "new";
-	(void) find_missing(expression, &missing);
-	qsort(missing.places, missing.count, sizeof(Place), compare_places);
-
-	initStringInfo(&out);
-	for (int i = 0; i < missing.count; i++)
 	{
-		int			location = missing.places[i].location;
-
-		if (location < done)
-			elog(ERROR, "overlapping references in condition");
-		appendBinaryStringInfo(&out, sql + done, location - done);
-		appendStringInfo(&out, "(null::%s)",
-						 quote_qualified_identifier(get_namespace_name(get_rel_namespace(entity)),
-													get_rel_name(entity)));
-		done = location + written_length(sql + location, missing.name, missing.places[i].star);
+		(void) parse_condition(psprintf("select (%s\n)", condition));
+		PG_RETURN_DATUM(PG_GETARG_DATUM(2));
 	}
-	appendBinaryStringInfo(&out, sql + done, strlen(sql) - done - strlen("\n)"));
-	PG_RETURN_TEXT_P(cstring_to_text_with_len(out.data, out.len));
+	list.row = (strcmp(operation, "insert") == 0) ? "old" : "new";
+	list.replacement = psprintf("(null::%s)",
+								quote_qualified_identifier(get_namespace_name(get_rel_namespace(entity)),
+														   get_rel_name(entity)));
+	PG_RETURN_TEXT_P(edit_condition(&list, condition, replace_missing_row));
 }
 
-/* ---- renamed and dropped columns ---- */
-
-static void
-call_for_altered_tables(const char *sql, const char *old_name, const char *new_name)
+/*
+ * Puts the row's name before each column, and in the place of the table's name.
+ */
+static bool
+qualify_columns(Node *node, void *arg)
 {
-	Oid			types[2] = {TEXTOID, TEXTOID};
-	Datum		values[2] = {CStringGetTextDatum(old_name), CStringGetTextDatum(new_name)};
+	EditList   *list = arg;
+	ColumnRef  *ref = (ColumnRef *) node;
 
-	if (SPI_execute_with_args(sql, 2, types, values, NULL, false, 0) < 0)
-		elog(ERROR, "could not look after captures of an altered table");
+	if (node == NULL)
+		return false;
+	if (!IsA(node, ColumnRef))
+		return raw_expression_tree_walker(node, qualify_columns, arg);
+	if (list_length(ref->fields) == 1)
+		add_edit(list, ref->location, 0, list->replacement);
+	else if (strcmp(first_name(ref), list->table) == 0)
+		add_edit(list, ref->location, written_length(list->sql + ref->location, list->table, false), list->row);
+	else
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_COLUMN_REFERENCE),
+				 errmsg("condition on the row must name its columns alone, as in a WHERE clause"),
+				 errdetail("\"%s\" is not the table.", first_name(ref)),
+				 errhint("Conditions over OLD and NEW go into \"when\".")));
+	return false;
 }
 
-static void
-column_dropped(AlterTableStmt *stmt)
+/* Makes a condition on a table's columns one on the columns of OLD or of NEW. */
+Datum
+pgf_row_condition(PG_FUNCTION_ARGS)
+{
+	char	   *row = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	Oid			entity = PG_GETARG_OID(1);
+	char	   *condition = text_to_cstring(PG_GETARG_TEXT_PP(2));
+	EditList	list = {0};
+
+	check_entity(entity);
+	list.row = row;
+	list.table = get_rel_name(entity);
+	list.replacement = psprintf("%s.", row);
+	PG_RETURN_TEXT_P(edit_condition(&list, condition, qualify_columns));
+}
+
+static bool
+find_column_names(Node *node, void *arg)
+{
+	ColumnRef  *ref = (ColumnRef *) node;
+
+	if (node == NULL)
+		return false;
+	if (!IsA(node, ColumnRef))
+		return raw_expression_tree_walker(node, find_column_names, arg);
+	if (list_length(ref->fields) > 1 && !is_star(ref))
+		((EditList *) arg)->names_columns = true;
+	return false;
+}
+
+/*
+ * Tells whether a condition over OLD and NEW names single columns.  Copies of
+ * the rows may differ from them then, since some changes are not sent.
+ */
+Datum
+pgf_condition_names_columns(PG_FUNCTION_ARGS)
+{
+	EditList	list = {0};
+
+	(void) edit_condition(&list, text_to_cstring(PG_GETARG_TEXT_PP(0)), find_column_names);
+	PG_RETURN_BOOL(list.names_columns);
+}
+
+/* ---- conditions that fail for some rows ---- */
+
+/* Is there an equality operator, or an order, for all values of the type? */
+static bool
+is_comparable(Oid type, bool ordered)
+{
+	TypeCacheEntry *entry = lookup_type_cache(type, ordered ? TYPECACHE_CMP_PROC : TYPECACHE_EQ_OPR);
+
+	return OidIsValid(ordered ? entry->cmp_proc : entry->eq_opr);
+}
+
+/*
+ * Describes why values of a type cannot be compared; NULL if they can.  The
+ * server finds that out of rows and arrays only when it compares two.
+ */
+static char *
+comparison_problem(Oid type, bool ordered)
+{
+	TupleDesc	desc;
+	char	   *problem = NULL;
+
+	if (type == RECORDOID || is_comparable(type, ordered))
+		return NULL;
+	if (!type_is_rowtype(type))
+		return psprintf("Values of type %s cannot be compared.", format_type_be(type));
+	desc = lookup_rowtype_tupdesc_domain(type, -1, false);
+	for (int i = 0; i < desc->natts && problem == NULL; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(desc, i);
+
+		if (!attr->attisdropped && !is_comparable(attr->atttypid, ordered))
+			problem = psprintf("It compares whole rows, and column \"%s\" is of type %s, which has no %s.",
+							   NameStr(attr->attname), format_type_be(attr->atttypid),
+							   ordered ? "order" : "equality operator");
+	}
+	ReleaseTupleDesc(desc);
+	return problem;
+}
+
+/* Does the operator, of rows or arrays, need an order rather than equality? */
+static bool
+needs_order(Oid function)
+{
+	switch (function)
+	{
+		case F_RECORD_LT:
+		case F_RECORD_LE:
+		case F_RECORD_GT:
+		case F_RECORD_GE:
+		case F_ARRAY_LT:
+		case F_ARRAY_LE:
+		case F_ARRAY_GT:
+		case F_ARRAY_GE:
+			return true;
+		default:
+			return false;
+	}
+}
+
+/* Compares by the bytes, hence any row. */
+static bool
+compares_images(Oid function)
+{
+	switch (function)
+	{
+		case F_RECORD_IMAGE_EQ:
+		case F_RECORD_IMAGE_NE:
+		case F_RECORD_IMAGE_LT:
+		case F_RECORD_IMAGE_LE:
+		case F_RECORD_IMAGE_GT:
+		case F_RECORD_IMAGE_GE:
+			return true;
+		default:
+			return false;
+	}
+}
+
+static char *
+problem_of_operands(Oid function, List *args)
 {
 	ListCell   *lc;
 
-	foreach(lc, stmt->cmds)
+	if (compares_images(function) || get_func_rettype(function) != BOOLOID)
+		return NULL;
+	foreach(lc, args)
 	{
-		AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
+		Oid			type = getBaseType(exprType(lfirst(lc)));
+		char	   *problem;
 
-		if (cmd->subtype == AT_DropColumn)
-			call_for_altered_tables("select fanout.column_dropped(objid, $1)"
-									" from pg_event_trigger_ddl_commands() where classid = 'pg_class'::regclass and $2 is not null",
-									cmd->name, "");
+		if (!type_is_rowtype(type) && !type_is_array(type))
+			continue;
+		problem = comparison_problem(type, needs_order(function));
+		if (problem != NULL)
+			return problem;
 	}
+	return NULL;
+}
+
+/* Stops at the first operator that fails for some rows, and describes why. */
+static bool
+find_problem(Node *node, void *arg)
+{
+	char	  **problem = arg;
+
+	if (node == NULL)
+		return false;
+	switch (nodeTag(node))
+	{
+		case T_OpExpr:
+		case T_DistinctExpr:
+		case T_NullIfExpr:
+			set_opfuncid((OpExpr *) node);
+			*problem = problem_of_operands(((OpExpr *) node)->opfuncid, ((OpExpr *) node)->args);
+			break;
+		case T_ScalarArrayOpExpr:
+			set_sa_opfuncid((ScalarArrayOpExpr *) node);
+			*problem = problem_of_operands(((ScalarArrayOpExpr *) node)->opfuncid,
+										   ((ScalarArrayOpExpr *) node)->args);
+			break;
+		case T_MinMaxExpr:
+			*problem = comparison_problem(((MinMaxExpr *) node)->minmaxtype, true);
+			break;
+		default:
+			break;
+	}
+	return *problem != NULL || expression_tree_walker(node, find_problem, arg);
+}
+
+/* The condition of a trigger, as the server keeps it; NULL: none, or no such trigger. */
+static Node *
+trigger_condition(Oid trigger)
+{
+	Relation	rel = table_open(TriggerRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		isnull = true;
+	Datum		condition = (Datum) 0;
+	Node	   *node = NULL;
+
+	ScanKeyInit(&key, Anum_pg_trigger_oid, BTEqualStrategyNumber, F_OIDEQ, ObjectIdGetDatum(trigger));
+	scan = systable_beginscan(rel, TriggerOidIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+		condition = heap_getattr(tuple, Anum_pg_trigger_tgqual, RelationGetDescr(rel), &isnull);
+	if (!isnull)
+		node = stringToNode(TextDatumGetCString(condition));
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+	return node;
+}
+
+/*
+ * Describes why a trigger's condition cannot be evaluated for every row of its
+ * table; NULL if nothing is known to stand in the way.
+ */
+Datum
+pgf_condition_problem(PG_FUNCTION_ARGS)
+{
+	Node	   *condition = trigger_condition(PG_GETARG_OID(0));
+	char	   *problem = NULL;
+
+	if (condition == NULL || !find_problem(condition, &problem))
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }
 
 Datum
-pgf_column_altered(PG_FUNCTION_ARGS)
+pgf_condition_is_immutable(PG_FUNCTION_ARGS)
 {
-	Node	   *parsetree;
+	Node	   *condition = trigger_condition(PG_GETARG_OID(0));
 
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_EVENT_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"%s\" must be called by an event trigger", "fanout.column_altered")));
-	parsetree = ((EventTriggerData *) fcinfo->context)->parsetree;
+	PG_RETURN_BOOL(condition == NULL || !contain_mutable_functions(condition));
+}
+
+/* ---- capture(), uncapture() ---- */
+
+#define MAX_CALL_ARGS 10
+
+static Oid
+function_owner(Oid function)
+{
+	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(function));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for function %u", function);
+	owner = ((Form_pg_proc) GETSTRUCT(tuple))->proowner;
+	ReleaseSysCache(tuple);
+	return owner;
+}
+
+/*
+ * Runs a query over all arguments of the calling function, as the function's
+ * owner, and returns its one value: only the triggers and their conditions are
+ * the caller's affair.
+ */
+static Datum
+call_as_owner(const char *sql, FunctionCallInfo fcinfo, bool *isnull)
+{
+	Oid			types[MAX_CALL_ARGS];
+	Datum		values[MAX_CALL_ARGS];
+	char		nulls[MAX_CALL_ARGS];
+	Oid			user;
+	int			context;
+
+	Assert(PG_NARGS() <= MAX_CALL_ARGS);
+	for (int i = 0; i < PG_NARGS(); i++)
+	{
+		types[i] = get_fn_expr_argtype(fcinfo->flinfo, i);
+		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
+		nulls[i] = PG_ARGISNULL(i) ? 'n' : ' ';
+	}
+	GetUserIdAndSecContext(&user, &context);
+	SetUserIdAndSecContext(function_owner(fcinfo->flinfo->fn_oid), context | SECURITY_LOCAL_USERID_CHANGE);
+	if (SPI_execute_with_args(sql, PG_NARGS(), types, values, nulls, false, 0) != SPI_OK_SELECT ||
+		SPI_processed != 1)
+		elog(ERROR, "could not execute \"%s\"", sql);
+	SetUserIdAndSecContext(user, context);
+	return SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, isnull);
+}
+
+/*
+ * Runs the statements that a query over the arguments gives, with the caller's
+ * rights and search path: whoever may not create a trigger on the table may
+ * not capture it, and a condition means what it would mean in the caller's own
+ * CREATE TRIGGER.  In C because a SQL function would have to leave its own
+ * search path open for that.  Returns how many there were.
+ */
+static int
+run_statements(const char *sql, FunctionCallInfo fcinfo)
+{
+	Datum	   *statements;
+	int			n;
+	bool		isnull;
+	Datum		array = call_as_owner(sql, fcinfo, &isnull);
+
+	deconstruct_array(DatumGetArrayTypeP(array), TEXTOID, -1, false, TYPALIGN_INT, &statements, NULL, &n);
+	for (int i = 0; i < n; i++)
+	{
+		if (SPI_execute(TextDatumGetCString(statements[i]), false, 0) != SPI_OK_UTILITY)
+			elog(ERROR, "could not change the triggers");
+	}
+	return n;
+}
+
+Datum
+pgf_capture(PG_FUNCTION_ARGS)
+{
+	bool		isnull;
 
 	SPI_connect();
-	if (IsA(parsetree, AlterTableStmt))
-		column_dropped((AlterTableStmt *) parsetree);
-	else if (IsA(parsetree, RenameStmt) && ((RenameStmt *) parsetree)->renameType == OBJECT_COLUMN)
-		call_for_altered_tables("select fanout.column_renamed(objid, $1, $2)"
-								" from pg_event_trigger_ddl_commands() where classid = 'pg_class'::regclass",
-								((RenameStmt *) parsetree)->subname, ((RenameStmt *) parsetree)->newname);
+	if (run_statements("select fanout.capture_statements($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)", fcinfo) > 0)
+		(void) call_as_owner("select fanout.capture_declared($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+							 fcinfo, &isnull);
 	SPI_finish();
-	PG_RETURN_NULL();
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_uncapture(PG_FUNCTION_ARGS)
+{
+	int32		captures;
+	bool		isnull;
+
+	SPI_connect();
+	captures = DatumGetInt32(call_as_owner("select fanout.end_captures($1, $2)", fcinfo, &isnull));
+	(void) run_statements("select fanout.uncapture_statements($1, $2)", fcinfo);
+	SPI_finish();
+	PG_RETURN_INT32(captures);
 }

@@ -195,4 +195,13 @@ escape_json_with_len(StringInfo buf, const char *str, int len)
 #define PGF_IS_VIRTUAL_GENERATED(attr) false
 #endif
 
+/* The parameters of ExecutorRun_hook, and how they are passed on. */
+#if PG_VERSION_NUM >= 180000
+#define PGF_EXECUTOR_RUN_ARGS QueryDesc *query, ScanDirection direction, uint64 count
+#define PGF_EXECUTOR_RUN_PASS query, direction, count
+#else
+#define PGF_EXECUTOR_RUN_ARGS QueryDesc *query, ScanDirection direction, uint64 count, bool execute_once
+#define PGF_EXECUTOR_RUN_PASS query, direction, count, execute_once
+#endif
+
 #endif							/* PGF_COMPAT_H */

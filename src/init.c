@@ -18,6 +18,7 @@
 #include "guc.h"
 #include "hooks.h"
 #include "launcher.h"
+#include "nesting.h"
 #include "shmem.h"
 #include "wakeup.h"
 #include "writer.h"
@@ -31,12 +32,18 @@ _PG_init(void)
 {
 	guc_init(process_shared_preload_libraries_in_progress);
 
-	if (!process_shared_preload_libraries_in_progress || IsBinaryUpgrade)
+	if (IsBinaryUpgrade)
 		return;
+	if (!process_shared_preload_libraries_in_progress)
+	{
+		nesting_init();
+		return;
+	}
 
 	shmem_init();
 	hooks_init();
 	wakeup_init();
 	writer_init();
+	nesting_init();
 	launcher_register();
 }

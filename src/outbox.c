@@ -25,6 +25,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/relation.h"
 #include "access/table.h"
 #include "access/xact.h"
 #include "access/xlog.h"
@@ -34,9 +35,12 @@
 #include "commands/sequence.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "storage/lock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/datetime.h"
 #include "utils/datum.h"
+#include "utils/fmgroids.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
 #include "utils/portal.h"
@@ -76,6 +80,9 @@ StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
  */
 #define MAX_CURSOR_BODY 1000
 
+/* Microseconds that the sequence may lie behind the clock. */
+#define SEQUENCE_LAG (10 * USECS_PER_SEC)
+
 /* Most rows fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
 
@@ -104,13 +111,83 @@ row_descriptor(void)
 	return desc;
 }
 
+/* The last number that was drawn, or 0. */
+static int64
+last_number(Oid sequence)
+{
+	LOCAL_FCINFO(fcinfo, 1);
+	FmgrInfo	flinfo;
+	Datum		number;
+
+	fmgr_info(F_PG_SEQUENCE_LAST_VALUE, &flinfo);
+	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
+	fcinfo->args[0].value = ObjectIdGetDatum(sequence);
+	fcinfo->args[0].isnull = false;
+	number = FunctionCallInvoke(fcinfo);
+	return fcinfo->isnull ? 0 : DatumGetInt64(number);
+}
+
+/*
+ * Moves the sequence on to the microseconds since 1970 if it lies behind them,
+ * as its owner.
+ */
+static void
+move_to_clock(Oid sequence)
+{
+	int64		now = GetCurrentTimestamp() +
+		((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE)) * USECS_PER_DAY;
+	Oid			user;
+	int			context;
+	Relation	rel = relation_open(sequence, AccessShareLock);
+
+	GetUserIdAndSecContext(&user, &context);
+	SetUserIdAndSecContext(rel->rd_rel->relowner, context | SECURITY_LOCAL_USERID_CHANGE);
+	relation_close(rel, NoLock);
+	if (last_number(sequence) < now - SEQUENCE_LAG)
+		(void) DirectFunctionCall2(setval_oid, ObjectIdGetDatum(sequence), Int64GetDatum(now));
+	SetUserIdAndSecContext(user, context);
+}
+
+/*
+ * Sees to it that ids never go back: not after a restore of any kind, nor on a
+ * standby that was promoted before the last numbers of its primary reached it.
+ * All ids ever drawn lie below the clock, since nobody draws a million of them
+ * in a second.  So it is enough that each session, before its first one, moves
+ * the sequence on to the clock; no session outlives a restore.
+ *
+ * Those who move it exclude each other, for moments.  Those who only draw
+ * meanwhile cannot draw as many as are skipped.
+ */
+static void
+keep_up_with_clock(Oid sequence)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, RelationRelationId, sequence, 3);
+	(void) LockAcquire(&tag, ExclusiveLock, false, false);
+	move_to_clock(sequence);
+	(void) LockRelease(&tag, ExclusiveLock, false);
+}
+
+int64
+outbox_next_id(void)
+{
+	static bool kept_up = false;
+	Oid			sequence = relinfo_outbox_sequence();
+
+	if (!kept_up)
+		keep_up_with_clock(sequence);
+	kept_up = true;
+	return nextval_internal(sequence, false);
+}
+
 /* The row's columns; texts are made in the current context. */
 static void
 fill_row(const OutboxRow *row, int segment, Datum *values, bool *nulls)
 {
 	memset(nulls, false, OUTBOX_NATTS * sizeof(bool));
 	values[0] = Int16GetDatum(segment);
-	values[1] = Int64GetDatum(nextval_internal(relinfo_outbox_sequence(), false));
+	values[1] = Int64GetDatum(row->id);
 	values[2] = FullTransactionIdGetDatum(GetTopFullTransactionId());
 	values[3] = Int32GetDatum(row->topic_id);
 	values[4] = UUIDPGetDatum(&row->message_id);

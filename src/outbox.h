@@ -23,6 +23,7 @@
 
 typedef struct OutboxRow
 {
+	int64		id;				/* from outbox_next_id() */
 	int32		topic_id;
 	pg_uuid_t	message_id;
 	const char *type;			/* NULL: none */
@@ -32,6 +33,9 @@ typedef struct OutboxRow
 	size_t		payload_len;
 	TimestampTz created_at;
 } OutboxRow;
+
+/* The next number of the sequence. */
+extern int64 outbox_next_id(void);
 
 /*
  * Writes one message into the current segment, at once or at the latest when

@@ -10,7 +10,16 @@
  * schema's name or the set of topics changes.
  *
  * Entries are only marked invalid by the callbacks, since those can come at
- * any catalog access; they are rebuilt at the next use.
+ * any catalog access.  At the next use another entry takes the place of an
+ * invalid one, which is freed when its last user has gone: rendering a row can
+ * run anything that a type's output function does, and that may come back
+ * here, or make a table, a schema or a topic another one.
+ *
+ * Columns named in the options are numbers in fanout.captured_column, so that
+ * they are the same columns whatever they are called by now.  Where the numbers
+ * are missing (a trigger made while event triggers were off), names count, and
+ * an excluded name that no column has leaves nothing of the row in the message.
+ * An excluded column never gets into a message, and so into no key either.
  *
  * Nothing here checks rights: whoever may write the table makes messages, and
  * needs no right on the tables of pg_fanout for it.  So no SQL is run, only
@@ -65,15 +74,32 @@ const char *const capture_op_code[CAPTURE_OPS] = {"c", "u", "d", "t"};
 
 static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "delete", "truncate"};
 
-/* Value of an option that lists columns; an element may be NULL. */
-typedef struct Names
+/* Columns of fanout.captured_column. */
+#define COLUMN_ENTITY	1
+#define COLUMN_TOPIC	2
+#define COLUMN_OPTION	3
+#define COLUMN_ATTNUM	5
+#define COLUMN_NAME		6
+
+/* An option that lists columns, as numbers of the captured table. */
+typedef struct ColumnList
 {
+	bool		given;
+	bool		unknown;		/* it names one that is not there */
 	int			count;
-	char	  **names;
-} Names;
+	AttrNumber	attnums[MaxHeapAttributeNumber];
+} ColumnList;
+
+/* One entry of the cache; info is replaced, never changed. */
+typedef struct CaptureEntry
+{
+	Oid			trigger;		/* hash key */
+	CaptureInfo *info;
+} CaptureEntry;
 
 static HTAB *captures = NULL;
 static HTAB *topics = NULL;
+static uint64 invalidations = 0;	/* calls of the callbacks */
 
 /* Oids of our own relations; 0 = look up. */
 static Oid	topic_relid;
@@ -95,13 +121,16 @@ static void
 invalidate_captures(Oid relid)
 {
 	HASH_SEQ_STATUS scan;
-	CaptureInfo *info;
+	CaptureEntry *entry;
 
+	invalidations++;
 	if (captures == NULL)
 		return;
 	hash_seq_init(&scan, captures);
-	while ((info = hash_seq_search(&scan)) != NULL)
+	while ((entry = hash_seq_search(&scan)) != NULL)
 	{
+		CaptureInfo *info = entry->info;
+
 		if (!OidIsValid(relid) || info->relid == relid || info->entity == relid)
 			info->valid = false;
 	}
@@ -164,7 +193,7 @@ init_caches(void)
 	{
 		memset(&ctl, 0, sizeof(ctl));
 		ctl.keysize = sizeof(Oid);
-		ctl.entrysize = sizeof(CaptureInfo);
+		ctl.entrysize = sizeof(CaptureEntry);
 		captures = hash_create("pg_fanout captures", 32, &ctl, HASH_ELEM | HASH_BLOBS);
 	}
 	if (topics == NULL)
@@ -368,63 +397,12 @@ captured_entity(Oid trigger)
 	return relid;
 }
 
-/* Takes apart a text array in its external form, an option's value. */
-static Names
-parse_names(const char *array)
-{
-	ArrayType  *parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(array),
-															 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
-	Names		names;
-	Datum	   *elements;
-	bool	   *nulls;
-
-	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &names.count);
-	names.names = palloc((names.count + 1) * sizeof(char *));
-	for (int i = 0; i < names.count; i++)
-		names.names[i] = nulls[i] ? NULL : TextDatumGetCString(elements[i]);
-	return names;
-}
-
-static bool
-has_name(const Names *names, const char *name)
-{
-	for (int i = 0; i < names->count; i++)
-	{
-		if (names->names[i] != NULL && strcmp(names->names[i], name) == 0)
-			return true;
-	}
-	return false;
-}
+/* ---- columns ---- */
 
 static bool
 can_render(Form_pg_attribute attr)
 {
 	return !attr->attisdropped && !PGF_IS_VIRTUAL_GENERATED(attr);
-}
-
-/* Columns for the message; columns and exclude are NULL if not given. */
-static int
-choose_columns(TupleDesc desc, const char *columns, const char *exclude, AttrNumber *attnums)
-{
-	Names		only = {0};
-	Names		without = {0};
-	int			n = 0;
-
-	if (columns != NULL)
-		only = parse_names(columns);
-	if (exclude != NULL)
-		without = parse_names(exclude);
-	for (int i = 0; i < desc->natts; i++)
-	{
-		Form_pg_attribute attr = TupleDescAttr(desc, i);
-
-		if (!can_render(attr) ||
-			(columns != NULL && !has_name(&only, NameStr(attr->attname))) ||
-			has_name(&without, NameStr(attr->attname)))
-			continue;
-		attnums[n++] = attr->attnum;
-	}
-	return n;
 }
 
 static bool
@@ -438,44 +416,166 @@ has_attnum(const AttrNumber *attnums, int n, AttrNumber attnum)
 	return false;
 }
 
-/*
- * Columns of an explicit key, in the order given.  Each counts once: a trigger
- * made by hand may repeat it, and attnums has room for all columns only.
- */
-static int
-explicit_key(TupleDesc desc, const char *key, AttrNumber *attnums)
+/* Each column counts once: a trigger made by hand may repeat it. */
+static void
+add_column(ColumnList *list, TupleDesc desc, AttrNumber attnum)
 {
-	Names		names = parse_names(key);
-	int			found = 0;
+	if (attnum > 0 && attnum <= desc->natts && !TupleDescAttr(desc, attnum - 1)->attisdropped &&
+		!has_attnum(list->attnums, list->count, attnum))
+		list->attnums[list->count++] = attnum;
+}
 
-	for (int k = 0; k < names.count; k++)
+/* Adds the columns that a text array names, in its external form. */
+static void
+add_named(ColumnList *list, Relation entity, const char *array)
+{
+	ArrayType  *parsed = DatumGetArrayTypeP(OidFunctionCall3(F_ARRAY_IN, CStringGetDatum(array),
+															 ObjectIdGetDatum(TEXTOID), Int32GetDatum(-1)));
+	Datum	   *elements;
+	bool	   *nulls;
+	int			n;
+
+	deconstruct_array(parsed, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &n);
+	for (int i = 0; i < n; i++)
 	{
-		for (int i = 0; names.names[k] != NULL && i < desc->natts; i++)
-		{
-			Form_pg_attribute attr = TupleDescAttr(desc, i);
+		AttrNumber	attnum = nulls[i] ? InvalidAttrNumber :
+			get_attnum(RelationGetRelid(entity), TextDatumGetCString(elements[i]));
 
-			if (can_render(attr) && strcmp(NameStr(attr->attname), names.names[k]) == 0 &&
-				!has_attnum(attnums, found, attr->attnum))
-				attnums[found++] = attr->attnum;
-		}
+		if (attnum <= 0)
+			list->unknown = true;
+		else
+			add_column(list, RelationGetDescr(entity), attnum);
 	}
-	return found;
 }
 
 /*
- * The primary key, else the index of the replica identity.  Before PostgreSQL
- * 17 rd_pkindex leaves out a deferrable primary key, which is good enough here:
- * nothing depends on its being unique at every moment.
+ * The number of a recorded column.  If it is gone, another one of its name is
+ * meant, so that what was excluded stays so.
+ */
+static AttrNumber
+recorded_attnum(HeapTuple tuple, TupleDesc desc, Relation entity)
+{
+	bool		isnull;
+	AttrNumber	attnum = DatumGetInt16(heap_getattr(tuple, COLUMN_ATTNUM, desc, &isnull));
+	TupleDesc	columns = RelationGetDescr(entity);
+
+	if (attnum > 0 && attnum <= columns->natts && !TupleDescAttr(columns, attnum - 1)->attisdropped)
+		return attnum;
+	return get_attnum(RelationGetRelid(entity),
+					  TextDatumGetCString(heap_getattr(tuple, COLUMN_NAME, desc, &isnull)));
+}
+
+/*
+ * Adds the columns whose numbers were recorded when the capture was declared.
+ * Returns whether there are any.
+ */
+static bool
+add_recorded(ColumnList *list, Relation entity, const char *topic, const char *option)
+{
+	Relation	rel = table_open(own_relation("captured_column"), AccessShareLock);
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	ScanKeyData keys[3];
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		any = false;
+
+	ScanKeyInit(&keys[0], COLUMN_ENTITY, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(RelationGetRelid(entity)));
+	ScanKeyInit(&keys[1], COLUMN_TOPIC, BTEqualStrategyNumber, F_TEXTEQ, CStringGetTextDatum(topic));
+	ScanKeyInit(&keys[2], COLUMN_OPTION, BTEqualStrategyNumber, F_TEXTEQ, CStringGetTextDatum(option));
+	/* by its primary key, which gives the columns in their order */
+	(void) RelationGetIndexList(rel);
+	scan = systable_beginscan(rel, rel->rd_pkindex, OidIsValid(rel->rd_pkindex), snapshot, 3, keys);
+	while (HeapTupleIsValid(tuple = systable_getnext(scan)))
+	{
+		add_column(list, RelationGetDescr(entity),
+				   recorded_attnum(tuple, RelationGetDescr(rel), entity));
+		any = true;
+	}
+	systable_endscan(scan);
+	UnregisterSnapshot(snapshot);
+	table_close(rel, NoLock);
+	return any;
+}
+
+/* An option of the capture that lists columns. */
+static ColumnList *
+column_option(Trigger *trigger, Relation entity, const char *name)
+{
+	const char *array = relinfo_option(trigger->tgargs, trigger->tgnargs, name);
+	ColumnList *list = palloc0(sizeof(ColumnList));
+
+	list->given = (array != NULL);
+	if (list->given && !add_recorded(list, entity, trigger->tgargs[0], name))
+		add_named(list, entity, array);
+	return list;
+}
+
+/* Makes numbers of the captured table's columns those of a partition of it. */
+static void
+map_columns(ColumnList *list, Relation entity, Relation rel)
+{
+	for (int i = 0; i < list->count && entity != rel; i++)
+		list->attnums[i] = get_attnum(RelationGetRelid(rel),
+									  NameStr(TupleDescAttr(RelationGetDescr(entity), list->attnums[i] - 1)->attname));
+}
+
+static bool
+excludes(const ColumnList *exclude, AttrNumber attnum)
+{
+	return exclude->unknown || has_attnum(exclude->attnums, exclude->count, attnum);
+}
+
+/* The columns of the message, as numbers of rel. */
+static ColumnList *
+message_columns(const ColumnList *columns, const ColumnList *exclude, TupleDesc desc)
+{
+	ColumnList *list = palloc0(sizeof(ColumnList));
+
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(desc, i);
+
+		if (can_render(attr) && !excludes(exclude, attr->attnum) &&
+			(!columns->given || has_attnum(columns->attnums, columns->count, attr->attnum)))
+			list->attnums[list->count++] = attr->attnum;
+	}
+	return list;
+}
+
+/* The columns of an index; none if one of them is excluded. */
+static ColumnList *
+index_columns(Relation entity, Oid indexoid, const ColumnList *exclude)
+{
+	ColumnList *list = palloc0(sizeof(ColumnList));
+	Relation	index = index_open(indexoid, AccessShareLock);
+	int			n = IndexRelationGetNumberOfKeyAttributes(index);
+
+	for (int i = 0; i < n; i++)
+	{
+		AttrNumber	attnum = index->rd_index->indkey.values[i];
+
+		if (excludes(exclude, attnum))
+		{
+			list->count = 0;
+			break;
+		}
+		add_column(list, RelationGetDescr(entity), attnum);
+	}
+	index_close(index, AccessShareLock);
+	return list;
+}
+
+/*
+ * The primary key's index.  Before PostgreSQL 17 rd_pkindex leaves out a
+ * deferrable one, which is good enough here: nothing depends on its being
+ * unique at every moment.
  */
 static Oid
-key_index(Relation rel)
+primary_index(Relation rel, List *indexes)
 {
-	List	   *indexes = RelationGetIndexList(rel);	/* sets rd_pkindex and
-														 * rd_replidindex */
 	ListCell   *lc;
 
-	if (OidIsValid(rel->rd_pkindex))
-		return rel->rd_pkindex;
 	foreach(lc, indexes)
 	{
 		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
@@ -485,38 +585,46 @@ key_index(Relation rel)
 		if (primary)
 			return lfirst_oid(lc);
 	}
-	return rel->rd_replidindex;
+	return InvalidOid;
 }
 
-/* Its columns. */
-static int
-default_key(Relation rel, AttrNumber *attnums)
+/* The columns of the primary key, else those of the replica identity, else none. */
+static ColumnList *
+default_key(Relation entity, const ColumnList *exclude)
 {
-	Oid			indexoid = key_index(rel);
-	Relation	index;
-	int			n;
+	List	   *indexes = RelationGetIndexList(entity); /* sets rd_replidindex */
+	Oid			primary = primary_index(entity, indexes);
+	ColumnList *list = palloc0(sizeof(ColumnList));
 
-	if (!OidIsValid(indexoid))
-		return 0;
-	index = index_open(indexoid, AccessShareLock);
-	n = IndexRelationGetNumberOfKeyAttributes(index);
-	for (int i = 0; i < n; i++)
-		attnums[i] = index->rd_index->indkey.values[i];
-	index_close(index, AccessShareLock);
-	return n;
+	if (OidIsValid(primary))
+		list = index_columns(entity, primary, exclude);
+	if (list->count == 0 && OidIsValid(entity->rd_replidindex))
+		list = index_columns(entity, entity->rd_replidindex, exclude);
+	return list;
 }
 
-/* Column numbers of the entity, found by name in the partition. */
-static int
-partition_key(Relation entity, Relation rel, AttrNumber *attnums)
+/* The columns of an explicit key that can be rendered, and may be. */
+static ColumnList *
+explicit_key(const ColumnList *key, const ColumnList *exclude, TupleDesc desc)
 {
-	int			n = default_key(entity, attnums);
+	ColumnList *list = palloc0(sizeof(ColumnList));
 
-	for (int i = 0; i < n; i++)
-		attnums[i] = get_attnum(RelationGetRelid(rel),
-								NameStr(TupleDescAttr(RelationGetDescr(entity), attnums[i] - 1)->attname));
-	return n;
+	for (int i = 0; i < key->count; i++)
+	{
+		if (can_render(TupleDescAttr(desc, key->attnums[i] - 1)) && !excludes(exclude, key->attnums[i]))
+			list->attnums[list->count++] = key->attnums[i];
+	}
+	return list;
 }
+
+static bool
+same_columns(const ColumnList *a, const ColumnList *b)
+{
+	return a->count == b->count &&
+		memcmp(a->attnums, b->attnums, a->count * sizeof(AttrNumber)) == 0;
+}
+
+/* ---- texts ---- */
 
 static void
 put_header(JsonbParseState **state, const char *name, const char *value)
@@ -609,8 +717,8 @@ describe_entity(CaptureInfo *info, Relation entity)
 	}
 }
 
-static const char *
-option(char **args, int nargs, const char *name)
+const char *
+relinfo_option(char **args, int nargs, const char *name)
 {
 	for (int i = 1; i + 1 < nargs; i += 2)
 	{
@@ -620,144 +728,195 @@ option(char **args, int nargs, const char *name)
 	return NULL;
 }
 
-/* Types whose text is the same in every session. */
-static bool
-has_constant_text(Oid type)
-{
-	switch (getBaseType(type))
-	{
-		case BOOLOID:
-		case INT2OID:
-		case INT4OID:
-		case INT8OID:
-		case OIDOID:
-		case NUMERICOID:
-		case TEXTOID:
-		case VARCHAROID:
-		case BPCHAROID:
-		case NAMEOID:
-		case CHAROID:
-		case UUIDOID:
-		case DATEOID:
-		case TIMESTAMPOID:
-		case TIMEOID:
-			return true;
-		default:
-			return type_is_enum(type);
-	}
-}
+/* ---- one capture ---- */
 
-static bool
-key_needs_settings(CaptureInfo *info, TupleDesc desc)
+static AttrNumber *
+keep_attnums(const ColumnList *list, MemoryContext context)
 {
-	for (int i = 0; i < info->nkeys; i++)
-	{
-		if (!has_constant_text(TupleDescAttr(desc, info->keys[i] - 1)->atttypid))
-			return true;
-	}
-	return false;
+	AttrNumber *attnums = MemoryContextAlloc(context, (list->count + 1) * sizeof(AttrNumber));
+
+	memcpy(attnums, list->attnums, list->count * sizeof(AttrNumber));
+	return attnums;
 }
 
 /*
- * The columns of message and key.  Called in a scratch context: the lists of a
- * wide table are large, and the cache lives as long as the session.
+ * Plans message, key and row identity.  Called in a scratch context: the lists
+ * of a wide table are large, and the cache lives as long as the session.
  */
 static void
 plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
-	AttrNumber *attnums = palloc((desc->natts + INDEX_MAX_KEYS + 1) * sizeof(AttrNumber));
-	const char *key = option(trigger->tgargs, trigger->tgnargs, "key");
-	int			n;
+	ColumnList *columns = column_option(trigger, entity, "columns");
+	ColumnList *exclude = column_option(trigger, entity, "exclude");
+	ColumnList *key = column_option(trigger, entity, "key");
+	ColumnList *identity = default_key(entity, exclude);
 
-	n = choose_columns(desc, option(trigger->tgargs, trigger->tgnargs, "columns"),
-					   option(trigger->tgargs, trigger->tgnargs, "exclude"), attnums);
-	info->row = rowjson_plan(desc, attnums, n, info->context);
+	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : identity;
+	map_columns(columns, entity, rel);
+	map_columns(exclude, entity, rel);
+	map_columns(key, entity, rel);
+	if (identity != key)
+		map_columns(identity, entity, rel);
 
-	if (key != NULL)
-		info->nkeys = explicit_key(desc, key, attnums);
-	else if (info->entity == info->relid)
-		info->nkeys = default_key(rel, attnums);
-	else
-		info->nkeys = partition_key(entity, rel, attnums);
-	if (info->nkeys == 0)
+	columns = message_columns(columns, exclude, desc);
+	info->row = rowjson_plan(desc, columns->attnums, columns->count, info->context);
+	info->nkeys = key->count;
+	info->keys = keep_attnums(key, info->context);
+	info->key = rowjson_plan(desc, key->attnums, key->count, info->context);
+	if (same_columns(key, identity))
 		return;
-	info->keys = MemoryContextAlloc(info->context, info->nkeys * sizeof(AttrNumber));
-	memcpy(info->keys, attnums, info->nkeys * sizeof(AttrNumber));
-	info->key = rowjson_plan(desc, attnums, info->nkeys, info->context);
-	info->key_needs_settings = key_needs_settings(info, desc);
+	info->nidentity = identity->count;
+	info->identity_keys = keep_attnums(identity, info->context);
+	info->identity = rowjson_plan(desc, identity->attnums, identity->count, info->context);
+}
+
+/* The operation that an option names; -1: it is not given. */
+static int
+sent_as(Trigger *trigger)
+{
+	const char *operation = relinfo_option(trigger->tgargs, trigger->tgnargs, "sent_as");
+
+	for (int op = 0; operation != NULL && op < CAPTURE_OPS; op++)
+	{
+		if (strcmp(operation, operation_name[op]) == 0)
+			return op;
+	}
+	return -1;
 }
 
 static void
 plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 {
-	const char *old_row = option(trigger->tgargs, trigger->tgnargs, "old_row");
+	const char *old_row = relinfo_option(trigger->tgargs, trigger->tgnargs, "old_row");
 	Relation	entity = relation_open(info->entity, AccessShareLock);
 	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout plan",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
 
-	plan_columns(info, rel, entity, trigger);
+	plan_columns(info, rel, info->entity == info->relid ? rel : entity, trigger);
 	MemoryContextSwitchTo(info->context);
 	describe_entity(info, entity);
 	MemoryContextSwitchTo(oldcontext);
 	MemoryContextDelete(scratch);
 	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
+	info->sent_as = sent_as(trigger);
 	relation_close(entity, AccessShareLock);
 }
 
-static void
-build_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
+/*
+ * Makes a new entry, in a context of its own.  Should an invalidation come
+ * meanwhile, the entry is good for this use, and made once more at the next.
+ */
+static CaptureInfo *
+build_capture(Relation rel, Trigger *trigger)
 {
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout capture",
+												  ALLOCSET_SMALL_SIZES);
+	CaptureInfo *info = MemoryContextAllocZero(context, sizeof(CaptureInfo));
+	uint64		before = invalidations;
+
 	if (trigger->tgnargs < 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("trigger \"%s\" names no topic", trigger->tgname),
 				 errhint("Use fanout.capture() to create it.")));
+	info->context = context;
 	info->topic = relinfo_topic(trigger->tgargs[0]);
 	info->relid = RelationGetRelid(rel);
 	info->entity = captured_entity(trigger->tgoid);
 	if (!OidIsValid(info->entity))
 		info->entity = info->relid;
-
-	info->context = AllocSetContextCreate(CacheMemoryContext, "pg_fanout capture",
-										  ALLOCSET_SMALL_SIZES);
 	plan_capture(info, rel, trigger);
+	MemoryContextSetParent(context, CacheMemoryContext);
+	info->valid = (before == invalidations);
+	return info;
+}
+
+/* ---- the cache of captures ---- */
+
+static void
+free_unused(CaptureInfo *info)
+{
+	if (info->uses == 0)
+		MemoryContextDelete(info->context);
+}
+
+/* Called when the context is reset in which the entry was asked for. */
+static void
+release_capture(void *arg)
+{
+	CaptureInfo *info = arg;
+
+	info->uses--;
+	if (!info->cached)
+		free_unused(info);
+}
+
+static void
+use_capture(CaptureInfo *info)
+{
+	MemoryContextCallback *callback = palloc(sizeof(MemoryContextCallback));
+
+	callback->func = release_capture;
+	callback->arg = info;
+	info->uses++;
+	MemoryContextRegisterResetCallback(CurrentMemoryContext, callback);
+}
+
+/* Takes an entry out of the cache; it is freed now, or by its last user. */
+static void
+drop_entry(CaptureEntry *entry)
+{
+	CaptureInfo *info = entry->info;
+
+	(void) hash_search(captures, &entry->trigger, HASH_REMOVE, NULL);
+	info->cached = false;
+	free_unused(info);
+}
+
+/* Removes entries that are out of date, those of dropped triggers among them. */
+static void
+drop_invalid_entries(void)
+{
+	HASH_SEQ_STATUS scan;
+	CaptureEntry *entry;
+
+	hash_seq_init(&scan, captures);
+	while ((entry = hash_seq_search(&scan)) != NULL)
+	{
+		if (!entry->info->valid)
+			drop_entry(entry);
+	}
 }
 
 CaptureInfo *
 relinfo_of_trigger(TriggerData *trigdata)
 {
 	Oid			trigger = trigdata->tg_trigger->tgoid;
+	CaptureEntry *entry;
 	CaptureInfo *info;
 	bool		found;
 
 	init_caches();
-	info = hash_search(captures, &trigger, HASH_ENTER, &found);
-	if (found && info->valid)
-		return info;
-
-	/* An error below leaves the entry invalid, with no context to leak. */
-	if (found && info->context != NULL)
-		MemoryContextDelete(info->context);
-	memset(info, 0, sizeof(*info));
-	info->trigger = trigger;
-
-	/*
-	 * Set before, not after: an invalidation that comes while the entry is
-	 * being built must not be forgotten.  It is then built once more at the
-	 * next call.
-	 */
-	info->valid = true;
-	PG_TRY();
+	entry = hash_search(captures, &trigger, HASH_FIND, NULL);
+	if (entry != NULL && entry->info->valid)
 	{
-		build_capture(info, trigdata->tg_relation, trigdata->tg_trigger);
+		use_capture(entry->info);
+		return entry->info;
 	}
-	PG_CATCH();
+
+	info = build_capture(trigdata->tg_relation, trigdata->tg_trigger);
+	use_capture(info);
+	drop_invalid_entries();
+	entry = hash_search(captures, &trigger, HASH_ENTER, &found);
+	if (found)
 	{
-		info->valid = false;
-		PG_RE_THROW();
+		/* made meanwhile, by a call that building this one led to */
+		entry->info->cached = false;
+		free_unused(entry->info);
 	}
-	PG_END_TRY();
+	entry->info = info;
+	info->cached = true;
 	return info;
 }

@@ -40,22 +40,31 @@ typedef struct TopicInfo
 	TopicFormat format;
 } TopicInfo;
 
-/* One capture trigger on one table (or partition). */
+/*
+ * One capture trigger on one table (or partition).  It and all that it points
+ * to stay as they are while anybody uses it; see relinfo_of_trigger().
+ */
 typedef struct CaptureInfo
 {
-	Oid			trigger;		/* hash key */
-	bool		valid;
+	MemoryContext context;		/* holds it all */
+	bool		valid;			/* still what the catalogs say */
+	bool		cached;			/* else its last user frees it */
+	int			uses;			/* calls of triggers that have it */
 	Oid			relid;			/* the table it fires on */
 	Oid			entity;			/* the table captured: itself, or the
 								 * partitioned table above it */
-	MemoryContext context;		/* holds everything below */
 	TopicInfo	topic;
 	bool		old_row;
+	int			sent_as;		/* CaptureOp of the message whatever the event
+								 * is; -1: the event's own */
 	RowJson    *row;			/* the captured columns */
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
 	RowJson    *key;			/* the key's columns */
-	bool		key_needs_settings; /* their text depends on settings */
+	int			nidentity;		/* columns of the primary key, 0: none, or the
+								 * key's own */
+	AttrNumber *identity_keys;
+	RowJson    *identity;
 	char	   *source;			/* constant part of Debezium's "source" */
 	char	   *uri;			/* CloudEvents' source */
 	char	   *type[CAPTURE_OPS];	/* AMQP type */
@@ -63,8 +72,10 @@ typedef struct CaptureInfo
 } CaptureInfo;
 
 /*
- * Cached information on the trigger that fires.  Valid until the next call
- * into the catalog; raises an error (42704) if its topic does not exist.
+ * Cached information on the trigger that fires.  It stays as it is until the
+ * current memory context is reset, whatever runs meanwhile: a type's output
+ * function may write to the same table, change schemas, fail and be caught.
+ * Raises an error (42704) if the topic does not exist.
  */
 extern CaptureInfo *relinfo_of_trigger(TriggerData *trigdata);
 
@@ -76,6 +87,9 @@ extern Jsonb *relinfo_headers(const char *op, const char *schema, const char *ta
 							  const char *old_key);
 
 extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
+
+/* The option's value among the arguments of a capture trigger; NULL: not given. */
+extern const char *relinfo_option(char **args, int nargs, const char *name);
 
 /* Arguments of a trigger as C strings, in the current context. */
 extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent);

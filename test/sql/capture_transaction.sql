@@ -200,17 +200,17 @@ set session_replication_role = replica;
 insert into account values (80, 80);
 reset session_replication_role;
 select key from messages();
-alter table account enable always trigger pg_fanout_capture_transaction;
+alter table account enable always trigger pg_fanout_row_capture_transaction;
 set session_replication_role = replica;
 insert into account values (81, 81);
 reset session_replication_role;
 select key from messages();
 -- and disabled is seen to be disabled
-alter table account disable trigger pg_fanout_capture_transaction;
+alter table account disable trigger pg_fanout_row_capture_transaction;
 insert into account values (82, 82);
 select key from messages();
 select entity, enabled from fanout.captures where topic = 'capture_transaction' order by entity::text;
-alter table account enable trigger pg_fanout_capture_transaction;
+alter table account enable trigger pg_fanout_row_capture_transaction;
 
 -- capturing is transactional, too
 begin;

@@ -1,7 +1,6 @@
 -- "when": any condition over OLD and NEW, for all operations of a capture alike
 set client_min_messages = warning;
 create extension if not exists pg_fanout;
-reset client_min_messages;
 \set SHOW_CONTEXT never
 create schema capture_when;
 set search_path = capture_when;

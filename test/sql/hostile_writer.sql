@@ -34,9 +34,9 @@ select attempt(c) from unnest(array[
     format('alter database %I reset all', current_database()), 'select set_config(''pg_fanout.uri'', ''amqp://other/'', false)']) c;
 -- the table and its triggers
 select attempt(c) from unnest(array[
-    'alter table entity disable trigger all', 'alter table entity disable trigger user', 'drop trigger pg_fanout_hostile_writer on entity', 'alter trigger pg_fanout_hostile_writer on entity rename to t',
+    'alter table entity disable trigger all', 'alter table entity disable trigger user', 'drop trigger pg_fanout_row_hostile_writer on entity', 'alter trigger pg_fanout_row_hostile_writer on entity rename to t',
     'create trigger t before insert on entity for each row execute function fanout.capture_trigger()', 'create rule r as on insert to entity do instead nothing',
-    'create event trigger e on ddl_command_end execute function fanout.column_altered()', 'create index on entity (id)', 'alter table entity rename a to b',
+    'create event trigger e on ddl_command_end execute function fanout.schema_changed()', 'create index on entity (id)', 'alter table entity rename a to b',
     'lock table entity in access exclusive mode', 'lock table entity in share mode', 'truncate entity', 'delete from entity', 'select * from entity',
     'create table heir () inherits (entity)', 'create publication p for table entity', 'comment on table entity is ''x''']) c;
 -- pg_fanout's own objects, to read and to write and to lock; see also privileges.sql
@@ -129,15 +129,15 @@ select fanout.capture('his', 'hostile_writer 2');
 set role fanout_hostile;
 select attempt(c) from unnest(array[
     'create trigger t after insert on his for each row execute function fanout.capture_trigger(''hostile_writer'')',
-    'create or replace trigger "pg_fanout_hostile_writer 2" after insert on his for each row execute function fanout.capture_trigger(''hostile_writer'')',
+    'create or replace trigger "pg_fanout_row_hostile_writer 2" after insert on his for each row execute function fanout.capture_trigger(''hostile_writer'')',
     'update pg_trigger set tgargs = ''\x00'' where tgrelid = ''his''::regclass',
-    'alter trigger "pg_fanout_hostile_writer 2" on his rename to pg_fanout_hostile_writer']) c;
+    'alter trigger "pg_fanout_row_hostile_writer 2" on his rename to pg_fanout_row_hostile_writer']) c;
 insert into his values (1);
 reset role;
 select topic, headers ->> 'table' as "table" from fanout.outbox o join fanout.topic t using (topic_id) where topic ~ '^hostile_writer' order by o.id desc limit 1;
 -- with them he can capture into any topic, and what arrives says truly which table it comes from
 grant usage on schema fanout to fanout_hostile;
-grant execute on function fanout.capture, fanout.capture_statements, fanout.capture_trigger, fanout.captures_of, fanout.publish to fanout_hostile;
+grant execute on function fanout.capture, fanout.capture_trigger, fanout.publish to fanout_hostile;
 set role fanout_hostile;
 select attempt('select fanout.capture(''his'', ''hostile_writer'')');
 insert into his values (2);

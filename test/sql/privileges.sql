@@ -102,7 +102,7 @@ select attempt(c) from unnest(array[
     'select * from fanout.pending', 'select * from fanout.stat_publisher', 'select * from fanout.stat_topics',
     'update fanout.rotation set current = 1', 'create table fanout.mine ()', 'create view mine as select * from fanout.topic',
     'create table mine_too (i int references fanout.topic)', 'alter table fanout.topic add x int', 'drop view fanout.captures',
-    'alter event trigger pg_fanout_column_altered disable'
+    'alter event trigger pg_fanout_schema_changed disable'
 ]) c;
 select * from mine;
 -- no function
@@ -125,9 +125,9 @@ select fanout.uncapture('entity');
 create table by_hand (id int);
 create trigger t after insert on by_hand for each row execute function fanout.capture_trigger('privileges');
 -- he owns the table, though, and so the trigger that was made on it
-drop trigger pg_fanout_privileges_truncate on entity;
-alter table entity disable trigger pg_fanout_privileges_insert;
-alter table entity enable trigger pg_fanout_privileges_insert;
+drop trigger pg_fanout_truncate_privileges on entity;
+alter table entity disable trigger pg_fanout_insert_privileges;
+alter table entity enable trigger pg_fanout_insert_privileges;
 alter table entity rename a to b;
 alter table entity drop column b cascade;
 alter table entity add column a text;
@@ -148,8 +148,8 @@ select attempt(c) from unnest(array[
 reset role;
 
 -- what an administrator grants for capturing: the functions, what they look up, and the one of the triggers
-grant execute on function fanout.capture, fanout.capture_statements, fanout.capture_trigger,
-    fanout.uncapture, fanout.uncapture_statements, fanout.captures_of
+grant execute on function fanout.capture, fanout.capture_trigger,
+    fanout.uncapture
 to fanout_owner;
 create table not_his (id int primary key);
 grant select, insert on not_his to fanout_owner;

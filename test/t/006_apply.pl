@@ -38,7 +38,7 @@ $node->safe_psql(
 	'copy', qq(
 	select fanout.declare_topic('t');
 	select fanout.capture('t', 't');
-	alter table t enable always trigger pg_fanout_t;
+	alter table t enable always trigger pg_fanout_row_t;
 	create subscription s connection 'port=$port host=$host dbname=postgres' publication p
 		with (create_slot = false, slot_name = 's', copy_data = false, streaming = on)));
 
