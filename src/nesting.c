@@ -27,14 +27,17 @@
  *	 subtransaction that was rolled back leaves tuple ids for others to use.
  *
  * - By identity, that is, the message's key or the row's primary key: it took
- *	 away or replaced a row with an identity that the inner event's row has.
- *	 (Outer: DELETE of key 1; inner: INSERT of key 1.)  But if its old row is
- *	 the newest version that an inner event left behind, it was made after that
- *	 one: foreign key actions queue such events in the outer statement.
+ *	 away or replaced a row with an identity that the inner event's row has
+ *	 (outer: DELETE of key 1; inner: INSERT of key 1), or gave the identity to a
+ *	 row, and inner events left a row with it behind.
  *
- * An INSERT that is known by neither is the later one: a BEFORE trigger has
+ * An event that is known by neither is the later one: a BEFORE trigger has
  * removed what was in its way.  An outer statement cannot do anything else to a
- * row that an inner one has changed: the server refuses that.
+ * row that an inner one has changed: the server refuses that.  But foreign key
+ * actions can, and queue their events in the outer statement.  So no event takes
+ * an id below that of the event that made its old row; and an inner event that
+ * does not find the newest version of a row, as far as that is known, reserves
+ * new ids for what must have happened in between.
  *
  * A reservation belongs to the level, that is, to the statement whose pending
  * events may take it, and ends with it.  Levels are statements of the executor
@@ -43,9 +46,9 @@
  * worker of logical replication does for each change it received is level 0.
  *
  * Outside nested statements this costs a comparison.  A reserved id that nobody
- * takes is a gap in the sequence.  Memory: an entry for each inner event of a
- * statement and each identity, as the server itself remembers an event for each
- * row of a statement; it is freed when the statement ends.
+ * takes is a gap in the sequence.  Memory: some 300 bytes for each inner event of
+ * a statement, at most, as the server itself remembers an event for each row of
+ * a statement; it is freed when the statement ends.
  *
  * This must never read a table, and never fail a statement for its order.
  *
@@ -65,13 +68,17 @@
 #include "outbox.h"
 
 /*
- * Ids reserved for an identity.  A statement takes a key away at most once;
- * foreign key actions may do it again, and events of inner levels that were
- * pending themselves pass one down.
+ * Ids reserved for an identity at a time, and kept for it.  A statement takes a
+ * key away at most once, and gives it at most once; foreign key actions may do
+ * it again, and events that were pending themselves pass one down.
  */
-#define RESERVED_IDS 6
+#define RESERVED_IDS 3
+#define KEPT_IDS 6
 
-/* A row version within one transaction; all zero: none.  Without padding. */
+/*
+ * A row version within one transaction, or without relid the lack of one, that
+ * the (sub)transaction xmin left behind; all zero: not known.  Without padding.
+ */
 typedef struct RowVersion
 {
 	Oid			relid;
@@ -99,11 +106,19 @@ typedef struct ReservationKey
 typedef struct Reservation
 {
 	ReservationKey key;
-	int64		ids[RESERVED_IDS];
-	int			first;			/* ids from first to end - 1 are left */
-	int			end;
+	int			nids;
+	int64		ids[KEPT_IDS];	/* in ascending order */
 	RowVersion	newest;			/* left behind by the inner events so far */
+	RowVersion	older;			/* what counts if that was rolled back */
+	int64		newest_id;		/* of the event that left the newest behind */
 } Reservation;
+
+/* The id of the event that made a row version. */
+typedef struct Made
+{
+	RowVersion	version;		/* hash key */
+	int64		id;
+} Made;
 
 typedef struct Level
 {
@@ -122,6 +137,9 @@ static Level *levels = NULL;
 static int	nlevels = 0;
 static int	depth = 0;
 
+/* Events that fired in nested statements of the outermost one; NULL: none. */
+static HTAB *made = NULL;
+
 static ExecutorRun_hook_type next_executor_run = NULL;
 static ExecutorFinish_hook_type next_executor_finish = NULL;
 
@@ -133,17 +151,28 @@ static bool has_pending_events(QueryDesc *query);
 static void enter_level(void *owner, bool truncates);
 static void leave_level(bool ends);
 static void forget_reserved(Level *level);
+static void forget_events(void);
 static void xact_callback(XactEvent event, void *arg);
 static int64 claim(Level *level, const NestedChange *change);
-static Reservation *older_than_inner(Level *level, const NestedChange *change);
-static Reservation *lower(Reservation *a, Reservation *b);
+static Reservation *lowest_of_identities(Level *level, const NestedChange *change, bool version_known,
+										 int64 above);
+static Reservation *lower(Reservation *a, Reservation *b, int64 above);
+static bool keeps_identities(const NestedChange *change);
+static void forget_claimed(Level *level, const NestedChange *change);
 static void pass_down(const NestedChange *change, int64 id);
-static Reservation *to_pass_down(Level *level, const NestedChange *change);
+static Reservation *to_pass_down(Level *level, const NestedChange *change, int64 below);
 static void reserve_all(const NestedChange *change);
 static void reserve_at(Level *level, const NestedChange *change);
+static void reserve_identity(Level *level, const NestedChange *change, int i, const RowVersion *found);
+static void add_id(Reservation *reservation, bool fresh, int64 id);
 static void reserve(Level *level, const ReservationKey *key, int n);
-static Reservation *add_reservation(Level *level, const ReservationKey *key, int64 id);
-static void note_newest(const NestedChange *change);
+static void note_event(const NestedChange *change, int64 id);
+static void note_made(RowVersion version, int64 id);
+static void set_newest(Reservation *reservation, RowVersion newest, int64 id);
+static RowVersion newest_version(const Reservation *reservation);
+static int64 made_by(const NestedChange *change);
+static int	first_above(const Reservation *reservation, int64 id);
+static int64 take_id(Reservation *reservation, int i);
 static Reservation *find(Level *level, const ReservationKey *key);
 static RowVersion version_of(Oid relid, HeapTuple row);
 static bool same_version(const RowVersion *a, const RowVersion *b);
@@ -194,7 +223,7 @@ nesting_draw(const NestedChange *change)
 		reserve_all(change);
 		id = outbox_next_id();
 	}
-	note_newest(change);
+	note_event(change, id);
 	return id;
 }
 
@@ -334,6 +363,8 @@ leave_level(bool ends)
 		levels[depth].owner = NULL;
 	}
 	depth--;
+	if (ends && depth == 0)
+		forget_events();
 }
 
 static void
@@ -342,6 +373,14 @@ forget_reserved(Level *level)
 	if (level->reserved != NULL)
 		hash_destroy(level->reserved);
 	level->reserved = NULL;
+}
+
+static void
+forget_events(void)
+{
+	if (made != NULL)
+		hash_destroy(made);
+	made = NULL;
 }
 
 static void
@@ -355,19 +394,19 @@ xact_callback(XactEvent event, void *arg)
 		levels[i].owner = NULL;
 	}
 	depth = 0;
+	forget_events();
 }
 
 /* Taking what is reserved */
 
 /*
  * Takes the id that was reserved for this event at its own level; 0 if none
- * was, which is the rule.  The event that made the version that an inner one
- * found is the last one before that: what else is reserved for its identities
- * waits for nobody.
+ * was, which is the rule.
  */
 static int64
 claim(Level *level, const NestedChange *change)
 {
+	int64		above = made_by(change);
 	Reservation *version = NULL;
 	Reservation *lowest;
 	ReservationKey key;
@@ -375,63 +414,81 @@ claim(Level *level, const NestedChange *change)
 
 	if (level->reserved == NULL)
 		return 0;
-	if (change->new_row != NULL)
+	if (change->new_row != NULL || change->old_row == NULL)
 	{
-		key = version_key(change, change->new_row);
-		version = find(level, &key);
+		key = change->new_row != NULL ? version_key(change, change->new_row) : truncate_key(change);
+		version = lower(NULL, find(level, &key), above);
 	}
-	lowest = lower(version, older_than_inner(level, change));
+	/* where the row kept its identities, its version says it all */
+	if (version != NULL && keeps_identities(change))
+		lowest = version;
+	else
+		lowest = lower(version, lowest_of_identities(level, change, version != NULL, above), above);
 	if (lowest == NULL)
 		return 0;
-	id = lowest->ids[lowest->first++];
-	if (version != NULL)
-	{
-		(void) hash_search(level->reserved, &key, HASH_REMOVE, NULL);
-		for (int i = 0; i < change->nidentities; i++)
-		{
-			key = identity_key(change, i);
-			(void) hash_search(level->reserved, &key, HASH_REMOVE, NULL);
-		}
-	}
+	id = take_id(lowest, first_above(lowest, above));
+	if (version != NULL && change->new_row != NULL)
+		forget_claimed(level, change);
 	return id;
 }
 
 /*
- * Finds the reservation with the lowest id among those for events that took an
- * identity of this one's old row away, unless this event came after the inner
- * ones.
+ * Finds the reservation with the lowest id for events that took an identity of
+ * the old row away, or (not if the version is known, which says more) gave the
+ * new row one that inner events left in use.
  */
 static Reservation *
-older_than_inner(Level *level, const NestedChange *change)
+lowest_of_identities(Level *level, const NestedChange *change, bool version_known, int64 above)
 {
 	Reservation *found = NULL;
-	ReservationKey key;
-	RowVersion	old;
 
-	if (change->old_row == NULL)
+	for (int i = 0; i < change->nidentities; i++)
 	{
-		key = truncate_key(change);
-		return change->new_row == NULL ? find(level, &key) : NULL;
-	}
-	old = version_of(change->relid, change->old_row);
-	for (int i = 0; i < change->nold; i++)
-	{
-		Reservation *other;
+		ReservationKey key = identity_key(change, i);
+		Reservation *other = find(level, &key);
 
-		key = identity_key(change, i);
-		other = find(level, &key);
-		if (other != NULL && !same_version(&other->newest, &old))
-			found = lower(found, other);
+		if (other != NULL &&
+			(i < change->nold || (!version_known && OidIsValid(newest_version(other).relid))))
+			found = lower(found, other, above);
 	}
 	return found;
 }
 
+/* The one of two reservations, or NULL, whose next id above that one is lower. */
 static Reservation *
-lower(Reservation *a, Reservation *b)
+lower(Reservation *a, Reservation *b, int64 above)
 {
-	if (a == NULL || (b != NULL && b->ids[b->first] < a->ids[a->first]))
+	if (b == NULL || first_above(b, above) < 0)
+		return a;
+	if (a == NULL)
 		return b;
-	return a;
+	return b->ids[first_above(b, above)] < a->ids[first_above(a, above)] ? b : a;
+}
+
+static bool
+keeps_identities(const NestedChange *change)
+{
+	int			n = change->nold;
+
+	return change->nidentities == 2 * n &&
+		memcmp(change->identities, change->identities + n, n * sizeof(uint64)) == 0;
+}
+
+/*
+ * The event that made the version that an inner one found is the last one
+ * before that: what else is reserved for its identities waits for nobody.
+ */
+static void
+forget_claimed(Level *level, const NestedChange *change)
+{
+	ReservationKey key = version_key(change, change->new_row);
+
+	(void) hash_search(level->reserved, &key, HASH_REMOVE, NULL);
+	for (int i = 0; i < change->nidentities; i++)
+	{
+		key = identity_key(change, i);
+		(void) hash_search(level->reserved, &key, HASH_REMOVE, NULL);
+	}
 }
 
 /*
@@ -450,32 +507,40 @@ pass_down(const NestedChange *change, int64 id)
 	for (int i = 0; i < depth; i++)
 	{
 		Reservation *from;
+		int64		passed;
 
 		if (levels[i].reserved == NULL || find(&levels[i], &key) != NULL)
 			continue;
-		from = to_pass_down(&levels[i], change);
-		if (from != NULL && from->ids[from->end - 1] < id)
-			add_reservation(&levels[i], &key, from->ids[--from->end]);
+		from = to_pass_down(&levels[i], change, id);
+		if (from == NULL)
+			continue;
+		passed = take_id(from, first_above(from, id) < 0 ? from->nids - 1 : first_above(from, id) - 1);
+		add_id(hash_search(levels[i].reserved, &key, HASH_ENTER, NULL), true, passed);
 	}
 }
 
+/* Finds a reservation that has an id below. */
 static Reservation *
-to_pass_down(Level *level, const NestedChange *change)
+to_pass_down(Level *level, const NestedChange *change, int64 below)
 {
-	Reservation *from = NULL;
 	ReservationKey key;
+	Reservation *from;
 
 	if (change->new_row != NULL)
 	{
 		key = version_key(change, change->new_row);
 		from = find(level, &key);
+		if (from != NULL && from->ids[0] < below)
+			return from;
 	}
-	for (int i = 0; from == NULL && i < change->nidentities; i++)
+	for (int i = 0; i < change->nidentities; i++)
 	{
 		key = identity_key(change, i);
 		from = find(level, &key);
+		if (from != NULL && from->ids[0] < below)
+			return from;
 	}
-	return from;
+	return NULL;
 }
 
 /* Reserving */
@@ -508,66 +573,87 @@ reserve_at(Level *level, const NestedChange *change)
 		if (same_version(&level->fired, &version.version))
 			return;
 	}
-	for (int i = 0; i < change->nidentities; i++)
-	{
-		key = identity_key(change, i);
-		reserve(level, &key, RESERVED_IDS);
-	}
-	if (own)
-		reserve(level, &version, 1);
-	if (level->truncates)
-	{
-		key = truncate_key(change);
-		reserve(level, &key, 1);
-	}
-}
-
-/*
- * Reserves n ids, unless some are already: those are lower, and right for the
- * events of a later one, too.
- */
-static void
-reserve(Level *level, const ReservationKey *key, int n)
-{
-	Reservation *reservation;
-
-	if (level->reserved != NULL && find(level, key) != NULL)
-		return;
-	reservation = add_reservation(level, key, outbox_next_id());
-	while (--n > 0)
-		reservation->ids[reservation->end++] = outbox_next_id();
-}
-
-static Reservation *
-add_reservation(Level *level, const ReservationKey *key, int64 id)
-{
-	Reservation *reservation;
-
 	if (level->reserved == NULL)
 	{
 		HASHCTL		ctl = {.keysize = sizeof(ReservationKey), .entrysize = sizeof(Reservation)};
 
 		level->reserved = hash_create("pg_fanout reserved ids", 16, &ctl, HASH_ELEM | HASH_BLOBS);
 	}
-	reservation = hash_search(level->reserved, key, HASH_ENTER, NULL);
-	reservation->ids[0] = id;
-	reservation->first = 0;
-	reservation->end = 1;
-	memset(&reservation->newest, 0, sizeof(RowVersion));
-	return reservation;
+	for (int i = 0; i < change->nidentities; i++)
+		reserve_identity(level, change, i, own ? &version.version : NULL);
+	if (own && find(level, &version) == NULL)
+		reserve(level, &version, 1);
+	key = truncate_key(change);
+	if (level->truncates && find(level, &key) == NULL)
+		reserve(level, &key, 1);
 }
 
 /*
- * Notes the row version that this event left behind, wherever one of its
- * identities is reserved.
+ * Reserves ids for an identity, unless some are already: those are lower, and
+ * right for the events of a later one, too.  But if the newest version with
+ * this identity is not the one that this event found (NULL: none of this
+ * transaction's), something that is pending has happened in between.
  */
 static void
-note_newest(const NestedChange *change)
+reserve_identity(Level *level, const NestedChange *change, int i, const RowVersion *found)
 {
-	RowVersion	newest = {0};
+	ReservationKey key = identity_key(change, i);
+	Reservation *reservation = find(level, &key);
+
+	if (reservation != NULL && found != NULL)
+	{
+		RowVersion	newest = newest_version(reservation);
+
+		if (same_version(&newest, found))
+			return;
+	}
+	reserve(level, &key, RESERVED_IDS);
+}
+
+/* Keeps an id, in the place of the highest one if there is no room. */
+static void
+add_id(Reservation *reservation, bool fresh, int64 id)
+{
+	if (fresh)
+	{
+		reservation->nids = 0;
+		memset(&reservation->newest, 0, sizeof(RowVersion));
+		memset(&reservation->older, 0, sizeof(RowVersion));
+	}
+	if (reservation->nids == KEPT_IDS)
+		reservation->nids--;
+	reservation->ids[reservation->nids++] = id;
+}
+
+static void
+reserve(Level *level, const ReservationKey *key, int n)
+{
+	bool		found;
+	Reservation *reservation = hash_search(level->reserved, key, HASH_ENTER, &found);
+
+	/* the lowest ones are for what has been pending for longest */
+	if (found && reservation->nids > KEPT_IDS - n)
+		reservation->nids = KEPT_IDS - n;
+	for (int i = 0; i < n; i++)
+		add_id(reservation, !found && i == 0, outbox_next_id());
+}
+
+/*
+ * Notes the id of the event that made a row version, and what it left behind of
+ * each of its identities, wherever that is reserved.  An identity that the new
+ * row does not have is left without a row; the new row's come last.
+ */
+static void
+note_event(const NestedChange *change, int64 id)
+{
+	RowVersion	none = {InvalidOid, GetCurrentTransactionId()};
+	RowVersion	newest = none;
 
 	if (change->new_row != NULL)
+	{
 		newest = version_of(change->relid, change->new_row);
+		note_made(newest, id);
+	}
 	for (int i = 0; i <= depth && i < nlevels; i++)
 	{
 		for (int k = 0; levels[i].reserved != NULL && k < change->nidentities; k++)
@@ -576,12 +662,90 @@ note_newest(const NestedChange *change)
 			Reservation *reservation = hash_search(levels[i].reserved, &key, HASH_FIND, NULL);
 
 			if (reservation != NULL)
-				reservation->newest = newest;
+				set_newest(reservation, k < change->nold ? none : newest, id);
 		}
 	}
 }
 
-/* Keys */
+static void
+note_made(RowVersion version, int64 id)
+{
+	Made	   *event;
+
+	if (made == NULL)
+	{
+		HASHCTL		ctl = {.keysize = sizeof(RowVersion), .entrysize = sizeof(Made)};
+
+		made = hash_create("pg_fanout nested events", 64, &ctl, HASH_ELEM | HASH_BLOBS);
+	}
+	event = hash_search(made, &version, HASH_ENTER, NULL);
+	event->id = id;
+}
+
+/*
+ * Keeps what counts if this subtransaction is rolled back.  An event that was
+ * pending is not the newest any more when it fires.
+ */
+static void
+set_newest(Reservation *reservation, RowVersion newest, int64 id)
+{
+	if (TransactionIdIsCurrentTransactionId(reservation->newest.xmin) && reservation->newest_id > id)
+		return;
+	if (reservation->newest.xmin != newest.xmin)
+		reservation->older = newest_version(reservation);
+	reservation->newest = newest;
+	reservation->newest_id = id;
+}
+
+static RowVersion
+newest_version(const Reservation *reservation)
+{
+	static const RowVersion unknown = {0};
+
+	if (TransactionIdIsCurrentTransactionId(reservation->newest.xmin))
+		return reservation->newest;
+	if (TransactionIdIsCurrentTransactionId(reservation->older.xmin))
+		return reservation->older;
+	return unknown;
+}
+
+/* The id of the event that made the old row, if that is known; else 0. */
+static int64
+made_by(const NestedChange *change)
+{
+	RowVersion	version;
+	Made	   *event;
+
+	if (made == NULL || change->old_row == NULL)
+		return 0;
+	version = version_of(change->relid, change->old_row);
+	event = hash_search(made, &version, HASH_FIND, NULL);
+	return event != NULL ? event->id : 0;
+}
+
+/* Entries */
+
+/* Index of the first id above that one, or -1. */
+static int
+first_above(const Reservation *reservation, int64 id)
+{
+	for (int i = 0; i < reservation->nids; i++)
+	{
+		if (reservation->ids[i] > id)
+			return i;
+	}
+	return -1;
+}
+
+static int64
+take_id(Reservation *reservation, int i)
+{
+	int64		id = reservation->ids[i];
+
+	reservation->nids--;
+	memmove(&reservation->ids[i], &reservation->ids[i + 1], (reservation->nids - i) * sizeof(int64));
+	return id;
+}
 
 /* Finds a reservation that has an id left. */
 static Reservation *
@@ -589,7 +753,7 @@ find(Level *level, const ReservationKey *key)
 {
 	Reservation *reservation = hash_search(level->reserved, key, HASH_FIND, NULL);
 
-	return reservation != NULL && reservation->first < reservation->end ? reservation : NULL;
+	return reservation != NULL && reservation->nids > 0 ? reservation : NULL;
 }
 
 static RowVersion

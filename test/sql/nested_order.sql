@@ -1,0 +1,215 @@
+-- Triggers and functions that change captured tables inside a statement: of each
+-- key, the message with the highest id is the row's last state
+set client_min_messages = warning;
+create extension if not exists pg_fanout;
+\set SHOW_CONTEXT never
+create schema nested_order;
+set search_path = nested_order;
+select fanout.declare_topic('nested_order');
+
+create table node (id int primary key, a text);
+select fanout.capture('node', 'nested_order', old_row => true);
+
+-- What happened to each key, in order of the ids; a key that changes is left by
+-- one row and taken by another.
+create function history(topic text) returns table (id bigint, key text, before jsonb, after jsonb, previous jsonb,
+                                                    last boolean, truncated boolean)
+language sql as $$
+    with messages as (
+        select o.id, o.key, o.headers ->> 'op' as op, o.headers ->> 'old_key' as old_key,
+               nullif(o.payload::jsonb -> 'before', 'null') as before, nullif(o.payload::jsonb -> 'after', 'null') as after
+        from fanout.outbox o join fanout.topic t using (topic_id) where t.topic = history.topic
+    ), keys as (
+        select distinct key from messages where key is not null
+    ), events as (
+        select id, key, case when old_key is null then before end as before, after, false as truncated
+        from messages where op <> 't'
+        union all
+        select id, old_key, before, null, false from messages where old_key is not null
+        union all
+        select m.id, k.key, null, null, true from messages m, keys k where m.op = 't'
+    )
+    select id, key, before, after, lag(after) over (partition by key order by id),
+           row_number() over (partition by key order by id desc) = 1, truncated
+    from events
+$$;
+-- keys whose last message is not the row, and messages that do not follow from the one before
+create function wrong(topic text, entity regclass, out last_states bigint, out gaps bigint) language plpgsql as $$
+begin
+    execute format('select count(*) filter (where (h.key is null or h.last) and h.after is distinct from to_jsonb(r)),
+                           count(*) filter (where not truncated and previous is distinct from before)
+                    from history(%L) h full join %s r on r.%I::text = h.key',
+                   topic, entity, (select key[1] from fanout.captures c where c.entity = wrong.entity)) into last_states, gaps;
+end $$;
+create function story(out story text) returns setof text language sql as $$
+    select concat_ws(' ', key, coalesce(before ->> 'a', '-'), '->', coalesce(after ->> 'a', '-'))
+    from history('nested_order') order by id, after is not null
+$$;
+
+-- the trigger of a row changes the row itself, before and after ours in order of names
+create function change_again() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() < 3 then
+        update node set a = a || tg_argv[0] where id = new.id;
+    end if;
+    return null;
+end $$;
+create trigger a_first after insert or update on node for each row execute function change_again('a');
+insert into node values (1, 'x');
+update node set a = 'y' where id = 1;
+select story();
+create trigger z_last after insert or update on node for each row execute function change_again('z');
+insert into node values (2, 'x');
+update node set a = 'w';
+select wrong('nested_order', 'node');
+drop trigger a_first on node;
+drop trigger z_last on node;
+
+-- one default of many: another row of the statement
+create function only_one() returns trigger language plpgsql as $$
+begin
+    if new.a = 'default' then
+        update node set a = 'other' where id <> new.id and a = 'default';
+    end if;
+    return null;
+end $$;
+create trigger zz_only_one after insert or update on node for each row execute function only_one();
+insert into node values (11, 'default'), (12, 'default');
+update node set a = 'default';
+select wrong('nested_order', 'node');
+drop trigger zz_only_one on node;
+
+-- away with a key and back with it, in both orders
+create function come_back() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() = 1 then
+        insert into node values (old.id, 'back');
+    end if;
+    return null;
+end $$;
+create trigger a_back after delete on node for each row execute function come_back();
+delete from node where id = 11;
+drop trigger a_back on node;
+create function make_room() returns trigger language plpgsql as $$
+begin
+    delete from node where id = new.id;
+    return new;
+end $$;
+create trigger a_room before insert on node for each row execute function make_room();
+insert into node values (11, 'in its place'), (12, 'in its place');
+drop trigger a_room on node;
+create function swap_back() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() = 1 and old.id <> new.id then
+        insert into node values (old.id, 'new in old place');
+        update node set id = id + 100 where id = new.id;
+    end if;
+    return null;
+end $$;
+create trigger a_swap after update on node for each row execute function swap_back();
+update node set id = 13 where id = 11;
+drop trigger a_swap on node;
+select wrong('nested_order', 'node');
+
+-- functions in expressions, CTEs, COPY, TRUNCATE, MERGE, ON CONFLICT
+create function touch(k int) returns int language plpgsql as $$
+begin
+    update node set a = a || '!' where id = k;
+    return k;
+end $$;
+update node set a = 'touched' where id in (1, 2, 12) and (id = 1 or touch(case id when 2 then 1 else 2 end) is not null);
+with d as (delete from node where id = 12 returning *) insert into node select 14, a from d where touch(1) = 1;
+insert into node values (1, 'conflict'), (15, 'new') on conflict (id) do update set a = excluded.a || touch(2);
+alter table node add column b int default touch(2);
+copy node (id, a) from stdin;
+21	copied
+22	copied
+\.
+alter table node drop column b;
+create function refill() returns trigger language plpgsql as $$
+begin
+    insert into node values (1, 'refilled'), (31, 'refilled');
+    return null;
+end $$;
+create trigger a_refill after truncate on node for each statement execute function refill();
+truncate node;
+select * from node order by id;
+select last_states from wrong('nested_order', 'node');
+drop trigger a_refill on node;
+
+-- subtransactions that are rolled back leave tuple ids for others
+create function tries() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() > 1 then
+        return null;
+    end if;
+    for i in 1 .. 3 loop
+        begin
+            update node set a = a || 't' where id = new.id;
+            insert into node values (40 + i, 'rolled back');
+            raise exception 'no' using errcode = 'P0002';
+        exception when no_data_found then null;
+        end;
+    end loop;
+    update node set a = a || 'T' where id = new.id;
+    return null;
+end $$;
+create trigger a_tries after insert or update on node for each row execute function tries();
+insert into node select i, 'x' from generate_series(50, 60) i;
+update node set a = 'y';
+select last_states from wrong('nested_order', 'node');
+drop trigger a_tries on node;
+
+-- foreign key actions within one table
+create table tree (id int primary key, up int references tree on delete set null on update cascade, a text);
+select fanout.declare_topic('nested_order_tree');
+select fanout.capture('tree', 'nested_order_tree', old_row => true);
+create function renew() returns trigger language plpgsql as $$
+begin
+    if pg_trigger_depth() < 4 then
+        update tree set a = coalesce(a, '') || tg_argv[0] where up is null and id <> coalesce(new.id, old.id);
+    end if;
+    return null;
+end $$;
+create trigger "A" after update or delete on tree for each row execute function renew('A');
+create trigger z after update or delete on tree for each row execute function renew('z');
+insert into tree values (1, null), (2, 1), (3, 1), (4, 3);
+update tree set id = 10 where id = 1;
+delete from tree where id = 10;
+delete from tree where id = 3;
+select wrong('nested_order_tree', 'tree');
+
+-- a key that is not the primary key
+create table email (id int primary key, email text unique, n int);
+select fanout.declare_topic('nested_order_email');
+select fanout.capture('email', 'nested_order_email', key => '{email}', old_row => true);
+create function hand_over() returns trigger language plpgsql as $$
+begin
+    if tg_op = 'DELETE' then
+        insert into email values (old.id + 100, old.email, 0);
+    elsif pg_trigger_depth() < 3 then
+        update email set n = n + 1 where id = new.id;
+    end if;
+    return null;
+end $$;
+create trigger a after update or delete on email for each row execute function hand_over();
+insert into email values (1, 'a@b', 0), (2, 'c@d', 0);
+delete from email where id = 1;
+update email set n = 10;
+select wrong('nested_order_email', 'email');
+
+-- no id is drawn that is not needed where nothing is nested
+create table calm (id int primary key, a int);
+select fanout.declare_topic('nested_order_calm');
+select fanout.capture('calm', 'nested_order_calm');
+begin;
+insert into calm select i, 0 from generate_series(1, 100) i;
+update calm set a = 1;
+update calm set a = 2;
+create function many() returns void language plpgsql as $$
+begin
+    for i in 1 .. 100 loop update calm set a = a + 1 where id = 1; end loop;
+end $$;
+select many();
+commit;
+select count(*), max(o.id) - min(o.id) + 1 as ids from fanout.outbox o join fanout.topic t using (topic_id) where t.topic = 'nested_order_calm';
