@@ -1,7 +1,26 @@
 /*-------------------------------------------------------------------------
  *
  * rowjson.h
- *		Rows to JSON, as to_json() renders them.
+ *		Rows to JSON, the same from every session.
+ *
+ * What a value becomes depends on it and its type alone, never on a setting of
+ * the session:
+ *
+ *	- numbers are JSON numbers, floats the shortest that read back exactly; NaN
+ *	  and the infinities are strings; booleans are booleans
+ *	- dates and timestamps are strings in ISO 8601, timestamptz in UTC
+ *	- json is the text as it is, jsonb as it prints itself
+ *	- an array is a JSON array, of arrays if it has more than one dimension
+ *	- but an array that a JSON array would not read back as is a string, the
+ *	  array's text: if a lower bound is not 1; always if its elements are json or
+ *	  jsonb, or of a domain over arrays; always int2vector and oidvector
+ *	- a composite value is an object of its attributes
+ *	- a domain's value is one of the type beneath
+ *	- all else is a string: what the type's output function gives under the
+ *	  settings of textform.h.  Casts to json are never used.
+ *
+ * The type's input function reads each of these strings back to the equal
+ * value.
  *
  *-------------------------------------------------------------------------
  */
@@ -25,24 +44,22 @@ extern RowJson *rowjson_plan(TupleDesc tupdesc, const AttrNumber *attnums, int n
 							 MemoryContext context);
 
 /*
- * Appends the row as a JSON object {"column":value,...}, byte for byte as
- * row_to_json() would render a row of these columns.  Virtual generated
+ * Appends the row as a JSON object {"column":value,...}.  Virtual generated
  * columns (PostgreSQL 18) must not be in the plan.
  */
 extern void rowjson_append(StringInfo out, RowJson *plan, HeapTuple tuple, TupleDesc tupdesc);
 
 /*
- * Appends one column's value as JSON, as to_json() would; index counts the
- * plan's columns from 0.  NULL becomes null.
+ * Appends one column's value as JSON; index counts the plan's columns from 0.
+ * NULL becomes null.
  */
 extern void rowjson_append_value(StringInfo out, RowJson *plan, int index,
 								 Datum value, bool isnull);
 
 /*
- * The same value as text: what to_json() makes a string comes without quotes
- * and escapes, everything else as its JSON.  A json value, or one that a cast
- * turns into json, stays JSON even where it is a string.  Returns NULL for an
- * SQL NULL.  palloc'd in the current context.
+ * The same value as text: a string comes without quotes and escapes, everything
+ * else as its JSON.  A json or jsonb value stays JSON even where it is a string.
+ * Returns NULL for an SQL NULL.  palloc'd in the current context.
  */
 extern char *rowjson_text(RowJson *plan, int index, Datum value, bool isnull);
 

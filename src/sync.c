@@ -22,6 +22,10 @@
  * remember: redrives, replays.  A deleted row leaves its sequence there, with
  * the time; the publisher removes it when the inbox's retention has passed.
  *
+ * A message's values become those of the columns by the types' input functions,
+ * before and apart from the statements, under the settings that texts were
+ * written with.  The statements, and what they fire, run under the session's.
+ *
  * Rights: the target is written with those of the session, which is the role
  * that subscribed.  Our own tables are accessed as their owner, as foreign keys
  * do it.  Statements on the target name everything with its schema, and
@@ -42,6 +46,8 @@
 #include "nodes/bitmapset.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/fmgroids.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -55,6 +61,7 @@
 #include "headers.h"
 #include "inbox.h"
 #include "query.h"
+#include "textform.h"
 
 PG_FUNCTION_INFO_V1(pgf_sync_messages);
 
@@ -78,6 +85,8 @@ typedef struct SyncColumn
 	char	   *local;			/* quoted */
 	char	   *type;			/* with its schema */
 	Oid			type_oid;
+	int32		typmod;
+	int			text_settings;	/* of the type: textform.h */
 	bool		is_key;
 } SyncColumn;
 
@@ -175,6 +184,8 @@ add_column(SyncTarget *target, Form_pg_attribute attr, Jsonb *renames)
 	column->type = format_type_extended(attr->atttypid, attr->atttypmod,
 										FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY);
 	column->type_oid = attr->atttypid;
+	column->typmod = attr->atttypmod;
+	column->text_settings = textform_settings(attr->atttypid);
 	column->is_key = false;
 }
 
@@ -400,6 +411,21 @@ find_rows(const SyncMessage *message, Jsonb **row, Jsonb **old_row)
 }
 
 /*
+ * Tells whether a key of a single column of that type is JSON, not a text: see
+ * rowjson_text().  An array may be either; its text begins with a brace, or with
+ * bounds as in [0:1]={7,8}.
+ */
+static bool
+key_is_json(Oid type, const char *key)
+{
+	Oid			base = getBaseType(type);
+
+	if (type_is_array(base))
+		return key[0] == '[' && key[1 + strspn(key + 1, "+-0123456789")] != ':';
+	return base == JSONOID || base == JSONBOID || type_is_rowtype(base);
+}
+
+/*
  * The key columns of a row of which only the key's text is known: the old key
  * of an update, where the body has no "before".
  */
@@ -421,7 +447,9 @@ row_of_key(const SyncTarget *target, const char *key)
 		appendStringInfoChar(&json, i == 0 ? '{' : ',');
 		escape_json(&json, target->columns[target->keys[i]].remote);
 		appendStringInfoChar(&json, ':');
-		if (values == NULL)
+		if (values == NULL && key_is_json(target->columns[target->keys[i]].type_oid, key))
+			appendStringInfoString(&json, key);
+		else if (values == NULL)
 			escape_json(&json, key);
 		else
 		{
@@ -603,13 +631,13 @@ take_sequences(const SyncTarget *target, Change **newest, int count)
 
 /* ---- writing ---- */
 
+/* Records of those columns, with their remote names. */
 static void
 append_record(StringInfo sql, const SyncTarget *target, Bitmapset * columns)
 {
 	const char *separator = "";
 
-	appendStringInfoString(sql, " from pg_catalog.unnest($1) with ordinality as given (data, n),"
-						   " pg_catalog.jsonb_to_record(given.data) as r (");
+	appendStringInfoString(sql, " from pg_catalog.unnest($1) as r (");
 	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
 	{
 		appendStringInfo(sql, "%s%s %s", separator,
@@ -629,7 +657,7 @@ target_name(const SyncTarget *target)
 static SPIPlanPtr
 prepare(const char *sql)
 {
-	Oid			type = JSONBARRAYOID;
+	Oid			type = RECORDARRAYOID;
 	SPIPlanPtr	plan = SPI_prepare(sql, 1, &type);
 
 	if (plan == NULL || SPI_keepplan(plan) != 0)
@@ -741,7 +769,6 @@ prepare_upsert(SyncTarget *target, Bitmapset * columns)
 	appendStringInfoString(&sql, ") overriding system value select ");
 	append_list(&sql, target, columns, true);
 	append_record(&sql, target, columns);
-	appendStringInfoString(&sql, " order by given.n");
 	append_on_conflict(&sql, target, columns);
 	return prepare(sql.data);
 }
@@ -772,13 +799,69 @@ find_upsert(SyncTarget *target, Bitmapset * columns)
 	return upsert->plan;
 }
 
+/* What the records are made of; *settings: those that texts of them depend on. */
+static TupleDesc
+record_desc(const SyncTarget *target, Bitmapset * columns, int *settings)
+{
+	TupleDesc	desc = CreateTemplateTupleDesc(bms_num_members(columns));
+	AttrNumber	n = 0;
+
+	*settings = 0;
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+	{
+		SyncColumn *column = &target->columns[i];
+
+		TupleDescInitEntry(desc, ++n, column->remote, column->type_oid, column->typmod, 0);
+		*settings |= column->text_settings;
+	}
+	return BlessTupleDesc(desc);
+}
+
+/*
+ * Turns rows, JSON objects, into records of the columns, in place.  It calls
+ * jsonb_to_record() as FROM jsonb_to_record(row) AS r (column type, ...) would.
+ */
 static void
-execute_rows(SPIPlanPtr plan, Datum *rows, int count)
+read_records(const SyncTarget *target, Bitmapset * columns, Datum *rows, int count)
+{
+	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout sync row",
+												  ALLOCSET_DEFAULT_SIZES);
+	int			settings;
+	ReturnSetInfo expected = {
+		.type = T_ReturnSetInfo,
+		.expectedDesc = record_desc(target, columns, &settings)
+	};
+	int			level = textform_begin_input(settings);
+	FmgrInfo	to_record;
+	LOCAL_FCINFO(fcinfo, 1);
+
+	fmgr_info(F_JSONB_TO_RECORD, &to_record);
+	InitFunctionCallInfoData(*fcinfo, &to_record, 1, InvalidOid, NULL, (Node *) &expected);
+	for (int i = 0; i < count; i++)
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
+		Datum		record;
+
+		fcinfo->args[0].value = rows[i];
+		fcinfo->args[0].isnull = false;
+		record = FunctionCallInvoke(fcinfo);
+		MemoryContextSwitchTo(oldcontext);
+		rows[i] = datumCopy(record, false, -1);
+		MemoryContextReset(scratch);
+	}
+	textform_end_input(level);
+	MemoryContextDelete(scratch);
+}
+
+/* rows: of jsonb, which become records here */
+static void
+execute_rows(SPIPlanPtr plan, const SyncTarget *target, Bitmapset * columns, Datum *rows, int count)
 {
 	Datum		value;
 	int			result;
 
-	value = PointerGetDatum(construct_array(rows, count, JSONBOID, -1, false, TYPALIGN_INT));
+	read_records(target, columns, rows, count);
+	value = PointerGetDatum(construct_array(rows, count, RECORDOID, -1, false, TYPALIGN_DOUBLE));
 	result = SPI_execute_plan(plan, &value, NULL, false, 0);
 	if (result < 0)
 		elog(ERROR, "could not write the table: %s", SPI_result_code_string(result));
@@ -799,7 +882,7 @@ write_deletes(SyncTarget *target, Change *changes, int count)
 		return;
 	if (target->delete_plan == NULL)
 		target->delete_plan = prepare_delete(target);
-	execute_rows(target->delete_plan, rows, n);
+	execute_rows(target->delete_plan, target, key_columns(target), rows, n);
 }
 
 static void
@@ -814,7 +897,7 @@ write_upserts(SyncTarget *target, Change *changes, int count, Bitmapset * column
 			rows[n++] = JsonbPGetDatum(changes[i].row);
 	}
 	if (n > 0)
-		execute_rows(find_upsert(target, columns), rows, n);
+		execute_rows(find_upsert(target, columns), target, columns, rows, n);
 }
 
 /* Entries whose rows have the same columns. */
@@ -900,7 +983,7 @@ apply_truncate(SyncTarget *target, const SyncMessage *message)
 	append_key_match(&sql, target);
 	appendStringInfoChar(&sql, ')');
 	plan = prepare(sql.data);
-	execute_rows(plan, younger, count);
+	execute_rows(plan, target, key_columns(target), younger, count);
 	SPI_freeplan(plan);
 }
 

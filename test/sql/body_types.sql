@@ -1,4 +1,4 @@
--- a row in a message is, byte for byte, what row_to_json() makes of it
+-- a row in a message is, byte for byte, what row_to_json() makes of it under fixed settings, without casts to json, but for arrays that are their text
 set client_min_messages = warning;
 create extension if not exists pg_fanout;
 reset client_min_messages;
@@ -10,11 +10,25 @@ set search_path = body_types;
 -- Values are the same under any DateStyle and TimeZone: dates are in ISO form.
 
 create type mood as enum ('sad', 'ok', 'it''s "great" \o/', 'ünïcödé');
+-- enums with a cast to json, which nobody may run while a row is rendered
 create type color as enum ('red', 'green');
 create function color_to_json(color) returns json
-    language sql immutable
-    return json_build_object('color', ($1)::text);
+    language plpgsql
+    as $$ begin raise 'a cast to json was run'; end $$;
 create cast (color as json) with function color_to_json(color);
+-- types of somebody's own with output functions of the server's
+create type clock;
+create function clock_in(cstring) returns clock language internal immutable strict as 'interval_in';
+create function clock_out(clock) returns cstring language internal immutable strict as 'interval_out';
+create type clock (input = clock_in, output = clock_out, internallength = 16, alignment = double);
+create type named;
+create function named_in(cstring) returns named language internal stable strict as 'regclassin';
+create function named_out(named) returns cstring language internal stable strict as 'regclassout';
+create type named (input = named_in, output = named_out, like = oid);
+create type amount;
+create function amount_in(cstring) returns amount language internal immutable strict as 'cash_in';
+create function amount_out(amount) returns cstring language internal immutable strict as 'cash_out';
+create type amount (input = amount_in, output = amount_out, like = money);
 
 create domain positive as int4 check (value > 0);
 create domain doubly as positive;
@@ -29,6 +43,9 @@ create type "outer" as (i "inner", m mood, n "inner"[], j json, k color);
 create domain innerly as "inner";
 create type nothing as ();
 create type floatrange as range (subtype = float8);
+create type moneyrange as range (subtype = money);
+create type everything as (t timestamptz, m money, b bytea, f float4, i interval, r regtype, o regclass, y clock, n named, a amount, mr moneyrange, fr floatrange[]);
+create type everythings as range (subtype = everything);
 
 create table alltypes (
     id          int primary key,
@@ -116,11 +133,26 @@ create table alltypes (
     dc          innerly,
     cn          nothing,
     mra         int4multirange[],
+    rpr         regprocedure,
+    rop         regoperator,
+    rns         regnamespace,
+    yc          clock,
+    nd          named,
+    am          amount,
+    mor         moneyrange,
+    ea_         everything,
+    ea_r        everythings,
+    moa         money[],
+    ivb         interval[],
+    rca         regclass[],
     "quo""ted \ column
 é"              text,
     """"        int,
     g           int generated always as (i4 / 2) stored
 );
+
+-- what some values below name
+create table copies ();
 
 -- nothing but NULLs
 insert into alltypes (id) values (1);
@@ -144,7 +176,11 @@ insert into alltypes values (
     array[row(1, 'x', '{1,NaN}', '2024-01-01 00:00+00'), null, row(null, null, null, null)]::"inner"[],
     '1 2 3', '1 2 3', row(1, e'x\ty', '{{1,2},{3,NULL}}', '2024-01-01 12:00+00'),
     row(row(1, 'x', '{}', null), 'sad', array[row(null, '"', null, 'infinity')]::"inner"[], '[1, {"k" : null}]', 'green'),
-    row(1, 'x', '{}', null), row(), array['{[1,2)}', '{}']::int4multirange[], 'quoted', 1);
+    row(1, 'x', '{}', null), row(), array['{[1,2)}', '{}']::int4multirange[],
+    'clock_in(cstring)', 'pg_catalog.+(int,int)', 'body_types', '-1 day -2:00', 'copies', '-1000', '[-1234567.89,0.05]',
+    row('2024-02-29 12:00+00', '-12.50', '\x00ff', 0.1::float4 + 0.2::float4, '1 mon -1 day', 'mood', 'pg_catalog.pg_class', '1 day -1:00', 'copies', '1', '[1,2]', '{"[0.1,0.30000000000000004)"}'),
+    everythings(row('2024-02-29 12:00+00', '-12.50', '\x00ff', 0.1::float4 + 0.2::float4, '1 mon -1 day', 'mood', 'copies', '1 day -1:00', 'copies', '1', '[1,2]', '{"[0.1,0.30000000000000004)"}'), null),
+    '{-0.01,999.99,1000,NULL}', '[0:1]={-1 day -2:00,1 mon -1 day}', '[-1:0]={copies,pg_catalog.pg_class}', 'quoted', 1);
 
 -- largest, smallest, empty; every ASCII byte that needs an escape
 insert into alltypes (
@@ -201,49 +237,100 @@ alter table alltypes add column added_numeric numeric default 'NaN';
 insert into alltypes (added_null, added_text) values (1, null);
 alter table alltypes add column added_last jsonb default '{"a": [1]}';
 
--- a captured table that gets all of these rows; some settings change how they are rendered
+-- a captured table that gets all of these rows
 select fanout.declare_topic('body_types', 'row');
 alter table alltypes drop column g;
+drop table copies;
 create table copies as select * from alltypes limit 0;
 alter table copies add column g int generated always as (i4 / 2) stored;
 alter table copies add primary key (id);
 select fanout.capture('copies', 'body_types');
 
--- differences between the messages and row_to_json(), and how many were compared
+-- what the messages are to have: made without the cast, and with the arrays that are their text as such
+create function promises(out id int, out json text) returns setof record language plpgsql
+    set datestyle = iso set intervalstyle = postgres set timezone = utc set extra_float_digits = 1 set bytea_output = hex
+    set quote_all_identifiers = off set lc_monetary = 'C' set search_path = pg_catalog as $$
+begin
+    drop cast (body_types.color as json);
+    create table body_types.promised as table body_types.copies;
+    alter table body_types.promised alter iv2 type text, alter ov type text, alter jsa type text, alter jba type text,
+        alter i4a type json using case when array_lower(i4a, 1) <> 1 then to_json(i4a::text) else to_json(i4a) end,
+        alter ivb type json using case when array_lower(ivb, 1) <> 1 then to_json(ivb::text) else to_json(ivb) end,
+        alter rca type json using case when array_lower(rca, 1) <> 1 then to_json(rca::text) else to_json(rca) end;
+    return query select p.id, row_to_json(p)::text from body_types.promised p;
+    drop table body_types.promised;
+    create cast (body_types.color as json) with function body_types.color_to_json(body_types.color);
+end $$;
+-- differences between the messages and that, and how many were compared
 create function differences(out compared bigint, out different bigint, out not_json bigint) language plpgsql as $$
 begin
-    delete from copies;
+    delete from body_types.copies;
     create temp table mark as select coalesce(max(id), 0) as id from fanout.outbox;
-    insert into copies select a.* from alltypes a;
-    select count(*), count(*) filter (where m.payload is distinct from row_to_json(copies)::text),
-           count(*) filter (where m.payload::json is null)
+    insert into body_types.copies select a.* from body_types.alltypes a;
+    select count(*), count(*) filter (where m.payload is distinct from p.json), count(*) filter (where m.payload::json is null)
     into compared, different, not_json
-    from copies
+    from body_types.promises() p
          left join (select o.key, o.payload from fanout.outbox o, mark
-                    where o.id > mark.id and o.headers ->> 'table' = 'copies') m on m.key = copies.id::text;
+                    where o.id > mark.id and o.headers ->> 'table' = 'copies') m on m.key = p.id::text;
     drop table mark;
 end $$;
 select * from differences();
--- what to_json() depends on
+-- whatever the settings of the session
+create table pg_class (id int);
 set datestyle = 'SQL, DMY';
 set intervalstyle = 'iso_8601';
 set bytea_output = 'escape';
 set extra_float_digits = -3;
 set timezone = 'Asia/Kathmandu';
+set search_path = body_types, pg_catalog;
+set quote_all_identifiers = on;
+set xmlbinary = 'hex';
+set xmloption = 'document';
+set array_nulls = off;
 select * from differences();
 set datestyle = 'German';
 set intervalstyle = 'sql_standard';
 set extra_float_digits = 0;
 set timezone = 'America/St_Johns';
-select * from differences();
+set search_path = '';
+select * from body_types.differences();
+set datestyle = 'ISO, YMD';
+set intervalstyle = 'postgres_verbose';
+set extra_float_digits = 3;
+set timezone = '<+00>-00';
+select * from body_types.differences();
+-- and they are as they were
+select name, setting from pg_settings where name in ('DateStyle', 'IntervalStyle', 'extra_float_digits', 'TimeZone', 'search_path', 'quote_all_identifiers', 'bytea_output') order by 1;
+select now()::text ~ '\+00$' as utc, interval '1 day', 'pg_class'::regclass, '\x00'::bytea;
 reset all;
+\set SHOW_CONTEXT never
 set search_path = body_types;
+-- a row that cannot be rendered leaves the settings alone, too
+create type broken;
+create function broken_in(cstring) returns broken language internal immutable strict as 'int4in';
+create function broken_out(broken) returns cstring language internal immutable strict as 'shell_out';
+create type broken (input = broken_in, output = broken_out, like = int4);
+create table breaks (id int primary key, r regclass, b broken[]);
+select fanout.capture('breaks', 'body_types');
+set datestyle = 'German';
+set intervalstyle = 'iso_8601';
+insert into breaks values (1, 'breaks', '{1}');
+do $$
+begin
+    insert into breaks values (1, 'breaks', '{1}');
+exception when others then
+    raise notice '%: % % %', sqlerrm, date '2024-02-29', interval '1 day', current_setting('search_path');
+end $$;
+select date '2024-02-29', interval '1 day', current_setting('search_path');
+reset datestyle;
+reset intervalstyle;
 -- deletes and updates render the same values
 create table mark as select max(id) as id from fanout.outbox;
 update copies set id = id;
-select count(*) as compared, count(*) filter (where m.payload is distinct from row_to_json(copies)::text) as different
-from copies left join (select o.key, o.payload from fanout.outbox o, mark where o.id > mark.id) m on m.key = copies.id::text;
-create table gone as with d as (delete from copies returning copies.*, row_to_json(copies)::text as json) select id, json from d;
+select count(*) as compared, count(*) filter (where m.payload is distinct from p.json) as different
+from promises() p left join (select o.key, o.payload from fanout.outbox o, mark where o.id > mark.id) m on m.key = p.id::text;
+create table gone as select * from promises();
+delete from copies;
 select count(*) as compared, count(*) filter (where m.payload is distinct from g.json) as different
 from gone g left join (select o.key, o.payload from fanout.outbox o where o.headers ->> 'op' = 'd' and o.headers ->> 'table' = 'copies'
                        and o.id > (select id from mark)) m on m.key = g.id::text;
