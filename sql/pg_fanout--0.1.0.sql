@@ -195,9 +195,13 @@ comment on table fanout.sent_1 is 'internal: a segment of the ledger';
 comment on table fanout.sent_2 is 'internal: a segment of the ledger';
 comment on table fanout.sent is
 'internal: the ledger, insert-only, in a ring of three segments. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
--- Nothing can have been written before this transaction.
+-- What this transaction writes is still to be sent, and so is what any other
+-- transaction writes that has not ended yet.  Its own snapshot would not do: it
+-- does not list this transaction as in progress.  Before xmin, which is this
+-- transaction at most, all have ended, and there was no outbox to write to.
 insert into fanout.sent (segment, base, target, last_id, count)
-select 0, s, s, 0, 0 from pg_current_snapshot() s;
+select 0, base, base, 0, 0
+from (select format('%1$s:%1$s:', pg_snapshot_xmin(pg_current_snapshot()))::pg_snapshot as base) first;
 revoke all on fanout.sent, fanout.sent_0, fanout.sent_1, fanout.sent_2 from public;
 
 create table fanout.held (
