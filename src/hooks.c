@@ -50,7 +50,8 @@
  *
  * - COMMIT PREPARED: the workers are woken at commit, since messages or
  *	 subscriptions may be in the transaction that was prepared.  If that one created the
- *	 extension, there is no publisher yet: as CREATE EXTENSION.
+ *	 extension, there is no publisher yet: as CREATE EXTENSION.  When a worker of
+ *	 logical replication does it, no command is seen here: see wakeup.c.
  *
  * - A worker that does not go within STOP_TIMEOUT: the command goes on, and
  *	 the server reports that the database is being accessed by others.

@@ -587,9 +587,15 @@ sooner(MonoTime *at, MonoTime other)
 		*at = other;
 }
 
+/*
+ * Does not sleep if there is something to do whose wake-up was lost: waiting
+ * for a lock on pg_database resets the latch.
+ */
 static void
 wait_for_work(long timeout_ms)
 {
+	if (pg_atomic_read_u32(&pgf_shared->rescan) != 0 || ConfigReloadPending)
+		timeout_ms = 0;
 	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 					 timeout_ms, pgf_wait_event(PGF_WAIT_LAUNCHER));
 	ResetLatch(MyLatch);

@@ -27,6 +27,11 @@
  * - PREPARE TRANSACTION: as ROLLBACK.  Nothing is visible yet.  COMMIT PREPARED,
  *	 which may come from another backend, wakes the publisher (see hooks.c).
  *
+ * - COMMIT PREPARED by a worker of logical replication (two_phase = true) is no
+ *	 command, and nobody can tell what was prepared.  The worker's own
+ *	 transaction around it has no transaction id, and those that apply changes
+ *	 have one: so the end of each without one wakes the workers.
+ *
  * - ROLLBACK TO SAVEPOINT, an error caught in PL/pgSQL: holds taken since then
  *	 end at once, because the locks that made them useful are released, too.
  *	 A wake-up stays, and is in vain at worst.
@@ -40,6 +45,7 @@
 #include "access/xact.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
+#include "replication/logicalworker.h"
 #include "utils/memutils.h"
 
 #include "shmem.h"
@@ -63,6 +69,7 @@ static List *restarts = NIL;	/* of Oid */
 static void xact_callback(XactEvent event, void *arg);
 static void subxact_callback(SubXactEvent event, SubTransactionId subid,
 							 SubTransactionId parent, void *arg);
+static bool may_be_commit_prepared(void);
 static void commit_work(void);
 static void end_work(void);
 static void release_holds(SubTransactionId subid);
@@ -161,6 +168,8 @@ xact_callback(XactEvent event, void *arg)
 	switch (event)
 	{
 		case XACT_EVENT_COMMIT:
+			if (may_be_commit_prepared())
+				publisher_at_commit = subscriptions_at_commit = consumers_at_commit = true;
 			commit_work();
 			end_work();
 			break;
@@ -175,6 +184,13 @@ xact_callback(XactEvent event, void *arg)
 		case XACT_EVENT_PARALLEL_ABORT:
 			break;
 	}
+}
+
+static bool
+may_be_commit_prepared(void)
+{
+	return pgf_shared != NULL && IsLogicalWorker() &&
+		!TransactionIdIsValid(GetTopTransactionIdIfAny());
 }
 
 /* Must not fail: see above. */

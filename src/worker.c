@@ -114,6 +114,14 @@ static Subscription subscription;	/* of a consumer, as it was when we
 static volatile sig_atomic_t may_cancel = false;
 static bool reloaded = false;
 
+/*
+ * The latch may have been reset since this round of work began, and what it
+ * told of may have come after the work looked for it.  The server resets it
+ * while it waits for a heavyweight lock, and worker_wait() while the broker's
+ * answer is awaited.
+ */
+static bool latch_was_reset = false;
+
 static void handle_sigterm(SIGNAL_ARGS);
 static void detach(int code, Datum arg);
 static void attach(Datum main_arg);
@@ -321,7 +329,10 @@ reset_session_user(void)
 
 /* The extension */
 
-/* ALTER EXTENSION wakes us as a commit with messages does: clear, then look. */
+/*
+ * ALTER EXTENSION wakes us as a commit with messages does: clear, then look,
+ * then wait unless it is set again.
+ */
 static void
 wait_for_extension(void)
 {
@@ -333,7 +344,8 @@ wait_for_extension(void)
 		pg_atomic_exchange_u32(dirty, 0);
 		if (extension_usable(&logged))
 			break;
-		(void) worker_wait(-1, false, VERSION_RECHECK);
+		if (pg_atomic_read_u32(dirty) == 0)
+			(void) worker_wait(-1, false, VERSION_RECHECK);
 	}
 	pg_atomic_write_u32(dirty, 1);
 }
@@ -435,6 +447,7 @@ worker_begin(void)
 {
 	ExtensionRow row;
 
+	latch_was_reset = true;
 	SetCurrentStatementStartTimestamp();
 	pgstat_report_activity(STATE_RUNNING, MyBgworkerEntry->bgw_type);
 	StartTransactionCommand();
@@ -466,6 +479,11 @@ worker_abort(void)
 
 /* Working */
 
+/*
+ * Waits only after a round that did nothing and could not miss a wake-up: after
+ * one that ran a transaction or waited for the broker, another one looks at
+ * everything again.
+ */
 static void
 run_rounds(bool (*work) (void), void (*wait) (void))
 {
@@ -477,9 +495,10 @@ run_rounds(bool (*work) (void), void (*wait) (void))
 		bool		any;
 
 		MemoryContextSwitchTo(round);
+		latch_was_reset = false;
 		any = work();
 		MemoryContextReset(round);
-		if (!any)
+		if (!any && !latch_was_reset)
 			wait();
 		else
 			check_stop();
@@ -509,6 +528,10 @@ worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
 
 /* Waiting */
 
+/*
+ * Does not sleep while changed settings are to be read, since their wake-up may
+ * have been lost.
+ */
 bool
 worker_wait(int fd, bool for_write, long timeout_ms)
 {
@@ -517,9 +540,12 @@ worker_wait(int fd, bool for_write, long timeout_ms)
 
 	if (fd >= 0)
 		socket_events = for_write ? WL_SOCKET_WRITEABLE : WL_SOCKET_READABLE;
+	if (ConfigReloadPending)
+		timeout_ms = 0;
 	if (timeout_ms >= 0)
 		events |= WL_TIMEOUT;
 
+	latch_was_reset = true;
 	events = WaitLatchOrSocket(MyLatch, events | socket_events,
 							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
 							   pgf_wait_event(worker_slot != NULL ? PGF_WAIT_PUBLISHER : PGF_WAIT_CONSUMER));
