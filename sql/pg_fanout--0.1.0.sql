@@ -158,6 +158,10 @@ create table fanout.outbox_0 partition of fanout.outbox for values in (0);
 create table fanout.outbox_1 partition of fanout.outbox for values in (1);
 create table fanout.outbox_2 partition of fanout.outbox for values in (2);
 create index outbox_xid_idx on fanout.outbox (xid);
+-- repair_ledger() updates them, which a publication FOR ALL TABLES must not forbid
+alter table fanout.outbox_0 replica identity full;
+alter table fanout.outbox_1 replica identity full;
+alter table fanout.outbox_2 replica identity full;
 comment on table fanout.outbox_0 is 'internal: a segment of the outbox';
 comment on table fanout.outbox_1 is 'internal: a segment of the outbox';
 comment on table fanout.outbox_2 is 'internal: a segment of the outbox';
@@ -168,6 +172,7 @@ create table fanout.rotation (
     rotated_at timestamptz not null
 );
 alter table fanout.rotation replica identity full;
+create unique index rotation_one_row on fanout.rotation ((true));
 comment on table fanout.rotation is 'internal: one row, the segment that new messages go to, and since when';
 insert into fanout.rotation values (0, now());
 revoke all on fanout.rotation from public;
@@ -1821,6 +1826,7 @@ create table fanout.inbox_rotation (
     rotated_at timestamptz not null
 );
 alter table fanout.inbox_rotation replica identity full;
+create unique index inbox_rotation_one_row on fanout.inbox_rotation ((true));
 comment on table fanout.inbox_rotation is 'internal: one row, the segment that the inbox grows in, and since when';
 insert into fanout.inbox_rotation values (0, now());
 revoke all on fanout.inbox_rotation from public;
@@ -2556,6 +2562,237 @@ revoke all on fanout.delivery_failure from public;
 
 
 -- ---------------------------------------------------------------------------
+-- State that is this server's own
+-- ---------------------------------------------------------------------------
+
+create function fanout.guard() returns trigger
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_guard';
+comment on function fanout.guard() is
+'internal: trigger on each table of pg_fanout. Passes over what logical replication writes; an argument names the column of an inserted row that must be the transaction which inserts it. Errors: 23514 if it is not, 55000 if logical replication truncates a table with rows';
+revoke all on function fanout.guard() from public;
+
+-- Always: workers of subscriptions run with session_replication_role = replica.
+do $$
+declare
+    relation text;
+    argument text;
+begin
+    for relation, argument in
+        select c.relname, case when i.inhparent = 'fanout.outbox'::regclass then quote_literal('xid') else '' end
+        from pg_class c left join pg_inherits i on i.inhrelid = c.oid
+        where c.relnamespace = 'fanout'::regnamespace and c.relkind = 'r'
+        order by c.relname
+    loop
+        execute format('create trigger pg_fanout_guard before insert or update or delete on fanout.%I'
+                       ' for each row execute function fanout.guard(%s)', relation, argument);
+        execute format('create trigger pg_fanout_guard_truncate before truncate on fanout.%I'
+                       ' for each statement execute function fanout.guard()', relation);
+        execute format('alter table fanout.%I enable always trigger pg_fanout_guard,'
+                       ' enable always trigger pg_fanout_guard_truncate', relation);
+    end loop;
+end
+$$;
+
+-- A table without a row in pg_subscription_rel is neither copied nor written by
+-- the workers of the subscription.  No command takes one out, and the server
+-- puts it there again with each refresh.
+create function fanout.leave_subscriptions() returns event_trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    delete from pg_subscription_rel s
+    using pg_depend d, pg_extension e
+    where e.extname = 'pg_fanout' and d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid
+      and d.deptype = 'e' and d.classid = 'pg_class'::regclass and d.objid = s.srrelid;
+    if found then
+        raise notice 'the tables of pg_fanout are not replicated'
+            using detail = 'They are published, but what they say is true of one server only, so they were taken out of the subscription.';
+    end if;
+end
+$$;
+comment on function fanout.leave_subscriptions() is
+'internal: takes the tables of pg_fanout out of subscriptions as soon as these are made or refreshed';
+revoke all on function fanout.leave_subscriptions() from public;
+
+create event trigger pg_fanout_leave_subscriptions on ddl_command_end
+when tag in ('CREATE SUBSCRIPTION', 'ALTER SUBSCRIPTION')
+execute function fanout.leave_subscriptions();
+alter event trigger pg_fanout_leave_subscriptions enable always;
+comment on event trigger pg_fanout_leave_subscriptions is
+'pg_fanout: keeps logical replication away from the tables of pg_fanout';
+
+-- Looks at the schema as it is after the command (so it must be volatile): it
+-- can get its name back if it was renamed while event triggers were off.
+create function fanout.keep_schema() returns event_trigger
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if exists (select from pg_event_trigger_ddl_commands() c
+               join pg_namespace n on c.classid = 'pg_namespace'::regclass and n.oid = c.objid
+               join pg_depend d on d.classid = c.classid and d.objid = c.objid and d.deptype = 'e'
+               join pg_extension e on d.refclassid = 'pg_extension'::regclass and d.refobjid = e.oid
+               where e.extname = 'pg_fanout' and n.nspname <> 'fanout')
+    then
+        raise exception 'cannot rename schema fanout'
+            using errcode = 'feature_not_supported',
+                  detail = 'pg_fanout finds its tables and functions by the name of their schema.';
+    end if;
+end
+$$;
+comment on function fanout.keep_schema() is 'internal: refuses to rename the schema fanout. Errors: 0A000';
+revoke all on function fanout.keep_schema() from public;
+
+create event trigger pg_fanout_keep_schema on ddl_command_end
+when tag in ('ALTER SCHEMA')
+execute function fanout.keep_schema();
+alter event trigger pg_fanout_keep_schema enable always;
+comment on event trigger pg_fanout_keep_schema is 'pg_fanout: refuses to rename the schema fanout';
+
+-- A snapshot of this server ends at its next transaction at the latest, and so
+-- does whatever is visible.
+create function fanout.ledger_problem() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with ledger as (
+        select * from fanout.sent order by sent_id desc limit 1
+    ), problem(place, text) as (
+        select 1, 'table "fanout.rotation" must have one row'
+        where (select count(*) from fanout.rotation) <> 1
+        union all
+        select 2, 'table "fanout.inbox_rotation" must have one row'
+        where (select count(*) from fanout.inbox_rotation) <> 1
+        union all
+        select 3, 'the ledger "fanout.sent" is empty'
+        where not exists (select from ledger)
+        union all
+        select 4, format('the ledger "fanout.sent" was not written by this server: it knows of transactions up to %s, and the next one is %s',
+                         greatest(pg_snapshot_xmax(l.base), pg_snapshot_xmax(l.target)), n.xid)
+        from ledger l, pg_snapshot_xmax(pg_current_snapshot()) n(xid)
+        where pg_snapshot_xmax(l.base) > n.xid or pg_snapshot_xmax(l.target) > n.xid
+        union all
+        select 5, format('table "fanout.outbox" has rows that this server did not write: of transactions up to %s, and the next one is %s',
+                         o.xid, n.xid)
+        from pg_snapshot_xmax(pg_current_snapshot()) n(xid),
+             (select xid from fanout.outbox where xid is distinct from pg_current_xact_id_if_assigned()
+              order by xid desc limit 1) o(xid)
+        where o.xid >= n.xid
+    )
+    select text from problem order by place limit 1
+$$;
+comment on function fanout.ledger_problem() is
+'internal: why the publisher cannot go on from ledger, rotation and outbox; NULL: it can';
+revoke all on function fanout.ledger_problem() from public;
+
+create function fanout.stop_workers() returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_stop_workers';
+comment on function fanout.stop_workers() is
+'internal: stops the workers of this database, and keeps them out until the transaction ends. Errors: 55006 if they do not stop';
+revoke all on function fanout.stop_workers() from public;
+
+-- The inbox grows in one segment, and the one behind it is empty: that is how
+-- the place is found again.
+create function fanout.repair_rotations() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    filled boolean[] := array[exists (select from fanout.inbox_0), exists (select from fanout.inbox_1),
+                              exists (select from fanout.inbox_2), exists (select from fanout.inbox_3)];
+begin
+    if (select count(*) from fanout.rotation) <> 1 then
+        delete from fanout.rotation;
+        insert into fanout.rotation values (0, clock_timestamp());
+    end if;
+    if (select count(*) from fanout.inbox_rotation) <> 1 then
+        delete from fanout.inbox_rotation;
+        insert into fanout.inbox_rotation
+        select coalesce(min(i), 0), clock_timestamp() from generate_series(0, 3) i
+        where filled[i + 1] and not filled[(i + 1) % 4 + 1];
+    end if;
+end
+$$;
+comment on function fanout.repair_rotations() is 'internal: part of fanout.repair_ledger()';
+revoke all on function fanout.repair_rotations() from public;
+
+-- Rows of a transaction that this server has not reached would be passed over
+-- until it does.  They get this one.  Ids go on behind those that are there,
+-- since a second message of an id would be taken for the first.
+create function fanout.adopt_rows() returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    adopted bigint;
+    last_id bigint := (select max(id) from (select id from fanout.outbox union all select id from fanout.held
+                                            union all select id from fanout.dead_letter where consumer_group is null) ids);
+begin
+    update fanout.outbox set xid = pg_current_xact_id()
+    where xid >= pg_snapshot_xmax(pg_current_snapshot()) and xid <> pg_current_xact_id();
+    get diagnostics adopted = row_count;
+    if last_id > (select s.last_value from fanout.outbox_id_seq s) then
+        perform setval('fanout.outbox_id_seq', last_id);
+    end if;
+    return adopted;
+end
+$$;
+comment on function fanout.adopt_rows() is
+'internal: part of fanout.repair_ledger(); how many rows of the outbox were not of this server';
+revoke all on function fanout.adopt_rows() from public;
+
+-- All transactions before "first" have ended.  What they wrote counts as sent,
+-- and what later ones wrote, or are about to write, does not.
+create function fanout.repair_ledger(since timestamptz default null) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    problem text;
+    adopted bigint;
+    first xid8;
+    again bigint;
+    passed bigint;
+begin
+    perform fanout.stop_workers();
+    lock table fanout.sent in access exclusive mode;
+    problem := coalesce(fanout.ledger_problem(), 'nothing was wrong with the ledger');
+    perform fanout.repair_rotations();
+    adopted := fanout.adopt_rows();
+
+    first := least(pg_snapshot_xmin(pg_current_snapshot()),
+                   (select o.xid from fanout.outbox o
+                    where repair_ledger.since is null or o.created_at >= repair_ledger.since
+                    order by o.xid limit 1));
+    truncate fanout.sent;
+    insert into fanout.sent (segment, base, target, last_id, count)
+    select r.current, base, base, 0, 0
+    from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);
+
+    select count(*) filter (where o.xid >= first), count(*) filter (where o.xid < first) into again, passed
+    from fanout.outbox o;
+    raise notice '% messages will be published, whether they were sent before or not', again
+        using detail = 'A repeated message has the same message id. Messages that were given up or purged are sent, too.';
+    if adopted > 0 then
+        raise notice '% of them were not written by this server', adopted
+            using detail = 'They go to the topic that has the same number here, if there is one.';
+    end if;
+    if passed > 0 then
+        raise notice '% older messages count as sent', passed;
+    end if;
+    return format('%s; %s messages will be published', problem, again);
+end
+$$;
+comment on function fanout.repair_ledger(timestamptz) is
+'for when the publisher says that the ledger is empty or not of this server. Forgets what was sent, and has everything published again that is still in the outbox; with since, only what was created since then, and older messages count as sent. Messages may repeat, with the same message ids. Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Errors: 55006 if the workers do not stop';
+revoke all on function fanout.repair_ledger(timestamptz) from public;
+
+
+-- ---------------------------------------------------------------------------
 -- When nothing arrives
 -- ---------------------------------------------------------------------------
 
@@ -2567,8 +2804,9 @@ declare
     p fanout.stat_publisher;
     verified boolean := false;
     installed text := (select extversion from pg_extension where extname = 'pg_fanout');
+    problem text := fanout.ledger_problem();
 begin
-    if fanout.preloaded() then
+    if fanout.preloaded() and problem is null then
         verified := fanout.verify('5 s');
     end if;
     select * into p from fanout.stat_publisher;
@@ -2591,11 +2829,18 @@ begin
     hint := case when not ok then 'Look into the server log; raise max_worker_processes or pg_fanout.max_databases if it says so.' end;
     return next;
 
+    item := 'ledger usable';
+    ok := problem is null;
+    detail := coalesce(problem, 'it is this server''s own');
+    hint := case when not ok then 'Use fanout.repair_ledger(); the publisher waits for it.' end;
+    return next;
+
     item := 'broker connected';
     ok := p.connected_to is not null;
     detail := case when ok then format('%s, since %s', p.connected_to, p.connected_at)
                    else coalesce(p.last_error, 'not connected') end;
-    hint := case when not ok then 'Check pg_fanout.uri, pg_fanout.password_file and the tls settings; they are applied by reload.' end;
+    hint := case when problem is not null and not ok then 'It connects once the ledger is usable.'
+                 when not ok then 'Check pg_fanout.uri, pg_fanout.password_file and the tls settings; they are applied by reload.' end;
     return next;
 
     item := 'broker accepts messages';
@@ -2606,7 +2851,9 @@ begin
 
     item := 'topology verified';
     ok := verified;
-    detail := case when ok then 'declared again just now' else 'the publisher did not answer within 5 seconds' end;
+    detail := case when ok then 'declared again just now'
+                   when problem is not null then 'the publisher waits for the ledger'
+                   else 'the publisher did not answer within 5 seconds' end;
     hint := case when not ok then 'What follows is what the broker said last.' end;
     return next;
 end
@@ -2763,6 +3010,34 @@ $$;
 comment on function fanout.check_subscriptions() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_subscriptions() from public;
 
+create function fanout.check_guards() returns table (item text, ok boolean, detail text, hint text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('table %s is guarded', c.oid::regclass), false,
+           format('trigger %s is disabled, or not enabled always', string_agg(quote_ident(t.tgname), ', ' order by t.tgname)),
+           format('Use ALTER TABLE %s ENABLE ALWAYS TRIGGER.', c.oid::regclass)
+    from pg_trigger t join pg_class c on c.oid = t.tgrelid
+    where t.tgfoid = 'fanout.guard()'::regprocedure and t.tgenabled <> 'A'
+    group by c.oid
+    union all
+    select format('event trigger %I is enabled', e.evtname), false, 'it is disabled, or not enabled always',
+           format('Use ALTER EVENT TRIGGER %I ENABLE ALWAYS.', e.evtname)
+    from pg_event_trigger e
+    where e.evtfoid in ('fanout.leave_subscriptions()'::regprocedure, 'fanout.keep_schema()'::regprocedure)
+      and e.evtenabled <> 'A'
+    union all
+    select format('subscription %I leaves pg_fanout alone', s.subname), false,
+           format('%s tables of pg_fanout are in it', count(*)),
+           'Enable event triggers, then use ALTER SUBSCRIPTION ... REFRESH PUBLICATION.'
+    from pg_subscription_rel r
+         join pg_class c on c.oid = r.srrelid and c.relnamespace = 'fanout'::regnamespace
+         join (select oid, subname from pg_subscription) s on s.oid = r.srsubid
+    group by s.subname
+$$;
+comment on function fanout.check_guards() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_guards() from public;
+
 create function fanout.check_settings() returns table (item text, ok boolean, detail text, hint text)
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -2801,6 +3076,7 @@ begin
     return query select * from fanout.check_flow();
     return query select * from fanout.check_captures();
     return query select * from fanout.check_subscriptions();
+    return query select * from fanout.check_guards();
     return query select * from fanout.check_settings();
 end
 $$;

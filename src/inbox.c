@@ -47,6 +47,7 @@
 #include "utils/timestamp.h"
 
 #include "inbox.h"
+#include "ledger.h"
 #include "msgid.h"
 #include "query.h"
 #include "segment.h"
@@ -281,7 +282,7 @@ current_segment(void)
 
 	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
-		elog(ERROR, "fanout.inbox_rotation must have one row");
+		ledger_row_missing("inbox_rotation");
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 

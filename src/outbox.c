@@ -51,6 +51,7 @@
 #include "broker.h"
 #include "compat.h"
 #include "headers.h"
+#include "ledger.h"
 #include "msgid.h"
 #include "outbox.h"
 #include "query.h"
@@ -260,12 +261,8 @@ outbox_load_cursor(Cursor *cursor)
 	};
 	bool		isnull;
 
+	ledger_check();
 	query_execute(&query, 0, NULL, NULL, NULL);
-	if (SPI_processed != 1)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("the ledger \"fanout.sent\" is empty"),
-				 errhint("Somebody deleted its rows. What was sent cannot be known any more; insert a row with the snapshot to start from.")));
 	drop_snapshot(&cursor->base);
 	drop_snapshot(&cursor->target);
 	cursor->base = keep_snapshot(query_value(0, 1, &isnull), TopMemoryContext);
@@ -607,6 +604,8 @@ outbox_record_sent(const Chunk *chunk)
 	};
 
 	query_execute(&query, 4, types, values, NULL);
+	if (SPI_processed != 1)
+		ledger_row_missing("rotation");
 }
 
 /* Parameters $1 to $10, the columns of a message; xid and uuid as text. */

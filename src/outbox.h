@@ -131,6 +131,8 @@ typedef struct Cursor
  * All of these run inside a transaction opened by worker_begin().  Chunks are
  * made as children of parent.
  */
+
+/* Where the ledger says the publisher is; an error if ledger_check() raises one. */
 extern void outbox_load_cursor(Cursor *cursor);
 
 /*

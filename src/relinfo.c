@@ -42,6 +42,7 @@
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
+#include "commands/extension.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/array.h"
@@ -217,6 +218,8 @@ own_relation(const char *name)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("relation \"fanout.%s\" does not exist", name),
+				 OidIsValid(get_extension_oid("pg_fanout", true)) ?
+				 errhint("The extension pg_fanout is there, but its schema \"fanout\" or a part of it was renamed. Give it its name back.") :
 				 errhint("Create the extension pg_fanout in this database.")));
 	return relid;
 }
