@@ -226,11 +226,13 @@ query($node, 'create schema plain; alter schema plain rename to plainer; alter s
 pass('other schemas, and other changes, are not');
 $node->psql('postgres', 'alter extension pg_fanout set schema public', stderr => \$stderr);
 like($stderr, qr/extension "pg_fanout" does not support SET SCHEMA/, 'ALTER EXTENSION SET SCHEMA is refused');
-query($node, 'alter event trigger pg_fanout_keep_schema disable; alter schema fanout rename to outbox');
+event_triggers('disable');
+query($node, 'alter schema fanout rename to outbox');
 $node->psql('postgres', q(insert into users values (500001, 'x')), stderr => \$stderr);
 like($stderr, qr/HINT:  The extension pg_fanout is there, but its schema "fanout" or a part of it was renamed/,
 	'if it was renamed all the same, the hint says so');
-query($node, 'alter event trigger pg_fanout_keep_schema enable always; alter schema plainer rename to plainest; alter schema outbox rename to fanout');
+event_triggers('enable always');
+query($node, 'alter schema outbox rename to fanout; alter schema plainer rename to plainest');
 query($node, q(insert into users values (500002, 'x')));
 PgFanout::flush($node);
 is_deeply([ keys_in_queue(1) ], [500002], 'and it can have its name back');
@@ -283,6 +285,18 @@ sub change_source
 	$target->poll_query_until('postgres', "select exists (select from users where id = $round * 1000 + 10)")
 	  or die 'not applied';
 	is(query($target, $worker), $pid, "round $round: the apply worker goes on") if $round < 6;
+	return;
+}
+
+# Those of pg_fanout, all.
+sub event_triggers
+{
+	my ($action) = @_;
+
+	foreach my $trigger (split /\n/, query($node, q(select evtname from pg_event_trigger where evtname like 'pg\_fanout%')))
+	{
+		query($node, "alter event trigger $trigger $action");
+	}
 	return;
 }
 
