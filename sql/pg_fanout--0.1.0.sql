@@ -119,6 +119,10 @@ after insert or delete or truncate or update of queue, queue_type, arguments, dr
 on fanout.binding
 for each statement execute function fanout.topology_changed();
 
+-- also in sessions, and apply workers, of session_replication_role = replica
+alter table fanout.topic enable always trigger topology_changed;
+alter table fanout.binding enable always trigger topology_changed;
+
 
 -- ---------------------------------------------------------------------------
 -- Outbox
@@ -1800,6 +1804,7 @@ create trigger subscriptions_changed
 after insert or update or delete or truncate
 on fanout.subscription
 for each statement execute function fanout.subscriptions_changed();
+alter table fanout.subscription enable always trigger subscriptions_changed;
 
 create table fanout.inbox (
     segment         smallint not null,

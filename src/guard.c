@@ -53,14 +53,13 @@
 #include "utils/rel.h"
 #include "utils/xid8.h"
 
+#include "guard.h"
+
 PG_FUNCTION_INFO_V1(pgf_guard);
 
-/*
- * Is the change one that a worker of a subscription makes by itself, rather
- * than a trigger that it fires?  The depth counts the guard, too.
- */
-static bool
-is_replicated(void)
+/* The depth of triggers counts the one that asks. */
+bool
+guard_is_replicated(void)
 {
 	return IsLogicalWorker() &&
 		DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)) == 1;
@@ -69,7 +68,7 @@ is_replicated(void)
 static void
 check_truncate(Relation rel)
 {
-	if (is_replicated() && RelationGetNumberOfBlocks(rel) > 0)
+	if (guard_is_replicated() && RelationGetNumberOfBlocks(rel) > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("logical replication cannot truncate table \"fanout.%s\"", RelationGetRelationName(rel)),
@@ -112,7 +111,7 @@ check_transaction(TriggerData *trigdata, const char *column)
 static HeapTuple
 check_row(TriggerData *trigdata)
 {
-	if (is_replicated())
+	if (guard_is_replicated())
 		return NULL;
 	if (TRIGGER_FIRED_BY_INSERT(trigdata->tg_event) && trigdata->tg_trigger->tgnargs > 0)
 		check_transaction(trigdata, trigdata->tg_trigger->tgargs[0]);

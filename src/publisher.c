@@ -827,6 +827,22 @@ note_end_of_batch(Chunk *chunk, uint64 ticket)
 	pub.drops_seen = false;
 }
 
+/*
+ * Has the chunk a message of a topic that is not known here?  Topics may have
+ * been written while their triggers were disabled (pg_restore --disable-triggers),
+ * so nobody said that there are new ones.
+ */
+static bool
+has_unknown_topic(const Chunk *chunk)
+{
+	for (int i = 0; chunk != NULL && i < chunk->count; i++)
+	{
+		if (topology_find(chunk->messages[i]->topic_id) == NULL)
+			return true;
+	}
+	return false;
+}
+
 static void
 read_chunk(void)
 {
@@ -848,7 +864,7 @@ read_chunk(void)
 	}
 	worker_begin();
 	chunk = outbox_read(&pub.cursor, TopMemoryContext, &topology);
-	if (topology)
+	if (topology || has_unknown_topic(chunk))
 		load_topology();
 	if (chunk != NULL)
 		prepare_chunk(chunk);

@@ -22,6 +22,7 @@
 #include "utils/tuplestore.h"
 
 #include "compat.h"
+#include "guard.h"
 #include "outbox.h"
 #include "relinfo.h"
 #include "shmem.h"
@@ -84,7 +85,8 @@ pgf_topology_changed(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"%s\" must be called by a trigger", "fanout.topology_changed")));
-	topology_changed();
+	if (!guard_is_replicated())	/* nothing was changed then */
+		topology_changed();
 	return PointerGetDatum(NULL);
 }
 

@@ -102,9 +102,67 @@ foreach my $section ('pre-data', 'data', 'post-data')
 		"psql restores section $section");
 }
 check_copy('sections');
+
+# The schema alone, as for tests, and then the data, with triggers disabled
+
+$node->safe_psql('postgres', 'create database apart');
+$node->command_ok(
+	[ 'pg_dump', '-s', '-f', "$dir/schema.sql", $node->connstr('postgres') ],
+	'pg_dump -s');
+$node->command_ok(
+	[ 'pg_dump', '-a', '--disable-triggers', '-f', "$dir/data.sql", $node->connstr('postgres') ],
+	'pg_dump -a --disable-triggers');
+restore('apart', 'schema');
+check_state('apart', 'schema alone');
+is( $node->safe_psql('apart',
+		'select (select count(*) from fanout.topic) + (select count(*) from fanout.binding) + (select count(*) from fanout.subscription)'),
+	0, 'the schema alone brings no topics');
+PgFanout::publisher_pid($node, dbname => 'apart');
+restore('apart', 'data');
+check_state('apart', 'data with triggers disabled');
+$node->safe_psql('apart', q(insert into users values (5555, 'at once', 'x')));
+PgFanout::flush($node, dbname => 'apart');
+is($node->safe_psql('apart', 'select state from fanout.outbox_status'), "sent\nsent",
+	'the running publisher knows the topics that came without their triggers');
+is_deeply(
+	[ map { $_->{body}->{after}->{name} } $broker->collect('exchange_user_a', expect => 1, idle => 0.3) ],
+	['at once'], 'apart: captures work');
 $node->stop('fast');
 
 done_testing();
+
+sub restore
+{
+	my ($database, $file) = @_;
+
+	$node->command_ok(
+		[
+			'psql', '-X', '-q', '-v', 'ON_ERROR_STOP=1', '-f',
+			"$dir/$file.sql", $node->connstr($database)
+		],
+		"$database: psql restores $file.sql");
+	return;
+}
+
+# What is true of one database only is as CREATE EXTENSION makes it.
+sub check_state
+{
+	my ($database, $what) = @_;
+
+	is( $node->safe_psql(
+			$database, q(
+		select concat_ws(' ', relname, (xpath('/row/c/text()', query_to_xml('select count(*) as c from ' || oid::regclass, false, true, '')))[1])
+		from pg_class where relnamespace = 'fanout'::regnamespace and relkind = 'r'
+		  and oid not in (select unnest(extconfig) from pg_extension where extname = 'pg_fanout')
+		  and relname not in ('capture', 'captured_column', 'topic_stat', 'topology_change')
+		  and (xpath('/row/c/text()', query_to_xml('select count(*) as c from ' || oid::regclass, false, true, '')))[1]::text <> '0'
+		order by 1)),
+		"inbox_rotation 1\nrotation 1\nsent_0 1",
+		"$database, $what: rotations and ledger are new, and there is nothing else");
+	is($node->safe_psql($database, 'select fanout.ledger_problem() is null'),
+		't', "$database, $what: the ledger is usable");
+	return;
+}
 
 sub check_copy
 {

@@ -215,6 +215,16 @@ query($node, q(select fanout.publish('exchange_user', '1', 'wakes')));
 PgFanout::flush($node);
 is_deeply([ keys_in_queue(2) ], [ 'by hand', 'wakes' ], 'one of the own transaction is a message as any other');
 
+# ---- sessions that replicate ----
+
+query($node, q(set session_replication_role = replica; select fanout.pause('exchange_user')));
+query($node, q(select fanout.publish('exchange_user', '1', 'paused')));
+PgFanout::wait_for_state($node, 'held', count => 1, where => "key = 'paused'");
+pass('a pause counts with session_replication_role = replica, too');
+query($node, q(set session_replication_role = replica; select fanout.resume('exchange_user')));
+PgFanout::flush($node);
+keys_in_queue(1);
+
 # ---- the name of the schema ----
 
 foreach my $role ('origin', 'replica')
