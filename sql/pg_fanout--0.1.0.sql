@@ -3019,29 +3019,70 @@ create function fanout.check_guards() returns table (item text, ok boolean, deta
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select format('table %s is guarded', c.oid::regclass), false,
-           format('trigger %s is disabled, or not enabled always', string_agg(quote_ident(t.tgname), ', ' order by t.tgname)),
-           format('Use ALTER TABLE %s ENABLE ALWAYS TRIGGER.', c.oid::regclass)
+    select format('triggers of %s', c.oid::regclass), false,
+           format('not enabled always: %s', string_agg(quote_ident(t.tgname), ', ' order by t.tgname)),
+           format('Use ALTER TABLE %s %s.', c.oid::regclass,
+                  string_agg(format('ENABLE ALWAYS TRIGGER %I', t.tgname), ', ' order by t.tgname))
     from pg_trigger t join pg_class c on c.oid = t.tgrelid
-    where t.tgfoid = 'fanout.guard()'::regprocedure and t.tgenabled <> 'A'
+    where t.tgfoid in ('fanout.guard()'::regprocedure, 'fanout.topology_changed()'::regprocedure,
+                       'fanout.subscriptions_changed()'::regprocedure)
+      and t.tgenabled <> 'A'
     group by c.oid
     union all
-    select format('event trigger %I is enabled', e.evtname), false, 'it is disabled, or not enabled always',
+    select format('event trigger %I', e.evtname), false, 'not enabled always',
            format('Use ALTER EVENT TRIGGER %I ENABLE ALWAYS.', e.evtname)
-    from pg_event_trigger e
-    where e.evtfoid in ('fanout.leave_subscriptions()'::regprocedure, 'fanout.keep_schema()'::regprocedure)
-      and e.evtenabled <> 'A'
+    from pg_event_trigger e join pg_proc p on p.oid = e.evtfoid
+    where p.pronamespace = 'fanout'::regnamespace and e.evtenabled <> 'A'
     union all
     select format('subscription %I leaves pg_fanout alone', s.subname), false,
            format('%s tables of pg_fanout are in it', count(*)),
            'Enable event triggers, then use ALTER SUBSCRIPTION ... REFRESH PUBLICATION.'
     from pg_subscription_rel r
          join pg_class c on c.oid = r.srrelid and c.relnamespace = 'fanout'::regnamespace
-         join (select oid, subname from pg_subscription) s on s.oid = r.srsubid
+         join pg_subscription s on s.oid = r.srsubid
     group by s.subname
 $$;
 comment on function fanout.check_guards() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_guards() from public;
+
+-- A segment is due half a retention after the last rotation; what is not sent by
+-- then is told of by check_flow().
+create function fanout.check_ring(segment regclass, rotated_at timestamptz, retention text)
+returns table (item text, ok boolean, detail text, hint text)
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%s is emptied', segment), false,
+           format('due since %s, but %s uses it, in a transaction that began at %s',
+                  rotated_at + r.retention, coalesce('process ' || l.pid, 'a prepared transaction'),
+                  coalesce(a.xact_start, x.prepared)),
+           'It can be emptied when that transaction has ended; until then its successor grows.'
+    from (select setting::int * interval '1 s' from pg_settings where name = check_ring.retention) r(retention),
+         pg_class c join pg_locks l on l.relation in (c.oid, c.reltoastrelid) and l.granted
+                                   and l.database = (select oid from pg_database where datname = current_database())
+         left join pg_stat_activity a using (pid)
+         left join pg_locks v on l.pid is null and v.virtualtransaction = l.virtualtransaction and v.locktype = 'transactionid'
+         left join pg_prepared_xacts x on x.transaction = v.transactionid
+    where c.oid = segment and pg_relation_size(segment) > 0
+      and rotated_at + r.retention < clock_timestamp()
+      and l.pid is distinct from pg_backend_pid() and coalesce(a.backend_type, '') not like 'pg\_fanout%'
+    order by coalesce(a.xact_start, x.prepared) limit 1
+$$;
+comment on function fanout.check_ring(regclass, timestamptz, text) is 'internal: part of fanout.check()';
+revoke all on function fanout.check_ring(regclass, timestamptz, text) from public;
+
+create function fanout.check_rings() returns table (item text, ok boolean, detail text, hint text)
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.* from fanout.rotation r,
+                    fanout.check_ring(format('fanout.outbox_%s', (r.current + 1) % 3)::regclass, r.rotated_at, 'pg_fanout.retention') c
+    union all
+    select c.* from fanout.inbox_rotation r,
+                    fanout.check_ring(format('fanout.inbox_%s', (r.current + 1) % 4)::regclass, r.rotated_at, 'pg_fanout.inbox_retention') c
+$$;
+comment on function fanout.check_rings() is 'internal: part of fanout.check()';
+revoke all on function fanout.check_rings() from public;
 
 create function fanout.check_settings() returns table (item text, ok boolean, detail text, hint text)
 language sql stable
@@ -3082,6 +3123,7 @@ begin
     return query select * from fanout.check_captures();
     return query select * from fanout.check_subscriptions();
     return query select * from fanout.check_guards();
+    return query select * from fanout.check_rings();
     return query select * from fanout.check_settings();
 end
 $$;

@@ -120,6 +120,10 @@ is( $node->safe_psql('apart',
 PgFanout::publisher_pid($node, dbname => 'apart');
 restore('apart', 'data');
 check_state('apart', 'data with triggers disabled');
+cmp_ok($node->safe_psql('apart', 'select count(*) from fanout.check_guards()'), '>', 0, 'apart: check() says that guards are not enabled always');
+$node->safe_psql('apart', $_)
+  foreach map { /^Use (.*)\.$/ } split /\n/, $node->safe_psql('apart', 'select hint from fanout.check_guards()');
+is($node->safe_psql('apart', 'select count(*) from fanout.check_guards()'), 0, 'apart: and how to put that right');
 $node->safe_psql('apart', q(insert into users values (5555, 'at once', 'x')));
 PgFanout::flush($node, dbname => 'apart');
 is($node->safe_psql('apart', 'select state from fanout.outbox_status'), "sent\nsent",

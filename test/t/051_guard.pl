@@ -16,7 +16,7 @@ my $broker = PgFanout::broker();
 my $source = PgFanout::cluster('source', $broker,
 	conf => "wal_level = logical\nmax_wal_senders = 10");
 my $target = PgFanout::cluster('target', undef,
-	conf => "max_logical_replication_workers = 8\nmax_worker_processes = 20");
+	conf => "max_logical_replication_workers = 8\nmax_worker_processes = 20\nmax_prepared_transactions = 2");
 my $declare = q(
 	create table users (id int primary key, name text);
 	select fanout.declare_bindings('{"exchange_user": ["g"]}');
@@ -214,6 +214,32 @@ query($node, q(
 query($node, q(select fanout.publish('exchange_user', '1', 'wakes')));
 PgFanout::flush($node);
 is_deeply([ keys_in_queue(2) ], [ 'by hand', 'wakes' ], 'one of the own transaction is a message as any other');
+
+# ---- a transaction that keeps a segment from being emptied ----
+
+$node->append_conf('postgresql.conf', 'pg_fanout.retention = 2s');
+$node->reload;
+my $segment = query($node, 'select current from fanout.rotation');
+is(query($node, 'select count(*) from fanout.check_rings()'), 0, 'check() has nothing to say of a ring that turns');
+my $reader = $node->background_psql('postgres');
+my $pid = $reader->query_safe('begin; select pg_backend_pid(); lock table fanout.outbox in access share mode');
+PgFanout::poll(
+	sub {
+		query($node, q(select fanout.publish('exchange_user', '1', 'turns')));
+		query($node, 'select count(*) from fanout.check_rings()') > 0;
+	}, 'a segment that cannot be emptied');
+like(query($node, 'select * from fanout.check_rings()'),
+	qr/^fanout.outbox_\d is emptied\|f\|due since .*, but process $pid uses it/, 'check() says which transaction is in the way, and since when');
+$reader->query_safe("prepare transaction 'in the way'");
+like(query($node, 'select * from fanout.check_rings()'),
+	qr/but a prepared transaction uses it, in a transaction that began at 2/, 'also if it is a prepared one');
+query($node, q(rollback prepared 'in the way'));
+PgFanout::poll(sub { query($node, 'select count(*) from fanout.check_rings()') == 0 }, 'a ring that turns');
+pass('and the ring turns when it has ended');
+$reader->quit;
+$node->append_conf('postgresql.conf', 'pg_fanout.retention = 1d');
+$node->reload;
+$broker->amqp('purge', '--queue', 'exchange_user_g');
 
 # ---- sessions that replicate ----
 
