@@ -1514,6 +1514,7 @@ begin
                                where a.attrelid = c.entity and a.attnum > 0
                                  and (y.typtype in ('c', 'd') or e.typtype in ('c', 'd')))
                     or exists (select from pg_class r where r.oid = c.entity and r.reloftype <> 0))
+             order by c.entity, c.topic
     loop
         perform fanout.check_condition(t.entity, t.topic);
     end loop;
