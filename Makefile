@@ -26,7 +26,7 @@ PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-f
 ifdef WERROR
 PG_CFLAGS += -Werror
 endif
-SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq libssl libcrypto uuid)
+SHLIB_LINK = $(shell $(PKG_CONFIG) --libs librabbitmq libssl libcrypto uuid) -pthread
 
 REGRESS = $(sort $(patsubst $(srcdir_)test/sql/%.sql,%,$(wildcard $(srcdir_)test/sql/*.sql)))
 REGRESS_OPTS = --inputdir=$(srcdir_)test --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf --encoding=UTF8 --no-locale

@@ -33,8 +33,6 @@
  * - reading TLS, since the library does not give its session away: the loop
  *   named above, for a peer that has the certificate we trust.
  *
- * The resolver has its own limits (resolv.conf).
- *
  * Channels: 1 publishes in confirm mode, or consumes, 2 is for topology, so that a refusal
  * there (AMQP closes the channel) leaves the messages in flight alone.  A
  * channel's life:
@@ -99,6 +97,7 @@
 
 #include "assemble.h"
 #include "broker.h"
+#include "clock.h"
 #include "tcp.h"
 #include "tls.h"
 
@@ -261,7 +260,8 @@ static Broker *new_broker(const BrokerAddress *address, const BrokerOptions *opt
 static void announce(Broker *broker, int fd);
 static bool open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline);
 static bool open_plain(Broker *broker, int fd);
-static bool open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline);
+static bool open_tls(Broker *broker, const BrokerAddress *address, const char *peer,
+					 int64_t deadline);
 static bool set_up_tls(Broker *broker, amqp_socket_t *tls, const char *host);
 static bool refuse_tls(Broker *broker, int status);
 static void tune_socket(Broker *broker);
@@ -643,14 +643,17 @@ announce(Broker *broker, int fd)
 }
 
 /*
- * For TLS, too, we connect ourselves first, and let that connection go: the
- * library opens its TLS socket in one blocking call, which must not be where
- * an unreachable host is found out.
+ * Connects, and hands the socket over to the library.  For TLS, too, we connect
+ * ourselves first, and let that connection go: the library opens its TLS socket
+ * in one blocking call, which must not be where a host is looked up or found
+ * out to be unreachable.
  */
 static bool
 open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline)
 {
 	char		problem[sizeof(broker->why.text)];
+	char		peer[BROKER_MAX_SHORTSTR + 1];
+	bool		known;
 	int			fd = tcp_connect(address->host, address->port, deadline,
 								 broker->options->wait, broker->options->fd_changed,
 								 problem, sizeof(problem));
@@ -661,9 +664,12 @@ open_socket(Broker *broker, const BrokerAddress *address, int64_t deadline)
 	if (!address->tls)
 		return open_plain(broker, fd);
 
+	known = tcp_peer(fd, peer, sizeof(peer));
 	announce(broker, -1);
 	close(fd);
-	return open_tls(broker, address, deadline);
+	if (!known)
+		return lose(broker, 0, "could not connect to %s: the connection was closed", broker->where);
+	return open_tls(broker, address, peer, deadline);
 }
 
 /* Hands the socket over to the library. */
@@ -682,8 +688,12 @@ open_plain(Broker *broker, int fd)
 	return true;
 }
 
+/*
+ * Opens a TLS socket of the library's to peer, the address that answered.  The
+ * name, for the server and for its certificate, is address->host all the same.
+ */
 static bool
-open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline)
+open_tls(Broker *broker, const BrokerAddress *address, const char *peer, int64_t deadline)
 {
 	amqp_socket_t *tls = amqp_ssl_socket_new(broker->conn);
 	struct timeval timeout;
@@ -697,7 +707,7 @@ open_tls(Broker *broker, const BrokerAddress *address, int64_t deadline)
 	timeout.tv_sec = clock_left(deadline) / 1000;
 	timeout.tv_usec = clock_left(deadline) % 1000 * 1000;
 	handshaking = broker->conn;
-	status = amqp_socket_open_noblock(tls, address->host, address->port, &timeout);
+	status = amqp_socket_open_noblock(tls, peer, address->port, &timeout);
 	handshaking = NULL;
 	if (status != AMQP_STATUS_OK)
 		return refuse_tls(broker, status);
@@ -719,7 +729,7 @@ set_up_tls(Broker *broker, amqp_socket_t *tls, const char *host)
 	void	   *context = amqp_ssl_socket_get_context(tls);
 	char		problem[sizeof(broker->why.text)];
 
-	tls_begin(context);
+	tls_begin(context, host);
 	amqp_ssl_socket_set_verify_peer(tls, options->tls_verify);
 	amqp_ssl_socket_set_verify_hostname(tls, false);
 

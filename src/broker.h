@@ -198,9 +198,9 @@ extern void broker_free_addresses(BrokerAddress *addresses, int count);
 /*
  * Connects, logs in, opens the publishing channel in confirm mode.  The
  * password overrides the address's unless NULL.  Returns NULL with *error
- * filled on failure: at the latest after options->connect_timeout_ms, not
- * counting the resolver, whose limits are its own.  All of it waits through
- * options->wait(), but for the TLS handshake (broker_handshake_fd()).
+ * filled on failure: at the latest after options->connect_timeout_ms.  All of
+ * it waits through options->wait(), looking up the host's name included, but
+ * for the TLS handshake (broker_handshake_fd()).
  * The options must outlive the connection; address and password need not.
  */
 extern Broker *broker_connect(const BrokerAddress *address, const char *password,

@@ -6,9 +6,8 @@
  * Responsible for: connecting within a deadline, the socket's options, and
  * what the kernel tells about the room in its buffers.
  *
- * Must never: block anywhere but in the caller's wait function (and in
- * getaddrinfo(), which has no other form), or leave a socket open that nobody
- * was told of: the wait function may not return.
+ * Must never: block anywhere but in the caller's wait function, or leave a
+ * socket open that nobody was told of: the wait function may not return.
  *
  * Scenarios: several addresses, of which some refuse or do not answer; a name
  * that does not resolve; a deadline that passes; a signal handler that shuts
@@ -29,12 +28,13 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <linux/sockios.h>
 #endif
 
+#include "clock.h"
+#include "resolve.h"
 #include "tcp.h"
 
 /* Asked for; the kernel caps it at net.core.wmem_max. */
@@ -59,22 +59,12 @@ tcp_connect(const char *host, int port, int64_t deadline,
 			bool (*wait) (int fd, bool for_write, long timeout_ms),
 			void (*fd_changed) (int fd), char *text, size_t text_size)
 {
-	struct addrinfo hints = {.ai_family = AF_UNSPEC,.ai_socktype = SOCK_STREAM};
-	struct addrinfo *all;
 	Attempt		attempt = {wait, fd_changed, EADDRNOTAVAIL};
-	char		service[16];
-	int			problem;
+	struct addrinfo *all = resolve(host, port, deadline, wait, text, text_size);
 	int			fd;
 
-	snprintf(service, sizeof(service), "%d", port);
-	problem = getaddrinfo(host, service, &hints, &all);
-	if (problem != 0)
-	{
-		snprintf(text, text_size, "could not resolve host name \"%s\": %s", host,
-				 problem == EAI_SYSTEM ? strerror(errno) : gai_strerror(problem));
+	if (all == NULL)
 		return -1;
-	}
-
 	fd = connect_any(&attempt, all, deadline);
 	freeaddrinfo(all);
 	if (fd < 0)
@@ -139,6 +129,16 @@ finish_connect(Attempt *attempt, int fd, int64_t deadline)
 	if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &problem, &len) < 0)
 		return errno;
 	return problem;
+}
+
+bool
+tcp_peer(int fd, char *address, size_t size)
+{
+	struct sockaddr_storage peer;
+	socklen_t	len = sizeof(peer);
+
+	return getpeername(fd, (struct sockaddr *) &peer, &len) == 0 &&
+		getnameinfo((struct sockaddr *) &peer, len, address, (socklen_t) size, NULL, 0, NI_NUMERICHOST) == 0;
 }
 
 /*
@@ -220,21 +220,4 @@ tcp_wait_readable(int fd, long timeout_ms)
 	struct pollfd p = {.fd = fd,.events = POLLIN};
 
 	poll(&p, 1, (int) timeout_ms);
-}
-
-int64_t
-clock_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-long
-clock_left(int64_t deadline)
-{
-	int64_t		left = deadline - clock_ms();
-
-	return left > 0 ? (long) left : 0;
 }

@@ -18,13 +18,19 @@
  * Connects to the first address of host that answers.  Returns the
  * non-blocking, close-on-exec socket, or -1 with a reason in text.  wait and
  * fd_changed are those of BrokerOptions; fd_changed is told every socket that
- * is tried, and -1 before one is closed.  Resolving the name blocks, within
- * the resolver's own limits.
+ * is tried, and -1 before one is closed.  Looking up the name counts towards
+ * the deadline, and waits in wait() as connecting does.
  */
 extern int	tcp_connect(const char *host, int port, int64_t deadline,
 						bool (*wait) (int fd, bool for_write, long timeout_ms),
 						void (*fd_changed) (int fd),
 						char *text, size_t text_size);
+
+/*
+ * Writes the peer's address as a text that is a number, not a name, and that
+ * needs no lookup.  False: the socket is not connected any more.
+ */
+extern bool tcp_peer(int fd, char *address, size_t size);
 
 /*
  * Sets the options a broker connection wants: no Nagle, keepalive, a large
@@ -50,9 +56,5 @@ extern bool tcp_writable(int fd, bool *readable);
 
 /* A plain wait, without interrupts; for short times. */
 extern void tcp_wait_readable(int fd, long timeout_ms);
-
-/* The clock of all deadlines, in milliseconds; and what is left, 0 if none. */
-extern int64_t clock_ms(void);
-extern long clock_left(int64_t deadline);
 
 #endif							/* PGF_TCP_H */

@@ -12,15 +12,17 @@
  *
  * Must never: fall back to trusting more than it was told; wait for anything.
  *
- * Not for threads: what went wrong last is kept in static variables.
+ * Not for threads: what went wrong last, and the server's name, are kept in
+ * static variables.
  *
  * Scenarios, in test/t/024_tls.pl: certificates that are good, expired, for
  * another host, from an unknown authority; files that are missing, unreadable,
  * garbage, or do not belong together; no authorities at all; a peer that does
- * not speak TLS.
+ * not speak TLS.  In test/t/046_connection.pl: the name that a server is told.
  *
  *-------------------------------------------------------------------------
  */
+#include <arpa/inet.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
@@ -35,17 +37,47 @@ static long rejection = X509_V_OK;
 /* did a key ask for its passphrase? */
 static bool passphrase_wanted = false;
 
+/* whom the server is to be, "" for an address */
+static char server_name[256];
+
+static bool is_address(const char *host);
+static void name_server(const SSL *ssl, int where, int value);
 static int	remember_rejection(int ok, X509_STORE_CTX *store);
 static int	no_passphrase(char *buffer, int size, int for_writing, void *arg);
 static const char *or_unknown(const char *reason);
 
 void
-tls_begin(void *context)
+tls_begin(void *context, const char *host)
 {
+	snprintf(server_name, sizeof(server_name), "%s", is_address(host) ? "" : host);
+	SSL_CTX_set_info_callback(context, name_server);
 	SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
 	rejection = X509_V_OK;
 	passphrase_wanted = false;
 	ERR_clear_error();
+}
+
+static bool
+is_address(const char *host)
+{
+	unsigned char address[sizeof(struct in6_addr)];
+
+	return inet_pton(AF_INET, host, address) == 1 || strchr(host, ':') != NULL;
+}
+
+/*
+ * Sets the name that the handshake tells the server.  The AMQP library has set
+ * it to what it was told to connect to, which is an address; and addresses must
+ * not be told (RFC 6066, section 3).
+ */
+static void
+name_server(const SSL *ssl, int where, int value)
+{
+	const char *name = server_name[0] != '\0' ? server_name : NULL;
+
+	(void) value;
+	if (where & SSL_CB_HANDSHAKE_START)
+		SSL_set_tlsext_host_name((SSL *) ssl, name);
 }
 
 bool

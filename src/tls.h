@@ -15,10 +15,11 @@
 #include <stddef.h>
 
 /*
- * To be called first: forgets what went wrong before, and allows TLS 1.2 and
- * later only (RFC 8996).
+ * To be called first: forgets what went wrong before, allows TLS 1.2 and later
+ * only (RFC 8996), and tells the server the host's name (SNI, RFC 6066)
+ * whatever address is connected to.
  */
-extern void tls_begin(void *context);
+extern void tls_begin(void *context, const char *host);
 
 /*
  * Trusts the authorities in a file, or with NULL those of the operating
