@@ -8,8 +8,9 @@
  * failure that lasts is logged once.  What goes over the connection is its
  * worker's business.
  *
- * Must never: wait but in worker_wait(), or keep the password longer than it
- * takes to log in.
+ * Must never: wait but in worker_wait(), keep the password longer than it
+ * takes to log in, or connect while a setting is not what was asked for
+ * (refused.c).
  *
  * A lost connection is tried again after 0.1 s, doubling up to
  * MAX_RECONNECT_MS, but every host once before the first pause.
@@ -24,6 +25,7 @@
 #include "connection.h"
 #include "guc.h"
 #include "monotime.h"
+#include "refused.h"
 #include "worker.h"
 
 /* Bounds the wait for one answer to a declare. */
@@ -48,13 +50,16 @@ connection_init(Connection *conn, const char *who, const char *name)
 	conn->options.connection_name = name;
 	conn->settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
 												   ALLOCSET_SMALL_SIZES);
+	refused_note_stored();
 }
 
 /* The settings a connection depends on, as one text. */
 static char *
 current_settings(void)
 {
-	return psprintf("%s|%s|%s|%s|%s|%d|%d|%d", pgf_uri, pgf_password_file, pgf_tls_ca_file,
+	char	   *problem = refused_setting();
+
+	return psprintf("%s|%s|%s|%s|%s|%s|%d|%d|%d", problem ? problem : "", pgf_uri, pgf_password_file, pgf_tls_ca_file,
 					pgf_tls_cert_file, pgf_tls_key_file, pgf_tls_verify, pgf_connect_timeout, pgf_heartbeat);
 }
 
@@ -96,6 +101,7 @@ connection_use_settings(Connection *conn)
 {
 	const char *error;
 	char	   *settings = current_settings();
+	const char *problem = refused_setting();
 
 	Assert(conn->broker == NULL);
 	MemoryContextReset(conn->settings_context);
@@ -104,6 +110,9 @@ connection_use_settings(Connection *conn)
 	if (conn->addresses != NULL)
 		broker_free_addresses(conn->addresses, conn->naddresses);
 	conn->addresses = broker_parse_uri(pgf_uri, &conn->naddresses, &error);
+	if (problem == NULL)
+		problem = error;
+	conn->problem = problem ? MemoryContextStrdup(conn->settings_context, problem) : NULL;
 	conn->next_address = conn->naddresses > 1 ? (uint64) mono_now() % conn->naddresses : 0;
 	conn->failures = 0;
 	conn->connect_at = 0;
@@ -215,7 +224,14 @@ connection_open(Connection *conn, bool *again)
 	BrokerError error;
 	char	   *password = NULL;
 
-	if (conn->addresses == NULL || !read_password(conn, &password))
+	if (conn->problem != NULL)
+	{
+		if (refused_stored_mended())
+			worker_end(WORKER_RESTART);
+		connection_failed(conn, conn->problem);
+		return false;
+	}
+	if (!read_password(conn, &password))
 		return false;
 	worker_set_state(WORKER_CONNECTING);
 	address = &conn->addresses[conn->next_address];

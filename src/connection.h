@@ -29,6 +29,7 @@ typedef struct Connection
 	int			naddresses;
 	int			next_address;
 	char	   *settings;		/* what the connection was made from */
+	char	   *problem;		/* of a setting, for which none is made */
 	MemoryContext settings_context;
 	BrokerOptions options;
 	bool		was_connected;

@@ -17,6 +17,9 @@
  * pg_monitor among them; so SHOW never shows the password in a URI, not even
  * to superusers, and pg_settings leaves the setting out.
  *
+ * A value that is refused where nobody can be told, as at the start of the
+ * server, does not let the default be used in its place: see refused.c.
+ *
  * Nothing here may print the value of pg_fanout.uri.  The server does so when
  * a check hook fails without a message of its own, so each failure sets one.
  *
@@ -38,6 +41,7 @@
 #include "broker.h"
 #include "compat.h"
 #include "guc.h"
+#include "refused.h"
 
 #define DEFAULT_URI			"amqp://guest:guest@localhost:5672/"
 #define SECONDS_PER_YEAR	(365 * 24 * 3600)
@@ -81,6 +85,8 @@ static void check_password_file(const char *path);
 void
 guc_init(bool preloading)
 {
+	List	   *asked = preloading ? refused_collect() : NIL;
+
 	define_connection_settings();
 	define_tls_settings();
 	define_publishing_settings();
@@ -105,6 +111,7 @@ guc_init(bool preloading)
 							PGC_POSTMASTER, 0,
 							NULL, NULL, NULL);
 	MarkGUCPrefixReserved("pg_fanout");
+	refused_note(asked);
 }
 
 static void

@@ -1487,11 +1487,13 @@ maintain(MonoTime now)
 	if (now < pub.maintenance_at)
 		return;
 	worker_begin();
-	segment = outbox_rotate(pgf_retention);
+	/* what a wrong setting was to keep may be longer than the default */
+	segment = pub.conn.problem ? outbox_current_segment() : outbox_rotate(pgf_retention);
 	topology_find_held();
 	worker_commit();
 	worker_begin();
-	inbox_rotate(pgf_inbox_retention);
+	if (pub.conn.problem == NULL)
+		inbox_rotate(pgf_inbox_retention);
 	worker_commit();
 	read_subscriptions();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);

@@ -20,8 +20,8 @@
  * Scenarios, each of them a test in test/unit/test_uri.c: all defaults; each
  * part alone; percent-decoding everywhere; lists with blanks; IPv6; no
  * vhost; ports 0, 65536 and not a number; NUL, control characters and broken
- * escapes; unknown scheme; query and fragment; a stray "@", "/" or ":";
- * overlong parts.
+ * escapes; unknown scheme; query and fragment; a stray "@", "/" or ":", which
+ * may well belong to a password; overlong parts.
  *
  *-------------------------------------------------------------------------
  */
@@ -142,6 +142,8 @@ parse_item(Span item, BrokerAddress *address)
 	authority.end = slash ? slash : item.end;
 	path.start = authority.end;
 	path.end = item.end;
+	if (find(path, '@') != NULL)
+		return "vhost contains an unescaped \"@\", or a password an unescaped \"/\"";
 
 	at = find(authority, '@');
 	if (at != NULL)

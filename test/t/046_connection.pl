@@ -17,13 +17,23 @@ my $broker = PgFanout::broker();
 my $names = names_library();
 my $asked = "$ENV{NAMES_DIR}/asked";
 my $port = $broker->port;
+my $checked = 0;
+my $written = 0;
 my $node = start_node();
 
 silent_names();
 slow_names();
 name_told_to_the_server();
-
 $node->stop;
+
+$node = node_with_subscription();
+wrong_in_postgresql_conf();
+wrong_elsewhere();
+wrong_on_the_command_line();
+wrong_in_the_catalog();
+wrong_at_a_reload();
+$node->stop;
+
 done_testing();
 
 # ---------------------------------------------------------------------------
@@ -126,6 +136,198 @@ sub first_message
 		return $message if $message ne '';
 	}
 	die 'nobody connected';
+}
+
+# ---------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------
+
+sub node_with_subscription
+{
+	my $other = PgFanout::cluster('settings', $broker);
+
+	$other->safe_psql(
+		'postgres', q(
+create role app login;
+grant create on schema public to app;
+grant usage on schema fanout to app;
+grant execute on function fanout.subscribe to app;
+select fanout.declare_binding('settings', 'g');
+set role app;
+create table got (n int);
+create function handle(m fanout.message) returns void language sql as 'insert into got values ((m.body->>''n'')::int)';
+select fanout.subscribe('settings', 'g', 'handle(fanout.message)')));
+	PgFanout::flush($other);
+	return $other;
+}
+
+# Each is put right by a reload.
+sub wrong_in_postgresql_conf
+{
+	my @cases = (
+		[ 'uri', "'amqp://app:p#sec\@127.0.0.1:$port/'", 'unescaped "#"' ],
+		[ 'uri', "'amqp://app:sec\@ret\@127.0.0.1/'", 'unescaped "@"' ],
+		[ 'uri', "'amqp://app:sec\@127.0.0.1/?heartbeat=10'", 'query parameters' ],
+		[ 'heartbeat', 99999, 'pg_fanout.heartbeat' ],
+		[ 'connect_timeout', "'soon'", 'pg_fanout.connect_timeout' ],
+		[ 'tls_verify', 'perhaps', 'pg_fanout.tls_verify' ],
+		[ 'retention', "'30 dayz'", 'pg_fanout.retention' ],
+		[ 'max_databases', 0, 'pg_fanout.max_databases' ]);
+	my %right = (uri => "'" . $broker->uri . "'", heartbeat => 30, connect_timeout => "'2 s'",
+		tls_verify => 'on', retention => "'30 d'", max_databases => 64);
+
+	foreach my $case (@cases)
+	{
+		my ($setting, $value, $reason) = @$case;
+
+		$node->append_conf('postgresql.conf', "pg_fanout.$setting = $value");
+		$node->restart;
+		does_not_connect("pg_fanout.$setting = $value at the start", qr/configuration files.*\Q$reason\E/);
+		$node->append_conf('postgresql.conf', "pg_fanout.$setting = $right{$setting}");
+		$node->reload;
+		goes_on("pg_fanout.$setting is right, and reloaded");
+	}
+	unlike(PostgreSQL::Test::Utils::slurp_file($node->logfile), qr/\bsec\b|sec@|#sec/,
+		'a password in a URI that is wrong is not in the log');
+	return;
+}
+
+sub wrong_elsewhere
+{
+	my $included = $node->data_dir . '/included.conf';
+
+	$node->append_conf('postgresql.conf', "include_if_exists = 'included.conf'");
+	PostgreSQL::Test::Utils::append_to_file($included, 'pg_fanout.heartbeat = -1');
+	$node->restart;
+	does_not_connect('a wrong setting in an included file', qr/configuration files.*pg_fanout.heartbeat/);
+	unlink $included or die;
+	$node->reload;
+	goes_on('a wrong setting is taken out, and reloaded');
+
+	$node->append_conf('postgresql.auto.conf', 'pg_fanout.heartbeat = -1');
+	$node->restart;
+	does_not_connect('a wrong setting in postgresql.auto.conf', qr/configuration files.*pg_fanout.heartbeat/);
+	$node->safe_psql('postgres', 'alter system set pg_fanout.heartbeat = 20');
+	$node->reload;
+	goes_on('ALTER SYSTEM puts it right');
+
+	return if $node->pg_version < 15;
+	$node->append_conf('postgresql.conf', "pg_fanout.url = 'amqp://elsewhere'");
+	$node->restart;
+	does_not_connect('a setting that there is not', qr/configuration files.*pg_fanout.url/);
+	$node->adjust_conf('postgresql.conf', 'pg_fanout.url', undef);
+	$node->reload;
+	goes_on('it is taken out, and reloaded');
+	return;
+}
+
+sub wrong_on_the_command_line
+{
+	$node->stop;
+	PgFanout::run_command_ok('pg_ctl', '-w', '-D', $node->data_dir, '-l', $node->logfile,
+		'-o', "--cluster-name=main -c pg_fanout.heartbeat=-1", 'start');
+	$node->_update_pid(1);
+	does_not_connect('a wrong setting on the command line', qr/command line.*pg_fanout.heartbeat/);
+	$node->reload;
+	does_not_connect('and after a reload, which leaves the command line as it is', qr/command line.*pg_fanout.heartbeat/);
+	$node->stop;
+	$node->start;
+	goes_on('started without');
+	return;
+}
+
+sub wrong_in_the_catalog
+{
+	# each session would warn of what is stored, and poll_query_until() takes no warnings
+	local $ENV{PGOPTIONS} = '-c client_min_messages=error';
+	my $stored = sub {
+		my ($reset, $reason, @stored) = @_;
+
+		$node->append_conf('postgresql.conf', "shared_preload_libraries = ''");
+		$node->restart;
+		$node->safe_psql('postgres', $_) foreach @stored;
+		$node->append_conf('postgresql.conf', "shared_preload_libraries = 'pg_fanout'");
+		$node->restart;
+		does_not_connect("$stored[0], without the library", qr/ALTER DATABASE or ALTER ROLE.*$reason/,
+			$stored[0] =~ /role app/ ? 'subscriptions' : ('publisher', 'subscriptions'));
+		$node->safe_psql('postgres', $reset);
+		goes_on($reset);
+	};
+
+	$stored->('alter database postgres reset pg_fanout.uri', 'unescaped "/"',
+		q(alter database postgres set pg_fanout.uri = 'amqp://app:s/c@127.0.0.1:1/'));
+	$stored->('alter role all reset pg_fanout.heartbeat', 'pg_fanout.heartbeat',
+		'alter role all set pg_fanout.heartbeat = 99999');
+	$stored->('alter database postgres set pg_fanout.heartbeat = 10', 'pg_fanout.heartbeat',
+		'alter database postgres set pg_fanout.heartbeat = never',
+		'alter role all set pg_fanout.heartbeat = 11');
+	$stored->('alter database postgres reset pg_fanout.tls_verify', 'pg_fanout.tls_verify',
+		'alter database postgres set pg_fanout.tls_verify = perhaps',
+		'alter role all set pg_fanout.heartbeat = 99999');
+	pass('a wrong value that another one overrides is no matter');
+	$node->safe_psql('postgres', $_) foreach 'alter database postgres reset all', 'alter role all reset all';
+
+	$stored->('alter role app reset pg_fanout.heartbeat', 'pg_fanout.heartbeat',
+		'alter role app set pg_fanout.heartbeat = 99999');
+	$node->safe_psql('postgres', $_) foreach 'alter database postgres reset all', 'alter role all reset all';
+	return;
+}
+
+sub wrong_at_a_reload
+{
+	my $pid = PgFanout::publisher_pid($node);
+
+	$node->append_conf('postgresql.conf', 'pg_fanout.connect_timeout = 1');
+	$node->reload;
+	$node->append_conf('postgresql.conf', 'pg_fanout.retry_limit = 7');
+	$node->reload;
+	$node->poll_query_until('postgres', q(select current_setting('pg_fanout.retry_limit') = '7'));
+	goes_on('a wrong value that a reload brings changes nothing');
+	$node->safe_psql('postgres', 'select pg_terminate_backend(pid, 10000) from fanout.stat_publisher');
+	goes_on('nor when the publisher is started again');
+	return;
+}
+
+# A message is written, and stays where it is.
+sub does_not_connect
+{
+	my ($name, $reason, @workers) = @_;
+
+	write_message();
+	foreach my $worker (@workers ? @workers : ('publisher', 'subscriptions'))
+	{
+		$node->poll_query_until('postgres', "select state = 'disconnected' from fanout.stat_$worker")
+		  or die PgFanout::status($node, 'postgres');
+		like($node->safe_psql('postgres', "select connected_to, last_error from fanout.stat_$worker"),
+			qr/\A\|.*$reason/, "$name: $worker");
+	}
+	# that takes 5 s each time
+	like($node->safe_psql('postgres', q(select detail from fanout.check() where not ok and item = 'broker connected')),
+		$reason, 'check() says so')
+	  unless $checked++;
+	like(PostgreSQL::Test::Utils::slurp_file($node->logfile), qr/is not connected to the broker\n.*DETAIL:.*$reason/, 'and so does the log');
+	is($node->safe_psql('postgres', "select count(*) from got where n = $written"), 0, 'the message waits');
+	return;
+}
+
+# What was written arrives.
+sub goes_on
+{
+	my ($name) = @_;
+
+	write_message();
+	$node->poll_query_until('postgres', "select count(*) = $written from got")
+	  or die PgFanout::status($node, 'postgres');
+	PgFanout::wait_for_state($node, 'sent');
+	pass("$name: it goes on");
+	return;
+}
+
+sub write_message
+{
+	$written++;
+	$node->safe_psql('postgres', qq(select fanout.publish('settings', '{"n": $written}')));
+	return;
 }
 
 # ---------------------------------------------------------------------------

@@ -108,7 +108,9 @@ test_bad(void)
 	bad("amqp://u:secret@h:99999999999999999999", "between 1 and 65535");
 	bad("amqp://u:secret@h:-1", "not a number");
 	bad("amqp://u:secret@h:port", "not a number");
-	bad("amqp://u:sec/ret@h", "not a number");
+	bad("amqp://u:sec/ret@h", "a password an unescaped \"/\"");
+	bad("amqp://u:1234/secret@h", "a password an unescaped \"/\"");
+	bad("amqp://h/v@secret", "unescaped \"@\"");
 	bad("amqp://u:secret@x@h", "unescaped \"@\"");
 	bad("amqp://u:sec%00ret@h", "escaped NUL");
 	bad("amqp://u:secret%@h", "hexadecimal");
