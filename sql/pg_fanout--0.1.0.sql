@@ -2363,7 +2363,10 @@ revoke all on fanout.bindings from public;
 
 create view fanout.outbox_status as
 with ledger as (
-    select * from fanout.sent order by sent_id desc limit 1
+    -- one that is empty, or not of this server, knows of nothing that was sent
+    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id
+    from (select) one left join (select * from fanout.sent order by sent_id desc limit 1) s
+         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot())
 )
 select o.id, t.topic, o.message_id, o.type, o.key, o.created_at,
        case when s.is_sent then 'sent' else 'pending' end as state,
@@ -2434,7 +2437,10 @@ revoke all on fanout.stat_publisher from public;
 -- are index scans whose cost does not depend on what was sent already.
 create view fanout.pending as
 with ledger as (
-    select * from fanout.sent order by sent_id desc limit 1
+    -- one that is empty, or not of this server, knows of nothing that was sent
+    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id
+    from (select) one left join (select * from fanout.sent order by sent_id desc limit 1) s
+         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot())
 )
 select o.* from ledger l, fanout.outbox o
 where o.xid >= pg_snapshot_xmax(l.base)

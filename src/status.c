@@ -85,7 +85,7 @@ pgf_topology_changed(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"%s\" must be called by a trigger", "fanout.topology_changed")));
-	if (!guard_is_replicated())	/* nothing was changed then */
+	if (!guard_is_replicated()) /* nothing was changed then */
 		topology_changed();
 	return PointerGetDatum(NULL);
 }

@@ -368,6 +368,7 @@ sub refused
 		query($node, q(select detail, hint from fanout.check_server() where item = 'ledger usable' and not ok)),
 		qr/^\Q$problem\E.*\|Use fanout.repair_ledger/, "$what: check() says so");
 	is(query($node, q(select fanout.flush('1 s'))), 'f', "$what: nothing is published");
+	is(query($node, "select state from fanout.outbox_status where key = '-$id'"), 'pending', "$what: outbox_status shows what waits");
 	ok(!(grep { $_ eq "-$id" } keys_in_queue(0)), "$what: and nothing has arrived");
 
 	query($node, 'select fanout.repair_ledger()');
