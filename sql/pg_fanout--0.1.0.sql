@@ -130,9 +130,10 @@ alter table fanout.binding enable always trigger topology_changed;
 
 -- CACHE 1: ids of two transactions that change the same row one after the
 -- other must come in that order.
--- Ids begin at the microseconds since 1970, and every session moves the sequence
--- on to them, so that they never go back: not in a database that was restored,
--- nor after the extension was dropped and created again.
+-- Ids begin at the microseconds since 1970, and whenever the server has started or
+-- was promoted, the first session moves the sequence on to them.  So they never go
+-- back: not in a database that was restored, nor after the extension was dropped
+-- and created again.
 create sequence fanout.outbox_id_seq cache 1;
 select setval('fanout.outbox_id_seq', (extract(epoch from clock_timestamp()) * 1000000)::bigint);
 comment on sequence fanout.outbox_id_seq is 'internal: ids of outbox rows, the header "sequence" of their messages';

@@ -81,7 +81,10 @@ StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
  */
 #define MAX_CURSOR_BODY 1000
 
-/* Microseconds that the sequence may lie behind the clock. */
+/*
+ * Microseconds that the sequence may lie behind the clock where a session cannot
+ * tell whether others draw numbers from it.
+ */
 #define SEQUENCE_LAG (10 * USECS_PER_SEC)
 
 /* Most rows fetched at once; they are all in memory together. */
@@ -129,11 +132,11 @@ last_number(Oid sequence)
 }
 
 /*
- * Moves the sequence on to the microseconds since 1970 if it lies behind them,
- * as its owner.
+ * Moves the sequence on to the microseconds since 1970, as its owner, if it lies
+ * behind them by more than that.
  */
 static void
-move_to_clock(Oid sequence)
+move_to_clock(Oid sequence, int64 lag)
 {
 	int64		now = GetCurrentTimestamp() +
 		((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE)) * USECS_PER_DAY;
@@ -144,7 +147,7 @@ move_to_clock(Oid sequence)
 	GetUserIdAndSecContext(&user, &context);
 	SetUserIdAndSecContext(rel->rd_rel->relowner, context | SECURITY_LOCAL_USERID_CHANGE);
 	relation_close(rel, NoLock);
-	if (last_number(sequence) < now - SEQUENCE_LAG)
+	if (last_number(sequence) < now - lag)
 		(void) DirectFunctionCall2(setval_oid, ObjectIdGetDatum(sequence), Int64GetDatum(now));
 	SetUserIdAndSecContext(user, context);
 }
@@ -152,33 +155,47 @@ move_to_clock(Oid sequence)
 /*
  * Sees to it that ids never go back: not after a restore of any kind, nor on a
  * standby that was promoted before the last numbers of its primary reached it.
- * All ids ever drawn lie below the clock, since nobody draws a million of them
- * in a second.  So it is enough that each session, before its first one, moves
- * the sequence on to the clock; no session outlives a restore.
+ * No id that was ever drawn lies above the clock, since nobody draws a million
+ * of them in a second.  So the first session that draws one after the server
+ * started, or was promoted, moves the sequence on to the clock; all others wait
+ * for it, for moments, so that nobody draws meanwhile.
  *
- * Those who move it exclude each other, for moments.  Those who only draw
- * meanwhile cannot draw as many as are skipped.
+ * Without a slot in shared memory each session has to do it, and then others
+ * may be drawing: it is done only if they cannot draw as many as are skipped.
  */
 static void
-keep_up_with_clock(Oid sequence)
+follow_clock(Oid sequence)
 {
+	DatabaseSlot *slot = shmem_my_slot();
 	LOCKTAG		tag;
 
+	if (slot == NULL && pgf_shared != NULL)
+	{
+		slot = shmem_want_slot(MyDatabaseId);
+		shmem_wake_launcher(0);
+	}
 	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, RelationRelationId, sequence, 3);
 	(void) LockAcquire(&tag, ExclusiveLock, false, false);
-	move_to_clock(sequence);
+	if (slot == NULL)
+		move_to_clock(sequence, SEQUENCE_LAG);
+	else if (pg_atomic_read_u32(&slot->ids_follow_clock) == 0)
+	{
+		move_to_clock(sequence, 0);
+		pg_atomic_write_u32(&slot->ids_follow_clock, 1);
+	}
 	(void) LockRelease(&tag, ExclusiveLock, false);
 }
 
 int64
 outbox_next_id(void)
 {
-	static bool kept_up = false;
+	static bool followed = false;
+	DatabaseSlot *slot = shmem_my_slot();
 	Oid			sequence = relinfo_outbox_sequence();
 
-	if (!kept_up)
-		keep_up_with_clock(sequence);
-	kept_up = true;
+	if (slot != NULL ? pg_atomic_read_u32(&slot->ids_follow_clock) == 0 : !followed)
+		follow_clock(sequence);
+	followed = true;
 	return nextval_internal(sequence, false);
 }
 

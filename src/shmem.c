@@ -185,6 +185,7 @@ init_slot(DatabaseSlot *slot)
 	init_worker(&slot->worker, WORKER_PUBLISHER);
 	ConditionVariableInit(&slot->progress);
 	pg_atomic_init_u32(&slot->dirty, 0);
+	pg_atomic_init_u32(&slot->ids_follow_clock, 0);
 	pg_atomic_init_u32(&slot->subscriptions_dirty, 0);
 	pg_atomic_init_u32(&slot->current_segment, 0);
 	pg_atomic_init_u64(&slot->flush_requested, 0);
@@ -239,6 +240,7 @@ reset_slot(DatabaseSlot *slot)
 	pg_atomic_write_u32(&slot->dirty, 0);
 	pg_atomic_write_u32(&slot->subscriptions_dirty, 0);
 	pg_atomic_write_u32(&slot->current_segment, 0);
+	pg_atomic_write_u32(&slot->ids_follow_clock, 0);
 	pg_atomic_write_u64(&slot->flush_requested, 0);
 	pg_atomic_write_u64(&slot->flush_done, 0);
 	pg_atomic_write_u64(&slot->verify_requested, 0);

@@ -98,6 +98,8 @@ typedef struct DatabaseSlot
 	pg_atomic_uint32 dirty;		/* something was committed since the last read */
 	pg_atomic_uint32 subscriptions_dirty;	/* subscriptions were changed */
 	pg_atomic_uint32 current_segment;	/* of the ring of outbox segments */
+	pg_atomic_uint32 ids_follow_clock;	/* the outbox's sequence was moved on
+										 * since the server started */
 	pg_atomic_uint64 flush_requested;	/* tickets drawn by flush() */
 	pg_atomic_uint64 flush_done;	/* highest ticket served */
 	pg_atomic_uint64 verify_requested;	/* tickets drawn by check() */
