@@ -55,7 +55,7 @@ is(draw($node), $id + 1, 'they count up one by one, in any session');
 
 # What was drawn long ago, in effect: the sequence is behind the clock
 
-$node->poll_query_until('postgres', 'select pid is not null from fanout.stat_publisher') or die 'no publisher';
+$node->poll_query_until('postgres', 'select state = 'disconnected' from fanout.stat_publisher') or die 'no publisher';
 draw($node);
 $node->safe_psql('postgres', q(select setval('fanout.outbox_id_seq', 1000)));
 is(draw($node), 1001, 'a running server does not look at the clock again');
@@ -107,7 +107,8 @@ $node->wait_for_catchup($standby);
 $standby->safe_psql('postgres', 'select pg_wal_replay_pause()');
 draw($node) for 1 .. 40;	# the server logs 32 numbers ahead
 $id = draw($node);
-$node->safe_psql('postgres', 'select pg_switch_wal()');
+my $wal = $node->safe_psql('postgres', 'select pg_walfile_name(pg_switch_wal())');
+$node->poll_query_until('postgres', "select last_archived_wal >= '$wal' from pg_stat_archiver") or die 'not archived';
 $node->stop('immediate');
 my $recovered = PostgreSQL::Test::Cluster->new('recovered');
 $recovered->init_from_backup($node, 'backup', has_restoring => 1);
