@@ -253,7 +253,7 @@ create table fanout.dead_letter (
     dead_at        timestamptz not null default clock_timestamp(),
     redriven_at    timestamptz
 );
-create unique index dead_letter_id_idx on fanout.dead_letter (id) where consumer_group is null;
+create index dead_letter_id_idx on fanout.dead_letter (id) where consumer_group is null;
 create index dead_letter_redriven_at_idx on fanout.dead_letter (topic, consumer_group) where redriven_at is not null;
 comment on table fanout.dead_letter is
 'messages that the publisher gave up, and that the handlers of subscriptions failed on too often; fanout.redrive() tries them again, fanout.purge() removes them';
@@ -1621,8 +1621,7 @@ begin
         returning d.*, t.topic_id
     )
     insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)
-    select id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at from dead
-    on conflict (id) do nothing;
+    select id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at from dead;
     get diagnostics moved = row_count;
     if moved > 0 then
         perform fanout.wake_publisher();

@@ -496,7 +496,7 @@ inbox_record_failure(int32 subscription_id, const Delivery *delivery)
 	values[8] = CStringGetTextDatum(delivery->sqlstate);
 	values[9] = CStringGetTextDatum(delivery->error);
 	values[10] = TimestampTzGetDatum(GetCurrentTimestamp() + (delivery->due - mono_now()));
-	query_execute(&query, 11, types, values, nulls);
+	query_change(&query, 11, types, values, nulls, 1);
 	become_caller(&caller);
 }
 
@@ -599,7 +599,7 @@ inbox_bury(const SubscriptionRow *row, const Delivery *delivery)
 	values[11] = CStringGetTextDatum(delivery->error);
 	values[12] = CStringGetTextDatum(delivery->sqlstate);
 	values[13] = Int32GetDatum(delivery->attempts);
-	query_execute(&query, 14, types, values, nulls);
+	query_change(&query, 14, types, values, nulls, 1);
 	become_caller(&caller);
 }
 
@@ -748,7 +748,7 @@ inbox_rotate(int retention_s)
 		if (ready)
 		{
 			values[0] = Int32GetDatum(next);
-			query_execute(&advance, 1, types, values, NULL);
+			query_change(&advance, 1, types, values, NULL, 1);
 		}
 		forget_old(&failures, retention_s);
 		forget_old(&deleted_rows, retention_s);

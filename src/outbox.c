@@ -24,6 +24,7 @@
  */
 #include "postgres.h"
 
+#include "access/detoast.h"
 #include "access/htup_details.h"
 #include "access/relation.h"
 #include "access/table.h"
@@ -65,21 +66,35 @@
 
 #define OUTBOX_NATTS 11
 
-/* What readers select; read_message() takes it apart in this order. */
-#define MESSAGE_COLUMNS(most, place) \
-	"id, xid, topic_id, message_id, type, key, headers, " \
-	"case when octet_length(payload) <= " CppAsString2(most) " then payload end, " \
-	"octet_length(payload), queue, created_at, " place
-
-#define MAX_BODY 536870912
-
-StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
-
 /*
- * Longer payloads are not copied into the batch's cursor, which is materialized
- * before its first row is seen; they are read from the segment with the chunk.
+ * What is longer than this is not copied into the batch's cursor, since that is
+ * materialized before its first row is seen, and FETCH_MAX rows are in memory
+ * together.  It is read from the segment once a chunk has room for it.  Headers
+ * are measured as they are stored; compressed, they may become 255 times as
+ * large.
  */
-#define MAX_CURSOR_BODY 1000
+#define MAX_FETCHED 1000
+
+/* What readers select; place: where else to find what was not fetched. */
+#define MESSAGE_COLUMNS(place, contents) \
+	"id, xid, topic_id, message_id, type, queue, created_at, " place ", " \
+	"octet_length(key), pg_column_size(headers), octet_length(payload), " contents
+
+/* These of its columns are not read in their order; the first one is 1. */
+#define SEGMENT			8
+#define PLACE			9
+#define KEY_LENGTH		10
+#define HEADERS_LENGTH	11
+#define PAYLOAD_LENGTH	12
+#define KEY				13
+#define HEADERS			14
+
+#define IF_SHORT(column, length) \
+	"case when " length " <= " CppAsString2(MAX_FETCHED) " then " column " end"
+#define SHORT_CONTENTS \
+	IF_SHORT("key", "octet_length(key)") ", " \
+	IF_SHORT("headers", "pg_column_size(headers)") ", " \
+	IF_SHORT("payload", "octet_length(payload)")
 
 /*
  * Microseconds that the sequence may lie behind the clock where a session cannot
@@ -89,6 +104,22 @@ StaticAssertDecl(MAX_BODY == BROKER_MAX_BODY, "MAX_BODY is the broker's");
 
 /* Most rows fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
+
+/* Message.segment of those in fanout.held */
+#define HELD OUTBOX_SEGMENTS
+
+/* Rows that were fetched from a portal, without what is longer than MAX_FETCHED. */
+typedef struct Rows
+{
+	TupleDesc	desc;
+	HeapTuple  *tuples;
+	int			count;
+	int			next;			/* the first one that is in no chunk yet */
+} Rows;
+
+/* Of the batch being walked: those that did not fit the last chunk. */
+static Rows kept;
+static MemoryContext kept_context = NULL;
 
 /* ---- writing ---- */
 
@@ -300,18 +331,37 @@ text_or_null(HeapTuple tuple, TupleDesc desc, int column)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
-static void
-read_headers(Message *message, Datum value)
+/* NULL: 0 */
+static size_t
+length_or_zero(HeapTuple tuple, TupleDesc desc, int column)
 {
-	char	   *op;
+	bool		isnull;
+	Datum		value = SPI_getbinval(tuple, desc, column, &isnull);
 
-	message->headers = DatumGetJsonbPCopy(value);
-	message->old_key = headers_string(message->headers, "old_key");
-	op = headers_string(message->headers, "op");
-	message->truncates = (op != NULL && strcmp(op, "t") == 0);
+	return isnull ? 0 : DatumGetInt32(value);
 }
 
-/* In the current context. */
+/*
+ * Notes the sizes of what may be large.  Headers that were not fetched with the
+ * row count for as much as they may become when they are read.
+ */
+static void
+note_sizes(Message *message, HeapTuple tuple, TupleDesc desc)
+{
+	size_t		key_len = length_or_zero(tuple, desc, KEY_LENGTH);
+	size_t		headers_len = length_or_zero(tuple, desc, HEADERS_LENGTH);
+	size_t		room = (headers_len > 0) ? OUTBOX_MAX_HEADERS : 0;
+	bool		isnull;
+	Datum		headers = SPI_getbinval(tuple, desc, HEADERS, &isnull);
+
+	if (!isnull)
+		headers_len = room = toast_raw_datum_size(headers);
+	message->headers_len = key_len + headers_len;
+	message->payload_len = length_or_zero(tuple, desc, PAYLOAD_LENGTH);
+	message->bytes = outbox_unsendable(message) ? 0 : key_len + room + message->payload_len;
+}
+
+/* All but key, headers and payload, of which it notes the sizes.  In the current context. */
 static Message *
 read_message(HeapTuple tuple, TupleDesc desc)
 {
@@ -324,56 +374,149 @@ read_message(HeapTuple tuple, TupleDesc desc)
 	message->topic_id = DatumGetInt32(SPI_getbinval(tuple, desc, 3, &isnull));
 	msgid_format(DatumGetUUIDP(SPI_getbinval(tuple, desc, 4, &isnull)), message->message_id);
 	message->type = text_or_null(tuple, desc, 5);
-	message->key = text_or_null(tuple, desc, 6);
-	value = SPI_getbinval(tuple, desc, 7, &isnull);
-	if (!isnull)
-		read_headers(message, value);
-	message->payload = text_or_null(tuple, desc, 8);
-	message->payload_len = DatumGetInt32(SPI_getbinval(tuple, desc, 9, &isnull));
-	message->queue = text_or_null(tuple, desc, 10);
-	message->created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 11, &isnull));
-	value = SPI_getbinval(tuple, desc, 12, &isnull);
-	message->segment = isnull ? -1 : DatumGetInt16(value);
-	value = SPI_getbinval(tuple, desc, 13, &isnull);
+	message->queue = text_or_null(tuple, desc, 6);
+	message->created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 7, &isnull));
+	value = SPI_getbinval(tuple, desc, SEGMENT, &isnull);
+	message->segment = isnull ? HELD : DatumGetInt16(value);
+	value = SPI_getbinval(tuple, desc, PLACE, &isnull);
 	if (!isnull)
 		message->place = *(ItemPointer) DatumGetPointer(value);
+	note_sizes(message, tuple, desc);
 	return message;
 }
 
-/* ---- payloads that are not in the cursor ---- */
+bool
+outbox_unsendable(const Message *message)
+{
+	return message->payload_len > BROKER_MAX_BODY || message->headers_len > OUTBOX_MAX_HEADERS;
+}
+
+/* ---- key, headers and payload ---- */
+
+static void
+take_headers(Message *message, Datum value)
+{
+	char	   *op;
+
+	message->headers = DatumGetJsonbPCopy(value);
+	message->old_key = headers_string(message->headers, "old_key");
+	op = headers_string(message->headers, "op");
+	message->truncates = (op != NULL && strcmp(op, "t") == 0);
+}
+
+/* Without a second copy, which of a large one would cost as much again. */
+static void
+take_payload(Message *message, Datum value)
+{
+	text	   *payload = (text *) PG_DETOAST_DATUM_COPY(value);
+
+	message->payload = VARDATA(payload);
+}
+
+void
+outbox_free_body(Message *message)
+{
+	const char *body = message->wire.body;
+
+	if (body != NULL && body != message->payload)
+		pfree(unconstify(char *, body));
+	if (message->payload != NULL)
+		pfree(message->payload - VARHDRSZ);
+	message->wire.body = NULL;
+	message->payload = NULL;
+}
+
+/* Takes them from a row, which has them in columns from the first on. */
+static void
+take_contents(Message *message, HeapTuple tuple, TupleDesc desc, int first)
+{
+	bool		isnull;
+	Datum		value;
+
+	if (message->key == NULL)
+		message->key = text_or_null(tuple, desc, first);
+	value = SPI_getbinval(tuple, desc, first + 1, &isnull);
+	if (!isnull && message->headers == NULL)
+		take_headers(message, value);
+	value = SPI_getbinval(tuple, desc, first + 2, &isnull);
+	if (!isnull && message->payload == NULL)
+		take_payload(message, value);
+}
+
+/* Was one of them too long to be fetched with the row? */
+static bool
+is_incomplete(const Message *message, HeapTuple tuple, TupleDesc desc)
+{
+	return message->payload == NULL ||
+		(message->key == NULL && length_or_zero(tuple, desc, KEY_LENGTH) > 0) ||
+		(message->headers == NULL && length_or_zero(tuple, desc, HEADERS_LENGTH) > 0);
+}
 
 static bool
 is_left_in(const Message *message, int segment)
 {
-	return message->payload == NULL && message->segment == segment && message->payload_len <= MAX_BODY;
+	return message->incomplete && message->segment == segment;
+}
+
+static Datum
+place_array(Datum *places, int count)
+{
+	return PointerGetDatum(construct_array(places, count, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
+}
+
+static Datum
+id_array(Datum *ids, int count)
+{
+	return PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+/*
+ * Takes what a message left in the table from a row of the last result.  If the
+ * headers turn out to be too large, now that they can be measured, all is left.
+ */
+static void
+complete(Message *message, int row)
+{
+	bool		isnull;
+	Datum		headers = query_value(row, 3, &isnull);
+
+	message->incomplete = false;
+	if (!isnull && message->headers == NULL)
+		message->headers_len = Max(message->headers_len, toast_raw_datum_size(headers));
+	if (!outbox_unsendable(message))
+		take_contents(message, SPI_tuptable->vals[row], SPI_tuptable->tupdesc, 2);
 }
 
 /* The rows come in any order. */
 static void
-take_payload(Message **messages, int n, int row)
+complete_all(Message **messages, int n)
 {
 	bool		isnull;
-	int64		id = DatumGetInt64(query_value(row, 1, &isnull));
 
-	for (int i = 0; i < n; i++)
+	for (uint64 row = 0; row < SPI_processed; row++)
 	{
-		if (messages[i]->id == id)
-			messages[i]->payload = TextDatumGetCString(query_value(row, 2, &isnull));
+		int64		id = DatumGetInt64(query_value(row, 1, &isnull));
+
+		for (int i = 0; i < n; i++)
+		{
+			if (messages[i]->id == id && messages[i]->incomplete)
+				complete(messages[i], row);
+		}
 	}
 }
 
 /*
- * By their places in the heap, which stay while nobody rewrites the segment:
- * VACUUM FULL or CLUSTER between two chunks of a batch makes this fail, and the
- * worker begins anew.
+ * Reads the rest of messages by their places in the heap, which stay while
+ * nobody rewrites the table: VACUUM FULL or CLUSTER between two chunks of a
+ * batch makes this fail, and the worker begins anew.
  */
 static void
-read_payloads_in(int segment, Message **messages, int n)
+read_rest_in(int segment, Message **messages, int n)
 {
 	static CachedQuery queries[OUTBOX_SEGMENTS] = {
-		{"select id, payload from fanout.outbox_0 where ctid = any ($1)"},
-		{"select id, payload from fanout.outbox_1 where ctid = any ($1)"},
-		{"select id, payload from fanout.outbox_2 where ctid = any ($1)"}
+		{"select id, key, headers, payload from fanout.outbox_0 where ctid = any ($1)"},
+		{"select id, key, headers, payload from fanout.outbox_1 where ctid = any ($1)"},
+		{"select id, key, headers, payload from fanout.outbox_2 where ctid = any ($1)"}
 	};
 	MemoryContext context = CurrentMemoryContext;
 	Oid			types[1] = {TIDARRAYOID};
@@ -389,11 +532,10 @@ read_payloads_in(int segment, Message **messages, int n)
 	}
 	if (count == 0)
 		return;
-	values[0] = PointerGetDatum(construct_array(places, count, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
+	values[0] = place_array(places, count);
 	query_execute(&queries[segment], 1, types, values, NULL);
 	MemoryContextSwitchTo(context); /* SPI does not come back to it */
-	for (uint64 i = 0; i < SPI_processed; i++)
-		take_payload(messages, n, i);
+	complete_all(messages, n);
 	SPI_freetuptable(SPI_tuptable);
 	for (int i = 0; i < n; i++)
 	{
@@ -405,16 +547,13 @@ read_payloads_in(int segment, Message **messages, int n)
 }
 
 static void
-read_payloads(Message **messages, int n, size_t *bytes)
+read_rest(Message **messages, int n)
 {
 	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
-		read_payloads_in(segment, messages, n);
-	for (int i = 0; i < n; i++)
-	{
-		if (messages[i]->payload != NULL)
-			*bytes += messages[i]->payload_len;
-	}
+		read_rest_in(segment, messages, n);
 }
+
+/* ---- chunks ---- */
 
 static Chunk *
 make_chunk(MemoryContext parent, int limit)
@@ -427,63 +566,113 @@ make_chunk(MemoryContext parent, int limit)
 	return chunk;
 }
 
-/*
- * Fetches n rows; returns how many there were.  *largest is the largest
- * payload seen.
- */
-static int
-fetch_rows(Portal portal, Chunk *chunk, int n, size_t *largest)
+/* A first message always does, however large it is. */
+static bool
+fits(const Chunk *chunk, const Message *message, int limit)
 {
-	MemoryContext oldcontext;
-	int			fetched;
-
-	SPI_cursor_fetch(portal, true, n);
-	fetched = SPI_processed;
-	oldcontext = MemoryContextSwitchTo(chunk->context);
-	for (int i = 0; i < fetched; i++)
-	{
-		Message    *message = read_message(SPI_tuptable->vals[i], SPI_tuptable->tupdesc);
-
-		message->chunk = chunk;
-		chunk->messages[chunk->count++] = message;
-		*largest = Max(*largest, message->payload_len);
-	}
-	SPI_freetuptable(SPI_tuptable);
-	read_payloads(chunk->messages + chunk->count - fetched, fetched, &chunk->bytes);
-	MemoryContextSwitchTo(oldcontext);
-	return fetched;
+	if (chunk->count == 0)
+		return true;
+	return chunk->count < limit && chunk->bytes + message->bytes <= CHUNK_BYTES;
 }
 
 /*
- * Fills a chunk to its limits of count and bytes; sets chunk->last at the end
- * of the portal.  All rows of one fetch are in memory at once, so it begins
- * with a single one and grows as long as they prove to be small.
+ * Moves rows into the chunk as long as they fit, which is known before their
+ * bodies are read.  Returns whether all did.
  */
-static void
+static bool
+take_rows(Rows *rows, Chunk *chunk, int limit)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(chunk->context);
+	int			first = chunk->count;
+
+	for (; rows->next < rows->count; rows->next++)
+	{
+		Message    *message = read_message(rows->tuples[rows->next], rows->desc);
+
+		if (!fits(chunk, message, limit))
+			break;
+		if (!outbox_unsendable(message))
+		{
+			take_contents(message, rows->tuples[rows->next], rows->desc, KEY);
+			message->incomplete = is_incomplete(message, rows->tuples[rows->next], rows->desc);
+		}
+		message->chunk = chunk;
+		chunk->messages[chunk->count++] = message;
+		chunk->bytes += message->bytes;
+	}
+	read_rest(chunk->messages + first, chunk->count - first);
+	MemoryContextSwitchTo(oldcontext);
+	return rows->next == rows->count;
+}
+
+/*
+ * Fetches rows until the chunk is full, or the portal at its end: then it sets
+ * chunk->last.  Returns the rows that did not fit, which are as good as not
+ * fetched only if the caller opens the portal anew.
+ */
+static Rows
 fill_chunk(Portal portal, Chunk *chunk, int limit)
 {
-	int			step = 1;
-	size_t		largest = 1;
+	Rows		rows = {0};
 
 	while (chunk->count < limit && chunk->bytes < CHUNK_BYTES)
 	{
-		int			n = Min(step, limit - chunk->count);
+		int			n = Min(FETCH_MAX, limit - chunk->count);
+		SPITupleTable *fetched;
 
-		n = Max(1, Min(n, (int) ((CHUNK_BYTES - chunk->bytes) / largest)));
-		if (fetch_rows(portal, chunk, n, &largest) < n)
-		{
-			chunk->last = true;
-			return;
-		}
-		step = Min(step * 4, FETCH_MAX);
+		SPI_cursor_fetch(portal, true, n);
+		fetched = SPI_tuptable;
+		rows = (Rows) {
+			.desc = fetched->tupdesc,.tuples = fetched->vals,.count = SPI_processed
+		};
+		if (!take_rows(&rows, chunk, limit))
+			break;
+		chunk->last = (rows.count < n);
+		rows = (Rows) {0};
+		SPI_freetuptable(fetched);
+		if (chunk->last)
+			break;
 	}
+	return rows;
+}
+
+/* Copies rows that did not fit for the next chunk: less than FETCH_MAX. */
+static void
+keep_rows(const Rows *rows)
+{
+	MemoryContext oldcontext;
+
+	if (rows->next == rows->count)
+		return;
+	if (kept_context == NULL)
+		kept_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout rows", ALLOCSET_DEFAULT_SIZES);
+	oldcontext = MemoryContextSwitchTo(kept_context);
+	kept.desc = CreateTupleDescCopy(rows->desc);
+	kept.tuples = palloc((rows->count - rows->next) * sizeof(HeapTuple));
+	for (int i = rows->next; i < rows->count; i++)
+		kept.tuples[kept.count++] = heap_copytuple(rows->tuples[i]);
+	MemoryContextSwitchTo(oldcontext);
+}
+
+static void
+fill_batch_chunk(Portal portal, Chunk *chunk)
+{
+	Rows		rest;
+
+	if (!take_rows(&kept, chunk, CHUNK_MESSAGES))
+		return;
+	kept = (Rows) {0};
+	if (kept_context != NULL)
+		MemoryContextReset(kept_context);
+	rest = fill_chunk(portal, chunk, CHUNK_MESSAGES);
+	keep_rows(&rest);
 }
 
 static Portal
 open_batch(const Cursor *cursor)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS(MAX_CURSOR_BODY, "segment, place") " from ("
+		"select " MESSAGE_COLUMNS("segment, place", SHORT_CONTENTS) " from ("
 		" select *, ctid as place from fanout.outbox"
 		" where xid >= pg_snapshot_xmax($1) and xid < pg_snapshot_xmax($2)"
 		" and pg_visible_in_snapshot(xid, $2)"
@@ -586,7 +775,7 @@ outbox_read(Cursor *cursor, MemoryContext parent, bool *topology)
 	else
 		portal = open_batch(cursor);
 
-	fill_chunk(portal, chunk, CHUNK_MESSAGES);
+	fill_batch_chunk(portal, chunk);
 	chunk->base = keep_snapshot(cursor->base, chunk->context);
 	chunk->target = keep_snapshot(cursor->target, chunk->context);
 	cursor->portal_open = !chunk->last;
@@ -625,104 +814,86 @@ outbox_record_sent(const Chunk *chunk)
 		ledger_row_missing("rotation");
 }
 
-/* Parameters $1 to $10, the columns of a message; xid and uuid as text. */
-#define MESSAGE_PARAMS 10
+/* The columns of a message in fanout.outbox and fanout.held. */
+#define CONTENTS "message_id, type, key, headers, payload, queue, xid, created_at"
 
+/* Copies the messages of one segment. */
 static void
-message_params(const Message *message, Oid *types, Datum *values, char *nulls)
+hold_from(int segment, Message **messages, int n)
 {
-	static const Oid message_types[MESSAGE_PARAMS] = {
-		INT8OID, XID8OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID, TEXTOID, TIMESTAMPTZOID
-	};
+#define HOLD_FROM(segment) \
+	"insert into fanout.held (id, topic_id, " CONTENTS ")" \
+	" select id, topic_id, " CONTENTS " from fanout.outbox_" #segment \
+	" join unnest($1, $2) m (place, message) on ctid = place and id = message"
+	static CachedQuery queries[OUTBOX_SEGMENTS] = {{HOLD_FROM(0)}, {HOLD_FROM(1)}, {HOLD_FROM(2)}};
+	Oid			types[2] = {TIDARRAYOID, INT8ARRAYOID};
+	Datum		values[2];
+	Datum	   *places = palloc((n + 1) * sizeof(Datum));
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	int			count = 0;
 
-	memcpy(types, message_types, sizeof(message_types));
-	memset(nulls, ' ', MESSAGE_PARAMS);
-	values[0] = Int64GetDatum(message->id);
-	values[1] = UInt64GetDatum(message->xid);
-	values[2] = Int32GetDatum(message->topic_id);
-	values[3] = CStringGetTextDatum(message->message_id);
-	values[4] = query_text_param(message->type, &nulls[4]);
-	values[5] = query_text_param(message->key, &nulls[5]);
-	values[6] = PointerGetDatum(message->headers);
-	nulls[6] = (message->headers == NULL) ? 'n' : ' ';
-	values[7] = query_text_param(message->payload, &nulls[7]);
-	values[8] = query_text_param(message->queue, &nulls[8]);
-	values[9] = TimestampTzGetDatum(message->created_at);
-}
-
-void
-outbox_hold(Message **messages, int count)
-{
-	static CachedQuery query = {
-		"insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)"
-		" values ($1, $2, $3, $4::uuid, $5, $6, $7, $8, $9, $10)"
-		" on conflict (id) do nothing"
-	};
-
-	for (int i = 0; i < count; i++)
+	for (int i = 0; i < n; i++)
 	{
-		Oid			types[MESSAGE_PARAMS];
-		Datum		values[MESSAGE_PARAMS];
-		char		nulls[MESSAGE_PARAMS];
-
-		message_params(messages[i], types, values, nulls);
-		query_execute(&query, MESSAGE_PARAMS, types, values, nulls);
+		if (messages[i]->segment != segment)
+			continue;
+		places[count] = PointerGetDatum(&messages[i]->place);
+		ids[count++] = Int64GetDatum(messages[i]->id);
 	}
+	if (count == 0)
+		return;
+	values[0] = place_array(places, count);
+	values[1] = id_array(ids, count);
+	query_change(&queries[segment], 2, types, values, NULL, count);
 }
 
+/*
+ * Copies from table to table, so that however many bodies there are, one at a
+ * time is in memory.  That includes those that were not read.
+ */
+void
+outbox_hold(Message **messages, int n)
+{
+	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
+		hold_from(segment, messages, n);
+}
+
+#define BURY "insert into fanout.dead_letter (id, topic, " CONTENTS ", reason, attempts)" \
+	" select id, $3, " CONTENTS ", $4, $5 from "
+
 static void
-bury_from_outbox(const Message *message, const char *topic, int attempts)
+bury_from_outbox(const Message *message, Oid *types, Datum *values)
+{
+#define BURY_FROM(segment) BURY "fanout.outbox_" #segment " where ctid = $2 and id = $1"
+	static CachedQuery queries[OUTBOX_SEGMENTS] = {{BURY_FROM(0)}, {BURY_FROM(1)}, {BURY_FROM(2)}};
+
+	query_change(&queries[message->segment], 5, types, values, NULL, 1);
+}
+
+static bool
+bury_from_held(Oid *types, Datum *values)
 {
 	static CachedQuery query = {
-		"insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
-		" select id, $3, message_id, type, key, headers, payload, queue, xid, created_at, $4, $5"
-		" from fanout.outbox where xid = $1 and id = $2"
-		" on conflict (id) where consumer_group is null do nothing"
-	};
-	Oid			types[5] = {XID8OID, INT8OID, TEXTOID, TEXTOID, INT4OID};
-	Datum		values[5] = {
-		UInt64GetDatum(message->xid), Int64GetDatum(message->id), CStringGetTextDatum(topic),
-		CStringGetTextDatum(message->reason), Int32GetDatum(attempts)
+		"with moved as (delete from fanout.held where id = $1 returning *) "
+		BURY "moved"
 	};
 
 	query_execute(&query, 5, types, values, NULL);
+	return SPI_processed > 0;
 }
 
-static void
-bury_from_memory(const Message *message, const char *topic, int attempts)
+bool
+outbox_bury(const Message *message, const char *topic, int attempts)
 {
-	static CachedQuery query = {
-		"insert into fanout.dead_letter (id, xid, message_id, type, key, headers, payload, queue, created_at, topic, reason, attempts)"
-		" select $1, $2, $4::uuid, $5, $6, $7, $8, $9, $10, $11, $12, $13"
-		" where $3 is not null"
-		" on conflict (id) where consumer_group is null do nothing"
+	Oid			types[5] = {INT8OID, TIDOID, TEXTOID, TEXTOID, INT4OID};
+	Datum		values[5] = {
+		Int64GetDatum(message->id), PointerGetDatum(&message->place), CStringGetTextDatum(topic),
+		CStringGetTextDatum(message->reason), Int32GetDatum(attempts)
 	};
-	Oid			types[MESSAGE_PARAMS + 3];
-	Datum		values[MESSAGE_PARAMS + 3];
-	char		nulls[MESSAGE_PARAMS + 3];
 
-	message_params(message, types, values, nulls);
-	types[10] = TEXTOID;
-	values[10] = query_text_param(topic, &nulls[10]);
-	types[11] = TEXTOID;
-	values[11] = query_text_param(message->reason, &nulls[11]);
-	types[12] = INT4OID;
-	values[12] = Int32GetDatum(attempts);
-	nulls[12] = ' ';
-	query_execute(&query, MESSAGE_PARAMS + 3, types, values, nulls);
-}
-
-void
-outbox_bury(Message **messages, int count, const char *topic, int attempts)
-{
-	for (int i = 0; i < count; i++)
-	{
-		if (messages[i]->payload == NULL)
-			bury_from_outbox(messages[i], topic, attempts);
-		else
-			bury_from_memory(messages[i], topic, attempts);
-	}
-	(void) outbox_release(messages, count);
+	if (message->segment == HELD)
+		return bury_from_held(types, values);
+	bury_from_outbox(message, types, values);
+	return true;
 }
 
 /* ---- held messages ---- */
@@ -731,7 +902,8 @@ Chunk *
 outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS(MAX_BODY, "null::smallint, null::tid") " from fanout.held where topic_id = $1 order by id"
+		"select " MESSAGE_COLUMNS("null::smallint, null::tid", "key, headers, payload")
+		" from fanout.held where topic_id = $1 order by id"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(topic_id)};
@@ -739,7 +911,7 @@ outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 	Portal		portal = SPI_cursor_open(NULL, query_prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
 										 values, NULL, false);
 
-	fill_chunk(portal, chunk, limit);
+	(void) fill_chunk(portal, chunk, limit);
 	SPI_cursor_close(portal);
 	if (chunk->count == 0)
 	{
@@ -749,35 +921,49 @@ outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
 	return chunk;
 }
 
+static Datum
+ids_of(Message **messages, int n)
+{
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+
+	for (int i = 0; i < n; i++)
+		ids[i] = Int64GetDatum(messages[i]->id);
+	return id_array(ids, n);
+}
+
 /*
- * Rows that a transaction is about to purge are passed over: the publisher
+ * Locks rows so that nothing that is done to them can fail to find them.  It
+ * passes over those that a transaction is about to purge, because the publisher
  * waits for no user.
  */
 bool
-outbox_release(Message **messages, int count)
+outbox_lock_held(Message **messages, int n)
 {
-	static CachedQuery query = {
-		"delete from fanout.held where id in"
-		" (select id from fanout.held where id = any ($1) for update skip locked)"
-	};
+	static CachedQuery lock = {"select from fanout.held where id = any ($1) for update skip locked"};
+	static CachedQuery all = {"select from fanout.held where id = any ($1)"};
 	Oid			types[1] = {INT8ARRAYOID};
-	Datum		values[1];
-	Datum	   *ids;
-	static CachedQuery left = {"select exists (select from fanout.held where id = any ($1))"};
-	bool		isnull;
+	Datum		values[1] = {ids_of(messages, n)};
+	uint64		locked;
 
-	if (count == 0)
+	if (n == 0)
 		return true;
-	ids = palloc(count * sizeof(Datum));
-	for (int i = 0; i < count; i++)
-		ids[i] = Int64GetDatum(messages[i]->id);
-	values[0] = PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64),
-												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	query_execute(&query, 1, types, values, NULL);
-	if (SPI_processed == count)
+	query_execute(&lock, 1, types, values, NULL);
+	locked = SPI_processed;
+	if (locked == n)
 		return true;
-	query_execute(&left, 1, types, values, NULL);
-	return !DatumGetBool(query_value(0, 1, &isnull));
+	query_execute(&all, 1, types, values, NULL);
+	return SPI_processed == locked;
+}
+
+void
+outbox_release(Message **messages, int n)
+{
+	static CachedQuery query = {"delete from fanout.held where id = any ($1)"};
+	Oid			types[1] = {INT8ARRAYOID};
+	Datum		values[1] = {ids_of(messages, n)};
+
+	if (n > 0)
+		query_execute(&query, 1, types, values, NULL);
 }
 
 int
@@ -829,7 +1015,10 @@ outbox_current_segment(void)
 
 	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
-		return 0;
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("table \"fanout.rotation\" has " UINT64_FORMAT " rows instead of one", SPI_processed),
+				 errhint("Somebody changed it. Leave the row with the segment that has the newest messages.")));
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
@@ -907,7 +1096,7 @@ advance_segment(int current)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(next)};
 
-	query_execute(&query, 1, types, values, NULL);
+	query_change(&query, 1, types, values, NULL, 1);
 	return next;
 }
 

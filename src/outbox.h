@@ -68,17 +68,22 @@ typedef struct Message
 	int32		topic_id;
 	char		message_id[37];
 	char	   *type;			/* NULL: none; server encoding, as all texts */
-	char	   *key;			/* NULL: none */
+	char	   *key;			/* NULL: none, as with all that follows; or
+								 * left in the table, see outbox_unsendable() */
 	char	   *old_key;		/* NULL unless the change changed the key */
-	Jsonb	   *headers;		/* NULL: none */
-	char	   *payload;		/* NULL: over BROKER_MAX_BODY, left in the
-								 * table */
+	Jsonb	   *headers;
+	char	   *payload;		/* no zero byte ends it */
 	size_t		payload_len;
+	size_t		headers_len;	/* of headers and key, in the table */
 	char	   *queue;			/* NULL: the topic's exchange */
 	TimestampTz created_at;
-	int			segment;		/* of the outbox; -1: from fanout.held */
-	ItemPointerData place;		/* in that */
+	int			segment;		/* of the outbox; OUTBOX_SEGMENTS: fanout.held */
+	ItemPointerData place;		/* in a segment of the outbox */
 	bool		truncates;		/* TRUNCATE: orders with all keys */
+
+	/* outbox.c's own */
+	bool		incomplete;		/* something of it has to be read still */
+	size_t		bytes;			/* that it counts for in its chunk */
 
 	/* publisher's own, see wire.h and publisher.c */
 	FlightItem	flight;
@@ -101,7 +106,7 @@ typedef struct Chunk
 	int			count;
 	int			before;			/* messages of chunks that are recorded with
 								 * it */
-	size_t		bytes;			/* of payloads */
+	size_t		bytes;			/* of payloads, headers and keys */
 	int			unsettled;		/* messages that are waiting or in flight */
 	bool		last;			/* of its batch, or of the topic's held ones */
 	Datum		base;			/* pg_snapshot; 0 for held messages */
@@ -128,6 +133,12 @@ typedef struct Cursor
 #define CHUNK_BYTES		(4 * 1024 * 1024)
 
 /*
+ * Headers and key must fit into a frame of 64 kB, as AMQP writes them.  As JSON
+ * in the table they may be larger, but not by that much.
+ */
+#define OUTBOX_MAX_HEADERS	(1024 * 1024)
+
+/*
  * All of these run inside a transaction opened by worker_begin().  Chunks are
  * made as children of parent.
  */
@@ -143,26 +154,50 @@ extern void outbox_load_cursor(Cursor *cursor);
  */
 extern Chunk *outbox_read(Cursor *cursor, MemoryContext parent, bool *topology);
 
-/* The chunk and those before it are settled: one entry in the ledger. */
-extern void outbox_record_sent(const Chunk *chunk);
-
-/* Moves messages into fanout.held. */
-extern void outbox_hold(Message **messages, int count);
+/*
+ * The broker can never take it: the body is over BROKER_MAX_BODY, or key and
+ * headers are over OUTBOX_MAX_HEADERS.  Nothing of these was read then.
+ */
+extern bool outbox_unsendable(const Message *message);
 
 /*
- * Moves messages into fanout.dead_letter with their reasons, out of
- * fanout.held if they are there.
+ * Frees the body of a message that will not be sent any more, so that large ones
+ * do not wait for the rest of their chunk.
  */
-extern void outbox_bury(Message **messages, int count, const char *topic, int attempts);
+extern void outbox_free_body(Message *message);
+
+/*
+ * The chunk and those before it are settled: one entry in the ledger.  What
+ * became of messages must be recorded in the same transaction.  An error if
+ * fanout.rotation does not say where the entry belongs.
+ */
+extern void outbox_record_sent(const Chunk *chunk);
+
+/*
+ * Copies messages of a chunk of the outbox into fanout.held; an error unless it
+ * finds each of them.
+ */
+extern void outbox_hold(Message **messages, int n);
+
+/*
+ * Moves a message into fanout.dead_letter with its reason: out of fanout.held
+ * if it is from there, and false then if somebody has purged it; else out of the
+ * outbox, and an error if it is not there.  A held one must be locked with
+ * outbox_lock_held().
+ */
+extern bool outbox_bury(const Message *message, const char *topic, int attempts);
 
 /* First messages held for a topic, in order, at most limit; NULL if none. */
 extern Chunk *outbox_read_held(int32 topic_id, int limit, MemoryContext parent);
 
 /*
- * Held messages were sent: removes them.  False if some are there still,
- * locked by others.
+ * Locks held messages that are to be released or buried, without waiting.  False
+ * if somebody else has locked one.  One that was purged needs no lock.
  */
-extern bool outbox_release(Message **messages, int count);
+extern bool outbox_lock_held(Message **messages, int n);
+
+/* Held messages were sent: removes them, once they are locked. */
+extern void outbox_release(Message **messages, int n);
 
 /* Topics that have held messages. */
 extern int	outbox_topics_held(int32 **topic_ids);

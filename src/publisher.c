@@ -148,7 +148,8 @@ static Publisher pub;
 /* ---- settling messages ---- */
 
 /*
- * The chunk still knows the message; the flight does not any more.
+ * The chunk still knows the message; the flight does not any more, and its body
+ * is not needed any more: if it has to be moved, it is copied from its table.
  */
 static void
 settle(Message *message, MessageState state)
@@ -156,6 +157,7 @@ settle(Message *message, MessageState state)
 	message->state = state;
 	message->chunk->unsettled--;
 	flight_settle(&pub.flight, &message->flight);
+	outbox_free_body(message);
 }
 
 static bool
@@ -616,13 +618,17 @@ drop_chunk(Chunk *chunk)
 	MemoryContextDelete(chunk->context);
 }
 
-static void
-announce_dead(const Message *message, const char *topic)
+/* False: it was held, and somebody has purged it. */
+static bool
+bury(const Message *message, const char *topic, int attempts)
 {
+	if (!outbox_bury(message, topic, attempts))
+		return false;
 	ereport(WARNING,
 			(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
 					message->message_id, topic),
 			 errdetail("%s", message->reason)));
+	return true;
 }
 
 /*
@@ -632,14 +638,16 @@ static void
 bury_first_held(Topic *topic)
 {
 	Chunk	   *chunk = outbox_read_held(topic->topic_id, 1, CurrentMemoryContext);
+	bool		buried;
 
 	if (chunk == NULL)
 		return;
 	chunk->messages[0]->reason = topic->reason;
-	announce_dead(chunk->messages[0], topic->name);
-	outbox_bury(chunk->messages, 1, topic->name, topic->attempts);
-	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
+	buried = outbox_lock_held(chunk->messages, 1) && bury(chunk->messages[0], topic->name, topic->attempts);
 	drop_chunk(chunk);
+	if (!buried)
+		return;					/* somebody is purging it */
+	pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
 	topic->attempts = 0;
 	topic->retry_at = mono_now();
 	topic->stall_changed = true;
@@ -1023,34 +1031,37 @@ record_dead(const Chunk *chunk)
 	{
 		Topic	   *topic = topology_find(dead[i]->topic_id);
 
-		const char *name = topic ? topic->name : psprintf("(dropped: %d)", dead[i]->topic_id);
-
-		announce_dead(dead[i], name);
-		outbox_bury(&dead[i], 1, name, 0);
+		(void) bury(dead[i], topic ? topic->name : psprintf("(dropped: %d)", dead[i]->topic_id), 0);
 	}
 }
 
+/*
+ * Those of a topic that was dropped meanwhile become dead letters, since nobody
+ * would ever send what is held of it.
+ */
 static void
 record_held(const Chunk *chunk)
 {
 	int			n;
+	int			kept = 0;
 	Message   **held = select_messages(chunk, MESSAGE_HELD, &n);
 
 	for (int i = 0; i < n; i++)
 	{
 		Topic	   *topic = topology_find(held[i]->topic_id);
 
-		if (topic == NULL)
+		if (topic != NULL)
+			topic->holding--;
+		if (topic == NULL || topic->gone)
 		{
-			/* dropped meanwhile: nobody would ever drain it */
 			held[i]->state = MESSAGE_DEAD;
 			held[i]->reason = TOPIC_DROPPED;
 			continue;
 		}
-		outbox_hold(&held[i], 1);
 		topic->held = true;
-		topic->holding--;
+		held[kept++] = held[i];
 	}
+	outbox_hold(held, kept);
 }
 
 static bool
@@ -1130,19 +1141,21 @@ record_drain(void)
 {
 	Chunk	   *chunk = pub.drain;
 	Topic	   *topic = pub.drain_topic;
-	int			n;
-	Message   **sent;
+	int			nsent;
+	int			ndead;
+	Message   **sent = select_messages(chunk, MESSAGE_SENT, &nsent);
+	Message   **dead = select_messages(chunk, MESSAGE_DEAD, &ndead);
 	bool		all = true;
 
 	worker_begin();
-	sent = select_messages(chunk, MESSAGE_SENT, &n);
-	if (!outbox_release(sent, n))
+	if (!outbox_lock_held(sent, nsent) || !outbox_lock_held(dead, ndead))
 	{
 		/* somebody is purging them: only this topic waits for that */
 		worker_commit();
 		pub.drain_record_at = mono_later(RECORD_AGAIN_MS);
 		return;
 	}
+	outbox_release(sent, nsent);
 	record_dead(chunk);
 	record_stalls();
 	worker_commit();

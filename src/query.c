@@ -33,6 +33,22 @@ query_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const ch
 		elog(ERROR, "could not execute \"%s\": %s", query->sql, SPI_result_code_string(result));
 }
 
+/*
+ * Runs a statement that writes or moves rows, whose loss nobody else would
+ * notice: a row that was not found, one that a trigger or a rule kept away.
+ */
+void
+query_change(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls, uint64 rows)
+{
+	query_execute(query, nargs, types, values, nulls);
+	if (SPI_processed != rows)
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("a statement of pg_fanout changed " UINT64_FORMAT " rows instead of " UINT64_FORMAT,
+						SPI_processed, rows),
+				 errdetail("The statement is: %s", query->sql)));
+}
+
 Datum
 query_value(int row, int column, bool *isnull)
 {

@@ -26,6 +26,13 @@ typedef struct CachedQuery
 extern SPIPlanPtr query_prepare(CachedQuery *query, int nargs, Oid *types, int options);
 extern void query_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls);
 
+/*
+ * The same for a statement that must concern this many rows: raises an error if
+ * they were more or less.
+ */
+extern void query_change(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls,
+						 uint64 rows);
+
 /* A value of the last result; rows from 0, columns from 1. */
 extern Datum query_value(int row, int column, bool *isnull);
 

@@ -804,8 +804,8 @@ bury_held_rows(Topic *topic)
 
 	execute("with h as (delete from fanout.held where topic_id = $1 returning *)"
 			" insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
-			" select id, $2, message_id, type, key, headers, payload, queue, xid, created_at, 'its topic was dropped', 0 from h"
-			" on conflict (id) where consumer_group is null do nothing", 2, types, values, NULL);
+			" select id, $2, message_id, type, key, headers, payload, queue, xid, created_at, 'its topic was dropped', 0 from h",
+			2, types, values, NULL);
 }
 
 #define TOPIC_KEY "topic_id = $1"

@@ -81,4 +81,166 @@ first_transaction('repeatable', declare('repeatable') . q(insert into users valu
 	'begin isolation level repeatable read');
 is(arrive('repeatable', 1), '1', 'also under REPEATABLE READ');
 
+# ---- large messages ----
+
+# A publisher that has not read anything yet.
+sub new_publisher
+{
+	my $pid = PgFanout::publisher_pid($node);
+
+	sql("select pg_terminate_backend($pid)");
+	PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher where connected_to is not null') !~ /^($pid|0)$/ },
+		'a new publisher');
+	return PgFanout::publisher_pid($node);
+}
+
+# Runs it with a new publisher, and says how much memory that has used.
+sub uses_less_than
+{
+	my ($megabytes, $what, $run) = @_;
+	my $pid = new_publisher();
+
+	$run->();
+	my ($peak) = slurp_file("/proc/$pid/status") =~ /VmHWM:\s+(\d+) kB/;
+	cmp_ok($peak, '<', $megabytes * 1024, "$what: less than $megabytes MB");
+	note "$what: $peak kB";
+	return;
+}
+
+sub sequences { return map { $_->{headers}->{sequence} } @_; }
+
+sub is_in_order
+{
+	my ($name, @messages) = @_;
+	my @sequences = sequences(@messages);
+
+	is_deeply(\@sequences, [ sort { $a <=> $b } @sequences ], $name);
+	return;
+}
+
+# The queue keeps the last message alone; there is no room for more.
+my $one = q('classic', '{"x-max-length": 1}');
+my $large = q(to_jsonb(repeat('x', 20000000)));
+sql(qq(
+	select fanout.declare_binding('large', 'g', $one);
+	select fanout.declare_binding('held', 'g', $one);
+	select fanout.declare_binding('mixed', 'g', 'classic');
+	create table incompressible as
+		select to_jsonb(string_agg(md5(i::text), '')) as body from generate_series(1, 625000) i));
+PgFanout::flush($node);
+
+uses_less_than(100, '100 messages of 20 MB', sub {
+	sql("select fanout.publish('large', $large) from generate_series(1, 100)");
+	PgFanout::flush($node, timeout => '180 s');
+});
+is(sql(q(select count(*) from fanout.outbox_status where topic = 'large' and state = 'sent')), 100, 'all are sent');
+
+uses_less_than(100, '10 messages of 20 MB that cannot be compressed', sub {
+	sql("select fanout.publish('large', body) from incompressible, generate_series(1, 10)");
+	PgFanout::flush($node, timeout => '180 s');
+});
+
+sql(q(select fanout.pause('held')));
+uses_less_than(100, 'holding 50 large messages behind many small ones', sub {
+	sql(qq(
+		begin;
+		select count(fanout.publish('held', to_jsonb(i))) from generate_series(1, 1000) i;
+		select count(fanout.publish('held', $large)) from generate_series(1, 50);
+		commit));
+	PgFanout::poll(sub { sql('select count(*) from fanout.held') == 1050 }, 'all to be held', 180);
+});
+uses_less_than(100, 'sending them at last', sub {
+	sql(q(select fanout.resume('held')));
+	PgFanout::flush($node, timeout => '180 s');
+});
+is(sql(q(select count(*) from fanout.outbox_status where topic = 'held' and state = 'sent')), 1050, 'all are sent');
+
+uses_less_than(100, 'small and large messages by turns', sub {
+	sql(qq(select count(fanout.publish('mixed', case when i % 150 = 0 then to_jsonb(repeat('x', 5000000)) else to_jsonb(i) end))
+		from generate_series(1, 500) i));
+	PgFanout::flush($node, timeout => '180 s');
+});
+my @mixed = $broker->collect('mixed_g', expect => 500);
+is_in_order('they arrive in order', @mixed);
+
+# ---- large keys and headers ----
+
+uses_less_than(60, 'keys of 20 MB', sub {
+	sql(q(
+		create table keyed (id int, k text);
+		select fanout.declare_binding('keyed', 'g', 'classic');
+		select fanout.capture('keyed', 'keyed', key => '{k}');
+		insert into keyed select i, repeat(i::text, 20000000) from generate_series(1, 5) i;
+		insert into keyed values (6, 'short');
+		delete from keyed));
+	PgFanout::flush($node);
+});
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed' and reason like 'headers and key of % bytes do not fit into a frame')),
+	10, 'messages with keys that no broker takes become dead letters');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed' and octet_length(key) = 20000000)),
+	10, 'with their keys');
+is($broker->collect('keyed_g', expect => 2), 2, 'others of the topic flow');
+
+sql(q(select fanout.publish('mixed', '1', headers => jsonb_build_object('large', repeat('x', 3000000)));
+	select fanout.publish('mixed', '2', headers => jsonb_build_object('small', repeat('x', 30000)))));
+PgFanout::flush($node);
+like(sql(q(select reason from fanout.dead_letter where topic = 'mixed')), qr/^headers and key of 30\d* bytes do not fit into a frame$/,
+	'so do those with such headers');
+my ($headers) = $broker->collect('mixed_g', expect => 1);
+is(length($headers->{headers}->{small}), 30000, 'headers that do fit are sent');
+
+# ---- moving messages between tables ----
+
+# Runs it and waits for a publisher to fail with that in the server's log.
+sub fails_with
+{
+	my ($pattern, $sql) = @_;
+	my $offset = -s $node->logfile;
+
+	sql($sql);
+	PgFanout::poll(sub { slurp_file($node->logfile, $offset) =~ $pattern }, "$pattern in the log");
+	return;
+}
+
+sql(q(alter system set pg_fanout.retention = '4s'));
+$node->reload;
+for (1 .. 300)
+{
+	sql(q(select fanout.publish('large', '"filler"')));
+	last if sql('select count(*) from fanout.outbox o join fanout.topic t using (topic_id) where topic = $$keyed$$') == 0;
+	select(undef, undef, undef, 0.2);
+}
+is(sql('select count(*) from fanout.outbox o join fanout.topic t using (topic_id) where topic = $$keyed$$'),
+	0, 'the outbox has forgotten the messages that became dead letters');
+is(sql(q(select fanout.redrive('keyed'))), 10, 'they can be redriven');
+PgFanout::poll(sub { sql('select count(*) from fanout.held') == 0 }, 'all to be tried');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed' and octet_length(key) = 20000000)),
+	10, 'and are dead letters again: none was lost');
+
+sql(q(create function suppress() returns trigger language plpgsql as 'begin return null; end';
+	create trigger suppress before insert on fanout.held for each row execute function suppress();
+	select fanout.pause('mixed')));
+fails_with(qr/changed 0 rows instead of 1/, q(select fanout.publish('mixed', '"not to be lost"')));
+is(sql(q(select state from fanout.outbox_status where topic = 'mixed' order by id desc limit 1)),
+	'pending', 'a message that cannot be held is not recorded');
+sql(q(drop trigger suppress on fanout.held));
+PgFanout::wait_for_state($node, 'held', where => q(topic = 'mixed'), count => 1);
+sql(q(create trigger suppress before insert on fanout.dead_letter for each row execute function suppress()));
+fails_with(qr/changed 0 rows instead of 1/, q(select fanout.publish('mixed', '1', 'k', headers => jsonb_build_object('large', repeat('x', 3000000)))
+	from fanout.resume('mixed')));
+is(sql(q(select state from fanout.outbox_status where topic = 'mixed' order by id desc limit 1)),
+	'pending', 'nor is one that cannot become a dead letter');
+sql(q(drop trigger suppress on fanout.dead_letter));
+PgFanout::wait_for_state($node, 'dead', where => q(topic = 'mixed' and key = 'k'), count => 1);
+PgFanout::flush($node);
+ok(1, 'they are, once that is possible');
+
+sql('create table saved as table fanout.rotation');
+fails_with(qr/fanout\.rotation/, q(delete from fanout.rotation; select fanout.publish('mixed', '"unrecorded"', 'rotation')));
+is(sql(q(select state from fanout.outbox_status where key = 'rotation')), 'pending',
+	'without the row that says which segment is current nothing is recorded');
+sql('insert into fanout.rotation table saved');
+PgFanout::wait_for_state($node, 'sent', where => q(key = 'rotation'), count => 1);
+ok(1, 'with it, it is');
+
 done_testing();
