@@ -55,7 +55,7 @@ is(draw($node), $id + 1, 'they count up one by one, in any session');
 
 # What was drawn long ago, in effect: the sequence is behind the clock
 
-$node->poll_query_until('postgres', 'select state = 'disconnected' from fanout.stat_publisher') or die 'no publisher';
+$node->poll_query_until('postgres', q(select state = 'disconnected' from fanout.stat_publisher)) or die 'no publisher';
 draw($node);
 $node->safe_psql('postgres', q(select setval('fanout.outbox_id_seq', 1000)));
 is(draw($node), 1001, 'a running server does not look at the clock again');
