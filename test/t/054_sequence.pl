@@ -33,7 +33,7 @@ set client_min_messages = warning;
 set role writer;
 insert into entity (a) values (1);
 reset role;
-select max(id) from fanout.outbox;
+select id from fanout.outbox order by created_at desc limit 1;
 END
 }
 
