@@ -2512,7 +2512,7 @@ revoke all on fanout.subscriptions from public;
 
 create function fanout.subscription_status(out subscription_id integer, out pid integer, out state text,
     out since timestamptz, out connected_to text, out connected_at timestamptz,
-    out delivered bigint, out applied bigint, out skipped bigint, out failed bigint, out dead bigint,
+    out delivered bigint, out applied bigint, out skipped bigint, out stale bigint, out failed bigint, out dead bigint,
     out waiting integer, out lag bigint, out reconnects bigint, out last_error text, out last_error_at timestamptz)
 returns setof record
 language c volatile strict
@@ -2525,7 +2525,7 @@ select s.topic, s.consumer_group, w.pid,
        case when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
        w.since, w.connected_to, w.connected_at,
        coalesce(w.delivered, 0) as delivered, coalesce(w.applied, 0) as applied,
-       coalesce(w.skipped, 0) as skipped, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
+       coalesce(w.skipped, 0) as skipped, coalesce(w.stale, 0) as stale, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
        coalesce(w.waiting, 0) as waiting, w.lag, coalesce(w.reconnects, 0) as reconnects,
        coalesce(p.problem, w.last_error) as last_error, w.last_error_at
 from fanout.subscription s
@@ -2545,6 +2545,7 @@ comment on column fanout.stat_subscriptions.connected_at is 'since when; NULL: n
 comment on column fanout.stat_subscriptions.delivered is 'messages delivered, repeats included';
 comment on column fanout.stat_subscriptions.applied is 'messages whose handler has succeeded and committed';
 comment on column fanout.stat_subscriptions.skipped is 'repeats of messages that were applied, or given up, before';
+comment on column fanout.stat_subscriptions.stale is 'changes that sync_table() did not write because something newer had been applied';
 comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
 comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
 comment on column fanout.stat_subscriptions.waiting is 'messages that failed and wait for their next attempt, and those of the same keys that wait behind them';
@@ -3013,6 +3014,11 @@ as $$
            format('%s messages failed and will be tried again', count(*)),
            'Look at "error" in fanout.delivery_failure.'
     from fanout.delivery_failure f group by f.consumer_group, f.topic
+    union all
+    select format('subscription of "%s" to "%s" gets newer messages', s.consumer_group, s.topic), false,
+           format('%s changes were older than what had been applied, and not written', s.stale),
+           'Repeats are older, and harmless. If rows stay as they are, the sequence of the source went back: unsubscribe, and sync_table() into a new table.'
+    from fanout.stat_subscriptions s where s.stale > 0
     union all
     select format('subscription of "%s" to "%s" has no dead letters', d.consumer_group, d.topic), false,
            format('%s in fanout.dead_letter', count(*)),

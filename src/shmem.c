@@ -210,6 +210,7 @@ init_subscription(SubscriptionSlot *slot)
 	pg_atomic_init_u64(&slot->delivered, 0);
 	pg_atomic_init_u64(&slot->applied, 0);
 	pg_atomic_init_u64(&slot->skipped, 0);
+	pg_atomic_init_u64(&slot->stale, 0);
 	pg_atomic_init_u64(&slot->failed, 0);
 	pg_atomic_init_u64(&slot->dead, 0);
 	pg_atomic_init_u64(&slot->reconnects, 0);
@@ -264,6 +265,7 @@ reset_subscription(SubscriptionSlot *slot)
 	pg_atomic_write_u64(&slot->delivered, 0);
 	pg_atomic_write_u64(&slot->applied, 0);
 	pg_atomic_write_u64(&slot->skipped, 0);
+	pg_atomic_write_u64(&slot->stale, 0);
 	pg_atomic_write_u64(&slot->failed, 0);
 	pg_atomic_write_u64(&slot->dead, 0);
 	pg_atomic_write_u64(&slot->reconnects, 0);

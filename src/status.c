@@ -38,7 +38,7 @@ PG_FUNCTION_INFO_V1(pgf_publisher_status);
 PG_FUNCTION_INFO_V1(pgf_subscription_status);
 
 #define STATUS_COLUMNS 14
-#define SUBSCRIPTION_COLUMNS 16
+#define SUBSCRIPTION_COLUMNS 17
 
 static const char *const state_name[] = {
 	[WORKER_STARTING] = "starting",
@@ -272,14 +272,15 @@ fill_subscription(SubscriptionSlot *slot, Datum *values, bool *nulls)
 	values[6] = Int64GetDatum(pg_atomic_read_u64(&slot->delivered));
 	values[7] = Int64GetDatum(pg_atomic_read_u64(&slot->applied));
 	values[8] = Int64GetDatum(pg_atomic_read_u64(&slot->skipped));
-	values[9] = Int64GetDatum(pg_atomic_read_u64(&slot->failed));
-	values[10] = Int64GetDatum(pg_atomic_read_u64(&slot->dead));
-	values[11] = Int32GetDatum(pg_atomic_read_u32(&slot->waiting));
-	values[12] = Int64GetDatum((int64) lag - 1);
-	nulls[12] = (lag == 0);
-	values[13] = Int64GetDatum(pg_atomic_read_u64(&slot->reconnects));
-	set_text(&values[14], &nulls[14], status.last_error);
-	set_time(&values[15], &nulls[15], status.last_error_at);
+	values[9] = Int64GetDatum(pg_atomic_read_u64(&slot->stale));
+	values[10] = Int64GetDatum(pg_atomic_read_u64(&slot->failed));
+	values[11] = Int64GetDatum(pg_atomic_read_u64(&slot->dead));
+	values[12] = Int32GetDatum(pg_atomic_read_u32(&slot->waiting));
+	values[13] = Int64GetDatum((int64) lag - 1);
+	nulls[13] = (lag == 0);
+	values[14] = Int64GetDatum(pg_atomic_read_u64(&slot->reconnects));
+	set_text(&values[15], &nulls[15], status.last_error);
+	set_time(&values[16], &nulls[16], status.last_error_at);
 	return ours;
 }
 

@@ -61,7 +61,9 @@
 #include "headers.h"
 #include "inbox.h"
 #include "query.h"
+#include "shmem.h"
 #include "textform.h"
+#include "worker.h"
 
 PG_FUNCTION_INFO_V1(pgf_sync_messages);
 
@@ -586,6 +588,18 @@ keep_newest(Change *changes, int count, Change **newest)
 }
 
 /*
+ * Counts changes that were older than what had been applied.  Repeats are; but
+ * if the source's sequence went back, so is everything, and the copy stays as
+ * it is.
+ */
+static void
+count_stale(int count)
+{
+	if (worker_subscription != NULL && count > 0)
+		pg_atomic_fetch_add_u64(&worker_subscription->stale, count);
+}
+
+/*
  * Records the sequences; what is not newer than what was recorded before is
  * not wanted.
  */
@@ -620,6 +634,7 @@ take_sequences(const SyncTarget *target, Change **newest, int count)
 	values[3] = PointerGetDatum(construct_array(deleted, count, BOOLOID, 1, true, TYPALIGN_CHAR));
 	values[4] = Int64GetDatum(target->floor);
 	execute_own(&query, 5, types, values);
+	count_stale(count - (int) SPI_processed);
 	for (int i = 0; i < SPI_processed; i++)
 	{
 		char	   *key = SPI_getvalue(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, 1);

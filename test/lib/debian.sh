@@ -13,14 +13,15 @@ debian_archive() {
 		sed -n 's/ Debian$//p' | sort -u | head -n 1
 }
 
-# Runs a command of apt with the lists of another release, kept in DIR.
+# Runs a command of apt with the lists of another release, kept in DIR.  A mirror
+# may be older than its lists say it should be.
 debian_apt() {
 	local dir=$1 apt=$2
 
 	shift 2
 	"$apt" -qq -o Dir::Etc::SourceList="$dir/sources.list" -o Dir::Etc::SourceParts=/dev/null \
 		-o Dir::State="$dir/state" -o Dir::Cache="$dir/cache" -o APT::Sandbox::User="$(id -un)" \
-		-o Debug::NoLocking=1 "$@"
+		-o Debug::NoLocking=1 -o Acquire::Check-Valid-Until=false "$@"
 }
 
 # debian_lists DIR RELEASE: fetches the lists of a release (trixie, sid) into DIR.

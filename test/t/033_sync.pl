@@ -116,6 +116,8 @@ deliver('users', 't', undef, 1, undef);
 applied(4);
 equal('users', $users, 'name', 'copy.users', 'full_name',
 	'what is older than what was applied, or than a TRUNCATE, changes nothing');
+cmp_ok(b(q(select stale from fanout.stat_subscriptions where topic = 'users')), '>', 0, 'and is counted');
+is(b(q(select ok from fanout.check() where item ~ 'gets newer messages')), 'f', 'so that check() tells of a sequence that went back');
 a(q(delete from users where id = 2));
 equal('users', $users, 'name', 'copy.users', 'full_name', 'a delete');
 deliver('users', 'u', '2', 1, { id => 2, name => 'risen', email => 'older' });
