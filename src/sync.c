@@ -85,7 +85,7 @@ typedef struct SyncColumn
 {
 	char	   *remote;			/* its name in messages */
 	char	   *local;			/* quoted */
-	char	   *type;			/* with its schema */
+	char	   *type;			/* with its schema; not a domain */
 	Oid			type_oid;
 	int32		typmod;
 	int			text_settings;	/* of the type: textform.h */
@@ -155,7 +155,9 @@ execute_own(CachedQuery *query, int nargs, Oid *types, Datum *values)
 
 /*
  * The mapping of columns: those that a message can set, with their remote
- * names.  Generated columns are left to the server.
+ * names.  Generated columns are left to the server.  Of a domain it is the type
+ * beneath that is read from messages; the statement makes it one of the domain,
+ * checks its constraints and thereby runs their functions.
  */
 static void
 add_column(SyncTarget *target, Form_pg_attribute attr, Jsonb *renames)
@@ -183,11 +185,11 @@ add_column(SyncTarget *target, Form_pg_attribute attr, Jsonb *renames)
 	column = &target->columns[target->ncolumns++];
 	column->remote = pstrdup(remote);
 	column->local = pstrdup(quote_identifier(NameStr(attr->attname)));
-	column->type = format_type_extended(attr->atttypid, attr->atttypmod,
-										FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY);
-	column->type_oid = attr->atttypid;
 	column->typmod = attr->atttypmod;
-	column->text_settings = textform_settings(attr->atttypid);
+	column->type_oid = getBaseTypeAndTypmod(attr->atttypid, &column->typmod);
+	column->type = format_type_extended(column->type_oid, column->typmod,
+										FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY);
+	column->text_settings = textform_settings(column->type_oid);
 	column->is_key = false;
 }
 
