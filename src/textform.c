@@ -42,7 +42,6 @@
 #include "utils/float.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
-#include "utils/pg_locale.h"
 
 #include "textform.h"
 
@@ -256,7 +255,7 @@ settings_to_fix(int settings)
 		settings &= ~TEXTFORM_VARIABLES;
 	if ((settings & TEXTFORM_NAMES) != 0 && strcmp(namespace_search_path, SEARCH_PATH) == 0)
 		settings &= ~TEXTFORM_NAMES;
-	if ((settings & TEXTFORM_MONEY) != 0 && strcmp(locale_monetary, "C") == 0)
+	if ((settings & TEXTFORM_MONEY) != 0 && strcmp(GetConfigOption("lc_monetary", false, false), "C") == 0)
 		settings &= ~TEXTFORM_MONEY;
 	return settings;
 }
