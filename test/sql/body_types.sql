@@ -247,7 +247,7 @@ alter table copies add primary key (id);
 select fanout.capture('copies', 'body_types');
 
 -- what the messages are to have: made without the cast, and with the arrays that are their text as such
-create function promises(out id int, out json text) returns setof record language plpgsql
+create function promises(out id int, out body text) returns setof record language plpgsql
     set datestyle = iso set intervalstyle = postgres set timezone = utc set extra_float_digits = 1 set bytea_output = hex
     set quote_all_identifiers = off set lc_monetary = 'C' set search_path = pg_catalog as $$
 begin
@@ -267,7 +267,7 @@ begin
     delete from body_types.copies;
     create temp table mark as select coalesce(max(id), 0) as id from fanout.outbox;
     insert into body_types.copies select a.* from body_types.alltypes a;
-    select count(*), count(*) filter (where m.payload is distinct from p.json), count(*) filter (where m.payload::json is null)
+    select count(*), count(*) filter (where m.payload is distinct from p.body), count(*) filter (where m.payload::json is null)
     into compared, different, not_json
     from body_types.promises() p
          left join (select o.key, o.payload from fanout.outbox o, mark
@@ -327,11 +327,11 @@ reset intervalstyle;
 -- deletes and updates render the same values
 create table mark as select max(id) as id from fanout.outbox;
 update copies set id = id;
-select count(*) as compared, count(*) filter (where m.payload is distinct from p.json) as different
+select count(*) as compared, count(*) filter (where m.payload is distinct from p.body) as different
 from promises() p left join (select o.key, o.payload from fanout.outbox o, mark where o.id > mark.id) m on m.key = p.id::text;
 create table gone as select * from promises();
 delete from copies;
-select count(*) as compared, count(*) filter (where m.payload is distinct from g.json) as different
+select count(*) as compared, count(*) filter (where m.payload is distinct from g.body) as different
 from gone g left join (select o.key, o.payload from fanout.outbox o where o.headers ->> 'op' = 'd' and o.headers ->> 'table' = 'copies'
                        and o.id > (select id from mark)) m on m.key = g.id::text;
 
