@@ -13,6 +13,7 @@
 
 #include <math.h>
 
+#include "access/detoast.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
@@ -30,6 +31,7 @@
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 #include "utils/rel.h"
+#include "utils/resowner.h"
 #include "utils/timestamp.h"
 
 #include "broker.h"
@@ -276,6 +278,16 @@ render_body(StringInfo out, const Change *change)
 	}
 }
 
+static void
+render(StringInfo body, Change *change)
+{
+	HeapTuple	row = change->new_row != NULL ? change->new_row : change->old_row;
+
+	if (row != NULL)
+		change->key = render_key(change->info, row, change->desc);
+	render_body(body, change);
+}
+
 /* ---- the trigger ---- */
 
 /*
@@ -315,6 +327,71 @@ operation_of(TriggerEvent event)
 	return OP_TRUNCATE;
 }
 
+/* Rows up to that size can be rendered, whatever is in them: bytes. */
+#define ORDINARY_ROW (64 * 1024 * 1024)
+
+/* The size of a row, its values detoasted: bytes.  NULL: 0. */
+static Size
+row_size(HeapTuple row, TupleDesc desc)
+{
+	Size		size = 0;
+
+	if (row == NULL || !HeapTupleHasExternal(row))
+		return 0;				/* a page, with whatever is compressed in it */
+	for (int i = 0; i < desc->natts; i++)
+	{
+		bool		isnull;
+		Datum		value;
+
+		if (TupleDescAttr(desc, i)->attlen != -1)
+			continue;
+		value = heap_getattr(row, i + 1, desc, &isnull);
+		if (!isnull)
+			size += toast_raw_datum_size(value);
+	}
+	return size;
+}
+
+/*
+ * Renders key and body of a change whose rows are so large that their text may
+ * pass the server's limit of 1 GB.  A row that can be stored must not be refused
+ * for its message: then the message has an empty body, and the publisher makes a
+ * dead letter of it.
+ */
+static void
+render_large(StringInfo body, Change *change)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		render(body, change);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+		if (ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
+			ReThrowError(error);
+		resetStringInfo(body);
+		change->key = NULL;
+		change->key_changed = false;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+}
+
 /*
  * Finds out what the message says: of an update that takes a row out of the
  * capture's filter, that it was deleted; of one that brings it in, inserted.
@@ -337,10 +414,6 @@ describe_change(Change *change, TriggerData *trigdata)
 		change->new_row = (event == OP_UPDATE) ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
 	if (change->op == OP_UPDATE)
 		change->key_changed = keys_differ(change);
-	if (change->op != OP_TRUNCATE)
-		change->key = render_key(change->info,
-								 change->new_row != NULL ? change->new_row : change->old_row,
-								 change->desc);
 }
 
 static void
@@ -352,7 +425,10 @@ capture_change(TriggerData *trigdata)
 
 	describe_change(&change, trigdata);
 	initStringInfo(&body);
-	render_body(&body, &change);
+	if (row_size(change.old_row, change.desc) + row_size(change.new_row, change.desc) > ORDINARY_ROW)
+		render_large(&body, &change);
+	else
+		render(&body, &change);
 
 	memset(&row, 0, sizeof(row));
 	row.topic_id = change.info->topic.topic_id;

@@ -172,6 +172,8 @@ prepare(Message *message)
 	BrokerMessage *wire = &message->wire;
 	BrokerField *fields;
 
+	if (message->payload_len == 0)
+		return "the row is too large to be rendered as JSON";
 	if (message->payload_len > BROKER_MAX_BODY)
 		return psprintf("body of %zu bytes is larger than the %d that RabbitMQ can take",
 						message->payload_len, BROKER_MAX_BODY);

@@ -73,6 +73,19 @@ is(sql(q(select count(*) from (select (payload::json -> 'after' ->> 'n')::int - 
 	0, 'none is missing or there twice');
 is(sql(q(select count(*) from fanout.outbox where payload ~ 'SECRET')), 0, 'none has an excluded column');
 
+# A row whose JSON is larger than a string of the server can be
+
+sql(q(create table large (id int primary key, a bytea);
+select fanout.capture('large', 'live');
+alter table large alter a set storage external;
+insert into large values (1, convert_to(repeat('x', 550000000), 'UTF8'));
+update large set a = null;
+delete from large));
+is(sql(q(select string_agg(concat_ws(' ', headers ->> 'op', key, length(payload) > 0), ', ' order by id)
+	from fanout.outbox where headers ->> 'table' = 'large')),
+	'c f, u 1 t, d 1 t', 'a row that is too large to be rendered is written');
+sql('drop table large; truncate fanout.outbox');
+
 # Whatever happens to columns.  Columns are known here by their numbers, and hold
 # values that tell what they are: S excluded, K the key, and others.
 
