@@ -227,12 +227,13 @@ run_nested(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 		   ProcessUtilityContext context, ParamListInfo params,
 		   QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
 {
-	ProcessUtility_hook_type next = next_utility ? next_utility : standard_ProcessUtility;
-
 	nesting_enter_command(IsA(pstmt->utilityStmt, TruncateStmt));
 	PG_TRY();
 	{
-		next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+		if (next_utility)
+			next_utility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+		else
+			standard_ProcessUtility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 	}
 	PG_FINALLY();
 	{
