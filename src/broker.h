@@ -26,6 +26,9 @@
 /* Longest message id: what a return brings back, BrokerEvent.message_id. */
 #define BROKER_MAX_MESSAGE_ID 63
 
+/* The reply code with which a login, a channel or a declaration is not allowed. */
+#define BROKER_ACCESS_REFUSED 403
+
 typedef struct Broker Broker;
 
 /* One element of pg_fanout.uri.  All strings are NUL-terminated. */

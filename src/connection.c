@@ -15,6 +15,12 @@
  * A lost connection is tried again after 0.1 s, doubling up to
  * MAX_RECONNECT_MS, but every host once before the first pause.
  *
+ * A login can lose its rights while it lasts: the password is a token that
+ * expires, or a right came with a newer one.  The broker then answers 403 to
+ * whatever is asked for next, on a connection that stays.  So a 403 is believed
+ * only once a new login has got it, too: see connection_believes().  If that
+ * login is refused, it is the connection that fails, as at any other time.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -30,6 +36,14 @@
 
 /* Bounds the wait for one answer to a declare. */
 #define RPC_TIMEOUT_MS 10000
+
+/*
+ * After a new login has proved that something is really refused: how long other
+ * 403 are believed without a login of their own; and how old the login may be
+ * when the same thing is refused again.
+ */
+#define REFUSED_TOO_MS 5000
+#define REFUSED_AGAIN_MS 60000
 
 long
 backoff(long ms, int times, long max)
@@ -167,6 +181,69 @@ connection_failed(Connection *conn, const char *text)
 	worker_set_state(WORKER_DISCONNECTED);
 }
 
+/* ---- logging in anew ---- */
+
+/* The password file, or all 0 if there is none. */
+static struct stat
+stat_password_file(void)
+{
+	struct stat st;
+
+	if (pgf_password_file[0] == '\0' || stat(pgf_password_file, &st) != 0)
+		memset(&st, 0, sizeof(st));
+	return st;
+}
+
+/* Has the password file been written or replaced since the login? */
+static bool
+password_file_changed(const Connection *conn)
+{
+	struct stat now = stat_password_file();
+
+	return now.st_ino != conn->password_file.st_ino || now.st_size != conn->password_file.st_size ||
+		now.st_mtime != conn->password_file.st_mtime || now.st_ctime != conn->password_file.st_ctime;
+}
+
+/*
+ * Decides whether a 403 is to be believed.  It is proved if a login that was
+ * made for its sake gets it again.  Without a proof of its own it is believed if
+ * another one was proved on the same login shortly before, so that many things
+ * that are not allowed cost one login and not many; or if it was proved earlier
+ * and this login is not old, so that what is tried again and again costs a login
+ * now and then; but in both cases only as long as there is no new password.
+ */
+bool
+connection_believes(Connection *conn, uint32 *doubted, bool refused_before)
+{
+	MonoTime	now = mono_now();
+	bool		proved = *doubted != 0 && conn->logins >= *doubted;
+
+	if (proved)
+	{
+		conn->denied_login = conn->logins;
+		conn->denied_at = now;
+	}
+	if (proved ||
+		(!password_file_changed(conn) &&
+		 ((refused_before && !mono_exceeds(conn->connected_at, now, REFUSED_AGAIN_MS)) ||
+		  (conn->denied_login == conn->logins && !mono_exceeds(conn->denied_at, now, REFUSED_TOO_MS)))))
+	{
+		*doubted = 0;
+		return true;
+	}
+	*doubted = conn->logins + 1;
+	return false;
+}
+
+void
+connection_log_in_anew(Connection *conn, const char *why)
+{
+	ereport(LOG, (errmsg("pg_fanout %s logs in to the broker again", conn->who),
+				  errdetail("%s", why)));
+	connection_close(conn, true);
+	conn->connect_at = 0;
+}
+
 /* ---- making it ---- */
 
 /* Reads the password file; a problem with it is one of the connection. */
@@ -201,6 +278,7 @@ connected(Connection *conn, const BrokerAddress *address)
 	char		where[256];
 
 	conn->connected_at = mono_now();
+	conn->logins++;
 	snprintf(where, sizeof(where), "%s:%d/%s", address->host, address->port,
 			 strcmp(address->vhost, "/") == 0 ? "" : address->vhost);
 	worker_set_connected(where);
@@ -218,7 +296,7 @@ not_connected(Connection *conn, const char *text)
 }
 
 bool
-connection_open(Connection *conn, bool *again)
+connection_open(Connection *conn)
 {
 	BrokerAddress *address;
 	BrokerError error;
@@ -231,6 +309,8 @@ connection_open(Connection *conn, bool *again)
 		connection_failed(conn, conn->problem);
 		return false;
 	}
+	/* before it is read, so that what is written meanwhile is not missed */
+	conn->password_file = stat_password_file();
 	if (!read_password(conn, &password))
 		return false;
 	worker_set_state(WORKER_CONNECTING);
@@ -247,7 +327,5 @@ connection_open(Connection *conn, bool *again)
 		return false;
 	}
 	connected(conn, address);
-	*again = conn->was_connected;
-	conn->was_connected = true;
 	return true;
 }

@@ -10,6 +10,8 @@
 
 #include "postgres.h"
 
+#include <sys/stat.h>
+
 #include "broker.h"
 #include "monotime.h"
 
@@ -21,6 +23,7 @@ typedef struct Connection
 	Broker	   *broker;			/* NULL: none */
 	MonoTime	connect_at;		/* no sooner */
 	MonoTime	connected_at;
+	uint32		logins;			/* so far; the number of the present one */
 	int			failures;		/* in a row */
 
 	/* the connection's own */
@@ -32,7 +35,9 @@ typedef struct Connection
 	char	   *problem;		/* of a setting, for which none is made */
 	MemoryContext settings_context;
 	BrokerOptions options;
-	bool		was_connected;
+	struct stat password_file;	/* as it was at the login; all 0: none */
+	uint32		denied_login;	/* the last one of which a 403 was proved */
+	MonoTime	denied_at;
 	char		last_failure[600];	/* so that it is logged once */
 } Connection;
 
@@ -50,12 +55,27 @@ extern bool connection_settings_changed(const Connection *conn);
 extern void connection_use_settings(Connection *conn);
 
 /*
- * One attempt, with the next of the addresses; bounded by
- * pg_fanout.connect_timeout, and by the resolver.  If it fails, it has been
- * logged and the next attempt is scheduled (connect_at).  *again: is it another
- * one after the first of this process?
+ * Makes one attempt, with the next of the addresses; bounded by
+ * pg_fanout.connect_timeout.  If it fails, it has been logged and the next
+ * attempt is scheduled (connect_at).
  */
-extern bool connection_open(Connection *conn, bool *again);
+extern bool connection_open(Connection *conn);
+
+/*
+ * Is a 403 to be believed?  If not, the login may have lost its rights, as one
+ * with a token that has expired, and the caller is to log in anew and to ask
+ * again.  *doubted is the caller's, one for each thing that can be refused; 0
+ * at first, and to be set to 0 when the thing has been allowed.  refused_before:
+ * it is known to be refused.
+ */
+extern bool connection_believes(Connection *conn, uint32 *doubted, bool refused_before);
+
+/*
+ * Ends it because of a 403 that may be the login's fault; why is logged.  The
+ * next login, with the password file as it is now, may be made at once, and no
+ * failure counts.
+ */
+extern void connection_log_in_anew(Connection *conn, const char *why);
 
 /* Ends it without blame; the next attempt may be made at once. */
 extern void connection_close(Connection *conn, bool polite);

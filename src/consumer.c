@@ -140,6 +140,7 @@ typedef struct Consumer
 	char		tag[32];		/* consumer tag */
 	uint32		epoch;			/* how many basic.consume */
 	int			refusals;		/* in a row */
+	uint32		doubted;		/* for connection_believes() */
 	char		last_refusal[600];	/* so that it is logged once */
 	MonoTime	inspect_at;
 	MonoTime	consuming_since;
@@ -391,10 +392,24 @@ refused(const char *text)
 	con.refusals++;
 }
 
+/* Takes a 403 for what it is, or lets a new login prove it. */
+static void
+access_refused(const char *text)
+{
+	if (connection_believes(&con.conn, &con.doubted, con.refusals > 0))
+	{
+		refused(text);
+		return;
+	}
+	lose_deliveries();
+	connection_log_in_anew(&con.conn, text);
+}
+
 static void
 accepted(void)
 {
 	con.refusals = 0;
+	con.doubted = 0;
 	con.last_refusal[0] = '\0';
 	connection_works(&con.conn);
 }
@@ -411,6 +426,8 @@ call_failed(BrokerResult result, const BrokerError *error)
 {
 	if (result == BROKER_LOST)
 		broker_failed(error->text);
+	else if (error->code == BROKER_ACCESS_REFUSED)
+		access_refused(error_text(error));
 	else
 		refused(error_text(error));
 }
@@ -1087,6 +1104,17 @@ delivered(BrokerDelivery *wire)
 }
 
 static void
+channel_closed(const BrokerEvent *event)
+{
+	char	   *text = psprintf("%d %s", event->code, event->text);
+
+	if (event->code == BROKER_ACCESS_REFUSED)
+		access_refused(text);
+	else
+		refused(text);
+}
+
+static void
 handle_event(BrokerEvent *event)
 {
 	switch (event->type)
@@ -1106,7 +1134,7 @@ handle_event(BrokerEvent *event)
 			refused("the broker cancelled the consumer: its queue was deleted, or is not available");
 			break;
 		case BROKER_CHANNEL_CLOSED:
-			refused(psprintf("%d %s", event->code, event->text));
+			channel_closed(event);
 			break;
 		case BROKER_DISCONNECTED:
 			broker_failed(event->text);
@@ -1304,8 +1332,6 @@ begin_consuming(void)
 static void
 connect_broker(void)
 {
-	bool		again;
-
 	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
 		worker_end(WORKER_TERMINATED);
 	if (con.row.problem != NULL)
@@ -1313,9 +1339,9 @@ connect_broker(void)
 		refused(con.row.problem);
 		return;
 	}
-	if (!connection_open(&con.conn, &again))
+	if (!connection_open(&con.conn))
 		return;
-	if (again)
+	if (con.conn.logins > 1)
 		pg_atomic_fetch_add_u64(&worker_subscription->reconnects, 1);
 	begin_consuming();
 }

@@ -135,6 +135,8 @@ typedef struct Publisher
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 	int			isolate;		/* messages to be sent one at a time */
 	bool		renew_channel;	/* once nothing is in flight on it */
+	bool		log_in_anew;	/* the connection, too */
+	char		refusal[600];	/* the 403 that asks for it */
 
 	/* by the clock */
 	MonoTime	statistics_at;	/* 0: nothing to count */
@@ -286,6 +288,7 @@ acknowledged(void *item, void *arg)
 	if (topic != NULL)
 	{
 		topic->sent++;
+		topic->doubted_messages = 0;
 		/* the message that was tried went through, and none before it failed */
 		if (is_held_message(message) && !pub.drain_refused)
 			unstall_topic(topic);
@@ -386,7 +389,7 @@ disconnect(bool polite)
 		return;
 	(void) put_back_all();
 	pub.alarm_logged = false;
-	pub.renew_channel = false;
+	pub.renew_channel = pub.log_in_anew = false;
 	connection_close(&pub.conn, polite);
 }
 
@@ -396,6 +399,7 @@ broker_failed(const char *text)
 	if (pub.conn.broker != NULL)
 		(void) put_back_all();
 	pub.alarm_logged = false;
+	pub.renew_channel = pub.log_in_anew = false;
 	connection_failed(&pub.conn, text);
 }
 
@@ -449,9 +453,18 @@ reopen_channel(void)
 {
 	BrokerError error;
 
+	if (pub.log_in_anew)
+		return;					/* the next one is of another connection */
 	pub.renew_channel = false;
 	if (broker_reopen(pub.conn.broker, &error) != BROKER_OK)
 		broker_failed(error.text);
+}
+
+static bool
+may_renew_channel(void)
+{
+	return pub.renew_channel && pub.conn.broker != NULL && pub.window.outstanding == 0 &&
+		!broker_blocked(pub.conn.broker);
 }
 
 /*
@@ -463,12 +476,38 @@ reopen_channel(void)
 static bool
 renew_channel(void)
 {
-	if (!pub.renew_channel || pub.conn.broker == NULL || pub.window.outstanding > 0 ||
-		broker_blocked(pub.conn.broker))
+	if (!may_renew_channel())
 		return false;
 	confirms_reset(&pub.window);
-	reopen_channel();
+	if (pub.log_in_anew)
+	{
+		pub.renew_channel = pub.log_in_anew = false;
+		connection_log_in_anew(&pub.conn, pub.refusal);
+	}
+	else
+		reopen_channel();
 	return true;
+}
+
+/*
+ * Asks for a new login once nothing is in flight, so that nothing need be sent
+ * twice for its sake; until then nothing is published.
+ */
+static void
+log_in_anew(int code, const char *text)
+{
+	snprintf(pub.refusal, sizeof(pub.refusal), "%d %s", code, text);
+	pub.renew_channel = pub.log_in_anew = true;
+}
+
+/* Takes a 403 of a message for what it is, or lets a new login prove it. */
+static bool
+believes_refusal(const Message *message)
+{
+	Topic	   *topic = topology_find(message->topic_id);
+
+	return topic == NULL || topic->gone ||
+		connection_believes(&pub.conn, &topic->doubted_messages, topology_access_refused(topic));
 }
 
 static void
@@ -476,6 +515,13 @@ channel_closed(BrokerEvent *event)
 {
 	Message    *message = take_culprit();
 
+	if (message != NULL && event->code == BROKER_ACCESS_REFUSED && !believes_refusal(message))
+	{
+		flight_put_back(&pub.flight, &message->flight);
+		pub.isolate = 0;
+		log_in_anew(event->code, event->text);
+		return;
+	}
 	if (message != NULL)
 	{
 		char	   *reason = psprintf("%d %s", event->code, event->text);
@@ -600,11 +646,9 @@ use_settings(void)
 static void
 connect_broker(void)
 {
-	bool		again;
-
-	if (!connection_open(&pub.conn, &again))
+	if (!connection_open(&pub.conn))
 		return;
-	if (again)
+	if (pub.conn.logins > 1)
 		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
 	topology_forget_confirmed();
 	pub.declare = true;
@@ -724,10 +768,17 @@ static void
 declare_topology(void)
 {
 	BrokerError error;
+	BrokerResult result;
 
 	pub.declare = false;
-	if (topology_declare(pub.conn.broker, pub.drops, &error) == BROKER_LOST)
+	result = topology_declare(&pub.conn, pub.drops, &error);
+	if (result == BROKER_LOST)
 		broker_failed(error.text);
+	else if (result == BROKER_REFUSED)
+	{
+		log_in_anew(error.code, error.text);
+		return;
+	}
 	else
 		pub.drops = false;
 	stall_refused_topics();
@@ -1220,12 +1271,19 @@ static bool
 retry_topology(Topic *topic)
 {
 	BrokerError error;
+	BrokerResult result;
 	const char *refusal;
 
 	topology_forget_topic(topic);
-	if (topology_declare_topic(pub.conn.broker, topic, false, &error) == BROKER_LOST)
+	result = topology_declare_topic(&pub.conn, topic, false, &error);
+	if (result == BROKER_LOST)
 	{
 		broker_failed(error.text);
+		return false;
+	}
+	if (result == BROKER_REFUSED)
+	{
+		log_in_anew(error.code, error.text);
 		return false;
 	}
 	refusal = topology_error(topic);
@@ -1615,7 +1673,7 @@ work(void)
 	work_by_the_clock();
 	serve_flush();
 	/* what the clock asked to be declared must not wait for the next message */
-	return any || may_declare() || may_publish();
+	return any || may_declare() || may_publish() || may_renew_channel();
 }
 
 /* Waits until somebody has repaired the ledger, if it cannot be used. */

@@ -577,8 +577,23 @@ answer_text(const BrokerError *error, MemoryContext context)
 	return text;
 }
 
+bool
+topology_access_refused(const Topic *topic)
+{
+	return topic->stalled && topic->reason != NULL && atoi(topic->reason) == BROKER_ACCESS_REFUSED;
+}
+
+/* Is it still unknown what the broker says?  A 403 may be the login's fault. */
+static bool
+unanswered(Connection *conn, Topic *topic, BrokerResult result, const BrokerError *error)
+{
+	return result == BROKER_LOST ||
+		(result == BROKER_REFUSED && error->code == BROKER_ACCESS_REFUSED &&
+		 !connection_believes(conn, &topic->doubted_topology, topology_access_refused(topic)));
+}
+
 static BrokerResult
-declare_exchange(Broker *broker, Topic *topic, BrokerError *error)
+declare_exchange(Connection *conn, Topic *topic, BrokerError *error)
 {
 	BrokerResult result;
 
@@ -589,8 +604,8 @@ declare_exchange(Broker *broker, Topic *topic, BrokerError *error)
 		result = BROKER_REFUSED;
 	}
 	else
-		result = broker_declare_exchange(broker, topic->exchange, error);
-	if (result == BROKER_LOST)
+		result = broker_declare_exchange(conn->broker, topic->exchange, error);
+	if (unanswered(conn, topic, result, error))
 		return result;
 	topic->confirmed = (result == BROKER_OK);
 	topic->answered = topic->answered || !topic->confirmed || !topic->rechecked;
@@ -601,14 +616,14 @@ declare_exchange(Broker *broker, Topic *topic, BrokerError *error)
 }
 
 static BrokerResult
-declare_binding(Broker *broker, Topic *topic, Binding *binding, BrokerError *error)
+declare_binding(Connection *conn, Topic *topic, Binding *binding, BrokerError *error)
 {
-	BrokerResult result = broker_declare_queue(broker, binding->queue, binding->arguments,
+	BrokerResult result = broker_declare_queue(conn->broker, binding->queue, binding->arguments,
 											   binding->narguments, error);
 
 	if (result == BROKER_OK)
-		result = broker_bind_queue(broker, binding->queue, topic->exchange, error);
-	if (result == BROKER_LOST)
+		result = broker_bind_queue(conn->broker, binding->queue, topic->exchange, error);
+	if (unanswered(conn, topic, result, error))
 		return result;
 	binding->confirmed = (result == BROKER_OK);
 	binding->answered = binding->answered || !binding->confirmed || !binding->rechecked;
@@ -642,15 +657,15 @@ may_delete(Broker *broker, const Binding *binding, BrokerError *error)
 }
 
 static BrokerResult
-delete_queue(Broker *broker, Topic *topic, Binding *binding, BrokerError *error)
+delete_queue(Connection *conn, Topic *topic, Binding *binding, BrokerError *error)
 {
-	BrokerResult result = may_delete(broker, binding, error);
+	BrokerResult result = may_delete(conn->broker, binding, error);
 
 	if (result == BROKER_OK)
-		result = broker_delete_queue(broker, binding->queue,
+		result = broker_delete_queue(conn->broker, binding->queue,
 									 binding->classic && binding->if_unused,
 									 binding->classic && binding->if_empty, error);
-	if (result == BROKER_LOST)
+	if (unanswered(conn, topic, result, error))
 		return result;
 	binding->answered = true;
 	binding->confirmed = true;
@@ -661,11 +676,11 @@ delete_queue(Broker *broker, Topic *topic, Binding *binding, BrokerError *error)
 }
 
 static BrokerResult
-delete_exchange(Broker *broker, Topic *topic, BrokerError *error)
+delete_exchange(Connection *conn, Topic *topic, BrokerError *error)
 {
-	BrokerResult result = broker_delete_exchange(broker, topic->exchange, true, error);
+	BrokerResult result = broker_delete_exchange(conn->broker, topic->exchange, true, error);
 
-	if (result == BROKER_LOST)
+	if (unanswered(conn, topic, result, error))
 		return result;
 	topic->answered = true;
 	topic->confirmed = true;
@@ -676,13 +691,13 @@ delete_exchange(Broker *broker, Topic *topic, BrokerError *error)
 }
 
 BrokerResult
-topology_declare_topic(Broker *broker, Topic *topic, bool drops, BrokerError *error)
+topology_declare_topic(Connection *conn, Topic *topic, bool drops, BrokerError *error)
 {
 	BrokerResult result = BROKER_OK;
 
 	topology_touch(topic);
 	if (!topic->confirmed && topic->error == NULL && !topic->dropping)
-		result = declare_exchange(broker, topic, error);
+		result = declare_exchange(conn, topic, error);
 	for (int b = 0; b < topic->nbindings && result == BROKER_OK; b++)
 	{
 		Binding    *binding = &topic->bindings[b];
@@ -690,17 +705,19 @@ topology_declare_topic(Broker *broker, Topic *topic, bool drops, BrokerError *er
 		if (binding->confirmed || binding->error != NULL)
 			continue;
 		if (binding->dropping)
-			result = drops ? delete_queue(broker, topic, binding, error) : BROKER_OK;
+			result = drops ? delete_queue(conn, topic, binding, error) : BROKER_OK;
 		else if (topic->confirmed)
-			result = declare_binding(broker, topic, binding, error);
+			result = declare_binding(conn, topic, binding, error);
 	}
 	if (result == BROKER_OK && drops && topic->dropping && !topic->gone && topic->error == NULL)
-		result = delete_exchange(broker, topic, error);
+		result = delete_exchange(conn, topic, error);
+	if (result == BROKER_OK)
+		topic->doubted_topology = 0;
 	return result;
 }
 
 BrokerResult
-topology_declare(Broker *broker, bool drops, BrokerError *error)
+topology_declare(Connection *conn, bool drops, BrokerError *error)
 {
 	Topic	   *topic;
 	int			i = 0;
@@ -712,7 +729,7 @@ topology_declare(Broker *broker, bool drops, BrokerError *error)
 	while ((topic = topology_next(&i)) != NULL)
 		all[n++] = topic;
 	for (i = 0; i < n && result == BROKER_OK; i++)
-		result = topology_declare_topic(broker, all[i], drops, error);
+		result = topology_declare_topic(conn, all[i], drops, error);
 	pfree(all);
 	return result;
 }

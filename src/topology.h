@@ -13,6 +13,7 @@
 #include "datatype/timestamp.h"
 
 #include "broker.h"
+#include "connection.h"
 #include "monotime.h"
 #include "relinfo.h"
 
@@ -82,6 +83,9 @@ typedef struct Topic
 	MonoTime	retry_at;		/* no sooner */
 	char	   *reason;			/* TopMemoryContext */
 	int64		sent;			/* not counted in fanout.topic_stat yet */
+	uint32		doubted_messages;	/* for connection_believes(); of its
+									 * messages, and of its declarations */
+	uint32		doubted_topology;
 	bool		restless;		/* linked by next */
 	struct Topic *next;
 } Topic;
@@ -128,11 +132,15 @@ extern void topology_recheck(int count);
 /*
  * Declares what is not confirmed, and with drops deletes what is to be
  * dropped.  Refusals are remembered as errors of the topic or binding;
- * BROKER_LOST ends it.
+ * BROKER_LOST ends it.  So does a 403 that is not to be believed yet, with
+ * BROKER_REFUSED; it is no answer, and the caller is to log in anew.
  */
-extern BrokerResult topology_declare(Broker *broker, bool drops, BrokerError *error);
-extern BrokerResult topology_declare_topic(Broker *broker, Topic *topic, bool drops,
+extern BrokerResult topology_declare(Connection *conn, bool drops, BrokerError *error);
+extern BrokerResult topology_declare_topic(Connection *conn, Topic *topic, bool drops,
 										   BrokerError *error);
+
+/* Is the topic stalled because it is not allowed what it needs (403)? */
+extern bool topology_access_refused(const Topic *topic);
 
 /*
  * Is there an answer or a stall that topology_record() or

@@ -61,10 +61,10 @@ our @proxies;
 
 =over
 
-=item PgFanout::broker(private => 1, vhost => 'name', tls => 'lines of rabbitmq.conf')
+=item PgFanout::broker(private => 1, vhost => 'name', tls => 'lines of rabbitmq.conf', plugins => ['name'], terms => 'advanced.config')
 
-A broker that accepts connections, with an empty virtual host.  With tls, which
-needs private, it accepts those of TLS, too.
+A broker that accepts connections, with an empty virtual host.  With tls, it
+accepts those of TLS, too.  What comes after vhost needs private.
 
 =cut
 
@@ -288,6 +288,8 @@ sub new
 	push @brokers, $self;
 	return $self if $params{dir};
 	$self->configure_tls($params{tls}) if $params{tls};
+	$self->write_file('plugins', map { "$_\n" } @{ $params{plugins} }) if $params{plugins};
+	$self->write_file('terms', $params{terms}) if $params{terms};
 	$self->rabbit('start') if $self->{private};
 	$self->read_env;
 	$self->create_vhost;
@@ -370,8 +372,16 @@ sub configure_tls
 {
 	my ($self, $lines) = @_;
 
-	unlink "$self->{dir}/tls.conf";
-	PostgreSQL::Test::Utils::append_to_file("$self->{dir}/tls.conf", $lines);
+	$self->write_file('tls.conf', $lines);
+	return;
+}
+
+sub write_file
+{
+	my ($self, $name, @lines) = @_;
+
+	unlink "$self->{dir}/$name";
+	PostgreSQL::Test::Utils::append_to_file("$self->{dir}/$name", join('', @lines));
 	return;
 }
 
