@@ -850,6 +850,7 @@ read_records(const SyncTarget *target, Bitmapset * columns, Datum *rows, int cou
 	};
 	int			level = textform_begin_input(settings);
 	FmgrInfo	to_record;
+
 	LOCAL_FCINFO(fcinfo, 1);
 
 	fmgr_info(F_JSONB_TO_RECORD, &to_record);

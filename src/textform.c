@@ -28,7 +28,8 @@
  * back here, and the others by the end of the (sub)transaction.  A setting
  * that an output function itself changes with SET is not kept.
  *
- * No locks.  Nothing is remembered between calls but which time zone is UTC.
+ * No locks.  Nothing is kept between calls, but whether the last time zone was
+ * UTC.
  *
  *-------------------------------------------------------------------------
  */
@@ -338,10 +339,8 @@ output_under_fixed_settings(FmgrInfo *output, int settings, Datum value)
 	if ((settings & TEXTFORM_MONEY) != 0)
 		fix_option("lc_monetary", "C");
 
-	if ((settings & TEXTFORM_VARIABLES) != 0)
-		text = output_under_fixed_variables(output, value);
-	else
-		text = OutputFunctionCall(output, value);
+	text = (settings & TEXTFORM_VARIABLES) != 0 ?
+		output_under_fixed_variables(output, value) : OutputFunctionCall(output, value);
 
 	/* after an error, the end of the (sub)transaction does that */
 	if (nestlevel != 0)
