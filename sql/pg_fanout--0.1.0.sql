@@ -1533,13 +1533,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     if tg_tag in ('CREATE TRIGGER', 'CREATE SCHEMA', 'CREATE EXTENSION', 'ALTER EXTENSION')
+       and to_regprocedure('fanout.capture_trigger()') is not null
        and exists (select from pg_event_trigger_ddl_commands() c join pg_trigger t on t.oid = c.objid
                    where c.classid = 'pg_trigger'::regclass
-                     and t.tgfoid = 'fanout.capture_trigger()'::regprocedure)
+                     and t.tgfoid = to_regprocedure('fanout.capture_trigger()'))
     then
         perform fanout.bind_new_triggers();
     end if;
-    if not exists (select from fanout.capture) then
+    if to_regclass('fanout.capture') is null then
+        return;                     -- the schema was renamed while event triggers were off
+    elsif not exists (select from fanout.capture) then
         return;
     elsif tg_tag like 'DROP %' then
         perform fanout.forget_captures();

@@ -268,6 +268,7 @@ $node->psql('postgres', q(insert into users values (500001, 'x')), stderr => \$s
 like($stderr, qr/HINT:  The extension pg_fanout is there, but its schema "fanout" or a part of it was renamed/,
 	'if it was renamed all the same, the hint says so');
 event_triggers('enable always');
+query($node, 'create table while_renamed (a int); alter table while_renamed add b int; drop table while_renamed');
 query($node, 'alter schema outbox rename to fanout; alter schema plainer rename to plainest');
 query($node, q(insert into users values (500002, 'x')));
 PgFanout::flush($node);
