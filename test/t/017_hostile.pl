@@ -246,7 +246,7 @@ my @steps = (
 	q(select fanout.declare_binding('traps', 'g', 'classic')),
 	q(select fanout.declare_bindings('{"traps": "h"}')),
 	q(create table trapped (id int primary key, t pg_catalog.text, j json, a int[], ts timestamptz)),
-	q(select fanout.capture('trapped', 'traps', "when" => 'new.t is not null and new.t <> ''unseen''', key => '{id,ts}')),
+	q(select fanout.capture('trapped', 'traps', "when" => 'new.t is not null and new.t operator(pg_catalog.<>) ''unseen''', key => '{id,ts}')),
 	q(insert into trapped select i, 'x', '{"a": 1}', '{1}', '2024-01-01' from generate_series(1, 20) i),
 	q(select fanout.publish('traps', '1', 'k', 't', '{"h": 1}')),
 	q(select fanout.pause('traps')),
