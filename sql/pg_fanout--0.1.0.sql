@@ -318,9 +318,9 @@ begin
                   detail = format('It has %s bytes in UTF-8; AMQP names have at most 255.',
                                   octet_length(convert_to(name, 'UTF8'))),
                   hint = 'Choose a shorter name. A queue is named after its topic and consumer group, joined by "_".';
-    elsif name ~ '[\x01-\x1f\x7f]' then
+    elsif name ~ E'[\\x01-\\x1f\\x7f]' then
         raise exception '% "%" contains a control character', what,
-                        regexp_replace(name, '[\x01-\x1f\x7f]', '?', 'g')
+                        regexp_replace(name, E'[\\x01-\\x1f\\x7f]', '?', 'g')
             using errcode = 'invalid_name';
     elsif starts_with(name, 'amq.') then
         raise exception '% "%" is reserved', what, name
@@ -628,8 +628,8 @@ create function fanout.trigger_topic(tgargs bytea) returns text
 language sql stable strict
 set search_path = pg_catalog, pg_temp
 as $$
-    select convert_from(substring(tgargs from 1 for position('\x00'::bytea in tgargs) - 1), getdatabaseencoding())
-    where position('\x00'::bytea in tgargs) > 0
+    select convert_from(substring(tgargs from 1 for position(decode('00', 'hex') in tgargs) - 1), getdatabaseencoding())
+    where position(decode('00', 'hex') in tgargs) > 0
 $$;
 comment on function fanout.trigger_topic(bytea) is 'internal: the first argument of a trigger, NULL if it has none';
 revoke all on function fanout.trigger_topic(bytea) from public;
@@ -677,21 +677,22 @@ revoke all on fanout.capture from public;
 -- A column keeps its number whatever it is called.  The triggers' arguments have
 -- the names, which is what a dump needs.
 create table fanout.captured_column (
-    entity oid      not null,
-    topic  text     collate "C" not null,
-    option text     collate "C" not null check (option in ('columns', 'exclude', 'key')),
-    n      integer  not null,
-    attnum smallint not null,
-    name   text     not null,
-    primary key (entity, topic, option, n)
+    entity  oid      not null,
+    trigger text     collate "C" not null,
+    option  text     collate "C" not null check (option in ('columns', 'exclude', 'key')),
+    n       integer  not null,
+    attnum  smallint not null,
+    name    text     not null,
+    primary key (entity, trigger, option, n)
 );
 comment on table fanout.captured_column is
-'internal: columns that the options of captures name, by number';
+'internal: columns that the options of capture triggers name, by number';
+comment on column fanout.captured_column.trigger is 'name of the trigger: dumps and pg_upgrade keep it';
 comment on column fanout.captured_column.attnum is '0: it was dropped; another one of that name takes its place';
 comment on column fanout.captured_column.name is 'its name in the arguments of the triggers';
 revoke all on fanout.captured_column from public;
 
-create function fanout.captured_columns(entity oid, topic text, option text, arguments text[]) returns text[]
+create function fanout.captured_columns(entity oid, trigger text, option text, arguments text[]) returns text[]
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -701,11 +702,11 @@ as $$
     from (select fanout.trigger_option(captured_columns.arguments, captured_columns.option)) g(given),
          (select count(*), coalesce(array_agg(a.attname::text order by c.n) filter (where not a.attisdropped), '{}')
           from fanout.captured_column c left join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
-          where c.entity = captured_columns.entity and c.topic = captured_columns.topic
+          where c.entity = captured_columns.entity and c.trigger = captured_columns.trigger
             and c.option = captured_columns.option) r(n, columns)
 $$;
 comment on function fanout.captured_columns(oid, text, text, text[]) is
-'internal: what the columns that an option of a capture names are called now; NULL: it is not given';
+'internal: what the columns that an option of a capture trigger names are called now; NULL: it is not given';
 revoke all on function fanout.captured_columns(oid, text, text, text[]) from public;
 
 create function fanout.index_columns(index oid) returns text[]
@@ -737,10 +738,10 @@ revoke all on function fanout.default_key(oid, text[]) from public;
 
 create function fanout.trigger_condition(trigger oid) returns text
 language sql stable
-set search_path = pg_catalog, pg_temp
+set search_path = pg_catalog, pg_temp set quote_all_identifiers = off
 as $$
     select substring(pg_get_triggerdef(trigger) from
-                     ' WHEN \((.*)\) EXECUTE FUNCTION fanout\.capture_trigger\(')
+                     E' WHEN \\((.*)\\) EXECUTE FUNCTION fanout\\.capture_trigger\\(')
 $$;
 comment on function fanout.trigger_condition(oid) is
 'internal: the condition of a capture trigger as the server has it; NULL: none';
@@ -783,10 +784,11 @@ select c.entity::regclass as entity, c.topic, c.operations, l.columns, l.exclude
        coalesce(fanout.trigger_option(c.args, 'old_row') = 'true', false) as old_row,
        c.enabled
 from (select t.entity, t.topic, array_agg(distinct operation) as operations,
+             (array_agg(t.name order by t.trigger))[1] as name,
              fanout.trigger_arguments(min(t.trigger)) as args,
              -- of several, the one that has no other row in the place of OLD or NEW
-             (array_agg(t.trigger order by t.tgtype & 16 = 0, t.trigger) filter (where t.tgtype & 1 <> 0))[1]
-                 as condition_trigger,
+             (array_agg(t.trigger order by fanout.trigger_option(t.args, 'sent_as') is not null, t.tgtype & 16 = 0)
+              filter (where t.tgtype & 1 <> 0))[1] as condition_trigger,
              bool_and(t.enabled)
                  and count(distinct t.trigger)::text
                      is not distinct from coalesce(min(fanout.trigger_option(t.args, 'triggers')),
@@ -795,9 +797,9 @@ from (select t.entity, t.topic, array_agg(distinct operation) as operations,
            lateral (values (4, 'insert'), (16, 'update'), (8, 'delete'), (32, 'truncate')) o(bit, operation)
       where t.tgtype & bit <> 0 and not t.idle
       group by t.entity, t.topic) c,
-     lateral (select fanout.captured_columns(c.entity, c.topic, 'columns', c.args) as columns,
-                     fanout.captured_columns(c.entity, c.topic, 'exclude', c.args) as exclude,
-                     fanout.captured_columns(c.entity, c.topic, 'key', c.args) as key) l;
+     lateral (select fanout.captured_columns(c.entity, c.name, 'columns', c.args) as columns,
+                     fanout.captured_columns(c.entity, c.name, 'exclude', c.args) as exclude,
+                     fanout.captured_columns(c.entity, c.name, 'key', c.args) as key) l;
 comment on view fanout.captures is 'tables whose changes are captured, and how; made by fanout.capture()';
 comment on column fanout.captures.entity is 'the table';
 comment on column fanout.captures.topic is 'where its changes go';
@@ -882,12 +884,12 @@ comment on function fanout.condition_problem(oid) is
 'internal: why a trigger''s condition fails for some rows; NULL: nothing is known';
 revoke all on function fanout.condition_problem(oid) from public;
 
-create function fanout.condition_is_immutable(trigger oid) returns boolean
+create function fanout.condition_is_never_true(trigger oid) returns boolean
 language c stable strict
-as 'MODULE_PATHNAME', 'pgf_condition_is_immutable';
-comment on function fanout.condition_is_immutable(oid) is
-'internal: does a trigger''s condition depend on the rows alone?';
-revoke all on function fanout.condition_is_immutable(oid) from public;
+as 'MODULE_PATHNAME', 'pgf_condition_is_never_true';
+comment on function fanout.condition_is_never_true(oid) is
+'internal: is a trigger''s condition true for no row, since OLD or NEW is missing?';
+revoke all on function fanout.condition_is_never_true(oid) from public;
 
 create function fanout.check_condition(entity oid, topic text) returns void
 language plpgsql stable
@@ -905,7 +907,7 @@ begin
                         check_condition.entity::regclass, check_condition.topic
             using errcode = 'datatype_mismatch',
                   detail = problem,
-                  hint = 'Name columns, or compare "old *<> new", or "old::text is distinct from new::text".';
+                  hint = 'Name columns, or write "(old *= new) is not true", or "old::text is distinct from new::text".';
     end if;
 end
 $$;
@@ -960,11 +962,12 @@ comment on function fanout.check_columns(regclass, text, text[]) is 'internal: r
 revoke all on function fanout.check_columns(regclass, text, text[]) from public;
 
 create function fanout.captures_of(entity regclass)
-returns table (topic text, arguments text[])
+returns table (topic text, name name, arguments text[])
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select t.topic, fanout.trigger_arguments((array_agg(t.trigger order by t.idle))[1])
+    select t.topic, (array_agg(t.name order by t.idle, t.trigger))[1],
+           fanout.trigger_arguments((array_agg(t.trigger order by t.idle, t.trigger))[1])
     from fanout.capture_trigger_list t where t.entity = captures_of.entity
     group by t.topic
 $$;
@@ -1089,7 +1092,7 @@ comment on function fanout.check_capture(regclass, text, text[], text[], text[],
 'internal: raises an error unless a table can be captured so';
 revoke all on function fanout.check_capture(regclass, text, text[], text[], text[], text[]) from public;
 
-create function fanout.capture_differences(entity regclass, old_arguments text[], topic text, operations text[],
+create function fanout.capture_differences(entity regclass, old_name name, old_arguments text[], topic text, operations text[],
                                            columns text[], exclude text[], key text[],
                                            "where" text, "when" text, old_row boolean)
 returns text[]
@@ -1106,17 +1109,16 @@ begin
                           (select array_agg(distinct o order by o)::text from unnest(capture_differences.operations) o)),
         fanout.difference('columns', old.columns::text, capture_differences.columns::text),
         fanout.difference('exclude', old.exclude::text, capture_differences.exclude::text),
-        fanout.difference('key', fanout.captured_columns(capture_differences.entity, capture_differences.topic,
-                                                         'key', old_arguments)::text,
+        fanout.difference('key', fanout.captured_columns(capture_differences.entity, old_name, 'key', old_arguments)::text,
                           capture_differences.key::text),
         fanout.difference('where', old."where", capture_differences."where"),
         fanout.difference('when', old."when", capture_differences."when"),
         fanout.difference('old_row', old.old_row::text, coalesce(capture_differences.old_row, false)::text)], null);
 end
 $$;
-comment on function fanout.capture_differences(regclass, text[], text, text[], text[], text[], text[], text, text, boolean) is
+comment on function fanout.capture_differences(regclass, name, text[], text, text[], text[], text[], text[], text, text, boolean) is
 'internal: how a capture that exists differs from one that is declared';
-revoke all on function fanout.capture_differences(regclass, text[], text, text[], text[], text[], text[], text, text, boolean) from public;
+revoke all on function fanout.capture_differences(regclass, name, text[], text, text[], text[], text[], text[], text, text, boolean) from public;
 
 -- Looks things up with the rights of pg_fanout, and changes nothing.  The locks
 -- make a second session that captures the same table find the capture of the
@@ -1130,10 +1132,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    old_name name;
     old_arguments text[];
     differences text[];
     arguments text[];
     statements text[];
+    -- the caller's search path is another one
+    table_name text := (select format('%I.%I', n.nspname, r.relname)
+                        from pg_class r join pg_namespace n on n.oid = r.relnamespace
+                        where r.oid = capture_statements.entity);
 begin
     if capture_statements.entity is null then
         raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
@@ -1145,11 +1152,11 @@ begin
     perform fanout.check_capture(capture_statements.entity, capture_statements.topic, capture_statements.operations,
                                  capture_statements.columns, capture_statements.exclude, capture_statements.key);
 
-    select c.arguments into old_arguments from fanout.captures_of(capture_statements.entity) c
+    select c.name, c.arguments into old_name, old_arguments from fanout.captures_of(capture_statements.entity) c
     where c.topic = capture_statements.topic;
     if found then
         differences := fanout.capture_differences(
-            capture_statements.entity, old_arguments, capture_statements.topic, capture_statements.operations,
+            capture_statements.entity, old_name, old_arguments, capture_statements.topic, capture_statements.operations,
             capture_statements.columns, capture_statements.exclude, capture_statements.key,
             capture_statements."where", capture_statements."when", capture_statements.old_row);
         if not coalesce(capture_statements.replace, false) then
@@ -1169,8 +1176,8 @@ begin
         from fanout.capture_triggers(capture_statements.entity, capture_statements.operations,
                                      capture_statements."where", capture_statements."when") t
     ), existing as (
-        select l.name, l.tgtype, (select t.tgenabled from pg_trigger t where t.oid = l.trigger) as state
-        from fanout.capture_trigger_list l
+        select l.name, l.tgtype, l.idle, t.tgenabled as state
+        from fanout.capture_trigger_list l join pg_trigger t on t.oid = l.trigger
         where l.entity = capture_statements.entity and l.topic = capture_statements.topic
     ), triggers as (
         select case when n.name in (select name from existing) then 'create or replace' else 'create' end as command,
@@ -1185,16 +1192,18 @@ begin
     )
     select array_agg(statement) into statements
     from (select format('%s trigger %I after %s on %s for each %s%s execute function fanout.capture_trigger(%s)',
-                        t.command, t.name, t.events, capture_statements.entity, t.level,
+                        t.command, t.name, t.events, table_name, t.level,
                         case when t.condition is not null then format(E' when (%s)', t.condition) else '' end,
                         (select string_agg(quote_literal(a), ', ' order by i)
                          from unnest(t.args) with ordinality u(a, i)))
           from triggers t
           union all
           -- a trigger that is replaced loses this
-          select format('alter table %s enable %s trigger %I', capture_statements.entity,
-                        case (select min(state) from existing) when 'A' then 'always' else 'replica' end, n.name)
-          from needed n where (select min(state) from existing) in ('A', 'R')) s(statement);
+          select format('alter table %s %s trigger %I', table_name,
+                        case o.state when 'A' then 'enable always' when 'R' then 'enable replica' else 'disable' end, n.name)
+          from needed n,
+               (select min(state) from existing where not idle having count(distinct state) = 1) o(state)
+          where o.state <> 'O') s(statement);
     return statements;
 end
 $$;
@@ -1203,55 +1212,54 @@ comment on function fanout.capture_statements(regclass, text, text[], text[], te
 revoke all on function fanout.capture_statements(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) from public;
 
 -- Numbers are taken from names when a trigger is created, by whatever command.
-create function fanout.bind_capture(entity oid, topic text, arguments text[]) returns void
+create function fanout.bind_trigger(t fanout.capture_trigger_list) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_column
 declare
-    missing text;
+    wrong text;
 begin
-    if bind_capture.topic is null then
-        raise exception 'a capture trigger of table % names no topic', bind_capture.entity::regclass
+    if t.topic is null then
+        raise exception 'a capture trigger of table % names no topic', t.entity::regclass
             using errcode = 'invalid_parameter_value',
                   hint = 'Use fanout.capture() to create it.';
     end if;
-    select o into missing
-    from unnest(array['columns', 'exclude', 'key']) o,
-         fanout.trigger_option(bind_capture.arguments, o) given
+    select o into wrong
+    from unnest(array['columns', 'exclude', 'key']) o, fanout.trigger_option(t.args, o) given
     where given <> '{}' and fanout.column_list(given) = '{}';
     if found then
-        raise exception 'option "%" of a capture trigger of table % is malformed', missing, bind_capture.entity::regclass
+        raise exception 'option "%" of a capture trigger of table % is malformed', wrong, t.entity::regclass
             using errcode = 'invalid_parameter_value',
                   hint = 'Use fanout.capture() to create it.';
     end if;
+    -- one whose table is gone, and whose name this one has now
     delete from fanout.capture c
-    where c.topic = bind_capture.topic and to_regclass(c.entity_name) = bind_capture.entity;
+    where c.topic = t.topic and to_regclass(c.entity_name) = t.entity
+      and not exists (select from pg_class r where r.oid = c.entity);
     insert into fanout.capture as c (entity, topic, entity_name)
-    values (bind_capture.entity, bind_capture.topic, bind_capture.entity::regclass)
+    values (t.entity, t.topic, t.entity::regclass)
     on conflict (entity, topic) do update set entity_name = excluded.entity_name;
-    delete from fanout.captured_column c
-    where c.entity = bind_capture.entity and c.topic = bind_capture.topic;
-    insert into fanout.captured_column (entity, topic, option, n, attnum, name)
-    select bind_capture.entity, bind_capture.topic, o.option, u.n, coalesce(a.attnum, 0), u.name
+    delete from fanout.captured_column c where c.entity = t.entity and c.trigger = t.name;
+    insert into fanout.captured_column (entity, trigger, option, n, attnum, name)
+    select t.entity, t.name, o.option, u.n, coalesce(a.attnum, 0), u.name
     from unnest(array['columns', 'exclude', 'key']) o(option),
-         unnest(fanout.column_list(fanout.trigger_option(bind_capture.arguments, o.option))) with ordinality u(name, n)
-         left join pg_attribute a on a.attrelid = bind_capture.entity and a.attname = u.name
+         unnest(fanout.column_list(fanout.trigger_option(t.args, o.option))) with ordinality u(name, n)
+         left join pg_attribute a on a.attrelid = t.entity and a.attname = u.name
                                  and a.attnum > 0 and not a.attisdropped
     where u.name is not null;
-    select c.name into missing from fanout.captured_column c
-    where c.entity = bind_capture.entity and c.topic = bind_capture.topic and c.attnum = 0 limit 1;
+    select c.name into wrong from fanout.captured_column c
+    where c.entity = t.entity and c.trigger = t.name and c.attnum = 0 limit 1;
     if found then
-        raise exception 'column "%" of table % does not exist', missing, bind_capture.entity::regclass
+        raise exception 'column "%" of table % does not exist', wrong, t.entity::regclass
             using errcode = 'undefined_column',
-                  detail = format('The capture into topic "%s" names it.', bind_capture.topic),
+                  detail = format('The capture into topic "%s" names it.', t.topic),
                   hint = 'Use fanout.capture() to capture the table.';
     end if;
 end
 $$;
-comment on function fanout.bind_capture(oid, text, text[]) is
-'internal: records the numbers of the columns that a capture names. Errors: 42703 if one does not exist';
-revoke all on function fanout.bind_capture(oid, text, text[]) from public;
+comment on function fanout.bind_trigger(fanout.capture_trigger_list) is
+'internal: records the numbers of the columns that a capture trigger names. Errors: 22023 bad options, 42703 if a column does not exist';
+revoke all on function fanout.bind_trigger(fanout.capture_trigger_list) from public;
 
 create function fanout.capture_declared(entity regclass, topic text, operations text[], columns text[],
                                         exclude text[], key text[], "where" text, "when" text,
@@ -1262,23 +1270,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    unseen text;
     extension name;
 begin
-    perform fanout.bind_capture(c.entity, c.topic, c.args)
+    perform fanout.bind_trigger(c)
     from fanout.capture_trigger_list c
-    where c.entity = capture_declared.entity and c.topic = capture_declared.topic and not c.idle limit 1;
+    where c.entity = capture_declared.entity and c.topic = capture_declared.topic;
     perform fanout.check_condition(capture_declared.entity, capture_declared.topic);
-    if capture_declared."where" is not null and capture_declared."when" is null
-       and exists (select from fanout.capture_trigger_list l
-                   where l.entity = capture_declared.entity and l.topic = capture_declared.topic
-                     and not l.idle and not fanout.condition_is_immutable(l.trigger))
-    then
-        raise exception 'functions in "where" must be immutable'
-            using errcode = 'invalid_object_definition',
-                  detail = 'A row would leave the filter, or enter it, without being changed.',
-                  hint = 'Conditions on the event, such as its time or user, go into "when".';
-    end if;
-
     if exists (select from fanout.captures c
                where c.entity = capture_declared.entity and c.topic = capture_declared.topic
                  and c.key is null and c.operations <> '{truncate}')
@@ -1291,6 +1289,15 @@ begin
         raise notice 'copies of table % may differ from it', capture_declared.entity
             using detail = 'Changes that "when" leaves out reach nobody.',
                   hint = 'Use "where" to publish a part of the rows: a row that leaves it is deleted from the copies.';
+    end if;
+    select string_agg(upper(o), ' and no ' order by o) into unseen
+    from unnest(array['insert', 'update', 'delete']) o
+         join fanout.capture_trigger_list l on l.name = fanout.trigger_name(capture_declared.topic, o)
+    where l.entity = capture_declared.entity and not l.idle and fanout.condition_is_never_true(l.trigger);
+    if unseen is not null then
+        raise notice 'no % of table % is published', unseen, capture_declared.entity
+            using detail = 'OLD of an INSERT and NEW of a DELETE are NULL, so "when" is not true.',
+                  hint = 'Leave them out of "operations", or write "when" so that it is true then.';
     end if;
     select x.extname into extension
     from pg_depend d join pg_extension x on x.oid = d.refobjid
@@ -1323,8 +1330,9 @@ create function fanout.uncapture_statements(entity regclass, topic text) returns
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(array_agg(format('drop trigger %I on %s', t.name, uncapture_statements.entity)), '{}')
+    select coalesce(array_agg(format('drop trigger %I on %I.%I', t.name, n.nspname, r.relname)), '{}')
     from fanout.capture_trigger_list t
+         join pg_class r on r.oid = t.entity join pg_namespace n on n.oid = r.relnamespace
     where t.entity = uncapture_statements.entity
       and (uncapture_statements.topic is null or t.topic = uncapture_statements.topic)
 $$;
@@ -1370,18 +1378,20 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    t record;
+    t fanout.capture_trigger_list;
 begin
-    for t in select l.* from pg_event_trigger_ddl_commands() c join pg_trigger p on p.oid = c.objid
-             join fanout.capture_trigger_list l on l.trigger = p.oid
-             where c.classid = 'pg_trigger'::regclass and p.tgfoid = 'fanout.capture_trigger()'::regprocedure
-               and not l.idle
+    for t in select l.* from pg_event_trigger_ddl_commands() c join fanout.capture_trigger_list l on l.trigger = c.objid
+             where c.classid = 'pg_trigger'::regclass
     loop
-        perform fanout.bind_capture(t.entity, t.topic, t.args);
+        perform fanout.bind_trigger(t);
+        perform fanout.check_condition(t.entity, t.topic);
     end loop;
+    delete from fanout.captured_column c
+    where not exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgname = c.trigger);
 end
 $$;
-comment on function fanout.bind_new_triggers() is 'internal: part of fanout.schema_changed()';
+comment on function fanout.bind_new_triggers() is
+'internal: part of fanout.schema_changed(); triggers that were created, replaced or renamed';
 revoke all on function fanout.bind_new_triggers() from public;
 
 -- Dropped with the table, with a column that their condition names, or by hand.
@@ -1391,23 +1401,21 @@ create function fanout.forget_captures() returns void
 language sql volatile
 set search_path = pg_catalog, pg_temp
 as $$
-    with gone as (
-        delete from fanout.capture c
-        where not exists (select from pg_trigger t where t.tgrelid = c.entity
-                          and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
-                          and fanout.trigger_topic(t.tgargs) = c.topic)
-          and (to_regclass(c.entity_name) is null
-               or exists (select from pg_class r where r.oid = c.entity))
-        returning c.entity, c.topic
-    )
-    delete from fanout.captured_column c using gone g where c.entity = g.entity and c.topic = g.topic
+    delete from fanout.capture c
+    where not exists (select from pg_trigger t where t.tgrelid = c.entity
+                      and t.tgfoid = 'fanout.capture_trigger()'::regprocedure
+                      and fanout.trigger_topic(t.tgargs) = c.topic)
+      and (to_regclass(c.entity_name) is null
+           or exists (select from pg_class r where r.oid = c.entity));
+    delete from fanout.captured_column c
+    where not exists (select from pg_trigger t where t.tgrelid = c.entity and t.tgname = c.trigger);
 $$;
 comment on function fanout.forget_captures() is 'internal: part of fanout.schema_changed()';
 revoke all on function fanout.forget_captures() from public;
 
 -- A column that is exchanged for another one of its name, or that comes back, is
 -- meant by what names it.
-create function fanout.replace_dropped_columns() returns table (entity oid, topic text)
+create function fanout.replace_dropped_columns() returns table (entity oid, trigger text)
 language sql volatile
 set search_path = pg_catalog, pg_temp
 as $$
@@ -1417,61 +1425,34 @@ as $$
       and live.attnum <> c.attnum
       and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attnum = c.attnum
                       and a.attnum > 0 and not a.attisdropped)
-    returning c.entity, c.topic
+    returning c.entity, c.trigger
 $$;
 comment on function fanout.replace_dropped_columns() is 'internal: part of fanout.schema_changed()';
 revoke all on function fanout.replace_dropped_columns() from public;
 
-create function fanout.keep_key_columns() returns void
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    lost record;
-begin
-    select c.* into lost
-    from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
-    where c.option = 'key' and a.attisdropped limit 1;
-    if found then
-        raise exception 'cannot drop column "%" of table %', lost.name, lost.entity::regclass
-            using errcode = 'dependent_objects_still_exist',
-                  detail = format('The capture into topic "%s" names it in its key.', lost.topic),
-                  hint = 'Use fanout.uncapture(), or fanout.capture() with another key and replace => true, first.';
-    end if;
-end
-$$;
-comment on function fanout.keep_key_columns() is
-'internal: part of fanout.schema_changed(); refuses to drop a column that a capture''s key names';
-revoke all on function fanout.keep_key_columns() from public;
-
-create function fanout.follow_columns(entity oid, topic text) returns void
+create function fanout.follow_columns(entity oid, trigger text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
-declare
-    t record;
 begin
-    for t in select l.trigger, l.args from fanout.capture_trigger_list l
-             where l.entity = follow_columns.entity and l.topic = follow_columns.topic
-    loop
-        perform fanout.set_trigger_arguments(t.trigger, (
-            select array_agg(case when n % 2 = 1 and t.args[n - 1] in ('columns', 'exclude', 'key')
-                                  then fanout.captured_columns(follow_columns.entity, follow_columns.topic,
-                                                               t.args[n - 1], t.args)::text
-                                  else a end order by n)
-            from unnest(t.args) with ordinality u(a, n)));
-    end loop;
+    perform fanout.set_trigger_arguments(l.trigger, (
+        select array_agg(case when n % 2 = 1 and l.args[n - 1] in ('columns', 'exclude', 'key')
+                              then fanout.captured_columns(l.entity, l.name, l.args[n - 1], l.args)::text
+                              else a end order by n)
+        from unnest(l.args) with ordinality u(a, n)))
+    from fanout.capture_trigger_list l
+    where l.entity = follow_columns.entity and l.name = follow_columns.trigger;
     update fanout.captured_column c
     set name = case when a.attisdropped then c.name else a.attname end,
         attnum = case when a.attisdropped then 0 else c.attnum end
     from pg_attribute a
-    where c.entity = follow_columns.entity and c.topic = follow_columns.topic
+    where c.entity = follow_columns.entity and c.trigger = follow_columns.trigger
       and a.attrelid = c.entity and a.attnum = c.attnum;
 end
 $$;
 comment on function fanout.follow_columns(oid, text) is
-'internal: makes the arguments of a capture''s triggers name its columns as they are called now';
+'internal: makes the arguments of a capture trigger name its columns as they are called now';
 revoke all on function fanout.follow_columns(oid, text) from public;
 
 create function fanout.follow_changed_columns() returns void
@@ -1482,48 +1463,136 @@ declare
     t record;
 begin
     for t in select distinct * from fanout.replace_dropped_columns() loop
-        perform fanout.follow_columns(t.entity, t.topic);
+        perform fanout.follow_columns(t.entity, t.trigger);
     end loop;
-    perform fanout.keep_key_columns();
     -- a dropped column has another name, too
-    for t in select distinct c.entity, c.topic
+    for t in select distinct c.entity, c.trigger
              from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
              where a.attname <> c.name
     loop
-        perform fanout.follow_columns(t.entity, t.topic);
+        perform fanout.follow_columns(t.entity, t.trigger);
     end loop;
 end
 $$;
 comment on function fanout.follow_changed_columns() is 'internal: part of fanout.schema_changed()';
 revoke all on function fanout.follow_changed_columns() from public;
 
--- Only of tables that this command can have changed: those that it names, and
--- those with columns of a row type or domain.
-create function fanout.check_conditions() returns void
-language plpgsql stable
+-- Refuses to alter a captured table, or one above it, so that its condition would
+-- fail.  Whoever alters a type is only told: the table is not theirs.
+create function fanout.check_conditions(of_types boolean) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    t record;
+    why text;
+begin
+    for t in
+        with recursive altered(relid) as (
+            select d.objid from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass
+            union
+            select i.inhrelid from pg_inherits i join altered a on i.inhparent = a.relid
+        )
+        select c.entity, c.topic, c.entity in (select relid from altered) as is_altered
+        from fanout.capture c
+        where exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgqual is not null)
+          and (c.entity in (select relid from altered)
+               or of_types and (
+                   exists (select from pg_attribute a join pg_type y on y.oid = a.atttypid
+                                left join pg_type e on e.oid = y.typelem
+                           where a.attrelid = c.entity and a.attnum > 0
+                             and (y.typtype in ('c', 'd', 'r', 'm') or e.typtype in ('c', 'd', 'r', 'm')))
+                   or exists (select from pg_class r where r.oid = c.entity and r.reloftype <> 0)))
+        order by 1, 2
+    loop
+        begin
+            perform fanout.check_condition(t.entity, t.topic);
+        exception when datatype_mismatch then
+            if t.is_altered then
+                raise;
+            end if;
+            get stacked diagnostics why = pg_exception_detail;
+            raise warning '%', sqlerrm
+                using detail = why,
+                      hint = 'Updates of the table fail. Use fanout.capture() with another condition and replace => true.';
+        end;
+    end loop;
+end
+$$;
+comment on function fanout.check_conditions(boolean) is
+'internal: part of fanout.schema_changed(); of_types: the command may have changed types';
+revoke all on function fanout.check_conditions(boolean) from public;
+
+-- Looks only at what this command drops.
+create function fanout.keep_keys() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    lost record;
+begin
+    select c.* into lost
+    from pg_event_trigger_dropped_objects() d
+         join fanout.captured_column c on c.entity = d.objid and c.attnum = d.objsubid
+    where d.classid = 'pg_class'::regclass and d.objsubid > 0 and c.option = 'key'
+      and exists (select from pg_class r where r.oid = c.entity)
+      and exists (select from pg_trigger t where t.tgrelid = c.entity and t.tgname = c.trigger)
+      and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attname = c.name
+                      and not a.attisdropped)
+    limit 1;
+    if found then
+        raise exception 'cannot drop column "%" of table %', lost.name, lost.entity::regclass
+            using errcode = 'dependent_objects_still_exist',
+                  detail = format('Trigger "%s" of a capture names it in the key.', lost.trigger),
+                  hint = 'Use fanout.uncapture(), or fanout.capture() with another key and replace => true, first.';
+    end if;
+end
+$$;
+comment on function fanout.keep_keys() is
+'internal: part of fanout.objects_dropped(). Errors: 2BP01';
+revoke all on function fanout.keep_keys() from public;
+
+create function fanout.tell_lost_triggers() returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     t record;
 begin
-    for t in select c.entity, c.topic from fanout.capture c
-             where exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgqual is not null)
-               and (exists (select from pg_event_trigger_ddl_commands() d
-                            where d.classid = 'pg_class'::regclass and d.objid = c.entity)
-                    or exists (select from pg_attribute a join pg_type y on y.oid = a.atttypid
-                                    left join pg_type e on e.oid = y.typelem
-                               where a.attrelid = c.entity and a.attnum > 0
-                                 and (y.typtype in ('c', 'd') or e.typtype in ('c', 'd')))
-                    or exists (select from pg_class r where r.oid = c.entity and r.reloftype <> 0))
-             order by c.entity, c.topic
+    for t in
+        select distinct c.entity, c.topic
+        from pg_event_trigger_dropped_objects() d
+             join fanout.capture c on c.entity = to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))
+        where d.classid = 'pg_trigger'::regclass and not d.original
+          and d.address_names[3] in (
+              select fanout.trigger_name(c.topic, k)
+              from unnest(array['row', 'insert', 'update', 'delete', 'leave', 'enter', 'truncate']) k)
+        order by 1, 2
     loop
-        perform fanout.check_condition(t.entity, t.topic);
+        raise warning 'capture of table % into topic "%" has lost triggers', t.entity::regclass, t.topic
+            using detail = 'They were dropped with what their conditions named. What they published goes unpublished.',
+                  hint = 'Use fanout.capture() with replace => true.';
     end loop;
 end
 $$;
-comment on function fanout.check_conditions() is
-'internal: part of fanout.schema_changed(); refuses what would make the condition of a capture fail';
-revoke all on function fanout.check_conditions() from public;
+comment on function fanout.tell_lost_triggers() is 'internal: part of fanout.objects_dropped()';
+revoke all on function fanout.tell_lost_triggers() from public;
+
+create function fanout.objects_dropped() returns event_trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if to_regclass('fanout.captured_column') is null then
+        return;                     -- the schema was renamed while event triggers were off
+    end if;
+    perform fanout.keep_keys();
+    perform fanout.tell_lost_triggers();
+end
+$$;
+comment on function fanout.objects_dropped() is
+'internal: refuses to drop a column that a capture''s key names, and tells which captures lose triggers. Errors: 2BP01';
+revoke all on function fanout.objects_dropped() from public;
 
 -- In PL/pgSQL, and quick where no captured table is concerned: commands on other
 -- tables must work even where the library is gone.
@@ -1532,7 +1601,7 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if tg_tag in ('CREATE TRIGGER', 'CREATE SCHEMA', 'CREATE EXTENSION', 'ALTER EXTENSION')
+    if tg_tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'CREATE SCHEMA', 'CREATE EXTENSION', 'ALTER EXTENSION')
        and to_regprocedure('fanout.capture_trigger()') is not null
        and exists (select from pg_event_trigger_ddl_commands() c join pg_trigger t on t.oid = c.objid
                    where c.classid = 'pg_trigger'::regclass
@@ -1544,19 +1613,17 @@ begin
         return;                     -- the schema was renamed while event triggers were off
     elsif not exists (select from fanout.capture) then
         return;
-    elsif tg_tag like 'DROP %' then
+    elsif tg_tag like 'ALTER %' or tg_tag like 'DROP %' then
         perform fanout.forget_captures();
-    end if;
-    if tg_tag like 'ALTER %' or tg_tag like 'DROP %' then
         perform fanout.follow_changed_columns();
     end if;
     if tg_tag like 'ALTER %' then
-        perform fanout.check_conditions();
+        perform fanout.check_conditions(tg_tag in ('ALTER TYPE', 'ALTER DOMAIN', 'ALTER TABLE'));
     end if;
 end
 $$;
 comment on function fanout.schema_changed() is
-'internal: keeps captures true when tables and types are changed. Errors: 2BP01 when a column is dropped that a key names, 42804 when a condition would fail for some rows, 42703 when a trigger of a capture is created that names a column which does not exist';
+'internal: keeps captures true when tables and types are changed. Errors: 42804 when a condition would fail for some rows, 42703 when a trigger of a capture is created that names a column which does not exist';
 revoke all on function fanout.schema_changed() from public;
 
 create event trigger pg_fanout_schema_changed on ddl_command_end
@@ -1565,6 +1632,12 @@ execute function fanout.schema_changed();
 -- name the columns as they were.
 alter event trigger pg_fanout_schema_changed enable always;
 comment on event trigger pg_fanout_schema_changed is 'pg_fanout: keeps captures true when tables and types are changed';
+
+create event trigger pg_fanout_objects_dropped on sql_drop
+execute function fanout.objects_dropped();
+alter event trigger pg_fanout_objects_dropped enable always;
+comment on event trigger pg_fanout_objects_dropped is
+'pg_fanout: keeps the columns of captures'' keys, and tells which captures lose triggers';
 
 
 -- ---------------------------------------------------------------------------
@@ -2935,19 +3008,19 @@ as $$
     union all
     select 3, format('column "%s" of its key is gone', c.name),
            'Use fanout.capture() with another key and replace => true.'
-    from fanout.captured_column c join pg_attribute a on a.attrelid = c.entity and a.attnum = c.attnum
-    where c.entity = capture_problems.entity and c.topic = capture_problems.topic
-      and c.option = 'key' and a.attisdropped
+    from fanout.capture_trigger_list l join fanout.captured_column c on c.entity = l.entity and c.trigger = l.name
+    where l.entity = capture_problems.entity and l.topic = capture_problems.topic and c.option = 'key'
+      and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attnum = c.attnum
+                      and a.attnum > 0 and not a.attisdropped)
     union all
     select 4, format('the numbers of the columns in "%s" are not recorded', o.option),
            'Event triggers were off when the capture was made. Use fanout.capture() with replace => true.'
     from unnest(array['columns', 'exclude', 'key']) o(option)
     where exists (select from fanout.capture_trigger_list l
                   where l.entity = capture_problems.entity and l.topic = capture_problems.topic and not l.idle
-                    and fanout.trigger_option(l.args, o.option) not in ('', '{}'))
-      and not exists (select from fanout.captured_column c
-                      where c.entity = capture_problems.entity and c.topic = capture_problems.topic
-                        and c.option = o.option)
+                    and fanout.trigger_option(l.args, o.option) not in ('', '{}')
+                    and not exists (select from fanout.captured_column c
+                                    where c.entity = l.entity and c.trigger = l.name and c.option = o.option))
     union all
     select 5, 'a trigger is missing, disabled, or fires for replicas only',
            'Use ALTER TABLE ... ENABLE TRIGGER, also for partitions, or fanout.capture() with replace => true.'
@@ -3081,7 +3154,7 @@ as $$
          left join pg_prepared_xacts x on x.transaction = v.transactionid
     where c.oid = segment and pg_relation_size(segment) > 0
       and rotated_at + r.retention < clock_timestamp()
-      and l.pid is distinct from pg_backend_pid() and coalesce(a.backend_type, '') not like 'pg\_fanout%'
+      and l.pid is distinct from pg_backend_pid() and coalesce(a.backend_type, '') not like E'pg\\_fanout%'
     order by coalesce(a.xact_start, x.prepared) limit 1
 $$;
 comment on function fanout.check_ring(regclass, timestamptz, text) is 'internal: part of fanout.check()';
@@ -3108,13 +3181,13 @@ as $$
            case when s.name = 'pg_fanout.uri' then 'set' else s.setting end,
            'It takes effect with the next restart of the server.'
     from pg_settings s
-    where s.name like 'pg\_fanout.%' and s.pending_restart
+    where s.name like E'pg\\_fanout.%' and s.pending_restart
     union all
     select 'room for workers', free.n >= 0,
            format('max_worker_processes = %s', current_setting('max_worker_processes')),
            case when free.n < 0 then 'Raise max_worker_processes: one for the launcher, one for each database with the extension, one for each subscription.' end
     from (select current_setting('max_worker_processes')::int - 2
-                 - (select count(*)::int from pg_stat_activity where backend_type like 'pg\_fanout%') as n) free
+                 - (select count(*)::int from pg_stat_activity where backend_type like E'pg\\_fanout%') as n) free
     union all
     select 'rights of role ' || quote_ident(r.role), true,
            coalesce('may execute ' || string_agg(p.proname, ', ' order by p.proname), 'may execute nothing'), null

@@ -404,7 +404,7 @@ describe_change(Change *change, TriggerData *trigdata)
 	memset(change, 0, sizeof(*change));
 	change->info = relinfo_of_trigger(trigdata);
 	change->desc = RelationGetDescr(trigdata->tg_relation);
-	change->op = change->info->sent_as < 0 ? event : change->info->sent_as;
+	change->op = (event == OP_UPDATE && change->info->sent_as >= 0) ? change->info->sent_as : event;
 	change->now = GetCurrentTimestamp();
 	msgid_new(&change->message_id);
 
@@ -424,6 +424,8 @@ capture_change(TriggerData *trigdata)
 	OutboxRow	row;
 
 	describe_change(&change, trigdata);
+	if (change.info->idle)
+		return;
 	initStringInfo(&body);
 	if (row_size(change.old_row, change.desc) + row_size(change.new_row, change.desc) > ORDINARY_ROW)
 		render_large(&body, &change);

@@ -18,10 +18,14 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
+
 #include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/transam.h"
 #include "access/table.h"
 #include "catalog/indexing.h"
+#include "catalog/pg_collation.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
@@ -34,11 +38,13 @@
 #include "optimizer/optimizer.h"
 #include "parser/parser.h"
 #include "storage/lock.h"
+#include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
+#include "utils/plancache.h"
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
@@ -52,7 +58,7 @@ PG_FUNCTION_INFO_V1(pgf_condition_for);
 PG_FUNCTION_INFO_V1(pgf_row_condition);
 PG_FUNCTION_INFO_V1(pgf_condition_names_columns);
 PG_FUNCTION_INFO_V1(pgf_condition_problem);
-PG_FUNCTION_INFO_V1(pgf_condition_is_immutable);
+PG_FUNCTION_INFO_V1(pgf_condition_is_never_true);
 PG_FUNCTION_INFO_V1(pgf_capture);
 PG_FUNCTION_INFO_V1(pgf_uncapture);
 
@@ -62,7 +68,8 @@ pgf_trigger_arguments(PG_FUNCTION_ARGS)
 	int			nargs;
 	Oid			relid;
 	Oid			parent;
-	char	  **args = relinfo_trigger_arguments(PG_GETARG_OID(0), &nargs, &relid, &parent);
+	char	   *name;
+	char	  **args = relinfo_trigger_arguments(PG_GETARG_OID(0), &nargs, &relid, &parent, &name);
 	Datum	   *elements;
 
 	if (args == NULL)
@@ -171,7 +178,7 @@ typedef struct Edit
 	const char *text;
 } Edit;
 
-#define MAX_EDITS 100
+#define MAX_EDITS 1000
 
 typedef struct EditList
 {
@@ -180,6 +187,8 @@ typedef struct EditList
 								 * missing */
 	const char *table;			/* name of the table, where rows have it */
 	const char *replacement;
+	Oid			entity;
+	bool		typed;			/* below what needs a row of the table's type */
 	int			count;
 	Edit		edits[MAX_EDITS];
 	bool		names_columns;	/* a column of OLD or NEW is named */
@@ -249,11 +258,11 @@ condition_context(void *arg)
 }
 
 /*
- * Parses "select (<condition>)" and makes sure that it is one expression and
- * nothing else, so that the text can be put between parentheses elsewhere.
+ * Parses "select <condition>" and makes sure that it is one expression and nothing
+ * else.
  */
 static Node *
-parse_condition(const char *sql)
+parse_expression(const char *sql)
 {
 	ErrorContextCallback context = {error_context_stack, condition_context, unconstify(char *, sql)};
 	List	   *parsed;
@@ -280,6 +289,17 @@ parse_condition(const char *sql)
 	return NULL;				/* keep compiler quiet */
 }
 
+/*
+ * Parses a condition in "select (<condition>)".  It must also be an expression
+ * without the parentheses, so that the text can be put between others.
+ */
+static Node *
+parse_condition(const char *condition, const char *sql)
+{
+	(void) parse_expression(psprintf("select %s\n", condition));
+	return parse_expression(sql);
+}
+
 /* The walker visits position(a in b) as b, a. */
 static int
 compare_edits(const void *a, const void *b)
@@ -298,7 +318,7 @@ edit_condition(EditList *list, const char *condition, bool (*walker) (Node *node
 	int			done = strlen("select (");
 
 	list->sql = psprintf("select (%s\n)", condition);
-	(void) walker(parse_condition(list->sql), list);
+	(void) walker(parse_condition(condition, list->sql), list);
 	qsort(list->edits, list->count, sizeof(Edit), compare_edits);
 	initStringInfo(&out);
 	for (int i = 0; i < list->count; i++)
@@ -324,21 +344,113 @@ check_entity(Oid entity)
 				 errmsg("relation with OID %u does not exist", entity)));
 }
 
-/* Replaces each reference to the row that the operation does not have. */
+static char *
+collation_name(Oid collation)
+{
+	HeapTuple	tuple = SearchSysCache1(COLLOID, ObjectIdGetDatum(collation));
+	Form_pg_collation form;
+	char	   *name;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for collation %u", collation);
+	form = (Form_pg_collation) GETSTRUCT(tuple);
+	name = quote_qualified_identifier(get_namespace_name(form->collnamespace), NameStr(form->collname));
+	ReleaseSysCache(tuple);
+	return name;
+}
+
+/*
+ * A NULL in the place of a column of the missing row: of the column's type and
+ * collation.  Such conditions do not depend on the table's row type, which would
+ * keep the server from rewriting the table.
+ */
+static char *
+null_column(Oid entity, const char *column)
+{
+	HeapTuple	tuple = SearchSysCacheAttName(entity, column);
+	Form_pg_attribute attr;
+	StringInfoData null;
+
+	if (!HeapTupleIsValid(tuple))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_COLUMN),
+				 errmsg("column \"%s\" of table \"%s\" does not exist", column, get_rel_name(entity))));
+	attr = (Form_pg_attribute) GETSTRUCT(tuple);
+	initStringInfo(&null);
+	appendStringInfo(&null, "(null::%s",
+					 format_type_extended(attr->atttypid, attr->atttypmod,
+										  FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY));
+	if (OidIsValid(attr->attcollation) && attr->attcollation != get_typcollation(attr->atttypid))
+		appendStringInfo(&null, " collate %s", collation_name(attr->attcollation));
+	appendStringInfoChar(&null, ')');
+	ReleaseSysCache(tuple);
+	return null.data;
+}
+
+/* Length of a reference to a column, "row.column", in which blanks may stand. */
+static int
+reference_length(const char *sql, int location, const char *row, const char *column)
+{
+	const char *s = sql + location + written_length(sql + location, row, false);
+
+	while (isspace((unsigned char) *s))
+		s++;
+	if (*s != '.')
+		return 0;
+	s++;
+	while (isspace((unsigned char) *s))
+		s++;
+	if (*s != '"' && pg_strncasecmp(s, column, strlen(column)) != 0)
+		return 0;
+	if (*s == '"' && strncmp(s + 1, column, strlen(column)) != 0)
+		return 0;
+	return s + strlen(column) + (*s == '"' ? 2 : 0) - (sql + location);
+}
+
+/* Replaces a reference to the row that the operation does not have. */
+static void
+replace_reference(EditList *list, ColumnRef *ref)
+{
+	int			length = 0;
+
+	if (list_length(ref->fields) == 2 && !is_star(ref))
+	{
+		const char *column = strVal(lsecond(ref->fields));
+
+		length = reference_length(list->sql, ref->location, list->row, column);
+		if (length > 0)
+		{
+			add_edit(list, ref->location, length, null_column(list->entity, column));
+			return;
+		}
+	}
+	/* comparisons take any row; what else there is, one of the table's type */
+	length = written_length(list->sql + ref->location, list->row, is_star(ref));
+	add_edit(list, ref->location, length,
+			 list->typed || list_length(ref->fields) > 1 + is_star(ref) ? list->replacement : "(null::record)");
+}
+
+/* Finds each reference to the row that the operation does not have. */
 static bool
 replace_missing_row(Node *node, void *arg)
 {
 	EditList   *list = arg;
-	ColumnRef  *ref = (ColumnRef *) node;
+	bool		typed = list->typed;
+	bool		done;
 
 	if (node == NULL)
 		return false;
-	if (!IsA(node, ColumnRef))
-		return raw_expression_tree_walker(node, replace_missing_row, arg);
-	if (strcmp(first_name(ref), list->row) == 0)
-		add_edit(list, ref->location, written_length(list->sql + ref->location, list->row, is_star(ref)),
-				 list->replacement);
-	return false;
+	if (IsA(node, ColumnRef))
+	{
+		if (strcmp(first_name((ColumnRef *) node), list->row) == 0)
+			replace_reference(list, (ColumnRef *) node);
+		return false;
+	}
+	list->typed = typed || IsA(node, FuncCall) || IsA(node, A_Indirection) || IsA(node, A_ArrayExpr) ||
+		IsA(node, MinMaxExpr) || IsA(node, CaseExpr) || IsA(node, CoalesceExpr);
+	done = raw_expression_tree_walker(node, replace_missing_row, arg);
+	list->typed = typed;
+	return done;
 }
 
 /*
@@ -357,9 +469,10 @@ pgf_condition_for(PG_FUNCTION_ARGS)
 	check_entity(entity);
 	if (strcmp(operation, "update") == 0)
 	{
-		(void) parse_condition(psprintf("select (%s\n)", condition));
+		(void) parse_condition(condition, psprintf("select (%s\n)", condition));
 		PG_RETURN_DATUM(PG_GETARG_DATUM(2));
 	}
+	list.entity = entity;
 	list.row = (strcmp(operation, "insert") == 0) ? "old" : "new";
 	list.replacement = psprintf("(null::%s)",
 								quote_qualified_identifier(get_namespace_name(get_rel_namespace(entity)),
@@ -457,6 +570,11 @@ comparison_problem(Oid type, bool ordered)
 	TupleDesc	desc;
 	char	   *problem = NULL;
 
+	if (type_is_range(type) || type_is_multirange(type))
+	{
+		type = type_is_multirange(type) ? get_multirange_range(type) : type;
+		return comparison_problem(get_range_subtype(type), true);
+	}
 	if (type == RECORDOID || is_comparable(type, ordered))
 		return NULL;
 	if (!type_is_rowtype(type))
@@ -513,21 +631,115 @@ compares_images(Oid function)
 	}
 }
 
+/*
+ * Describes why an operand cannot be compared; NULL if it can.  Of a row that is
+ * written out, the parts count.
+ */
+static char *
+problem_of_operand(Node *operand, bool ordered)
+{
+	Oid			type;
+	ListCell   *lc;
+
+	if (IsA(operand, RelabelType))
+		return problem_of_operand((Node *) ((RelabelType *) operand)->arg, ordered);
+	if (IsA(operand, RowExpr))
+	{
+		foreach(lc, ((RowExpr *) operand)->args)
+		{
+			char	   *problem = problem_of_operand(lfirst(lc), ordered);
+
+			if (problem != NULL)
+				return problem;
+		}
+		return NULL;
+	}
+	if (IsA(operand, ArrayExpr) && ((ArrayExpr *) operand)->element_typeid == RECORDOID)
+	{
+		foreach(lc, ((ArrayExpr *) operand)->elements)
+		{
+			char	   *problem = problem_of_operand(lfirst(lc), ordered);
+
+			if (problem != NULL)
+				return problem;
+		}
+		return NULL;
+	}
+	type = getBaseType(exprType(operand));
+	return type == RECORDARRAYOID ? NULL : comparison_problem(type, ordered);
+}
+
+/* Functions, not operators, that compare rows or elements of arrays. */
+static bool
+compares_operands(Oid function)
+{
+	switch (function)
+	{
+		case F_RECORD_EQ:
+		case F_RECORD_NE:
+		case F_RECORD_LT:
+		case F_RECORD_LE:
+		case F_RECORD_GT:
+		case F_RECORD_GE:
+		case F_BTRECORDCMP:
+		case F_HASH_RECORD:
+		case F_ARRAY_EQ:
+		case F_ARRAY_NE:
+		case F_ARRAY_LT:
+		case F_ARRAY_LE:
+		case F_ARRAY_GT:
+		case F_ARRAY_GE:
+		case F_BTARRAYCMP:
+		case F_HASH_ARRAY:
+		case F_ARRAY_LARGER:
+		case F_ARRAY_SMALLER:
+		case F_ARRAY_POSITION_ANYCOMPATIBLEARRAY_ANYCOMPATIBLE:
+		case F_ARRAY_POSITION_ANYCOMPATIBLEARRAY_ANYCOMPATIBLE_INT4:
+		case F_ARRAY_POSITIONS:
+		case F_ARRAY_REMOVE:
+		case F_ARRAY_REPLACE:
+		case F_WIDTH_BUCKET_ANYCOMPATIBLE_ANYCOMPATIBLEARRAY:
+			return true;
+		default:
+			return false;
+	}
+}
+
+/*
+ * Operands of the server's own operators and functions.  Others look at rows as
+ * they like.
+ */
 static char *
 problem_of_operands(Oid function, List *args)
 {
 	ListCell   *lc;
 
-	if (compares_images(function) || get_func_rettype(function) != BOOLOID)
+	if (function >= FirstNormalObjectId || compares_images(function))
 		return NULL;
 	foreach(lc, args)
 	{
 		Oid			type = getBaseType(exprType(lfirst(lc)));
 		char	   *problem;
 
-		if (!type_is_rowtype(type) && !type_is_array(type))
+		if (!type_is_rowtype(type) && !type_is_array(type) && !type_is_range(type) && !type_is_multirange(type))
 			continue;
-		problem = comparison_problem(type, needs_order(function));
+		problem = problem_of_operand(lfirst(lc), needs_order(function));
+		if (problem != NULL)
+			return problem;
+	}
+	return NULL;
+}
+
+static char *
+problem_of_rows(RowCompareExpr * rows)
+{
+	ListCell   *left;
+	ListCell   *operator;
+
+	forboth(left, rows->largs, operator, rows->opnos)
+	{
+		char	   *problem = problem_of_operands(get_opcode(lfirst_oid(operator)), list_make1(lfirst(left)));
+
 		if (problem != NULL)
 			return problem;
 	}
@@ -548,7 +760,15 @@ find_problem(Node *node, void *arg)
 		case T_DistinctExpr:
 		case T_NullIfExpr:
 			set_opfuncid((OpExpr *) node);
-			*problem = problem_of_operands(((OpExpr *) node)->opfuncid, ((OpExpr *) node)->args);
+			if (get_func_rettype(((OpExpr *) node)->opfuncid) == BOOLOID)
+				*problem = problem_of_operands(((OpExpr *) node)->opfuncid, ((OpExpr *) node)->args);
+			break;
+		case T_FuncExpr:
+			if (compares_operands(((FuncExpr *) node)->funcid))
+				*problem = problem_of_operands(((FuncExpr *) node)->funcid, ((FuncExpr *) node)->args);
+			break;
+		case T_RowCompareExpr:
+			*problem = problem_of_rows((RowCompareExpr *) node);
 			break;
 		case T_ScalarArrayOpExpr:
 			set_sa_opfuncid((ScalarArrayOpExpr *) node);
@@ -603,17 +823,125 @@ pgf_condition_problem(PG_FUNCTION_ARGS)
 	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }
 
+static bool is_null(Node *node);
+
+static bool
+any_is_null(List *args)
+{
+	ListCell   *lc;
+
+	foreach(lc, args)
+	{
+		if (is_null(lfirst(lc)))
+			return true;
+	}
+	return false;
+}
+
+/* Is the value NULL for every row?  Evaluates nothing, so false where not known. */
+static bool
+is_null(Node *node)
+{
+	ListCell   *lc;
+
+	switch (nodeTag(node))
+	{
+		case T_Const:
+			return ((Const *) node)->constisnull;
+		case T_RelabelType:
+			return is_null((Node *) ((RelabelType *) node)->arg);
+		case T_CoerceViaIO:
+			return is_null((Node *) ((CoerceViaIO *) node)->arg);
+		case T_FieldSelect:
+			return is_null((Node *) ((FieldSelect *) node)->arg);
+		case T_FuncExpr:
+			return func_strict(((FuncExpr *) node)->funcid) && any_is_null(((FuncExpr *) node)->args);
+		case T_OpExpr:
+			set_opfuncid((OpExpr *) node);
+			return func_strict(((OpExpr *) node)->opfuncid) && any_is_null(((OpExpr *) node)->args);
+		case T_BoolExpr:
+			foreach(lc, ((BoolExpr *) node)->args)
+			{
+				if (!is_null(lfirst(lc)))
+					return false;
+			}
+			return true;
+		default:
+			return false;
+	}
+}
+
+static bool
+is_never_true(Node *node)
+{
+	BoolExpr   *expr = (BoolExpr *) node;
+	ListCell   *lc;
+
+	if (!IsA(node, BoolExpr) || expr->boolop == NOT_EXPR)
+		return is_null(node);
+	foreach(lc, expr->args)
+	{
+		if (is_never_true(lfirst(lc)) == (expr->boolop == AND_EXPR))
+			return expr->boolop == AND_EXPR;
+	}
+	return expr->boolop == OR_EXPR;
+}
+
+/* Is the condition true for no row, since the one it looks at is missing? */
 Datum
-pgf_condition_is_immutable(PG_FUNCTION_ARGS)
+pgf_condition_is_never_true(PG_FUNCTION_ARGS)
 {
 	Node	   *condition = trigger_condition(PG_GETARG_OID(0));
 
-	PG_RETURN_BOOL(condition == NULL || !contain_mutable_functions(condition));
+	PG_RETURN_BOOL(condition != NULL && is_never_true(condition));
+}
+
+static bool
+names_system_column(Node *node, void *arg)
+{
+	if (node == NULL)
+		return false;
+	if (IsA(node, Var))
+		return ((Var *) node)->varattno < 0;
+	return expression_tree_walker(node, names_system_column, arg);
+}
+
+/*
+ * Makes sure that a condition on the row depends on nothing but the row, by
+ * having the server analyze it as what it reads like.  Inside of SPI.
+ */
+static void
+check_where(Oid entity, const char *condition)
+{
+	char	   *sql = psprintf("select from only %s where (%s\n)",
+							   quote_qualified_identifier(get_namespace_name(get_rel_namespace(entity)),
+														  get_rel_name(entity)),
+							   condition);
+	SPIPlanPtr	plan = SPI_prepare(sql, 0, NULL);
+	CachedPlanSource *source = linitial(SPI_plan_get_plan_sources(plan));
+	Query	   *query = linitial(source->query_list);
+
+	if (query->hasSubLinks)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot use subquery in \"where\"")));
+	if (names_system_column(query->jointree->quals, NULL))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_COLUMN_REFERENCE),
+				 errmsg("cannot use system column in \"where\""),
+				 errdetail("Its value is another one for each version of the row.")));
+	if (contain_mutable_functions(query->jointree->quals))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_OBJECT_DEFINITION),
+				 errmsg("functions in \"where\" must be immutable"),
+				 errdetail("A row would leave the filter, or enter it, without being changed."),
+				 errhint("Conditions on the event, such as its time or user, go into \"when\".")));
 }
 
 /* ---- capture(), uncapture() ---- */
 
 #define MAX_CALL_ARGS 10
+#define WHERE_ARG 6				/* of fanout.capture() */
 
 static Oid
 function_owner(Oid function)
@@ -689,10 +1017,29 @@ pgf_capture(PG_FUNCTION_ARGS)
 
 	SPI_connect();
 	if (run_statements("select fanout.capture_statements($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)", fcinfo) > 0)
+	{
+		if (!PG_ARGISNULL(WHERE_ARG))
+			check_where(PG_GETARG_OID(0), text_to_cstring(PG_GETARG_TEXT_PP(WHERE_ARG)));
 		(void) call_as_owner("select fanout.capture_declared($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
 							 fcinfo, &isnull);
+	}
 	SPI_finish();
 	PG_RETURN_VOID();
+}
+
+/* With the caller's rights; a table that is not there is nobody's. */
+static void
+check_ownership(Oid entity)
+{
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(entity));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tuple))
+		return;
+	owner = ((Form_pg_class) GETSTRUCT(tuple))->relowner;
+	ReleaseSysCache(tuple);
+	if (!has_privs_of_role(GetUserId(), owner))
+		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(entity));
 }
 
 Datum
@@ -702,6 +1049,7 @@ pgf_uncapture(PG_FUNCTION_ARGS)
 	bool		isnull;
 
 	SPI_connect();
+	check_ownership(PG_ARGISNULL(0) ? InvalidOid : PG_GETARG_OID(0));
 	captures = DatumGetInt32(call_as_owner("select fanout.end_captures($1, $2)", fcinfo, &isnull));
 	(void) run_statements("select fanout.uncapture_statements($1, $2)", fcinfo);
 	SPI_finish();

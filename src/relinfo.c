@@ -77,7 +77,7 @@ static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "del
 
 /* Columns of fanout.captured_column. */
 #define COLUMN_ENTITY	1
-#define COLUMN_TOPIC	2
+#define COLUMN_TRIGGER	2
 #define COLUMN_OPTION	3
 #define COLUMN_ATTNUM	5
 #define COLUMN_NAME		6
@@ -347,7 +347,7 @@ relinfo_topic(const char *topic)
 /* ---- triggers ---- */
 
 char	  **
-relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent)
+relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name)
 {
 	Relation	rel = table_open(TriggerRelationId, AccessShareLock);
 	ScanKeyData key;
@@ -369,6 +369,7 @@ relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent)
 		*nargs = form->tgnargs;
 		*relid = form->tgrelid;
 		*parent = form->tgparentid;
+		*name = pstrdup(NameStr(form->tgname));
 		args = palloc((form->tgnargs + 1) * sizeof(char *));
 		for (int i = 0; i < form->tgnargs; i++)
 		{
@@ -381,9 +382,9 @@ relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent)
 	return args;
 }
 
-/* The table on which the trigger was created that this one is a clone of. */
+/* The table on which the trigger was created that this one is a clone of; its name there. */
 static Oid
-captured_entity(Oid trigger)
+captured_entity(Oid trigger, char **name)
 {
 	Oid			relid = InvalidOid;
 	Oid			parent = trigger;
@@ -393,7 +394,7 @@ captured_entity(Oid trigger)
 		int			nargs;
 		Oid			next = InvalidOid;
 
-		if (relinfo_trigger_arguments(parent, &nargs, &relid, &next) == NULL)
+		if (relinfo_trigger_arguments(parent, &nargs, &relid, &next, name) == NULL)
 			break;
 		parent = next;
 	}
@@ -473,7 +474,7 @@ recorded_attnum(HeapTuple tuple, TupleDesc desc, Relation entity)
  * Returns whether there are any.
  */
 static bool
-add_recorded(ColumnList *list, Relation entity, const char *topic, const char *option)
+add_recorded(ColumnList *list, Relation entity, const char *trigger, const char *option)
 {
 	Relation	rel = table_open(own_relation("captured_column"), AccessShareLock);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
@@ -484,7 +485,7 @@ add_recorded(ColumnList *list, Relation entity, const char *topic, const char *o
 
 	ScanKeyInit(&keys[0], COLUMN_ENTITY, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(RelationGetRelid(entity)));
-	ScanKeyInit(&keys[1], COLUMN_TOPIC, BTEqualStrategyNumber, F_TEXTEQ, CStringGetTextDatum(topic));
+	ScanKeyInit(&keys[1], COLUMN_TRIGGER, BTEqualStrategyNumber, F_TEXTEQ, CStringGetTextDatum(trigger));
 	ScanKeyInit(&keys[2], COLUMN_OPTION, BTEqualStrategyNumber, F_TEXTEQ, CStringGetTextDatum(option));
 	/* by its primary key, which gives the columns in their order */
 	(void) RelationGetIndexList(rel);
@@ -501,15 +502,18 @@ add_recorded(ColumnList *list, Relation entity, const char *topic, const char *o
 	return any;
 }
 
-/* An option of the capture that lists columns. */
+/*
+ * An option of the capture that lists columns.  They are recorded under the name
+ * of the captured table's own trigger.
+ */
 static ColumnList *
-column_option(Trigger *trigger, Relation entity, const char *name)
+column_option(Trigger *trigger, const char *trigger_name, Relation entity, const char *name)
 {
 	const char *array = relinfo_option(trigger->tgargs, trigger->tgnargs, name);
 	ColumnList *list = palloc0(sizeof(ColumnList));
 
 	list->given = (array != NULL);
-	if (list->given && !add_recorded(list, entity, trigger->tgargs[0], name))
+	if (list->given && !add_recorded(list, entity, trigger_name, name))
 		add_named(list, entity, array);
 	return list;
 }
@@ -747,12 +751,12 @@ keep_attnums(const ColumnList *list, MemoryContext context)
  * of a wide table are large, and the cache lives as long as the session.
  */
 static void
-plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger)
+plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger, const char *trigger_name)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
-	ColumnList *columns = column_option(trigger, entity, "columns");
-	ColumnList *exclude = column_option(trigger, entity, "exclude");
-	ColumnList *key = column_option(trigger, entity, "key");
+	ColumnList *columns = column_option(trigger, trigger_name, entity, "columns");
+	ColumnList *exclude = column_option(trigger, trigger_name, entity, "exclude");
+	ColumnList *key = column_option(trigger, trigger_name, entity, "key");
 	ColumnList *identity = default_key(entity, exclude);
 
 	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : identity;
@@ -774,22 +778,21 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger)
 	info->identity = rowjson_plan(desc, identity->attnums, identity->count, info->context);
 }
 
-/* The operation that an option names; -1: it is not given. */
+/* What the messages of updates tell of, if it is not an update; else -1. */
 static int
 sent_as(Trigger *trigger)
 {
 	const char *operation = relinfo_option(trigger->tgargs, trigger->tgnargs, "sent_as");
 
-	for (int op = 0; operation != NULL && op < CAPTURE_OPS; op++)
-	{
-		if (strcmp(operation, operation_name[op]) == 0)
-			return op;
-	}
+	if (operation != NULL && strcmp(operation, operation_name[OP_INSERT]) == 0)
+		return OP_INSERT;
+	if (operation != NULL && strcmp(operation, operation_name[OP_DELETE]) == 0)
+		return OP_DELETE;
 	return -1;
 }
 
 static void
-plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
+plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trigger_name)
 {
 	const char *old_row = relinfo_option(trigger->tgargs, trigger->tgnargs, "old_row");
 	Relation	entity = relation_open(info->entity, AccessShareLock);
@@ -797,13 +800,14 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger)
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
 
-	plan_columns(info, rel, info->entity == info->relid ? rel : entity, trigger);
+	plan_columns(info, rel, info->entity == info->relid ? rel : entity, trigger, trigger_name);
 	MemoryContextSwitchTo(info->context);
 	describe_entity(info, entity);
 	MemoryContextSwitchTo(oldcontext);
 	MemoryContextDelete(scratch);
 	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
 	info->sent_as = sent_as(trigger);
+	info->idle = relinfo_option(trigger->tgargs, trigger->tgnargs, "idle") != NULL;
 	relation_close(entity, AccessShareLock);
 }
 
@@ -818,6 +822,7 @@ build_capture(Relation rel, Trigger *trigger)
 												  ALLOCSET_SMALL_SIZES);
 	CaptureInfo *info = MemoryContextAllocZero(context, sizeof(CaptureInfo));
 	uint64		before = invalidations;
+	char	   *trigger_name = trigger->tgname;
 
 	if (trigger->tgnargs < 1)
 		ereport(ERROR,
@@ -827,10 +832,10 @@ build_capture(Relation rel, Trigger *trigger)
 	info->context = context;
 	info->topic = relinfo_topic(trigger->tgargs[0]);
 	info->relid = RelationGetRelid(rel);
-	info->entity = captured_entity(trigger->tgoid);
+	info->entity = captured_entity(trigger->tgoid, &trigger_name);
 	if (!OidIsValid(info->entity))
 		info->entity = info->relid;
-	plan_capture(info, rel, trigger);
+	plan_capture(info, rel, trigger, trigger_name);
 	MemoryContextSetParent(context, CacheMemoryContext);
 	info->valid = (before == invalidations);
 	return info;

@@ -55,8 +55,9 @@ typedef struct CaptureInfo
 								 * partitioned table above it */
 	TopicInfo	topic;
 	bool		old_row;
-	int			sent_as;		/* CaptureOp of the message whatever the event
-								 * is; -1: the event's own */
+	int			sent_as;		/* CaptureOp of the messages of updates,
+								 * insert or delete; -1: the event's own */
+	bool		idle;			/* makes no messages */
 	RowJson    *row;			/* the captured columns */
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
@@ -92,7 +93,7 @@ extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
 extern const char *relinfo_option(char **args, int nargs, const char *name);
 
 /* Arguments of a trigger as C strings, in the current context. */
-extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent);
+extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name);
 
 /*
  * Oids of the extension's tables, looked up once and again after any of them

@@ -115,10 +115,10 @@ select condition, refused(condition) from unnest(array[
     'U&"\006fld".price > 1', 'position(U&"\006fld".note in new.note) > 0', 'U&"ne\0077".price > 1 and ''"'' <> ''''', 'NEW.price > 1 and $$ $$ = $x$ x'
 ]) condition;
 select count(*) as captures from fanout.captures where entity = 'item'::regclass;
--- 100 references are enough for anybody
-select refused((select string_agg('old.price > 0', ' and ') from generate_series(1, 100)));
+-- 1000 references are enough for anybody
+select refused((select string_agg('old.price > 0', ' and ') from generate_series(1, 1000)));
 select fanout.uncapture('item');
-select refused((select string_agg('old.price > 0', ' and ') from generate_series(1, 101)));
+select refused((select string_agg('old.price > 0', ' and ') from generate_series(1, 1001)));
 
 -- a condition that fails fails the statement, nothing is half done
 select fanout.capture('item', 'capture_when', "when" => '10 / new.price > 0');

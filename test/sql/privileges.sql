@@ -154,7 +154,7 @@ to fanout_owner;
 create table not_his (id int primary key);
 grant select, insert on not_his to fanout_owner;
 set role fanout_owner;
-select fanout.capture('entity', 'privileges', "when" => 'true');
+select fanout.capture('entity', 'privileges', "when" => 'true', replace => true);
 select fanout.capture('entity', 'privileges', "when" => 'true');
 select fanout.capture('entity', 'privileges');
 insert into entity values (5);
