@@ -616,6 +616,15 @@ comment on function fanout.capture_trigger() is
 'writes a message for each changed row; made into triggers by fanout.capture(). Errors: 42704 if the topic does not exist';
 revoke all on function fanout.capture_trigger() from public;
 
+-- The server checks that whoever writes to a captured table may execute this.
+-- Others cannot call it, since they have no rights on the schema.
+create function fanout.count_change() returns boolean
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_count_change';
+comment on function fanout.count_change() is
+'internal: the last part of the condition of each capture trigger; true. Counts the changes, so that messages are numbered in their order. Everybody may execute it, and must be able to';
+grant execute on function fanout.count_change() to public;
+
 create function fanout.trigger_arguments(trigger oid) returns text[]
 language c stable strict
 as 'MODULE_PATHNAME', 'pgf_trigger_arguments';
@@ -740,11 +749,12 @@ create function fanout.trigger_condition(trigger oid) returns text
 language sql stable
 set search_path = pg_catalog, pg_temp set quote_all_identifiers = off
 as $$
-    select substring(pg_get_triggerdef(trigger) from
-                     E' WHEN \\((.*)\\) EXECUTE FUNCTION fanout\\.capture_trigger\\(')
+    select regexp_replace(nullif(c, 'fanout.count_change()'), E'^\\((.*) AND fanout\\.count_change\\(\\)\\)$', E'\\1')
+    from substring(pg_get_triggerdef(trigger) from
+                   E' WHEN \\((.*)\\) EXECUTE FUNCTION fanout\\.capture_trigger\\(') c
 $$;
 comment on function fanout.trigger_condition(oid) is
-'internal: the condition of a capture trigger as the server has it; NULL: none';
+'internal: the condition of a capture trigger as the server has it, without count_change(); NULL: none';
 revoke all on function fanout.trigger_condition(oid) from public;
 
 -- An idle trigger is what fanout.capture(replace => true) makes of one that is
@@ -1002,7 +1012,8 @@ revoke all on function fanout.capture_arguments(regclass, text, text[], text[], 
 
 -- One trigger for all operations if there is no condition.  Else one for each,
 -- and with a filter on the row two more: of an update that takes the row out of
--- it, a delete is published; of one that brings it in, an insert.
+-- it, a delete is published; of one that brings it in, an insert.  All count, as
+-- the last thing, the changes for which they fire.
 create function fanout.capture_triggers(entity regclass, operations text[], "where" text, "when" text)
 returns table (kind text, events text, level text, condition text, sent_as text)
 language sql stable
@@ -1025,19 +1036,19 @@ as $$
         union all
         select 'enter', 'update', new_in || ' and ' || old_in || ' is not true', 'insert' from wheres
     )
-    select 'row', array_to_string(array_remove(g.operations, 'truncate'), ' or '), 'row', null, null
+    select 'row', array_to_string(array_remove(g.operations, 'truncate'), ' or '), 'row', 'fanout.count_change()', null
     from given g
     where "where" is null and "when" is null and array_remove(g.operations, 'truncate') <> '{}'
     union all
     select k.kind, k.event, 'row',
            concat_ws(' and ', case when "when" is not null
                                    then format(E'(%s\n)', fanout.condition_for(k.event, entity, "when")) end,
-                     k.row_condition),
+                     k.row_condition, 'fanout.count_change()'),
            k.sent_as
     from kinds k, given g
     where ("where" is not null or "when" is not null) and k.event = any (g.operations)
     union all
-    select 'truncate', 'truncate', 'statement', null, null
+    select 'truncate', 'truncate', 'statement', 'fanout.count_change()', null
     from given g where 'truncate' = any (g.operations)
 $$;
 comment on function fanout.capture_triggers(regclass, text[], text, text) is
@@ -1191,9 +1202,8 @@ begin
         from existing e where e.name not in (select name from needed)
     )
     select array_agg(statement) into statements
-    from (select format('%s trigger %I after %s on %s for each %s%s execute function fanout.capture_trigger(%s)',
-                        t.command, t.name, t.events, table_name, t.level,
-                        case when t.condition is not null then format(E' when (%s)', t.condition) else '' end,
+    from (select format('%s trigger %I after %s on %s for each %s when (%s) execute function fanout.capture_trigger(%s)',
+                        t.command, t.name, t.events, table_name, t.level, t.condition,
                         (select string_agg(quote_literal(a), ', ' order by i)
                          from unnest(t.args) with ordinality u(a, i)))
           from triggers t
@@ -1539,7 +1549,7 @@ begin
       and exists (select from pg_trigger t where t.tgrelid = c.entity and t.tgname = c.trigger)
       and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attname = c.name
                       and not a.attisdropped)
-    limit 1;
+    order by c.entity, c.trigger limit 1;
     if found then
         raise exception 'cannot drop column "%" of table %', lost.name, lost.entity::regclass
             using errcode = 'dependent_objects_still_exist',
@@ -3006,14 +3016,18 @@ as $$
     from fanout.capture_trigger_list l, fanout.condition_problem(l.trigger) p
     where l.entity = capture_problems.entity and l.topic = capture_problems.topic and p is not null
     union all
-    select 3, format('column "%s" of its key is gone', c.name),
+    select 3, 'not everybody may execute fanout.count_change(): writes to the table fail for some',
+           'Use GRANT EXECUTE ON FUNCTION fanout.count_change() TO PUBLIC.'
+    where not has_function_privilege('public', 'fanout.count_change()', 'execute')
+    union all
+    select 4, format('column "%s" of its key is gone', c.name),
            'Use fanout.capture() with another key and replace => true.'
     from fanout.capture_trigger_list l join fanout.captured_column c on c.entity = l.entity and c.trigger = l.name
     where l.entity = capture_problems.entity and l.topic = capture_problems.topic and c.option = 'key'
       and not exists (select from pg_attribute a where a.attrelid = c.entity and a.attnum = c.attnum
                       and a.attnum > 0 and not a.attisdropped)
     union all
-    select 4, format('the numbers of the columns in "%s" are not recorded', o.option),
+    select 5, format('the numbers of the columns in "%s" are not recorded', o.option),
            'Event triggers were off when the capture was made. Use fanout.capture() with replace => true.'
     from unnest(array['columns', 'exclude', 'key']) o(option)
     where exists (select from fanout.capture_trigger_list l
@@ -3022,28 +3036,35 @@ as $$
                     and not exists (select from fanout.captured_column c
                                     where c.entity = l.entity and c.trigger = l.name and c.option = o.option))
     union all
-    select 5, 'a trigger is missing, disabled, or fires for replicas only',
+    select 6, 'a trigger is missing, disabled, or fires for replicas only',
            'Use ALTER TABLE ... ENABLE TRIGGER, also for partitions, or fanout.capture() with replace => true.'
     from fanout.captures c
     where c.entity = capture_problems.entity and c.topic = capture_problems.topic and not c.enabled
     union all
-    select 6, 'an excluded column belongs to its primary key, so that its messages have no key',
+    select 7, 'an excluded column belongs to its primary key, so that its messages have no key',
            'Name other columns in "key", with replace => true.'
     from fanout.captures c
     where c.entity = capture_problems.entity and c.topic = capture_problems.topic
       and c.key is null and fanout.default_key(c.entity, null) is not null
     union all
-    select 7, format('another table is called %s now, as this one was when it was captured', c.entity_name),
+    select 8, format('another table is called %s now, as this one was when it was captured', c.entity_name),
            'If it took the place of this one, capture it; else use fanout.capture() with replace => true.'
     from fanout.capture c
     where c.entity = capture_problems.entity and c.topic = capture_problems.topic
       and to_regclass(c.entity_name) <> c.entity
     union all
-    select 8, 'its messages have no key, and no order among themselves',
+    select 9, 'its messages have no key, and no order among themselves',
            'Give the table a primary key, or name columns in "key".'
     from fanout.captures c
     where c.entity = capture_problems.entity and c.topic = capture_problems.topic
       and c.key is null and fanout.default_key(c.entity, null) is null and c.operations <> '{truncate}'
+    union all
+    select 10, 'a trigger does not count changes: where statements run inside others, messages may be out of order',
+           'Use fanout.capture() with replace => true.'
+    from fanout.capture_trigger_list l
+    where l.entity = capture_problems.entity and l.topic = capture_problems.topic and not l.idle
+      and not exists (select from pg_depend d where d.classid = 'pg_trigger'::regclass and d.objid = l.trigger
+                                                and d.refobjid = 'fanout.count_change()'::regprocedure)
 $$;
 comment on function fanout.capture_problems(oid, text) is 'internal: part of fanout.check()';
 revoke all on function fanout.capture_problems(oid, text) from public;

@@ -17,7 +17,6 @@
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
-#include "common/hashfn.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
@@ -85,91 +84,37 @@ keys_differ(const Change *change)
 }
 
 /*
- * Columns of a row as text: of a single one its value, of several a JSON array.
- * NULL if there are none, or all of them are NULL.
+ * The key as text: of a single column its value, of several a JSON array.
+ * NULL if there is no key, or all of it is NULL.
  */
 static char *
-render_columns(RowJson *plan, const AttrNumber *attnums, int n, HeapTuple row, TupleDesc desc)
+render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
 {
 	StringInfoData out;
 	bool		all_null = true;
 
-	if (n == 0)
+	if (info->nkeys == 0)
 		return NULL;
-	if (n == 1)
+	if (info->nkeys == 1)
 	{
 		bool		isnull;
-		Datum		value = heap_getattr(row, attnums[0], desc, &isnull);
+		Datum		value = heap_getattr(row, info->keys[0], desc, &isnull);
 
-		return rowjson_text(plan, 0, value, isnull);
+		return rowjson_text(info->key, 0, value, isnull);
 	}
 
 	initStringInfo(&out);
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < info->nkeys; i++)
 	{
 		bool		isnull;
-		Datum		value = heap_getattr(row, attnums[i], desc, &isnull);
+		Datum		value = heap_getattr(row, info->keys[i], desc, &isnull);
 
 		appendStringInfoChar(&out, i == 0 ? '[' : ',');
-		rowjson_append_value(&out, plan, i, value, isnull);
+		rowjson_append_value(&out, info->key, i, value, isnull);
 		all_null = all_null && isnull;
 	}
 	appendStringInfoChar(&out, ']');
 	return all_null ? NULL : out.data;
-}
-
-static char *
-render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
-{
-	return render_columns(info->key, info->keys, info->nkeys, row, desc);
-}
-
-/* ---- order ---- */
-
-/* Adds what names the row: its message key, and its primary key if that is another. */
-static void
-add_identities(NestedChange *nested, CaptureInfo *info, HeapTuple row, TupleDesc desc)
-{
-	const char *names[2];
-
-	names[0] = render_key(info, row, desc);
-	names[1] = render_columns(info->identity, info->identity_keys, info->nidentity, row, desc);
-	for (int i = 0; i < lengthof(names); i++)
-	{
-		if (names[i] != NULL)
-			nested->identities[nested->nidentities++] =
-				hash_bytes_extended((const unsigned char *) names[i], strlen(names[i]), i);
-	}
-}
-
-/*
- * Draws the message's id, its place in the order: not always the sequence's
- * next number, since triggers of nested statements fire before those of the
- * statements around them.
- */
-static int64
-draw_id(CaptureInfo *info, TriggerData *trigdata)
-{
-	TupleDesc	desc = RelationGetDescr(trigdata->tg_relation);
-	NestedChange nested = {0};
-	TriggerEvent event = trigdata->tg_event;
-
-	if (!nesting_matters())
-		return outbox_next_id();
-	nested.relid = RelationGetRelid(trigdata->tg_relation);
-	nested.entity = ((uint64) info->topic.topic_id << 32) | info->entity;
-	if (TRIGGER_FIRED_BY_UPDATE(event) || TRIGGER_FIRED_BY_DELETE(event))
-		nested.old_row = trigdata->tg_trigtuple;
-	if (TRIGGER_FIRED_BY_INSERT(event))
-		nested.new_row = trigdata->tg_trigtuple;
-	if (TRIGGER_FIRED_BY_UPDATE(event))
-		nested.new_row = trigdata->tg_newtuple;
-	if (nested.old_row != NULL)
-		add_identities(&nested, info, nested.old_row, desc);
-	nested.nold = nested.nidentities;
-	if (nested.new_row != NULL)
-		add_identities(&nested, info, nested.new_row, desc);
-	return nesting_draw(&nested);
 }
 
 /* ---- bodies ---- */
@@ -441,9 +386,7 @@ capture_change(TriggerData *trigdata)
 	row.payload = body.data;
 	row.payload_len = body.len;
 	row.created_at = change.now;
-	row.id = draw_id(change.info, trigdata);
-	if (change.new_row != NULL)
-		nesting_fired(RelationGetRelid(trigdata->tg_relation), change.new_row);
+	row.id = nesting_take_id(change.info->counted);
 	outbox_insert(&row, false);
 }
 

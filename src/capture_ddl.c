@@ -33,6 +33,7 @@
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "nodes/makefuncs.h"
 #include "nodes/nodeFuncs.h"
 #include "nodes/parsenodes.h"
 #include "optimizer/optimizer.h"
@@ -784,8 +785,11 @@ find_problem(Node *node, void *arg)
 	return *problem != NULL || expression_tree_walker(node, find_problem, arg);
 }
 
-/* The condition of a trigger, as the server keeps it; NULL: none, or no such trigger. */
-static Node *
+/*
+ * The parts of a trigger's condition, all of which must be true, as the server
+ * keeps them, but for the call of count_change().
+ */
+static List *
 trigger_condition(Oid trigger)
 {
 	Relation	rel = table_open(TriggerRelationId, AccessShareLock);
@@ -794,7 +798,7 @@ trigger_condition(Oid trigger)
 	HeapTuple	tuple;
 	bool		isnull = true;
 	Datum		condition = (Datum) 0;
-	Node	   *node = NULL;
+	List	   *parts = NIL;
 
 	ScanKeyInit(&key, Anum_pg_trigger_oid, BTEqualStrategyNumber, F_OIDEQ, ObjectIdGetDatum(trigger));
 	scan = systable_beginscan(rel, TriggerOidIndexId, true, NULL, 1, &key);
@@ -802,10 +806,12 @@ trigger_condition(Oid trigger)
 	if (HeapTupleIsValid(tuple))
 		condition = heap_getattr(tuple, Anum_pg_trigger_tgqual, RelationGetDescr(rel), &isnull);
 	if (!isnull)
-		node = stringToNode(TextDatumGetCString(condition));
+		parts = make_ands_implicit(stringToNode(TextDatumGetCString(condition)));
 	systable_endscan(scan);
 	table_close(rel, AccessShareLock);
-	return node;
+	if (parts != NIL && relinfo_is_count(llast(parts)))
+		parts = list_delete_last(parts);
+	return parts;
 }
 
 /*
@@ -815,10 +821,10 @@ trigger_condition(Oid trigger)
 Datum
 pgf_condition_problem(PG_FUNCTION_ARGS)
 {
-	Node	   *condition = trigger_condition(PG_GETARG_OID(0));
+	List	   *condition = trigger_condition(PG_GETARG_OID(0));
 	char	   *problem = NULL;
 
-	if (condition == NULL || !find_problem(condition, &problem))
+	if (!find_problem((Node *) condition, &problem))
 		PG_RETURN_NULL();
 	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }
@@ -891,9 +897,16 @@ is_never_true(Node *node)
 Datum
 pgf_condition_is_never_true(PG_FUNCTION_ARGS)
 {
-	Node	   *condition = trigger_condition(PG_GETARG_OID(0));
+	List	   *condition = trigger_condition(PG_GETARG_OID(0));
 
-	PG_RETURN_BOOL(condition != NULL && is_never_true(condition));
+	ListCell   *lc;
+
+	foreach(lc, condition)
+	{
+		if (is_never_true(lfirst(lc)))
+			PG_RETURN_BOOL(true);
+	}
+	PG_RETURN_BOOL(false);
 }
 
 static bool

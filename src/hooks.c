@@ -84,7 +84,6 @@
 
 #include "compat.h"
 #include "hooks.h"
-#include "nesting.h"
 #include "shmem.h"
 #include "wakeup.h"
 #include "writer.h"
@@ -105,10 +104,6 @@ static void utility(PlannedStmt *pstmt, const char *query_string, bool read_only
 					QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc);
 static void extension_accessed(ObjectAccessType access, Oid extension);
 static bool is_our_extension(Oid extension);
-static bool fires_triggers(Node *statement);
-static void run_nested(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
-					   ProcessUtilityContext context, ParamListInfo params,
-					   QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc);
 static bool is_commit_prepared(Node *statement);
 static void before_utility(Node *statement);
 static void after_commit_prepared(void);
@@ -202,44 +197,12 @@ utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 	ProcessUtility_hook_type next = next_utility ? next_utility : standard_ProcessUtility;
 
 	before_utility(pstmt->utilityStmt);
-	if (fires_triggers(pstmt->utilityStmt))
-		run_nested(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
-	else
-		next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+	next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 	writer_flush();				/* COPY */
 	if (commit_prepared)
 		after_commit_prepared();
 	if (restart)
 		wakeup_restart_at_commit(database);
-}
-
-/* Tells whether the command fires triggers at its end, as statements of the executor do. */
-static bool
-fires_triggers(Node *statement)
-{
-	return IsA(statement, TruncateStmt) ||
-		(IsA(statement, CopyStmt) && ((CopyStmt *) statement)->is_from);
-}
-
-/* Runs such a command on a level of its own; see nesting.c. */
-static void
-run_nested(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
-		   ProcessUtilityContext context, ParamListInfo params,
-		   QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
-{
-	nesting_enter_command(IsA(pstmt->utilityStmt, TruncateStmt));
-	PG_TRY();
-	{
-		if (next_utility)
-			next_utility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
-		else
-			standard_ProcessUtility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
-	}
-	PG_FINALLY();
-	{
-		nesting_leave_command();
-	}
-	PG_END_TRY();
 }
 
 static bool

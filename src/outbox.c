@@ -622,13 +622,17 @@ fill_chunk(Portal portal, Chunk *chunk, int limit)
 
 		SPI_cursor_fetch(portal, true, n);
 		fetched = SPI_tuptable;
-		rows = (Rows) {
+		rows = (Rows)
+		{
 			.desc = fetched->tupdesc,.tuples = fetched->vals,.count = SPI_processed
 		};
 		if (!take_rows(&rows, chunk, limit))
 			break;
 		chunk->last = (rows.count < n);
-		rows = (Rows) {0};
+		rows = (Rows)
+		{
+			0
+		};
 		SPI_freetuptable(fetched);
 		if (chunk->last)
 			break;
@@ -661,7 +665,10 @@ fill_batch_chunk(Portal portal, Chunk *chunk)
 
 	if (!take_rows(&kept, chunk, CHUNK_MESSAGES))
 		return;
-	kept = (Rows) {0};
+	kept = (Rows)
+	{
+		0
+	};
 	if (kept_context != NULL)
 		MemoryContextReset(kept_context);
 	rest = fill_chunk(portal, chunk, CHUNK_MESSAGES);

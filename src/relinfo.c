@@ -45,6 +45,7 @@
 #include "commands/extension.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
+#include "nodes/makefuncs.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -624,13 +625,6 @@ explicit_key(const ColumnList *key, const ColumnList *exclude, TupleDesc desc)
 	return list;
 }
 
-static bool
-same_columns(const ColumnList *a, const ColumnList *b)
-{
-	return a->count == b->count &&
-		memcmp(a->attnums, b->attnums, a->count * sizeof(AttrNumber)) == 0;
-}
-
 /* ---- texts ---- */
 
 static void
@@ -747,8 +741,8 @@ keep_attnums(const ColumnList *list, MemoryContext context)
 }
 
 /*
- * Plans message, key and row identity.  Called in a scratch context: the lists
- * of a wide table are large, and the cache lives as long as the session.
+ * Plans message and key.  Called in a scratch context: the lists of a wide table
+ * are large, and the cache lives as long as the session.
  */
 static void
 plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger, const char *trigger_name)
@@ -757,25 +751,17 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	ColumnList *columns = column_option(trigger, trigger_name, entity, "columns");
 	ColumnList *exclude = column_option(trigger, trigger_name, entity, "exclude");
 	ColumnList *key = column_option(trigger, trigger_name, entity, "key");
-	ColumnList *identity = default_key(entity, exclude);
 
-	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : identity;
+	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : default_key(entity, exclude);
 	map_columns(columns, entity, rel);
 	map_columns(exclude, entity, rel);
 	map_columns(key, entity, rel);
-	if (identity != key)
-		map_columns(identity, entity, rel);
 
 	columns = message_columns(columns, exclude, desc);
 	info->row = rowjson_plan(desc, columns->attnums, columns->count, info->context);
 	info->nkeys = key->count;
 	info->keys = keep_attnums(key, info->context);
 	info->key = rowjson_plan(desc, key->attnums, key->count, info->context);
-	if (same_columns(key, identity))
-		return;
-	info->nidentity = identity->count;
-	info->identity_keys = keep_attnums(identity, info->context);
-	info->identity = rowjson_plan(desc, identity->attnums, identity->count, info->context);
 }
 
 /* What the messages of updates tell of, if it is not an update; else -1. */
@@ -791,6 +777,28 @@ sent_as(Trigger *trigger)
 	return -1;
 }
 
+/* By name, which needs no right on the schema. */
+bool
+relinfo_is_count(Node *condition)
+{
+	Oid			function;
+
+	if (!IsA(condition, FuncExpr))
+		return false;
+	function = ((FuncExpr *) condition)->funcid;
+	return strcmp(get_func_name(function), "count_change") == 0 &&
+		strcmp(get_namespace_name(get_func_namespace(function)), "fanout") == 0;
+}
+
+/* Does the trigger's condition end with the call of fanout.count_change()? */
+static bool
+is_counted(Trigger *trigger)
+{
+	if (trigger->tgqual == NULL)
+		return false;
+	return relinfo_is_count(llast(make_ands_implicit(stringToNode(trigger->tgqual))));
+}
+
 static void
 plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trigger_name)
 {
@@ -801,6 +809,7 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trig
 	MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
 
 	plan_columns(info, rel, info->entity == info->relid ? rel : entity, trigger, trigger_name);
+	info->counted = is_counted(trigger);
 	MemoryContextSwitchTo(info->context);
 	describe_entity(info, entity);
 	MemoryContextSwitchTo(oldcontext);

@@ -58,14 +58,12 @@ typedef struct CaptureInfo
 	int			sent_as;		/* CaptureOp of the messages of updates,
 								 * insert or delete; -1: the event's own */
 	bool		idle;			/* makes no messages */
+	bool		counted;		/* its events are, when they are queued; see
+								 * nesting.c */
 	RowJson    *row;			/* the captured columns */
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
 	RowJson    *key;			/* the key's columns */
-	int			nidentity;		/* columns of the primary key, 0: none, or the
-								 * key's own */
-	AttrNumber *identity_keys;
-	RowJson    *identity;
 	char	   *source;			/* constant part of Debezium's "source" */
 	char	   *uri;			/* CloudEvents' source */
 	char	   *type[CAPTURE_OPS];	/* AMQP type */
@@ -91,6 +89,12 @@ extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
 
 /* The option's value among the arguments of a capture trigger; NULL: not given. */
 extern const char *relinfo_option(char **args, int nargs, const char *name);
+
+/*
+ * Tells whether a part of a trigger's condition is the call of
+ * fanout.count_change().
+ */
+extern bool relinfo_is_count(Node *condition);
 
 /* Arguments of a trigger as C strings, in the current context. */
 extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name);

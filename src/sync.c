@@ -650,7 +650,7 @@ take_sequences(const SyncTarget *target, Change **newest, int count)
 
 /* Records of those columns, with their remote names. */
 static void
-append_record(StringInfo sql, const SyncTarget *target, Bitmapset * columns)
+append_record(StringInfo sql, const SyncTarget *target, Bitmapset *columns)
 {
 	const char *separator = "";
 
@@ -737,7 +737,7 @@ prepare_delete(SyncTarget *target)
 
 /* Columns of the target, or the same of the record. */
 static void
-append_list(StringInfo sql, const SyncTarget *target, Bitmapset * columns, bool remote)
+append_list(StringInfo sql, const SyncTarget *target, Bitmapset *columns, bool remote)
 {
 	const char *separator = "";
 
@@ -754,7 +754,7 @@ append_list(StringInfo sql, const SyncTarget *target, Bitmapset * columns, bool 
 }
 
 static void
-append_on_conflict(StringInfo sql, const SyncTarget *target, Bitmapset * columns)
+append_on_conflict(StringInfo sql, const SyncTarget *target, Bitmapset *columns)
 {
 	const char *separator = ") do update set ";
 
@@ -775,7 +775,7 @@ append_on_conflict(StringInfo sql, const SyncTarget *target, Bitmapset * columns
 }
 
 static SPIPlanPtr
-prepare_upsert(SyncTarget *target, Bitmapset * columns)
+prepare_upsert(SyncTarget *target, Bitmapset *columns)
 {
 	StringInfoData sql;
 
@@ -791,7 +791,7 @@ prepare_upsert(SyncTarget *target, Bitmapset * columns)
 }
 
 static SPIPlanPtr
-find_upsert(SyncTarget *target, Bitmapset * columns)
+find_upsert(SyncTarget *target, Bitmapset *columns)
 {
 	Upsert	   *upsert;
 
@@ -818,7 +818,7 @@ find_upsert(SyncTarget *target, Bitmapset * columns)
 
 /* What the records are made of; *settings: those that texts of them depend on. */
 static TupleDesc
-record_desc(const SyncTarget *target, Bitmapset * columns, int *settings)
+record_desc(const SyncTarget *target, Bitmapset *columns, int *settings)
 {
 	TupleDesc	desc = CreateTemplateTupleDesc(bms_num_members(columns));
 	AttrNumber	n = 0;
@@ -839,7 +839,7 @@ record_desc(const SyncTarget *target, Bitmapset * columns, int *settings)
  * jsonb_to_record() as FROM jsonb_to_record(row) AS r (column type, ...) would.
  */
 static void
-read_records(const SyncTarget *target, Bitmapset * columns, Datum *rows, int count)
+read_records(const SyncTarget *target, Bitmapset *columns, Datum *rows, int count)
 {
 	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout sync row",
 												  ALLOCSET_DEFAULT_SIZES);
@@ -873,7 +873,7 @@ read_records(const SyncTarget *target, Bitmapset * columns, Datum *rows, int cou
 
 /* rows: of jsonb, which become records here */
 static void
-execute_rows(SPIPlanPtr plan, const SyncTarget *target, Bitmapset * columns, Datum *rows, int count)
+execute_rows(SPIPlanPtr plan, const SyncTarget *target, Bitmapset *columns, Datum *rows, int count)
 {
 	Datum		value;
 	int			result;
@@ -904,7 +904,7 @@ write_deletes(SyncTarget *target, Change *changes, int count)
 }
 
 static void
-write_upserts(SyncTarget *target, Change *changes, int count, Bitmapset * columns)
+write_upserts(SyncTarget *target, Change *changes, int count, Bitmapset *columns)
 {
 	Datum	   *rows = palloc(count * sizeof(Datum));
 	int			n = 0;
@@ -920,7 +920,7 @@ write_upserts(SyncTarget *target, Change *changes, int count, Bitmapset * column
 
 /* Entries whose rows have the same columns. */
 static void
-apply_rows(SyncTarget *target, const Entry *entries, int count, Bitmapset * columns)
+apply_rows(SyncTarget *target, const Entry *entries, int count, Bitmapset *columns)
 {
 	Change	   *changes = palloc(2 * count * sizeof(Change));
 	Change	  **newest;
@@ -1012,7 +1012,7 @@ apply_truncate(SyncTarget *target, const SyncMessage *message)
  * of their rows; NULL if all are deletes.
  */
 static int
-uniform_entries(const Entry *entries, int count, Bitmapset * *columns)
+uniform_entries(const Entry *entries, int count, Bitmapset **columns)
 {
 	int			n;
 

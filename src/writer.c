@@ -139,7 +139,7 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
  * one by one.  In parallel mode nothing may be inserted at all.
  */
 static bool
-ends_statement(const QueryDesc * query)
+ends_statement(const QueryDesc *query)
 {
 	if (query->estate->es_top_eflags & EXEC_FLAG_SKIP_TRIGGERS)
 		return false;
@@ -147,7 +147,7 @@ ends_statement(const QueryDesc * query)
 }
 
 static void
-executor_finish(QueryDesc * query)
+executor_finish(QueryDesc *query)
 {
 	if (next_executor_finish)
 		next_executor_finish(query);

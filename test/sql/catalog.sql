@@ -53,7 +53,7 @@ where d.deptype in ('n', 'a', 'i')
   and not exists (select from member m where (m.classid, m.objid) = (d.refclassid, d.refobjid))
   and d.refclassid not in ('pg_namespace'::regclass, 'pg_constraint'::regclass);
 
--- PUBLIC may do nothing
+-- PUBLIC may do nothing, but what the server asks of whoever writes to a captured table
 select 'schema ' || n.oid::regnamespace as open_to_public, privilege_type
 from pg_namespace n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) where n.nspname = 'fanout' and grantee = 0
 union all

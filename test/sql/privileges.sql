@@ -24,7 +24,7 @@ where relnamespace = 'fanout'::regnamespace and a.grantee = 0
 union all
 select 'default', defaclobjtype::text from pg_default_acl where defaclnamespace = 'fanout'::regnamespace;
 
--- what anybody else than the owner has been granted, pg_monitor namely
+-- what others than the owner have been granted: pg_monitor, and everybody what capture triggers call
 select a.grantee::regrole, p.oid::regprocedure::text as object, a.privilege_type
 from pg_proc p, aclexplode(p.proacl) a where pronamespace = 'fanout'::regnamespace and a.grantee <> p.proowner
 union all
@@ -105,7 +105,7 @@ select attempt(c) from unnest(array[
     'alter event trigger pg_fanout_schema_changed disable'
 ]) c;
 select * from mine;
--- no function
+-- no function but that of the conditions of capture triggers
 select p.oid::regprocedure as may_execute from pg_proc p where pronamespace = 'fanout'::regnamespace and has_function_privilege(p.oid, 'execute');
 select c.oid::regclass as may_use from pg_class c where relnamespace = 'fanout'::regnamespace and relkind in ('r', 'p', 'v')
 and has_table_privilege(c.oid, 'select, insert, update, delete, truncate, references, trigger');
