@@ -52,6 +52,9 @@ revoke all on function fanout.topology_changed() from public;
 -- Topology: what shall exist on the broker
 -- ---------------------------------------------------------------------------
 
+-- Tables are heaps, whatever default_table_access_method says: rows are locked,
+-- and some are written without the executor (segment.c).
+
 create sequence fanout.topic_id_seq as integer;
 comment on sequence fanout.topic_id_seq is 'internal: ids of topics';
 revoke all on sequence fanout.topic_id_seq from public;
@@ -67,7 +70,7 @@ create table fanout.topic (
     dropping     boolean not null default false,
     declared_at  timestamptz,
     last_error   text
-);
+) using heap;
 alter sequence fanout.topic_id_seq owned by fanout.topic.topic_id;
 comment on table fanout.topic is
 'internal: one row per topic, that is, per durable fanout exchange; see the view fanout.topics';
@@ -86,7 +89,7 @@ create table fanout.binding (
     declared_at    timestamptz,
     last_error     text,
     primary key (topic_id, consumer_group)
-);
+) using heap;
 comment on table fanout.binding is
 'internal: one row per consumer group of a topic, that is, per queue; see the view fanout.bindings';
 revoke all on fanout.binding from public;
@@ -101,7 +104,7 @@ select pg_extension_config_dump('fanout.binding', '');
 -- the same transaction wrote.
 create table fanout.topology_change (
     xid xid8 not null
-);
+) using heap;
 -- deleted from without a key: a publication FOR ALL TABLES must not forbid it
 alter table fanout.topology_change replica identity full;
 comment on table fanout.topology_change is
@@ -159,9 +162,9 @@ comment on column fanout.outbox.payload is 'the body, JSON, rendered when the ro
 comment on column fanout.outbox.queue is 'NULL: to the topic''s exchange; otherwise to this queue alone';
 revoke all on fanout.outbox from public;
 
-create table fanout.outbox_0 partition of fanout.outbox for values in (0);
-create table fanout.outbox_1 partition of fanout.outbox for values in (1);
-create table fanout.outbox_2 partition of fanout.outbox for values in (2);
+create table fanout.outbox_0 partition of fanout.outbox for values in (0) using heap;
+create table fanout.outbox_1 partition of fanout.outbox for values in (1) using heap;
+create table fanout.outbox_2 partition of fanout.outbox for values in (2) using heap;
 create index outbox_xid_idx on fanout.outbox (xid);
 -- repair_ledger() updates them, which a publication FOR ALL TABLES must not forbid
 alter table fanout.outbox_0 replica identity full;
@@ -175,7 +178,7 @@ revoke all on fanout.outbox_0, fanout.outbox_1, fanout.outbox_2 from public;
 create table fanout.rotation (
     current    smallint    not null,
     rotated_at timestamptz not null
-);
+) using heap;
 alter table fanout.rotation replica identity full;
 create unique index rotation_one_row on fanout.rotation ((true));
 comment on table fanout.rotation is 'internal: one row, the segment that new messages go to, and since when';
@@ -195,9 +198,9 @@ create table fanout.sent (
     count   integer     not null,
     sent_at timestamptz not null default clock_timestamp()
 ) partition by list (segment);
-create table fanout.sent_0 partition of fanout.sent for values in (0);
-create table fanout.sent_1 partition of fanout.sent for values in (1);
-create table fanout.sent_2 partition of fanout.sent for values in (2);
+create table fanout.sent_0 partition of fanout.sent for values in (0) using heap;
+create table fanout.sent_1 partition of fanout.sent for values in (1) using heap;
+create table fanout.sent_2 partition of fanout.sent for values in (2) using heap;
 create index sent_sent_id_idx on fanout.sent (sent_id);
 create index sent_sent_at_idx on fanout.sent (sent_at);
 comment on table fanout.sent_0 is 'internal: a segment of the ledger';
@@ -226,7 +229,7 @@ create table fanout.held (
     queue      text,
     created_at timestamptz not null,
     held_at    timestamptz not null default clock_timestamp()
-);
+) using heap;
 create index held_topic_id_idx on fanout.held (topic_id, id);
 comment on table fanout.held is
 'internal: messages of topics that are paused or stalled, waiting in order; see the view fanout.outbox_status';
@@ -252,7 +255,7 @@ create table fanout.dead_letter (
     attempts       integer     not null,
     dead_at        timestamptz not null default clock_timestamp(),
     redriven_at    timestamptz
-);
+) using heap;
 create index dead_letter_id_idx on fanout.dead_letter (id) where consumer_group is null;
 create index dead_letter_redriven_at_idx on fanout.dead_letter (topic, consumer_group) where redriven_at is not null;
 comment on table fanout.dead_letter is
@@ -283,7 +286,7 @@ create table fanout.stall (
     attempts   integer     not null,
     retry_at   timestamptz not null,
     last_error text        not null
-);
+) using heap;
 comment on table fanout.stall is 'internal: topics that the broker refuses messages of; see the view fanout.stat_topics';
 revoke all on fanout.stall from public;
 
@@ -292,7 +295,7 @@ create table fanout.topic_stat (
     sent       bigint           not null,
     rate       double precision not null,
     updated_at timestamptz      not null
-) with (fillfactor = 50);
+) using heap with (fillfactor = 50);
 comment on table fanout.topic_stat is 'internal: counters of sent messages, written every few seconds; see the view fanout.stat_topics';
 revoke all on fanout.topic_stat from public;
 
@@ -677,7 +680,7 @@ create table fanout.capture (
     topic       text collate "C" not null,
     entity_name text not null,
     primary key (entity, topic)
-);
+) using heap;
 comment on table fanout.capture is
 'internal: tables that are captured; the triggers say how, see the view fanout.captures';
 comment on column fanout.capture.entity_name is 'what the table was called when it was captured';
@@ -693,7 +696,7 @@ create table fanout.captured_column (
     attnum  smallint not null,
     name    text     not null,
     primary key (entity, trigger, option, n)
-);
+) using heap;
 comment on table fanout.captured_column is
 'internal: columns that the options of capture triggers name, by number';
 comment on column fanout.captured_column.trigger is 'name of the trigger: dumps and pg_upgrade keep it';
@@ -1877,7 +1880,7 @@ create table fanout.subscription (
     version         integer     not null default 1,
     subscribed_at   timestamptz not null default now(),
     unique (topic, consumer_group)
-);
+) using heap;
 alter sequence fanout.subscription_id_seq owned by fanout.subscription.subscription_id;
 comment on table fanout.subscription is 'internal: one row per subscription; see the view fanout.subscriptions';
 comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
@@ -1903,10 +1906,10 @@ comment on table fanout.inbox is
 'internal: messages that were applied, or given up; insert-only, in a ring of four segments, for pg_fanout.inbox_retention at least';
 revoke all on fanout.inbox from public;
 
-create table fanout.inbox_0 partition of fanout.inbox for values in (0);
-create table fanout.inbox_1 partition of fanout.inbox for values in (1);
-create table fanout.inbox_2 partition of fanout.inbox for values in (2);
-create table fanout.inbox_3 partition of fanout.inbox for values in (3);
+create table fanout.inbox_0 partition of fanout.inbox for values in (0) using heap;
+create table fanout.inbox_1 partition of fanout.inbox for values in (1) using heap;
+create table fanout.inbox_2 partition of fanout.inbox for values in (2) using heap;
+create table fanout.inbox_3 partition of fanout.inbox for values in (3) using heap;
 comment on table fanout.inbox_0 is 'internal: a segment of the inbox';
 comment on table fanout.inbox_1 is 'internal: a segment of the inbox';
 comment on table fanout.inbox_2 is 'internal: a segment of the inbox';
@@ -1916,7 +1919,7 @@ revoke all on fanout.inbox_0, fanout.inbox_1, fanout.inbox_2, fanout.inbox_3 fro
 create table fanout.inbox_rotation (
     current    smallint    not null,
     rotated_at timestamptz not null
-);
+) using heap;
 alter table fanout.inbox_rotation replica identity full;
 create unique index inbox_rotation_one_row on fanout.inbox_rotation ((true));
 comment on table fanout.inbox_rotation is 'internal: one row, the segment that the inbox grows in, and since when';
@@ -1937,7 +1940,7 @@ create table fanout.failure (
     failed_at       timestamptz not null,
     next_try        timestamptz not null,
     primary key (subscription_id, message_id)
-) with (fillfactor = 50);
+) using heap with (fillfactor = 50);
 comment on table fanout.failure is 'internal: messages that a handler failed on and that will be tried again; see the view fanout.delivery_failure';
 revoke all on fanout.failure from public;
 
@@ -2214,7 +2217,7 @@ create table fanout.sync_target (
     key             text[]   not null,
     columns         jsonb,
     floor           bigint   not null default 0
-);
+) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
 comment on column fanout.sync_target.key is 'columns of the target that a unique index is on';
 comment on column fanout.sync_target.columns is 'remote name: local name, of those columns that have different ones';
@@ -2228,7 +2231,7 @@ create table fanout.sync_row (
     sequence        bigint      not null,
     deleted_at      timestamptz,
     primary key (subscription_id, key)
-) with (fillfactor = 50);
+) using heap with (fillfactor = 50);
 create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
 comment on column fanout.sync_row.deleted_at is 'not NULL: the row is deleted; forgotten after pg_fanout.inbox_retention';

@@ -15,6 +15,10 @@
  * Rows are never updated or deleted.  The ledger (fanout.sent) says up to
  * where they were sent.  Both are rings of segments that are emptied by TRUNCATE.
  *
+ * Must never: read more than the chunk being filled has room for, but for one
+ * message that is larger; copy or move messages by a statement without looking
+ * how many it found (query_change()).
+ *
  * Locks: writers hold ROW EXCLUSIVE on a segment until their transaction
  * ends, so that rotation, which takes ACCESS EXCLUSIVE without waiting, never
  * meets a row that is still undecided.  Readers read all segments, so that it
@@ -31,7 +35,6 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "access/xlog_internal.h"
-#include "catalog/indexing.h"
 #include "catalog/pg_type.h"
 #include "commands/sequence.h"
 #include "executor/spi.h"
@@ -271,12 +274,14 @@ outbox_insert(const OutboxRow *row, bool at_once)
 void
 outbox_topology_changed(void)
 {
-	Relation	rel = table_open(relinfo_topology_change(), RowExclusiveLock);
+	TupleDesc	desc = CreateTemplateTupleDesc(1);
 	Datum		value = FullTransactionIdGetDatum(GetTopFullTransactionId());
 	bool		isnull = false;
+	HeapTuple	row;
 
-	CatalogTupleInsert(rel, heap_form_tuple(RelationGetDescr(rel), &value, &isnull));
-	table_close(rel, NoLock);
+	TupleDescInitEntry(desc, 1, NULL, XID8OID, -1, 0);
+	row = heap_form_tuple(desc, &value, &isnull);
+	segment_insert(relinfo_topology_change(), desc, &row, 1);
 	wakeup_publisher_at_commit();
 }
 
@@ -607,8 +612,8 @@ take_rows(Rows *rows, Chunk *chunk, int limit)
 
 /*
  * Fetches rows until the chunk is full, or the portal at its end: then it sets
- * chunk->last.  Returns the rows that did not fit, which are as good as not
- * fetched only if the caller opens the portal anew.
+ * chunk->last.  Returns the rows that did not fit, which a caller that goes on
+ * with the same portal must keep.
  */
 static Rows
 fill_chunk(Portal portal, Chunk *chunk, int limit)

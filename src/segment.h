@@ -20,9 +20,10 @@ extern Oid	segment_oid(const char *table, int segment);
 extern bool segment_empty(Oid segment);
 
 /*
- * Inserts rows; their memory belongs to the current context from then on.  If
- * there are several, none may be so large that it would be toasted.  Needs no
- * right to the table.
+ * Inserts rows, formed by desc, which must have the table's first columns; their
+ * memory belongs to the current context from then on.  If there are several,
+ * none may be so large that it would be toasted.  Needs no right to the table,
+ * and an active snapshot.  An error if the row is not there afterwards.
  */
 extern void segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n);
 

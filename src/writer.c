@@ -32,6 +32,9 @@
  * - Rows that must be toasted are inserted at once, since
  *	 inserting several at once cannot do that.
  *
+ * - A trigger that somebody has put on the outbox changes captured tables while
+ *	 the queue is inserted: its rows are inserted at once.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -39,6 +42,7 @@
 #include "access/heaptoast.h"
 #include "access/htup_details.h"
 #include "access/xact.h"
+#include "commands/trigger.h"
 #include "executor/executor.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -61,6 +65,7 @@ static struct
 }			queue;
 
 static bool committing = false;
+static bool flushing = false;	/* the queue is being inserted */
 static ExecutorFinish_hook_type next_executor_finish = NULL;
 
 /* ---- inserting ---- */
@@ -79,6 +84,7 @@ static void
 forget_queue(void)
 {
 	queue.count = 0;
+	flushing = false;
 	MemoryContextReset(queue.context);
 }
 
@@ -87,8 +93,9 @@ writer_flush(void)
 {
 	MemoryContext old_context;
 
-	if (queue.count == 0 || queue.subid != GetCurrentSubTransactionId())
+	if (queue.count == 0 || flushing || queue.subid != GetCurrentSubTransactionId())
 		return;
+	flushing = true;
 	old_context = MemoryContextSwitchTo(queue.context);
 	segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
@@ -98,7 +105,7 @@ writer_flush(void)
 static bool
 may_queue(void)
 {
-	return queue.context != NULL && !committing &&
+	return queue.context != NULL && !committing && !flushing &&
 		(queue.count == 0 || queue.subid == GetCurrentSubTransactionId());
 }
 
@@ -157,7 +164,11 @@ executor_finish(QueryDesc *query)
 		writer_flush();
 }
 
-/* The server has no snapshot any more, and some that check for one. */
+/*
+ * The server has no snapshot any more, and some that check for one.  It has also
+ * fired the deferred triggers; what somebody's trigger on the outbox deferred is
+ * left.
+ */
 static void
 flush_at_end(void)
 {
@@ -166,6 +177,7 @@ flush_at_end(void)
 	PushActiveSnapshot(GetTransactionSnapshot());
 	writer_flush();
 	PopActiveSnapshot();
+	AfterTriggerFireDeferred();
 }
 
 static void
@@ -175,8 +187,8 @@ xact_callback(XactEvent event, void *arg)
 	{
 		case XACT_EVENT_PRE_COMMIT:
 		case XACT_EVENT_PRE_PREPARE:
-			flush_at_end();
 			committing = true;
+			flush_at_end();
 			break;
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_PREPARE:

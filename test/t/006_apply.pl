@@ -67,5 +67,20 @@ $node->wait_for_catchup('s');
 is(messages('key::int > 1000'), '5001|5001',
 	'and those of a streamed one, but for what was rolled back');
 
+# A trigger that somebody has put on the outbox is fired for these, too, though
+# the queue is inserted when the server has fired all deferred triggers.
+$node->safe_psql(
+	'copy', q(
+	create table seen (key text);
+	create function see() returns trigger language plpgsql as
+		'begin insert into public.seen values (new.key); return null; end';
+	create constraint trigger see after insert on fanout.outbox_0
+		deferrable initially deferred for each row execute function see();
+	alter table fanout.outbox_0 enable always trigger see));
+$node->safe_psql('postgres', 'insert into t select g from generate_series(10001, 10010) g');
+$node->wait_for_catchup('s');
+is(messages('key::int > 10000'), '10|10', 'all are captured with a trigger on the outbox');
+is($node->safe_psql('copy', 'select count(distinct key) from seen'), 10, 'which is fired for each');
+
 $node->stop;
 done_testing();

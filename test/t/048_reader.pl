@@ -15,6 +15,7 @@ my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 shared_buffers = 16MB
 max_prepared_transactions = 5
+max_worker_processes = 20
 ));
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
@@ -242,5 +243,54 @@ is(sql(q(select state from fanout.outbox_status where key = 'rotation')), 'pendi
 sql('insert into fanout.rotation table saved');
 PgFanout::wait_for_state($node, 'sent', where => q(key = 'rotation'), count => 1);
 ok(1, 'with it, it is');
+
+# ---- what a superuser adds to the tables that are written without the executor ----
+
+sql(q(select fanout.declare_binding('handled', 'g', 'classic');
+	create table handled (id int);
+	create table inboxed (message_id uuid);
+	create function handle(m fanout.message) returns void language sql as
+		'insert into public.handled values ((m.body #>> array[]::text[])::int)';
+	create function note_inbox() returns trigger language plpgsql as
+		'begin insert into public.inboxed values (new.message_id); return null; end';
+	create index on fanout.inbox using hash (message_id);
+	create index on fanout.inbox (message_id) where subscription_id < 0;
+	create index on fanout.inbox ((message_id::text));
+	alter table fanout.inbox add constraint positive check (subscription_id > 0)));
+sql("create trigger note after insert on fanout.inbox_$_ for each row execute function note_inbox()") foreach 0 .. 3;
+sql(q(select fanout.subscribe('handled', 'g', 'handle(fanout.message)');
+	select count(fanout.publish('handled', to_jsonb(i))) from generate_series(1, 100) i));
+PgFanout::poll(sub { sql('select count(*) from handled') == 100 }, 'all to be handled');
+is(sql(q(set enable_seqscan = off; select count(distinct h.message_id) from inboxed h
+	where exists (select from fanout.inbox i where i.message_id::text = h.message_id::text)
+	and exists (select from fanout.inbox i where i.message_id = h.message_id))),
+	100, 'the inbox has all that was handled, and so have its indexes of other kinds and its triggers');
+is(sql(q(set enable_seqscan = off; select count(*) from fanout.inbox where message_id is not null and subscription_id < 0)),
+	0, 'a partial index has only what belongs there');
+
+# Indexes that are built meanwhile, by CREATE INDEX CONCURRENTLY.
+my $script = PostgreSQL::Test::Utils::tempdir() . '/write.sql';
+PostgreSQL::Test::Utils::append_to_file($script,
+	q(select count(fanout.publish('mixed', to_jsonb(i), :client_id || ' ' || i, headers => '{"h": 1}')) from generate_series(1, 3) i;) . "\n");
+my ($bench_out, $bench_err) = ('', '');
+my $bench = IPC::Run::start(
+	[ 'pgbench', '-n', '-c', 4, '-T', 8, '-f', $script, $node->connstr('postgres') ],
+	'>', \$bench_out, '2>', \$bench_err, IPC::Run::timeout(120));
+foreach my $segment (0 .. 2)
+{
+	sql("create index concurrently concurrent_btree_$segment on fanout.outbox_$segment (key)");
+	sql("create index concurrently concurrent_gin_$segment on fanout.outbox_$segment using gin (headers)");
+	sql("create index concurrently concurrent_expression_$segment on fanout.outbox_$segment (lower(key))");
+}
+$bench->finish;
+unlike($bench_err, qr/ERROR/, 'no write fails while indexes are built concurrently');
+foreach my $segment (0 .. 2)
+{
+	my $outbox = "fanout.outbox_$segment";
+	my $count = sub { return sql("set enable_seqscan = $_[0]; set enable_indexscan = $_[1]; set enable_bitmapscan = $_[1]; select count(*) from $outbox where $_[2]"); };
+
+	is($count->('off', 'on', $_), $count->('on', 'off', $_), "$outbox where $_: all rows are in the index")
+	  foreach ("key > ''", "lower(key) > ''", q(headers @> '{"h": 1}'));
+}
 
 done_testing();
