@@ -782,12 +782,16 @@ bool
 relinfo_is_count(Node *condition)
 {
 	Oid			function;
+	char	   *name;
+	char	   *schema;
 
 	if (!IsA(condition, FuncExpr))
 		return false;
 	function = ((FuncExpr *) condition)->funcid;
-	return strcmp(get_func_name(function), "count_change") == 0 &&
-		strcmp(get_namespace_name(get_func_namespace(function)), "fanout") == 0;
+	name = get_func_name(function);
+	schema = get_namespace_name(get_func_namespace(function));
+	return name != NULL && strcmp(name, "count_change") == 0 &&
+		schema != NULL && strcmp(schema, "fanout") == 0;
 }
 
 /* Does the trigger's condition end with the call of fanout.count_change()? */
