@@ -115,6 +115,9 @@ static bool may_queue_events(QueryDesc *query);
 static void utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 					ProcessUtilityContext context, ParamListInfo params,
 					QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc);
+static void run_utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
+						ProcessUtilityContext context, ParamListInfo params,
+						QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc);
 static bool is_level(Node *command);
 static void enter_level(void *owner);
 static void end_level(void);
@@ -288,23 +291,32 @@ utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 		ProcessUtilityContext context, ParamListInfo params,
 		QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
 {
-	ProcessUtility_hook_type next = next_utility ? next_utility : standard_ProcessUtility;
-
 	if (!is_level(pstmt->utilityStmt))
 	{
-		next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+		run_utility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 		return;
 	}
 	enter_level(NULL);
 	PG_TRY();
 	{
-		next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+		run_utility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 	}
 	PG_FINALLY();
 	{
 		end_level();
 	}
 	PG_END_TRY();
+}
+
+static void
+run_utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
+			ProcessUtilityContext context, ParamListInfo params,
+			QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
+{
+	if (next_utility)
+		next_utility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+	else
+		standard_ProcessUtility(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
 }
 
 static bool
