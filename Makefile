@@ -10,18 +10,18 @@ PGFILEDESC = "pg_fanout - transactional outbox for RabbitMQ"
 
 # make sure that a VPATH build finds the sources
 srcdir_ := $(dir $(lastword $(MAKEFILE_LIST)))
-sources := $(sort $(notdir $(wildcard $(srcdir_)src/*.c)))
+sources := $(sort $(patsubst $(srcdir_)%,%,$(wildcard $(srcdir_)src/*.c $(srcdir_)src/*/*.c)))
 
-OBJS = $(addprefix src/,$(sources:.c=.o))
-# a VPATH build begins in an empty directory; as a target, VPATH would find it
-$(shell mkdir -p src)
+OBJS = $(sources:.c=.o)
+# a VPATH build begins in an empty directory; as targets, VPATH would find them
+$(shell mkdir -p $(sort $(dir $(sources))))
 DATA = $(patsubst $(srcdir_)%,%,$(sort $(wildcard $(srcdir_)sql/*--*.sql)))
 
 # The version stands once, in the control file.
 version := $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" $(srcdir_)pg_fanout.control)
 
 PKG_CONFIG ?= pkg-config
-PG_CPPFLAGS = -DPG_FANOUT_VERSION='"$(version)"' $(shell $(PKG_CONFIG) --cflags librabbitmq libssl uuid)
+PG_CPPFLAGS = -I$(srcdir_)src -DPG_FANOUT_VERSION='"$(version)"' $(shell $(PKG_CONFIG) --cflags librabbitmq libssl uuid)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 ifdef WERROR
 PG_CFLAGS += -Werror
@@ -42,4 +42,4 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
-$(OBJS): $(wildcard $(srcdir_)src/*.h) $(srcdir_)pg_fanout.control
+$(OBJS): $(wildcard $(srcdir_)src/*/*.h) $(srcdir_)pg_fanout.control

@@ -10,7 +10,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "assemble.h"
+#include "broker/assemble.h"
 #include "fuzz.h"
 
 #define MAX_BODY	70000

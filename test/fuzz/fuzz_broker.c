@@ -34,11 +34,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "broker.h"
-#include "clock.h"
-#include "confirms.h"
+#include "broker/broker.h"
+#include "broker/clock.h"
+#include "broker/confirms.h"
 #include "fuzz.h"
-#include "tcp.h"
+#include "broker/tcp.h"
 
 #ifdef CONSUMES
 static const bool consumes = true;

@@ -10,7 +10,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "confirms.h"
+#include "broker/confirms.h"
 #include "fuzz.h"
 
 #define CAPACITY	16

@@ -10,7 +10,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "flight.h"
+#include "publish/flight.h"
 #include "fuzz.h"
 
 #define ITEMS_MAX	64

@@ -9,7 +9,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "broker.h"
+#include "broker/broker.h"
 #include "fuzz.h"
 
 static char *

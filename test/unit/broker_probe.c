@@ -26,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "../../src/broker.h"
+#include "broker/broker.h"
 #include "tap.h"
 
 #define EXCHANGE	"pgf_probe"

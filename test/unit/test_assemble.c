@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "assemble.h"
+#include "broker/assemble.h"
 #include "tap.h"
 
 static Assembler a;

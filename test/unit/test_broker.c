@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "broker.h"
+#include "broker/broker.h"
 #include "tap.h"
 
 #define CONNECT_TIMEOUT 1000

@@ -2,7 +2,7 @@
  * The window of unconfirmed messages, against the orders in which RabbitMQ
  * was seen to confirm, and against a simple model with random orders.
  */
-#include "confirms.h"
+#include "broker/confirms.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -2,7 +2,7 @@
  * Which message may be published next: one in flight per key, barriers, and
  * nothing forgotten, against a model with random keys and failures.
  */
-#include "flight.h"
+#include "publish/flight.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -3,7 +3,7 @@
  * barriers block all, what is released is released in order, and comes back to
  * its place if it fails then; against a model with random keys.
  */
-#include "order.h"
+#include "consume/order.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -16,8 +16,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "clock.h"
-#include "resolve.h"
+#include "broker/clock.h"
+#include "broker/resolve.h"
 #include "tap.h"
 
 /* How long an attempt may last, and what the machine may need more, in ms. */

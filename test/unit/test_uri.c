@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "broker.h"
+#include "broker/broker.h"
 #include "tap.h"
 
 static bool

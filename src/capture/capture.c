@@ -1,0 +1,560 @@
+/*-------------------------------------------------------------------------
+ *
+ * capture.c
+ *		From a change to a row in the outbox: the capture trigger, publish().
+ *
+ * This runs in the application's own transactions, on every row they write,
+ * with their rights.  It must never wait for anything but the server's own
+ * heap and index insertion, and never depend on the broker or on any worker.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "access/detoast.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "fmgr.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/datetime.h"
+#include "utils/datum.h"
+#include "utils/json.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/numeric.h"
+#include "utils/rel.h"
+#include "utils/resowner.h"
+#include "utils/timestamp.h"
+
+#include "broker/broker.h"
+#include "capture/msgid.h"
+#include "capture/nesting.h"
+#include "capture/relinfo.h"
+#include "capture/rowjson.h"
+#include "publish/outbox.h"
+
+PG_FUNCTION_INFO_V1(pgf_capture_trigger);
+PG_FUNCTION_INFO_V1(pgf_publish);
+
+/*
+ * One change, as the renderers need it.  old_row, new_row: NULL if the message
+ * has none.
+ */
+typedef struct Change
+{
+	CaptureInfo *info;
+	TupleDesc	desc;
+	CaptureOp	op;				/* of the message */
+	HeapTuple	old_row;
+	HeapTuple	new_row;
+	const char *key;			/* NULL: none */
+	bool		key_changed;
+	TimestampTz now;
+	pg_uuid_t	message_id;
+} Change;
+
+/* ---- keys ---- */
+
+static bool
+keys_differ(const Change *change)
+{
+	CaptureInfo *info = change->info;
+
+	for (int i = 0; i < info->nkeys; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(change->desc, info->keys[i] - 1);
+		bool		old_null;
+		bool		new_null;
+		Datum		old_value = heap_getattr(change->old_row, info->keys[i], change->desc, &old_null);
+		Datum		new_value = heap_getattr(change->new_row, info->keys[i], change->desc, &new_null);
+
+		if (old_null != new_null)
+			return true;
+		if (!old_null && !datum_image_eq(old_value, new_value, attr->attbyval, attr->attlen))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * The key as text: of a single column its value, of several a JSON array.
+ * NULL if there is no key, or all of it is NULL.
+ */
+static char *
+render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
+{
+	StringInfoData out;
+	bool		all_null = true;
+
+	if (info->nkeys == 0)
+		return NULL;
+	if (info->nkeys == 1)
+	{
+		bool		isnull;
+		Datum		value = heap_getattr(row, info->keys[0], desc, &isnull);
+
+		return rowjson_text(info->key, 0, value, isnull);
+	}
+
+	initStringInfo(&out);
+	for (int i = 0; i < info->nkeys; i++)
+	{
+		bool		isnull;
+		Datum		value = heap_getattr(row, info->keys[i], desc, &isnull);
+
+		appendStringInfoChar(&out, i == 0 ? '[' : ',');
+		rowjson_append_value(&out, info->key, i, value, isnull);
+		all_null = all_null && isnull;
+	}
+	appendStringInfoChar(&out, ']');
+	return all_null ? NULL : out.data;
+}
+
+/* ---- bodies ---- */
+
+static int64
+epoch_ms(TimestampTz when)
+{
+	return when / 1000 +
+		((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE)) * SECS_PER_DAY * 1000;
+}
+
+static void
+append_row(StringInfo out, const Change *change, HeapTuple row)
+{
+	if (row == NULL)
+		appendStringInfoString(out, "null");
+	else
+		rowjson_append(out, change->info->row, row, change->desc);
+}
+
+#define MAX_INT64_DIGITS 20		/* and sign */
+
+/* Not by appendStringInfo(), which would cost as much as all columns together. */
+static void
+append_number(StringInfo out, const char *before, int64 number)
+{
+	appendStringInfoString(out, before);
+	enlargeStringInfo(out, MAX_INT64_DIGITS);
+	out->len += pg_lltoa(number, out->data + out->len);
+}
+
+/* The envelope of Debezium's change events (its documentation, "Data change events"). */
+static void
+render_debezium(StringInfo out, const Change *change)
+{
+	HeapTuple	before = change->old_row;
+
+	if (change->op == OP_UPDATE && !change->info->old_row && !change->key_changed)
+		before = NULL;
+
+	appendStringInfoString(out, "{\"before\":");
+	append_row(out, change, before);
+	appendStringInfoString(out, ",\"after\":");
+	append_row(out, change, change->new_row);
+	appendStringInfoString(out, ",\"source\":");
+	appendStringInfoString(out, change->info->source);
+	append_number(out, ",\"txId\":", U64FromFullTransactionId(GetTopFullTransactionId()));
+	append_number(out, ",\"ts_ms\":", epoch_ms(GetCurrentTransactionStartTimestamp()));
+	appendStringInfoString(out, "},\"op\":\"");
+	appendStringInfoString(out, capture_op_code[change->op]);
+	append_number(out, "\",\"ts_ms\":", epoch_ms(change->now));
+	appendStringInfoChar(out, '}');
+}
+
+/* The row as it is after an insert or update, as it was before a delete. */
+static void
+render_row(StringInfo out, const Change *change)
+{
+	append_row(out, change, change->new_row != NULL ? change->new_row : change->old_row);
+}
+
+/* CloudEvents 1.0, JSON format: what stands before "data". */
+static void
+open_cloudevent(StringInfo out, const pg_uuid_t *message_id, const char *source_json,
+				const char *type, const char *key, TimestampTz when)
+{
+	char		id[37];
+	char		buf[MAXDATELEN + 1];
+	int			tz = 0;
+
+	msgid_format(message_id, id);
+	appendStringInfo(out, "{\"specversion\":\"1.0\",\"id\":\"%s\",\"source\":%s,\"type\":", id, source_json);
+	escape_json(out, type);
+	if (key != NULL && key[0] != '\0')
+	{
+		appendStringInfoString(out, ",\"subject\":");
+		escape_json(out, key);
+	}
+	JsonEncodeDateTime(buf, TimestampTzGetDatum(when), TIMESTAMPTZOID, &tz);
+	appendStringInfo(out, ",\"time\":\"%s\",\"datacontenttype\":\"application/json\",\"data\":", buf);
+}
+
+static void
+render_cloudevent(StringInfo out, const Change *change)
+{
+	open_cloudevent(out, &change->message_id, change->info->uri,
+					change->info->type[change->op], change->key, change->now);
+	render_row(out, change);
+	appendStringInfoChar(out, '}');
+}
+
+static void
+render_body(StringInfo out, const Change *change)
+{
+	switch (change->info->topic.format)
+	{
+		case FORMAT_DEBEZIUM:
+			render_debezium(out, change);
+			break;
+		case FORMAT_ROW:
+			render_row(out, change);
+			break;
+		case FORMAT_CLOUDEVENTS:
+			render_cloudevent(out, change);
+			break;
+	}
+}
+
+static void
+render(StringInfo body, Change *change)
+{
+	HeapTuple	row = change->new_row != NULL ? change->new_row : change->old_row;
+
+	if (row != NULL)
+		change->key = render_key(change->info, row, change->desc);
+	render_body(body, change);
+}
+
+/* ---- the trigger ---- */
+
+/*
+ * A changed key is a message of the new key that must not overtake messages
+ * of the old one: the publisher learns of it by the header "old_key".
+ */
+static Jsonb *
+change_headers(const Change *change)
+{
+	CaptureInfo *info = change->info;
+	char	   *old_key;
+	Relation	entity;
+	Jsonb	   *headers;
+
+	if (!change->key_changed)
+		return info->headers[change->op];
+	old_key = render_key(info, change->old_row, change->desc);
+	if (old_key == NULL)
+		return info->headers[change->op];
+	entity = RelationIdGetRelation(info->entity);
+	headers = relinfo_headers(capture_op_code[change->op],
+							  get_namespace_name(RelationGetNamespace(entity)),
+							  RelationGetRelationName(entity), old_key);
+	RelationClose(entity);
+	return headers;
+}
+
+static CaptureOp
+operation_of(TriggerEvent event)
+{
+	if (TRIGGER_FIRED_BY_INSERT(event))
+		return OP_INSERT;
+	if (TRIGGER_FIRED_BY_UPDATE(event))
+		return OP_UPDATE;
+	if (TRIGGER_FIRED_BY_DELETE(event))
+		return OP_DELETE;
+	return OP_TRUNCATE;
+}
+
+/* Rows up to that size can be rendered, whatever is in them: bytes. */
+#define ORDINARY_ROW (64 * 1024 * 1024)
+
+/* The size of a row, its values detoasted: bytes.  NULL: 0. */
+static Size
+row_size(HeapTuple row, TupleDesc desc)
+{
+	Size		size = 0;
+
+	if (row == NULL || !HeapTupleHasExternal(row))
+		return 0;				/* a page, with whatever is compressed in it */
+	for (int i = 0; i < desc->natts; i++)
+	{
+		bool		isnull;
+		Datum		value;
+
+		if (TupleDescAttr(desc, i)->attlen != -1)
+			continue;
+		value = heap_getattr(row, i + 1, desc, &isnull);
+		if (!isnull)
+			size += toast_raw_datum_size(value);
+	}
+	return size;
+}
+
+/*
+ * Renders key and body of a change whose rows are so large that their text may
+ * pass the server's limit of 1 GB.  A row that can be stored must not be refused
+ * for its message: then the message has an empty body, and the publisher makes a
+ * dead letter of it.
+ */
+static void
+render_large(StringInfo body, Change *change)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	PG_TRY();
+	{
+		render(body, change);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+		if (ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
+			ReThrowError(error);
+		resetStringInfo(body);
+		change->key = NULL;
+		change->key_changed = false;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+}
+
+/*
+ * Finds out what the message says: of an update that takes a row out of the
+ * capture's filter, that it was deleted; of one that brings it in, inserted.
+ */
+static void
+describe_change(Change *change, TriggerData *trigdata)
+{
+	CaptureOp	event = operation_of(trigdata->tg_event);
+
+	memset(change, 0, sizeof(*change));
+	change->info = relinfo_of_trigger(trigdata);
+	change->desc = RelationGetDescr(trigdata->tg_relation);
+	change->op = (event == OP_UPDATE && change->info->sent_as >= 0) ? change->info->sent_as : event;
+	change->now = GetCurrentTimestamp();
+	msgid_new(&change->message_id);
+
+	if (change->op == OP_UPDATE || change->op == OP_DELETE)
+		change->old_row = trigdata->tg_trigtuple;
+	if (change->op == OP_UPDATE || change->op == OP_INSERT)
+		change->new_row = (event == OP_UPDATE) ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	if (change->op == OP_UPDATE)
+		change->key_changed = keys_differ(change);
+}
+
+static void
+capture_change(TriggerData *trigdata)
+{
+	Change		change;
+	StringInfoData body;
+	OutboxRow	row;
+
+	describe_change(&change, trigdata);
+	if (change.info->idle)
+		return;
+	initStringInfo(&body);
+	if (row_size(change.old_row, change.desc) + row_size(change.new_row, change.desc) > ORDINARY_ROW)
+		render_large(&body, &change);
+	else
+		render(&body, &change);
+
+	memset(&row, 0, sizeof(row));
+	row.topic_id = change.info->topic.topic_id;
+	row.message_id = change.message_id;
+	row.type = change.info->type[change.op];
+	row.key = change.key;
+	row.headers = change_headers(&change);
+	row.payload = body.data;
+	row.payload_len = body.len;
+	row.created_at = change.now;
+	row.id = nesting_take_id(change.info->counted);
+	outbox_insert(&row, false);
+}
+
+/* A value that is too large to render says nothing of a trigger. */
+static void
+capture_context(void *arg)
+{
+	errcontext("capture of table \"%s\"", RelationGetRelationName((Relation) arg));
+}
+
+Datum
+pgf_capture_trigger(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigdata = (TriggerData *) fcinfo->context;
+	ErrorContextCallback context = {.callback = capture_context};
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_AFTER(trigdata->tg_event) ||
+		TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) == TRIGGER_FIRED_BY_TRUNCATE(trigdata->tg_event))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"%s\" must be called by an AFTER trigger, for each row or for TRUNCATE",
+						"fanout.capture_trigger"),
+				 errhint("Use fanout.capture() to create it.")));
+
+	context.previous = error_context_stack;
+	context.arg = trigdata->tg_relation;
+	error_context_stack = &context;
+
+	/* the trigger manager resets the current context after each row */
+	capture_change(trigdata);
+	error_context_stack = context.previous;
+	return PointerGetDatum(NULL);
+}
+
+/* ---- publish() ---- */
+
+static int
+utf8_length(const char *s)
+{
+	return strlen((char *) pg_do_encoding_conversion((unsigned char *) unconstify(char *, s), strlen(s),
+													 GetDatabaseEncoding(), PG_UTF8));
+}
+
+static bool
+reserved_header(const char *name, int len)
+{
+	static const char *const reserved[] = {"op", "schema", "table", "key", "old_key", "sequence", "xid"};
+
+	for (int i = 0; i < lengthof(reserved); i++)
+	{
+		if (strlen(reserved[i]) == len && memcmp(reserved[i], name, len) == 0)
+			return true;
+	}
+	return false;
+}
+
+static void
+check_header_name(const char *name, int len)
+{
+	if (len < 1 || utf8_length(name) > 128)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("names of headers have 1 to 128 bytes in UTF-8"),
+				 errdetail("This is AMQP's limit for field names.")));
+	if (reserved_header(name, len))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("header \"%.*s\" is set by pg_fanout itself", len, name),
+				 errhint("Choose another name.")));
+}
+
+/* As wire.c decides. */
+static void
+check_header_number(const char *name, Numeric number)
+{
+	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(number)));
+
+	if (!isfinite(strtod(text, NULL)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("header \"%s\" is out of range", name),
+				 errdetail("Numbers are sent as 64-bit integers, or else in double precision."),
+				 errhint("Write it as a string.")));
+}
+
+static void
+check_headers(Jsonb *headers)
+{
+	JsonbIterator *it;
+	JsonbValue	v;
+
+	if (!JB_ROOT_IS_OBJECT(headers))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("headers must be a JSON object"),
+				 errhint("For example {\"tenant\": 7}.")));
+	it = JsonbIteratorInit(&headers->root);
+	(void) JsonbIteratorNext(&it, &v, true);	/* WJB_BEGIN_OBJECT */
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	{
+		char	   *name = pnstrdup(v.val.string.val, v.val.string.len);
+
+		check_header_name(name, v.val.string.len);
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (v.type == jbvBinary || v.type == jbvObject || v.type == jbvArray)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("header \"%s\" must be a string, a number, a boolean or null", name),
+					 errhint("Put nested values into the payload.")));
+		if (v.type == jbvNumeric)
+			check_header_number(name, v.val.numeric);
+	}
+}
+
+static char *
+render_payload(Jsonb *payload, TopicFormat format, const OutboxRow *row)
+{
+	char	   *json = JsonbToCString(NULL, &payload->root, VARSIZE(payload));
+	StringInfoData out;
+	StringInfoData source;
+
+	if (format != FORMAT_CLOUDEVENTS)
+		return json;
+	initStringInfo(&source);
+	escape_json(&source, "/pg_fanout");
+	initStringInfo(&out);
+	open_cloudevent(&out, &row->message_id, source.data,
+					row->type != NULL && row->type[0] != '\0' ? row->type : "message",
+					row->key, row->created_at);
+	appendStringInfo(&out, "%s}", json);
+	return out.data;
+}
+
+Datum
+pgf_publish(PG_FUNCTION_ARGS)
+{
+	OutboxRow	row;
+	TopicInfo	topic;
+	pg_uuid_t  *result = palloc(sizeof(pg_uuid_t));
+
+	PreventCommandIfReadOnly("fanout.publish()");
+	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("%s must not be null", PG_ARGISNULL(0) ? "topic" : "payload"),
+				 PG_ARGISNULL(0) ? 0 : errhint("A JSON null is written 'null'::jsonb.")));
+	topic = relinfo_topic(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+
+	memset(&row, 0, sizeof(row));
+	row.id = outbox_next_id();
+	row.topic_id = topic.topic_id;
+	msgid_new(&row.message_id);
+	row.key = PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2));
+	row.type = PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3));
+	row.headers = PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4);
+	row.created_at = GetCurrentTimestamp();
+	if (row.type != NULL && utf8_length(row.type) > BROKER_MAX_SHORTSTR)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("type is too long"),
+				 errdetail("It has %d bytes in UTF-8; the AMQP property takes %d.",
+						   utf8_length(row.type), BROKER_MAX_SHORTSTR)));
+	if (row.headers != NULL)
+		check_headers(row.headers);
+	row.payload = render_payload(PG_GETARG_JSONB_P(1), topic.format, &row);
+	row.payload_len = strlen(row.payload);
+	outbox_insert(&row, true);
+
+	*result = row.message_id;
+	PG_RETURN_UUID_P(result);
+}

@@ -1,0 +1,116 @@
+/*-------------------------------------------------------------------------
+ *
+ * relinfo.h
+ *		What a capture trigger needs to know of its table and topic, cached.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_RELINFO_H
+#define PGF_RELINFO_H
+
+#include "postgres.h"
+
+#include "commands/trigger.h"
+#include "utils/jsonb.h"
+#include "utils/rel.h"
+
+#include "capture/rowjson.h"
+
+typedef enum TopicFormat
+{
+	FORMAT_DEBEZIUM,
+	FORMAT_ROW,
+	FORMAT_CLOUDEVENTS,
+} TopicFormat;
+
+typedef enum CaptureOp
+{
+	OP_INSERT,
+	OP_UPDATE,
+	OP_DELETE,
+	OP_TRUNCATE,
+} CaptureOp;
+
+#define CAPTURE_OPS (OP_TRUNCATE + 1)
+
+/* One topic as capture and publish() see it. */
+typedef struct TopicInfo
+{
+	int32		topic_id;
+	TopicFormat format;
+} TopicInfo;
+
+/*
+ * One capture trigger on one table (or partition).  It and all that it points
+ * to stay as they are while anybody uses it; see relinfo_of_trigger().
+ */
+typedef struct CaptureInfo
+{
+	MemoryContext context;		/* holds it all */
+	bool		valid;			/* still what the catalogs say */
+	bool		cached;			/* else its last user frees it */
+	int			uses;			/* calls of triggers that have it */
+	Oid			relid;			/* the table it fires on */
+	Oid			entity;			/* the table captured: itself, or the
+								 * partitioned table above it */
+	TopicInfo	topic;
+	bool		old_row;
+	int			sent_as;		/* CaptureOp of the messages of updates,
+								 * insert or delete; -1: the event's own */
+	bool		idle;			/* makes no messages */
+	bool		counted;		/* its events are, when they are queued; see
+								 * nesting.c */
+	RowJson    *row;			/* the captured columns */
+	int			nkeys;			/* 0: no key */
+	AttrNumber *keys;
+	RowJson    *key;			/* the key's columns */
+	char	   *source;			/* constant part of Debezium's "source" */
+	char	   *uri;			/* CloudEvents' source */
+	char	   *type[CAPTURE_OPS];	/* AMQP type */
+	Jsonb	   *headers[CAPTURE_OPS];
+} CaptureInfo;
+
+/*
+ * Cached information on the trigger that fires.  It stays as it is until the
+ * current memory context is reset, whatever runs meanwhile: a type's output
+ * function may write to the same table, change schemas, fail and be caught.
+ * Raises an error (42704) if the topic does not exist.
+ */
+extern CaptureInfo *relinfo_of_trigger(TriggerData *trigdata);
+
+/* The topic of that name; raises an error (42704) if it does not exist. */
+extern TopicInfo relinfo_topic(const char *topic);
+
+/* Headers of a captured change; old_key is NULL unless the key changed. */
+extern Jsonb *relinfo_headers(const char *op, const char *schema, const char *table,
+							  const char *old_key);
+
+extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
+
+/* The option's value among the arguments of a capture trigger; NULL: not given. */
+extern const char *relinfo_option(char **args, int nargs, const char *name);
+
+/*
+ * Tells whether a part of a trigger's condition is the call of
+ * fanout.count_change().
+ */
+extern bool relinfo_is_count(Node *condition);
+
+/* Arguments of a trigger as C strings, in the current context. */
+extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name);
+
+/*
+ * Oids of the extension's tables, looked up once and again after any of them
+ * was dropped or rewritten.  Raise an error (55000) if the extension is not
+ * there.
+ */
+#define OUTBOX_SEGMENTS 3
+
+extern Oid	relinfo_segment(int segment);
+extern Oid	relinfo_outbox_sequence(void);
+extern Oid	relinfo_topology_change(void);
+
+/* Makes every session look topics up again once this transaction commits. */
+extern void relinfo_invalidate_topics(void);
+
+#endif							/* PGF_RELINFO_H */

@@ -1,0 +1,223 @@
+/*-------------------------------------------------------------------------
+ *
+ * writer.c
+ *		Rows into the outbox's segments, a statement's together.
+ *
+ * A statement that changes many rows pays for locking, opening and logging
+ * once per page rather than once per row: its rows are queued and inserted
+ * together.  Their ids are drawn before, so it never matters in which order
+ * they get there.  The queue belongs to one subtransaction, and only this one
+ * may insert it: the rows carry its xid.
+ *
+ * Scenarios:
+ *
+ * - The statement ends: the queue is inserted, so that the next statement
+ *	 sees it.
+ *
+ * - The statement is one of several, in a function that the outer one calls:
+ *	 the same.
+ *
+ * - A subtransaction begins while its parent has a queue (an exception block in
+ *	 another AFTER trigger): its rows are inserted one by one.
+ *
+ * - What ends no statement of the executor (an apply worker of logical
+ *	 replication): before COMMIT, PREPARE TRANSACTION, or the end of the
+ *	 subtransaction.
+ *
+ * - ROLLBACK, also to a savepoint: the queue is forgotten.
+ *
+ * - Rows written while the transaction commits, by others' callbacks: nobody
+ *	 would insert them later, so they are inserted at once.
+ *
+ * - Rows that must be toasted are inserted at once, since
+ *	 inserting several at once cannot do that.
+ *
+ * - A trigger that somebody has put on the outbox changes captured tables while
+ *	 the queue is inserted: its rows are inserted at once.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heaptoast.h"
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "commands/trigger.h"
+#include "executor/executor.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+
+#include "capture/relinfo.h"
+#include "capture/writer.h"
+#include "server/segment.h"
+
+/* A dozen pages, and little enough to stay in the processor's cache. */
+#define QUEUE_ROWS 128
+
+static struct
+{
+	MemoryContext context;		/* holds the rows; NULL: nothing is queued */
+	SubTransactionId subid;
+	int			segment;
+	TupleDesc	desc;			/* the caller's */
+	int			count;
+	HeapTuple	rows[QUEUE_ROWS];
+}			queue;
+
+static bool committing = false;
+static bool flushing = false;	/* the queue is being inserted */
+static ExecutorFinish_hook_type next_executor_finish = NULL;
+
+/* ---- inserting ---- */
+
+void
+writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
+{
+	HeapTuple	row = heap_form_tuple(desc, values, nulls);
+
+	segment_insert(relinfo_segment(segment), desc, &row, 1);
+}
+
+/* ---- the queue ---- */
+
+static void
+forget_queue(void)
+{
+	queue.count = 0;
+	flushing = false;
+	MemoryContextReset(queue.context);
+}
+
+void
+writer_flush(void)
+{
+	MemoryContext old_context;
+
+	if (queue.count == 0 || flushing || queue.subid != GetCurrentSubTransactionId())
+		return;
+	flushing = true;
+	old_context = MemoryContextSwitchTo(queue.context);
+	segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
+	MemoryContextSwitchTo(old_context);
+	forget_queue();
+}
+
+static bool
+may_queue(void)
+{
+	return queue.context != NULL && !committing && !flushing &&
+		(queue.count == 0 || queue.subid == GetCurrentSubTransactionId());
+}
+
+void
+writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
+{
+	MemoryContext old_context;
+	HeapTuple	row;
+
+	if (!may_queue())
+	{
+		writer_insert(segment, desc, values, nulls);
+		return;
+	}
+	if (queue.count == QUEUE_ROWS || queue.segment != segment)
+		writer_flush();
+	queue.subid = GetCurrentSubTransactionId();
+	queue.segment = segment;
+	queue.desc = desc;
+
+	old_context = MemoryContextSwitchTo(queue.context);
+	row = heap_form_tuple(desc, values, nulls);
+	MemoryContextSwitchTo(old_context);
+	if (row->t_len <= TOAST_TUPLE_THRESHOLD)
+		queue.rows[queue.count++] = row;
+	else
+	{
+		segment_insert(relinfo_segment(segment), desc, &row, 1);
+		heap_freetuple(row);
+	}
+}
+
+/* ---- when it is inserted ---- */
+
+/*
+ * Not so a query that changes nothing, or a foreign key's own, which leaves its
+ * triggers to the statement: one that runs for each row would have the rows inserted
+ * one by one.  In parallel mode nothing may be inserted at all.
+ */
+static bool
+ends_statement(const QueryDesc *query)
+{
+	if (query->estate->es_top_eflags & EXEC_FLAG_SKIP_TRIGGERS)
+		return false;
+	return query->operation != CMD_SELECT || query->plannedstmt->hasModifyingCTE;
+}
+
+static void
+executor_finish(QueryDesc *query)
+{
+	if (next_executor_finish)
+		next_executor_finish(query);
+	else
+		standard_ExecutorFinish(query);
+	if (ends_statement(query) && !IsInParallelMode())
+		writer_flush();
+}
+
+/*
+ * The server has no snapshot any more, and some that check for one.  It has also
+ * fired the deferred triggers; what somebody's trigger on the outbox deferred is
+ * left.
+ */
+static void
+flush_at_end(void)
+{
+	if (queue.count == 0)
+		return;
+	PushActiveSnapshot(GetTransactionSnapshot());
+	writer_flush();
+	PopActiveSnapshot();
+	AfterTriggerFireDeferred();
+}
+
+static void
+xact_callback(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+		case XACT_EVENT_PRE_PREPARE:
+			committing = true;
+			flush_at_end();
+			break;
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PREPARE:
+		case XACT_EVENT_ABORT:
+			forget_queue();
+			committing = false;
+			break;
+		case XACT_EVENT_PARALLEL_PRE_COMMIT:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_PARALLEL_ABORT:
+			break;
+	}
+}
+
+static void
+subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
+		writer_flush();
+	else if (event == SUBXACT_EVENT_ABORT_SUB && (queue.count == 0 || queue.subid == subid))
+		forget_queue();
+}
+
+void
+writer_init(void)
+{
+	queue.context = AllocSetContextCreate(TopMemoryContext, "pg_fanout queue", ALLOCSET_DEFAULT_SIZES);
+	next_executor_finish = ExecutorFinish_hook;
+	ExecutorFinish_hook = executor_finish;
+	RegisterXactCallback(xact_callback, NULL);
+	RegisterSubXactCallback(subxact_callback, NULL);
+}

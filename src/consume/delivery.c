@@ -1,0 +1,447 @@
+/*-------------------------------------------------------------------------
+ *
+ * delivery.c
+ *		From an AMQP delivery to a fanout.message.
+ *
+ * The rules by which a delivery of whatever producer is read (README,
+ * "Consuming") are here and nowhere else.  A producer may send anything: what
+ * cannot be given to a handler is NULL, and the bytes are always there.
+ *
+ * A message id that is a UUID is taken as it is.  Another one is hashed
+ * together with the queue's name (a version-5 UUID); and if there is none, the
+ * content is: type, content type, timestamp, headers (without those that the
+ * broker adds, "x-...") and body.  So a repeat has the same id.
+ *
+ * Must never: raise an error because of what a message contains.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+#include <uuid/uuid.h>
+
+#include "catalog/namespace.h"
+#include "common/hashfn.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/numeric.h"
+#include "utils/timestamp.h"
+
+#include "consume/delivery.h"
+#include "server/compat.h"
+
+StaticAssertDecl(sizeof(uuid_t) == UUID_LEN, "libuuid and the server agree on UUIDs");
+
+/* The namespace of ids that are made from names, drawn once for all. */
+static const uuid_t id_namespace = {
+	0x6f, 0x0c, 0x7b, 0x52, 0x3e, 0x41, 0x4d, 0x0a, 0x9a, 0x64, 0x1f, 0x27, 0xd3, 0x88, 0x5b, 0xe1
+};
+
+/* ---- encodings ---- */
+
+char *
+delivery_text(const char *utf8, size_t len)
+{
+	int			encoding = GetDatabaseEncoding();
+	Oid			proc;
+	size_t		room;
+	char	   *out;
+
+	if (len > MaxAllocSize / MAX_CONVERSION_GROWTH - 1 || !pg_verify_mbstr(PG_UTF8, utf8, len, true))
+		return NULL;
+	if (encoding == PG_UTF8 || encoding == PG_SQL_ASCII)
+		return pnstrdup(utf8, len);
+
+	proc = FindDefaultConversionProc(PG_UTF8, encoding);
+	if (!OidIsValid(proc))
+		return NULL;
+	room = len * MAX_CONVERSION_GROWTH + 1;
+	out = palloc(room);
+	if (pg_do_encoding_conversion_buf(proc, PG_UTF8, encoding,
+									  (unsigned char *) unconstify(char *, utf8), len,
+									  (unsigned char *) out, room, true) != len)
+	{
+		pfree(out);
+		return NULL;
+	}
+	return out;
+}
+
+static char *
+optional_text(const char *utf8)
+{
+	return utf8 != NULL ? delivery_text(utf8, strlen(utf8)) : NULL;
+}
+
+/* ---- JSON ---- */
+
+/*
+ * What jsonb_in() refuses is data (class 22), or beyond its limits (54); it
+ * holds nothing but memory when it raises that.
+ */
+static Datum
+parse_json(char *text, bool *isnull)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	volatile Datum result = (Datum) 0;
+	volatile bool failed = false;
+
+	PG_TRY();
+	{
+		result = DirectFunctionCall1(jsonb_in, CStringGetDatum(text));
+	}
+	PG_CATCH();
+	{
+		int			category = ERRCODE_TO_CATEGORY(geterrcode());
+
+		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(oldcontext);
+		FlushErrorState();
+		failed = true;
+	}
+	PG_END_TRY();
+	*isnull = failed;
+	return result;
+}
+
+Datum
+delivery_json(const char *bytes, size_t len, bool *isnull)
+{
+	char	   *text = len > 0 ? delivery_text(bytes, len) : NULL;
+
+	*isnull = true;
+	return text !=NULL ? parse_json(text, isnull) : (Datum) 0;
+}
+
+/* ---- headers ---- */
+
+static JsonbValue *push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names);
+
+static JsonbValue
+text_value(const char *utf8, size_t len)
+{
+	JsonbValue	value = {.type = jbvNull};
+	char	   *text = delivery_text(utf8, len);
+
+	if (text !=NULL)
+	{
+		value.type = jbvString;
+		value.val.string.val = text;
+
+		value.val.string.len = strlen(text);
+	}
+	return value;
+}
+
+/* All digits of it; jsonb has neither infinity nor NaN. */
+static JsonbValue
+double_value(double real)
+{
+	JsonbValue	value = {.type = jbvNull};
+
+	if (isfinite(real))
+	{
+		value.type = jbvNumeric;
+		value.val.numeric = DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(psprintf("%.17g", real)),
+																ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+	}
+	return value;
+}
+
+static JsonbValue
+scalar_value(const BrokerField *field)
+{
+	JsonbValue	value = {.type = jbvNull};
+
+	switch (field->type)
+	{
+		case BROKER_VALUE_BOOL:
+			value.type = jbvBool;
+			value.val.boolean = field->value.boolean;
+			break;
+		case BROKER_VALUE_INT:
+			value.type = jbvNumeric;
+			value.val.numeric = int64_to_numeric(field->value.integer);
+			break;
+		case BROKER_VALUE_DOUBLE:
+			return double_value(field->value.real);
+		case BROKER_VALUE_STRING:
+			return text_value(field->value.string.data, field->value.string.len);
+		default:
+			break;
+	}
+	return value;
+}
+
+static void
+push_field(JsonbParseState **state, JsonbIteratorToken token, const BrokerField *field)
+{
+	JsonbValue	value;
+
+	if (field->type == BROKER_VALUE_TABLE || field->type == BROKER_VALUE_ARRAY)
+		(void) push_fields(state, field->value.nested.fields, field->value.nested.count,
+						   field->type == BROKER_VALUE_TABLE);
+	else
+	{
+		value = scalar_value(field);
+		(void) pushJsonbValue(state, token, &value);
+	}
+}
+
+static void
+push_named(JsonbParseState **state, const BrokerField *field)
+{
+	JsonbValue	name = text_value(field->name, strlen(field->name));
+
+	if (name.type != jbvString)
+		return;
+	(void) pushJsonbValue(state, WJB_KEY, &name);
+	push_field(state, WJB_VALUE, field);
+}
+
+/* An object, or an array; nested no deeper than the connection lets them be. */
+static JsonbValue *
+push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names)
+{
+	(void) pushJsonbValue(state, names ? WJB_BEGIN_OBJECT : WJB_BEGIN_ARRAY, NULL);
+	for (int i = 0; i < count; i++)
+	{
+		if (names)
+			push_named(state, &fields[i]);
+		else
+			push_field(state, WJB_ELEM, &fields[i]);
+	}
+	return pushJsonbValue(state, names ? WJB_END_OBJECT : WJB_END_ARRAY, NULL);
+}
+
+static Jsonb *
+headers_json(const BrokerField *headers, int count)
+{
+	JsonbParseState *state = NULL;
+
+	return JsonbValueToJsonb(push_fields(&state, headers, count, true));
+}
+
+/* ---- ids ---- */
+
+static int
+hex_digit(char c)
+{
+	if (c >= '0' && c <= '9')
+		return c - '0';
+	c = pg_tolower((unsigned char) c);
+	return (c >= 'a' && c <= 'f') ? c - 'a' + 10 : -1;
+}
+
+/* 32 hex digits, with or without the four hyphens. */
+static bool
+parse_uuid(const char *s, pg_uuid_t *id)
+{
+	bool		hyphens = (strlen(s) == 36);
+
+	for (int i = 0; i < UUID_LEN; i++)
+	{
+		int			high;
+		int			low;
+
+		if (hyphens && (i == 4 || i == 6 || i == 8 || i == 10) && *s++ != '-')
+			return false;
+		high = hex_digit(s[0]);
+		low = (high >= 0) ? hex_digit(s[1]) : -1;
+		if (low < 0)
+			return false;
+		id->data[i] = high << 4 | low;
+		s += 2;
+	}
+	return *s == '\0';
+}
+
+static void
+append_header(StringInfo name, const BrokerField *header)
+{
+	Jsonb	   *json = headers_json(header, 1);
+
+	appendBinaryStringInfo(name, VARDATA(json), VARSIZE(json) - VARHDRSZ);
+}
+
+static void
+append_content(StringInfo name, const BrokerDelivery *wire)
+{
+	appendStringInfoString(name, wire->type ? wire->type : "");
+	appendStringInfoChar(name, '\0');
+	appendStringInfoString(name, wire->content_type ? wire->content_type : "");
+	appendStringInfoChar(name, '\0');
+	appendStringInfo(name, UINT64_FORMAT, (uint64) wire->timestamp);
+	for (int i = 0; i < wire->nheaders; i++)
+	{
+		if (strncmp(wire->headers[i].name, "x-", 2) != 0)
+			append_header(name, &wire->headers[i]);
+	}
+	appendStringInfoChar(name, '\0');
+	if (wire->body_len > 0 && wire->body_len < MaxAllocSize - name->len - 1)
+		appendBinaryStringInfo(name, wire->body, wire->body_len);
+}
+
+static void
+derive_id(const BrokerDelivery *wire, const char *queue, pg_uuid_t *id)
+{
+	StringInfoData name;
+	uuid_t		hash;
+
+	initStringInfo(&name);
+	appendStringInfoString(&name, queue);
+	appendStringInfoChar(&name, '\0');
+	if (wire->message_id != NULL && wire->message_id[0] != '\0')
+		appendStringInfoString(&name, wire->message_id);
+	else
+	{
+		appendStringInfoChar(&name, '\0');
+		append_content(&name, wire);
+	}
+	uuid_generate_sha1(hash, id_namespace, name.data, name.len);
+	memcpy(id->data, hash, UUID_LEN);
+	pfree(name.data);
+}
+
+/* ---- a delivery ---- */
+
+static const BrokerField *
+find_header(const BrokerDelivery *wire, const char *name, BrokerValueType type)
+{
+	for (int i = 0; i < wire->nheaders; i++)
+	{
+		if (wire->headers[i].type == type && strcmp(wire->headers[i].name, name) == 0)
+			return &wire->headers[i];
+	}
+	return NULL;
+}
+
+static char *
+text_header(const BrokerField *field)
+{
+	return field ? delivery_text(field->value.string.data, field->value.string.len) : NULL;
+}
+
+static uint64
+key_hash(const char *key, size_t len)
+{
+	return hash_bytes_extended((const unsigned char *) key, len, 0);
+}
+
+void
+delivery_set_keys(Delivery *delivery, const char *key, size_t key_len,
+				  const char *old_key, size_t old_key_len)
+{
+	OrderItem  *item = &delivery->order;
+
+	item->nkeys = 0;
+	if (key != NULL)
+		item->keys[item->nkeys++] = key_hash(key, key_len);
+	if (old_key != NULL)
+		item->keys[item->nkeys++] = key_hash(old_key, old_key_len);
+	item->barrier = delivery->truncates;
+}
+
+Delivery *
+delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
+{
+	Delivery   *delivery = palloc0(sizeof(Delivery));
+	const BrokerField *key = find_header(wire, "key", BROKER_VALUE_STRING);
+	const BrokerField *old_key = find_header(wire, "old_key", BROKER_VALUE_STRING);
+	const BrokerField *sequence = find_header(wire, "sequence", BROKER_VALUE_INT);
+	const BrokerField *op = find_header(wire, "op", BROKER_VALUE_STRING);
+
+	delivery->wire = wire;
+	delivery->size = wire->size;
+	delivery->tag = wire->tag;
+	if (wire->message_id == NULL || !parse_uuid(wire->message_id, &delivery->message_id))
+		derive_id(wire, queue, &delivery->message_id);
+	delivery->type = optional_text(wire->type);
+	delivery->key = text_header(key);
+	delivery->old_key = text_header(old_key);
+	delivery->has_sequence = (sequence != NULL);
+	delivery->sequence = sequence ? sequence->value.integer : 0;
+	delivery->truncates = (op != NULL && strcmp(op->value.string.data, "t") == 0);
+	if (ordered)
+		delivery_set_keys(delivery, key ? key->value.string.data : NULL, key ? key->value.string.len : 0,
+						  old_key ? old_key->value.string.data : NULL, old_key ? old_key->value.string.len : 0);
+	return delivery;
+}
+
+void
+delivery_drop_body(Delivery *delivery)
+{
+	broker_free_delivery(delivery->wire);
+	delivery->wire = NULL;
+}
+
+static void
+free_text(char *text)
+{
+	if (text !=NULL)
+		pfree(text);
+}
+
+void
+delivery_free(Delivery *delivery)
+{
+	delivery_drop_body(delivery);
+	free_text(delivery->type);
+	free_text(delivery->key);
+	free_text(delivery->old_key);
+	free_text(delivery->error);
+	pfree(delivery);
+}
+
+/* ---- its message ---- */
+
+static void
+set_text(MessageValues *message, int attribute, const char *text)
+{
+	message->nulls[attribute] = (text == NULL);
+	if (text !=NULL)
+		message->values[attribute] = CStringGetTextDatum(text);
+}
+
+/* AMQP counts seconds from 1970; what the type cannot hold is no time. */
+static void
+set_published_at(MessageValues *message, const BrokerDelivery *wire)
+{
+	uint64		epoch = (uint64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
+
+	message->nulls[MESSAGE_PUBLISHED_AT] = !wire->has_timestamp ||
+		wire->timestamp > (uint64) (END_TIMESTAMP / USECS_PER_SEC) + epoch - 1;
+	if (!message->nulls[MESSAGE_PUBLISHED_AT])
+		message->values[MESSAGE_PUBLISHED_AT] =
+			TimestampTzGetDatum(((int64) wire->timestamp - (int64) epoch) * USECS_PER_SEC);
+}
+
+void
+delivery_values(const Delivery *delivery, const char *topic, const char *consumer_group,
+				MessageValues *message)
+{
+	const BrokerDelivery *wire = delivery->wire;
+
+	memset(message, 0, sizeof(*message));
+	message->values[MESSAGE_ID] = UUIDPGetDatum(&delivery->message_id);
+	set_text(message, MESSAGE_TOPIC, topic);
+	set_text(message, MESSAGE_CONSUMER_GROUP, consumer_group);
+	set_text(message, MESSAGE_TYPE, delivery->type);
+	set_text(message, MESSAGE_KEY, delivery->key);
+	message->values[MESSAGE_SEQUENCE] = Int64GetDatum(delivery->sequence);
+	message->nulls[MESSAGE_SEQUENCE] = !delivery->has_sequence;
+	message->values[MESSAGE_HEADERS] = JsonbPGetDatum(headers_json(wire->headers, wire->nheaders));
+	message->values[MESSAGE_BODY] = delivery_json(wire->body, wire->body_len,
+												  &message->nulls[MESSAGE_BODY]);
+	message->values[MESSAGE_RAW] =
+		PointerGetDatum(cstring_to_text_with_len(wire->body_len > 0 ? wire->body : "", wire->body_len));
+	set_published_at(message, wire);
+	message->values[MESSAGE_REDELIVERED] = BoolGetDatum(wire->redelivered);
+	message->values[MESSAGE_ATTEMPT] = Int32GetDatum(Max(delivery->attempts, 1));
+	set_text(message, MESSAGE_CONTENT_TYPE, optional_text(wire->content_type));
+}

@@ -1,0 +1,49 @@
+/*-------------------------------------------------------------------------
+ *
+ * pg_fanout.c
+ *		Where the server meets the library: wiring, and nothing else.
+ *
+ * Preloaded (shared_preload_libraries), the library gets its shared memory,
+ * hooks and launcher.  Loaded later, by a function or a trigger, it only
+ * writes the outbox: rows wait there until a server with the preload reads
+ * them.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+#include "miscadmin.h"
+
+#include "capture/nesting.h"
+#include "capture/writer.h"
+#include "server/guc.h"
+#include "server/hooks.h"
+#include "server/launcher.h"
+#include "server/shmem.h"
+#include "server/wakeup.h"
+
+PG_MODULE_MAGIC;
+
+extern PGDLLEXPORT void _PG_init(void);
+
+void
+_PG_init(void)
+{
+	guc_init(process_shared_preload_libraries_in_progress);
+
+	if (IsBinaryUpgrade)
+		return;
+	if (!process_shared_preload_libraries_in_progress)
+	{
+		nesting_init();
+		return;
+	}
+
+	shmem_init();
+	hooks_init();
+	wakeup_init();
+	writer_init();
+	nesting_init();
+	launcher_register();
+}

@@ -1,0 +1,30 @@
+/*-------------------------------------------------------------------------
+ *
+ * ledger.h
+ *		Is the state of this database this server's own?
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_LEDGER_H
+#define PGF_LEDGER_H
+
+#include "postgres.h"
+
+#include "server/compat.h"
+
+/*
+ * Raises an error if the publisher cannot go on from what ledger, rotation and
+ * outbox say.  Inside a transaction opened by worker_begin().
+ */
+extern void ledger_check(void);
+
+/*
+ * The same as a question, in a transaction of its own; for the publisher only.
+ * Each new problem is logged once, and is the worker's last error.
+ */
+extern bool ledger_usable(void);
+
+/* Raises the error for a table that does not have its only row. */
+pg_noreturn extern void ledger_row_missing(const char *table);
+
+#endif							/* PGF_LEDGER_H */

@@ -1,0 +1,204 @@
+/*-------------------------------------------------------------------------
+ *
+ * wire.c
+ *		From an outbox row to an AMQP message.
+ *
+ * What this file makes is all a consumer sees, so the rules of the message
+ * format (README, "Messages") are here and nowhere else.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "catalog/namespace.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/numeric.h"
+#include "utils/timestamp.h"
+
+#include "publish/wire.h"
+
+/* Our own headers, set by set_own_headers(). */
+#define OWN_HEADERS 3
+
+const char *
+wire_utf8(const char *s, size_t len, size_t *utf8_len)
+{
+	int			encoding = GetDatabaseEncoding();
+	Oid			proc;
+	Size		room;
+	char	   *out;
+
+	*utf8_len = len;
+	if (encoding == PG_UTF8)
+		return s;
+	if (encoding == PG_SQL_ASCII)
+		return pg_verify_mbstr(PG_UTF8, s, len, true) ? s : NULL;
+
+	proc = FindDefaultConversionProc(encoding, PG_UTF8);
+	room = Min(len * MAX_CONVERSION_GROWTH + 1, INT_MAX);
+	if (!OidIsValid(proc))
+		return NULL;
+	out = palloc_extended(room, MCXT_ALLOC_HUGE);
+	if (pg_do_encoding_conversion_buf(proc, encoding, PG_UTF8,
+									  (unsigned char *) unconstify(char *, s), len,
+									  (unsigned char *) out, room, true) != len)
+		return NULL;
+	*utf8_len = strlen(out);
+	return out;
+}
+
+/*
+ * A number is an integer if it is one and fits 64 bits, else a double.
+ *
+ * Not beyond a double: RabbitMQ does not know AMQP's infinity, and closes the
+ * connection on it (541), with everything that is in flight.
+ */
+static bool
+set_number(BrokerField *field, Numeric number)
+{
+	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(number)));
+	char	   *end;
+
+	errno = 0;
+	field->type = BROKER_VALUE_INT;
+	field->value.integer = strtoll(text, &end, 10);
+	if (errno != 0 || *end != '\0')
+	{
+		field->type = BROKER_VALUE_DOUBLE;
+		field->value.real = strtod(text, NULL);
+		return isfinite(field->value.real);
+	}
+	return true;
+}
+
+static bool
+set_string(BrokerField *field, const char *s, size_t len)
+{
+	field->type = BROKER_VALUE_STRING;
+	field->value.string.data = wire_utf8(s, len, &field->value.string.len);
+	return field->value.string.data != NULL;
+}
+
+static bool
+set_field(BrokerField *field, const JsonbValue *value)
+{
+	switch (value->type)
+	{
+		case jbvBool:
+			field->type = BROKER_VALUE_BOOL;
+			field->value.boolean = value->val.boolean;
+			return true;
+		case jbvNumeric:
+			return set_number(field, value->val.numeric);
+		case jbvString:
+			return set_string(field, value->val.string.val, value->val.string.len);
+		default:
+			field->type = BROKER_VALUE_NULL;
+			return true;
+	}
+}
+
+BrokerField *
+wire_fields(Jsonb *object, int extra, int *count)
+{
+	int			n = object != NULL && JB_ROOT_IS_OBJECT(object) ? JB_ROOT_COUNT(object) : 0;
+	BrokerField *fields = palloc0((n + extra) * sizeof(BrokerField));
+	JsonbIterator *it;
+	JsonbValue	v;
+
+	*count = 0;
+	if (n == 0)
+		return fields;
+	it = JsonbIteratorInit(&object->root);
+	(void) JsonbIteratorNext(&it, &v, true);
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	{
+		BrokerField *field = &fields[(*count)++];
+		size_t		len;
+		char	   *name = pnstrdup(v.val.string.val, v.val.string.len);
+
+		field->name = wire_utf8(name, v.val.string.len, &len);
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (field->name == NULL || !set_field(field, &v))
+			return NULL;
+	}
+	return fields;
+}
+
+static bool
+set_own_headers(Message *message, BrokerField *fields, int *count)
+{
+	BrokerField *field = &fields[(*count)++];
+
+	field->name = "sequence";
+	field->type = BROKER_VALUE_INT;
+	field->value.integer = message->id;
+
+	field = &fields[(*count)++];
+	field->name = "xid";
+	field->type = BROKER_VALUE_INT;
+	field->value.integer = (int64) message->xid;
+
+	if (message->key == NULL)
+		return true;
+	field = &fields[(*count)++];
+	field->name = "key";
+	return set_string(field, message->key, strlen(message->key));
+}
+
+/*
+ * The names in a captured change's type can be longer in UTF-8 than they are in
+ * the database, and then too long together.
+ */
+static const char *
+short_string(const char *s)
+{
+	size_t		len;
+	const char *utf8 = wire_utf8(s, strlen(s), &len);
+
+	if (utf8 == NULL || len <= BROKER_MAX_SHORTSTR)
+		return utf8;
+	return pnstrdup(utf8, pg_encoding_mbcliplen(PG_UTF8, utf8, len, BROKER_MAX_SHORTSTR));
+}
+
+static const char *
+prepare(Message *message)
+{
+	BrokerMessage *wire = &message->wire;
+	BrokerField *fields;
+
+	if (message->payload_len == 0)
+		return "the row is too large to be rendered as JSON";
+	if (message->payload_len > BROKER_MAX_BODY)
+		return psprintf("body of %zu bytes is larger than the %d that RabbitMQ can take",
+						message->payload_len, BROKER_MAX_BODY);
+	if (outbox_unsendable(message))
+		return psprintf("headers and key of %zu bytes do not fit into a frame", message->headers_len);
+	fields = wire_fields(message->headers, OWN_HEADERS, &wire->nheaders);
+	if (fields == NULL || !set_own_headers(message, fields, &wire->nheaders))
+		return "headers cannot be converted to UTF-8, or have a number that is no double";
+	wire->headers = fields;
+	wire->message_id = message->message_id;
+	wire->timestamp = message->created_at / USECS_PER_SEC +
+		(uint64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
+	if (message->type != NULL && (wire->type = short_string(message->type)) == NULL)
+		return "type cannot be converted to UTF-8";
+	wire->body = wire_utf8(message->payload, message->payload_len, &wire->body_len);
+	if (wire->body == NULL)
+		return "body is not valid in the database's encoding, so it cannot be converted to UTF-8";
+	return NULL;
+}
+
+void
+wire_prepare(Message *message, MemoryContext context)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(context);
+
+	message->reason = unconstify(char *, prepare(message));
+	MemoryContextSwitchTo(oldcontext);
+}

@@ -1,0 +1,36 @@
+/*-------------------------------------------------------------------------
+ *
+ * wire.h
+ *		From an outbox row to an AMQP message.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_WIRE_H
+#define PGF_WIRE_H
+
+#include "postgres.h"
+
+#include "broker/broker.h"
+#include "publish/outbox.h"
+
+/*
+ * Fills message->wire except exchange, routing key and content type, in the
+ * chunk's context: UTF-8 texts, and the headers op, schema, table, key,
+ * sequence, xid with the caller's own.  Sets message->reason if that cannot
+ * be done.  Needs a transaction (encoding conversion reads the catalog).
+ */
+extern void wire_prepare(Message *message, MemoryContext context);
+
+/*
+ * A text in UTF-8 (s itself if it is already), or NULL if it cannot be
+ * converted.  Needs a transaction.
+ */
+extern const char *wire_utf8(const char *s, size_t len, size_t *utf8_len);
+
+/*
+ * The scalar members of a JSON object as AMQP fields, in the current context;
+ * room is left for extra more.  Returns NULL if one cannot be converted.
+ */
+extern BrokerField *wire_fields(Jsonb *object, int extra, int *count);
+
+#endif							/* PGF_WIRE_H */

@@ -1,0 +1,652 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.c
+ *		What every background worker of pg_fanout shares.
+ *
+ * How a worker enters its database, leaves it, begins a transaction and waits.
+ * It knows nothing of the outbox or of the broker, save the broker's socket.
+ *
+ * Ending.  A worker must be gone within 2 s of SIGTERM, whatever it does:
+ *
+ * - in worker_wait(): at once.
+ * - in a query or waiting for a lock: at the server's next
+ *	 CHECK_FOR_INTERRUPTS().
+ * - in the broker's library: the signal handler shuts the socket down, so that
+ *	 every call on it fails at once, and the caller comes to worker_wait().
+ *
+ * The same holds for a ProcSignalBarrier, for which DROP DATABASE and others
+ * wait in every process of the server; there the bound is that no caller may
+ * stay away from worker_wait() for longer than pg_fanout.connect_timeout.
+ * pg_cancel_backend() is ignored, but for a consumer's handler: nothing else is
+ * a user's to cancel.
+ *
+ * Its slot is given back in an on_shmem_exit callback.  That was registered
+ * before the connection to the database, hence runs after the server's own
+ * callback that takes the process out of the ProcArray.  Who sees that the
+ * slot has no pid (shmem_stop_publisher) can rely on it that DROP DATABASE will
+ * not find us.
+ *
+ * Locking: each transaction locks the extension (AccessShareLock on the object,
+ * as Citus's LockCitusExtension() does) and reads its row again before it
+ * touches a table of it.  DROP EXTENSION locks the extension first, too, so
+ * that the two wait for each other here and nowhere else, and cannot deadlock.
+ *
+ * Scenarios:
+ *
+ * - The slot is not wanted any more, or held: exit before connecting.
+ * - No extension at the start: exit, slot ABSENT.
+ * - The extension is dropped, dropped and created, or updated while we run:
+ *	 exit, slot WANTED; the worker that is started instead begins anew.
+ * - Library and extension differ in version (the library was replaced and
+ *	 ALTER EXTENSION ... UPDATE not run, or the other way round): logged once,
+ *	 looked at again at every wake-up and every VERSION_RECHECK.
+ * - SIGTERM from a command that needs the database, or after a change of
+ *	 settings: exit without a log message, unless it comes in a query.  SIGTERM
+ *	 from anybody else: as the server does it, with one.
+ * - Settings of the database or the role that would break a worker
+ *	 (default_transaction_read_only, statement_timeout, role, search_path):
+ *	 overridden, so that a publisher runs as the bootstrap superuser in a plain
+ *	 session, and a consumer as the role that subscribed.
+ * - That role is gone, or may not log in or connect any more: the server ends
+ *	 the process with a FATAL, and the launcher backs off.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+#include <sys/socket.h>
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_extension.h"
+#include "commands/dbcommands.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lmgr.h"
+#include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "broker/broker.h"
+#include "server/compat.h"
+#include "server/monotime.h"
+#include "server/worker.h"
+
+#define EXTENSION_NAME		"pg_fanout"
+
+/* Milliseconds */
+#define VERSION_RECHECK		10000
+#define HEALTHY_AFTER		60000
+
+/* What pg_extension says of us. */
+typedef struct ExtensionRow
+{
+	Oid			oid;			/* InvalidOid: there is none */
+	char		version[64];
+} ExtensionRow;
+
+WorkerSlot *worker_self = NULL;
+DatabaseSlot *worker_slot = NULL;
+SubscriptionSlot *worker_subscription = NULL;
+
+static volatile sig_atomic_t sigterm_received = false;
+static volatile sig_atomic_t broker_socket = -1;
+
+static MonoTime attached_at = 0;
+static WorkerEnd end = WORKER_FAILED;	/* how we end, if not by SIGTERM */
+static Oid	extension = InvalidOid; /* as seen when we started */
+static Subscription subscription;	/* of a consumer, as it was when we
+									 * started */
+static volatile sig_atomic_t may_cancel = false;
+static bool reloaded = false;
+
+/*
+ * The latch may have been reset since this round of work began, and what it
+ * told of may have come after the work looked for it.  The server resets it
+ * while it waits for a heavyweight lock, and worker_wait() while the broker's
+ * answer is awaited.
+ */
+static bool latch_was_reset = false;
+
+static void handle_sigterm(SIGNAL_ARGS);
+static void detach(int code, Datum arg);
+static void attach(Datum main_arg);
+static void set_name(const char *what);
+static void pin_settings(void);
+static void pin(const char *const(*settings)[2], int n);
+static void pin_commit(void);
+static void reset_session_user(void);
+static void handle_sigint(SIGNAL_ARGS);
+static void wait_for_extension(void);
+static bool extension_usable(bool *logged);
+static void note_version(const char *version, bool *logged);
+static bool lock_extension(ExtensionRow *row);
+static void read_extension(ExtensionRow *row);
+static void check_stop(void);
+static bool stop_is_expected(void);
+
+/* Entering and leaving the database */
+
+void
+worker_attach(Datum main_arg, const char *what)
+{
+	pqsignal(SIGTERM, handle_sigterm);
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGINT, handle_sigint);
+	on_shmem_exit(detach, (Datum) 0);
+	BackgroundWorkerUnblockSignals();
+
+	attach(main_arg);
+	BackgroundWorkerInitializeConnectionByOid(worker_self->database, subscription.role, 0);
+	set_name(what);
+	pin_settings();
+	wait_for_extension();
+}
+
+/*
+ * die() only sets flags; whoever blocks in the broker's library must be told
+ * through the socket.
+ */
+static void
+handle_sigterm(SIGNAL_ARGS)
+{
+	int			save_errno = errno;
+	int			fd = broker_socket >= 0 ? broker_socket : broker_handshake_fd();
+
+	sigterm_received = true;
+	if (fd >= 0)
+		shutdown(fd, SHUT_RDWR);
+	die(postgres_signal_arg);
+	errno = save_errno;
+}
+
+/* There is something to cancel only while a handler runs. */
+static void
+handle_sigint(SIGNAL_ARGS)
+{
+	if (may_cancel)
+		StatementCancelHandler(postgres_signal_arg);
+}
+
+void
+worker_allow_cancel(bool allow)
+{
+	may_cancel = allow;
+	if (!allow)
+		QueryCancelPending = false;
+}
+
+static void
+detach(int code, Datum arg)
+{
+	bool		healthy;
+
+	if (worker_self == NULL)
+		return;
+	healthy = mono_exceeds(attached_at, mono_now(), HEALTHY_AFTER);
+	if (end == WORKER_FAILED && (sigterm_received || code == 0))
+		end = WORKER_TERMINATED;
+	worker_set_connected(NULL);
+	worker_set_state(WORKER_STOPPED);
+	if (worker_slot != NULL)
+		pg_atomic_write_u32(&worker_slot->in_flight, 0);
+	shmem_detach(worker_self, end, healthy);
+	worker_self = NULL;
+	worker_slot = NULL;
+	worker_subscription = NULL;
+	shmem_wake_launcher(0);
+}
+
+static void
+attach(Datum main_arg)
+{
+	uint32		generation;
+
+	memcpy(&generation, MyBgworkerEntry->bgw_extra, sizeof(generation));
+	worker_self = shmem_attach(DatumGetInt32(main_arg), generation);
+	if (worker_self == NULL)
+	{
+		shmem_wake_launcher(0);
+		proc_exit(0);
+	}
+	if (worker_self->kind == WORKER_PUBLISHER)
+		worker_slot = (DatabaseSlot *) worker_self;
+	else
+	{
+		worker_subscription = (SubscriptionSlot *) worker_self;
+		LWLockAcquire(pgf_shared->lock, LW_SHARED);
+		subscription = worker_subscription->subscription;
+		LWLockRelease(pgf_shared->lock);
+	}
+	attached_at = mono_now();
+	worker_set_state(WORKER_STARTING);
+}
+
+/* pg_stat_activity has bgw_type as backend_type already. */
+static void
+set_name(const char *what)
+{
+	char		name[NAMEDATALEN];
+
+	snprintf(name, sizeof(name), "pg_fanout %s", what);
+	SetConfigOption("application_name", name, PGC_USERSET, PGC_S_OVERRIDE);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/*
+ * Overrides what ALTER DATABASE, ALTER ROLE and postgresql.conf may have set
+ * for applications.  PGC_S_OVERRIDE stays in force after a reload, and is what
+ * RESET comes back to; a SET clause of a function still works.
+ *
+ * The first list would break any worker.  The second is for what runs nothing
+ * but our own statements; a handler expects the settings of its role.
+ *
+ * synchronous_commit is off in a publisher because what it writes is its own
+ * bookkeeping: if a crash loses it, some messages are sent again.  What a
+ * consumer commits it acks, so it must not be lost.
+ */
+static void
+pin_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"role", "none"},
+		{"session_replication_role", "origin"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"default_transaction_deferrable", "off"},
+		{"statement_timeout", "0"},
+		{"lock_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"idle_session_timeout", "0"},
+		{"transaction_timeout", "0"},	/* PostgreSQL 17 */
+	};
+	static const char *const own_settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"row_security", "off"},
+		{"synchronous_commit", "off"},
+		{"work_mem", "16MB"},
+		{"temp_file_limit", "-1"},	/* a large batch waits in a temporary file */
+		{"jit", "off"},
+		{"max_parallel_workers_per_gather", "0"},
+		{"datestyle", "ISO"},
+		{"intervalstyle", "postgres"},
+	};
+
+	reset_session_user();
+	pin(settings, lengthof(settings));
+	if (worker_subscription == NULL)
+		pin(own_settings, lengthof(own_settings));
+	else
+		pin_commit();
+}
+
+static void
+pin(const char *const(*settings)[2], int n)
+{
+	for (int i = 0; i < n; i++)
+	{
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	}
+}
+
+/* Not less than "on". */
+static void
+pin_commit(void)
+{
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+		SetConfigOption("synchronous_commit", "on", PGC_SUSET, PGC_S_OVERRIDE);
+}
+
+/*
+ * ALTER ROLE ... SET session_authorization is possible, too.  Unlike the others
+ * it must be set in a transaction, and by name.
+ */
+static void
+reset_session_user(void)
+{
+	Oid			role = (worker_subscription != NULL) ? subscription.role : BOOTSTRAP_SUPERUSERID;
+
+	StartTransactionCommand();
+	SetConfigOption("session_authorization", GetUserNameFromId(role, false),
+					PGC_SUSET, PGC_S_OVERRIDE);
+	CommitTransactionCommand();
+}
+
+/* The extension */
+
+/*
+ * ALTER EXTENSION wakes us as a commit with messages does: clear, then look,
+ * then wait unless it is set again.
+ */
+static void
+wait_for_extension(void)
+{
+	pg_atomic_uint32 *dirty = worker_slot ? &worker_slot->dirty : &worker_subscription->dirty;
+	bool		logged = false;
+
+	for (;;)
+	{
+		pg_atomic_exchange_u32(dirty, 0);
+		if (extension_usable(&logged))
+			break;
+		if (pg_atomic_read_u32(dirty) == 0)
+			(void) worker_wait(-1, false, VERSION_RECHECK);
+	}
+	pg_atomic_write_u32(dirty, 1);
+}
+
+/* Ends the process if there is none; false: it has another version. */
+static bool
+extension_usable(bool *logged)
+{
+	ExtensionRow row;
+	bool		usable;
+
+	StartTransactionCommand();
+	if (!lock_extension(&row))
+		worker_end(WORKER_NO_EXTENSION);
+	if (worker_self->state != SLOT_RUNNING)
+	{
+		shmem_attached_running(worker_self);
+		shmem_wake_launcher(0);
+	}
+	extension = row.oid;
+	usable = (strcmp(row.version, PG_FANOUT_VERSION) == 0);
+	if (!usable)
+		note_version(row.version, logged);
+	CommitTransactionCommand();
+	return usable;
+}
+
+static void
+note_version(const char *version, bool *logged)
+{
+	char text[	256];
+
+	if (*logged)
+		return;
+	*logged = true;
+	snprintf(text, sizeof(text), "extension version %s does not match library version %s",
+			 version, PG_FANOUT_VERSION);
+	worker_set_error(text);
+	ereport(WARNING,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg(worker_slot != NULL ? "pg_fanout publishes nothing from database \"%s\"" :
+					"pg_fanout consumes nothing in database \"%s\"",
+					get_database_name(MyDatabaseId)),
+			 errdetail("The extension has version %s, the loaded library has version %s.",
+					   version, PG_FANOUT_VERSION),
+			 errhint("Run ALTER EXTENSION pg_fanout UPDATE, or restart the server to load the library that is installed.")));
+}
+
+/*
+ * Locks the extension against DROP EXTENSION until the transaction ends.
+ * Returns false if there is none, or if it changed while we waited.
+ */
+static bool
+lock_extension(ExtensionRow *row)
+{
+	Oid			locked;
+
+	read_extension(row);
+	if (!OidIsValid(row->oid))
+		return false;
+	locked = row->oid;
+	LockDatabaseObject(ExtensionRelationId, locked, 0, AccessShareLock);
+	read_extension(row);
+	return row->oid == locked;
+}
+
+static void
+read_extension(ExtensionRow *row)
+{
+	Relation	relation = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+
+	memset(row, 0, sizeof(*row));
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum(EXTENSION_NAME));
+	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool		isnull;
+		Datum		version = heap_getattr(tuple, Anum_pg_extension_extversion,
+										   RelationGetDescr(relation), &isnull);
+
+		row->oid = ((Form_pg_extension) GETSTRUCT(tuple))->oid;
+		if (!isnull)
+			text_to_cstring_buffer(DatumGetTextPP(version), row->version,
+								   sizeof(row->version));
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+}
+
+/* Transactions */
+
+void
+worker_begin(void)
+{
+	ExtensionRow row;
+
+	latch_was_reset = true;
+	SetCurrentStatementStartTimestamp();
+	pgstat_report_activity(STATE_RUNNING, MyBgworkerEntry->bgw_type);
+	StartTransactionCommand();
+	if (!lock_extension(&row) || row.oid != extension ||
+		strcmp(row.version, PG_FANOUT_VERSION) != 0)
+		worker_end(WORKER_RESTART);
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+void
+worker_commit(void)
+{
+	SPI_finish();
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+void
+worker_abort(void)
+{
+	AbortOutOfAnyTransaction();
+	pgstat_report_stat(false);
+	pgstat_report_activity(STATE_IDLE, NULL);
+}
+
+/* Working */
+
+/*
+ * Waits only after a round that did nothing and could not miss a wake-up: after
+ * one that ran a transaction or waited for the broker, another one looks at
+ * everything again.
+ */
+static void
+run_rounds(bool (*work) (void), void (*wait) (void))
+{
+	MemoryContext round = AllocSetContextCreate(TopMemoryContext, "pg_fanout round",
+												ALLOCSET_DEFAULT_SIZES);
+
+	for (;;)
+	{
+		bool		any;
+
+		MemoryContextSwitchTo(round);
+		latch_was_reset = false;
+		any = work();
+		MemoryContextReset(round);
+		if (!any && !latch_was_reset)
+			wait();
+		else
+			check_stop();
+	}
+}
+
+void
+worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
+{
+	PG_TRY();
+	{
+		start();
+		run_rounds(work, wait);
+	}
+	PG_CATCH();
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+		ErrorData  *edata = CopyErrorData();
+
+		worker_set_error(edata->message);
+		MemoryContextSwitchTo(oldcontext);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	pg_unreachable();
+}
+
+/* Waiting */
+
+/*
+ * Does not sleep while changed settings are to be read, since their wake-up may
+ * have been lost.
+ */
+bool
+worker_wait(int fd, bool for_write, long timeout_ms)
+{
+	int			socket_events = 0;
+	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
+
+	if (fd >= 0)
+		socket_events = for_write ? WL_SOCKET_WRITEABLE : WL_SOCKET_READABLE;
+	if (ConfigReloadPending)
+		timeout_ms = 0;
+	if (timeout_ms >= 0)
+		events |= WL_TIMEOUT;
+
+	latch_was_reset = true;
+	events = WaitLatchOrSocket(MyLatch, events | socket_events,
+							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
+							   pgf_wait_event(worker_slot != NULL ? PGF_WAIT_PUBLISHER : PGF_WAIT_CONSUMER));
+	if (events & WL_LATCH_SET)
+		ResetLatch(MyLatch);
+	check_stop();
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+		reloaded = true;
+	}
+	return (events & socket_events) != 0;
+}
+
+static void
+check_stop(void)
+{
+	if (sigterm_received && stop_is_expected())
+		worker_end(WORKER_RESTART);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/* Did we ask for the SIGTERM ourselves?  Then it is no news for the log. */
+static bool
+stop_is_expected(void)
+{
+	bool		expected;
+
+	LWLockAcquire(pgf_shared->lock, LW_SHARED);
+	expected = worker_self->restart || worker_self->unwanted || shmem_held(worker_self);
+	LWLockRelease(pgf_shared->lock);
+	return expected;
+}
+
+void
+worker_end(WorkerEnd how)
+{
+	end = how;
+	proc_exit(0);
+}
+
+bool
+worker_reloaded(void)
+{
+	bool		result = reloaded;
+
+	reloaded = false;
+	return result;
+}
+
+/*
+ * A SIGTERM that came before there was a socket must not be lost on it: the
+ * flag is looked at after the socket is known to the handler.
+ */
+void
+worker_broker_fd(int fd)
+{
+	broker_socket = fd;
+	if (fd >= 0 && sigterm_received)
+		shutdown(fd, SHUT_RDWR);
+}
+
+/* Status */
+
+void
+worker_set_state(WorkerState state)
+{
+	WorkerStatus *status = &worker_self->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_self->mutex);
+	if (status->state != state || status->since == 0)
+	{
+		status->state = state;
+		status->since = now;
+	}
+	SpinLockRelease(&worker_self->mutex);
+}
+
+void
+worker_set_connected(const char *connected_to)
+{
+	WorkerStatus *status = &worker_self->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_self->mutex);
+	status->connected_at = connected_to ? now : 0;
+	strlcpy(status->connected_to, connected_to ? connected_to : "",
+			sizeof(status->connected_to));
+	SpinLockRelease(&worker_self->mutex);
+}
+
+void
+worker_set_error(const char *text)
+{
+	WorkerStatus *status = &worker_self->status;
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&worker_self->mutex);
+	strlcpy(status->last_error, text, sizeof(status->last_error));
+	status->last_error_at = now;
+	SpinLockRelease(&worker_self->mutex);
+}
