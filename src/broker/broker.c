@@ -952,6 +952,9 @@ tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 		ok.frame_max = proposed->frame_max;
 	if (ok.heartbeat != 0 && proposed->heartbeat != 0 && proposed->heartbeat < ok.heartbeat)
 		ok.heartbeat = proposed->heartbeat;
+	/* a peer is given up after two; what the server proposes is no limit */
+	if (ok.heartbeat != 0)
+		ok.heartbeat = ok.heartbeat * 2 < broker->options->away_s ? (broker->options->away_s + 1) / 2 : ok.heartbeat;
 
 	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max,
 							 broker->tls ? ok.heartbeat : 0) != AMQP_STATUS_OK)

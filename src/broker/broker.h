@@ -53,6 +53,8 @@ typedef struct BrokerOptions
 	int			connect_timeout_ms; /* bounds connect + handshake + login */
 	int			rpc_timeout_ms; /* bounds the wait for a reply to a declare */
 	int			heartbeat_s;	/* 0 disables */
+	int			away_s;			/* so long may the caller serve nothing; the
+								 * heartbeat is at least half of it */
 	bool		consumer;		/* consumes, and does not publish */
 
 	/*
