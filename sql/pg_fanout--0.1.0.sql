@@ -1876,6 +1876,10 @@ create table fanout.subscription (
     max_retry_delay interval    not null,
     ordered         boolean     not null,
     handler_timeout interval    not null,
+    on_failure      text        not null,
+    wait_for        text[]      not null,
+    max_wait        interval    not null,
+    queue_declared  boolean,
     active          boolean     not null default true,
     version         integer     not null default 1,
     subscribed_at   timestamptz not null default now(),
@@ -1884,6 +1888,7 @@ create table fanout.subscription (
 alter sequence fanout.subscription_id_seq owned by fanout.subscription.subscription_id;
 comment on table fanout.subscription is 'internal: one row per subscription; see the view fanout.subscriptions';
 comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
+comment on column fanout.subscription.queue_declared is 'did its worker declare the queue? NULL: it was not looked for yet';
 comment on column fanout.subscription.version is 'another one: the worker starts again';
 revoke all on fanout.subscription from public;
 
@@ -1926,23 +1931,48 @@ comment on table fanout.inbox_rotation is 'internal: one row, the segment that t
 insert into fanout.inbox_rotation values (0, now());
 revoke all on fanout.inbox_rotation from public;
 
-create table fanout.failure (
+-- Messages that were acked and are yet to be applied.  An ordered subscription
+-- tries them in order of place; one with next_try NULL waits behind another of its
+-- keys, which are hashes.
+create table fanout.waiting (
+    waiting_id      bigint generated always as identity primary key,
     subscription_id integer     not null,
     message_id      uuid        not null,
+    place           bigint      not null,
+    key1            bigint,
+    key2            bigint,
+    barrier         boolean     not null,
     type            text,
     key             text,
-    old_key         text,
-    truncates       boolean     not null,
     sequence        bigint,
+    headers         jsonb       not null,
+    raw             bytea       not null,
+    published_at    timestamptz,
+    redelivered     boolean     not null,
+    content_type    text,
     attempts        integer     not null,
-    sqlstate        text        not null,
-    error           text        not null,
-    failed_at       timestamptz not null,
-    next_try        timestamptz not null,
-    primary key (subscription_id, message_id)
-) using heap with (fillfactor = 50);
-comment on table fanout.failure is 'internal: messages that a handler failed on and that will be tried again; see the view fanout.delivery_failure';
-revoke all on fanout.failure from public;
+    postponed       integer     not null,
+    sqlstate        text,
+    error           text,
+    failed_at       timestamptz,
+    waits_since     timestamptz,
+    next_try        timestamptz,
+    unique (subscription_id, message_id)
+) using heap with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
+create index waiting_place_idx on fanout.waiting (subscription_id, place, waiting_id);
+create index waiting_key1_idx on fanout.waiting (subscription_id, key1, place, waiting_id) where key1 is not null;
+create index waiting_key2_idx on fanout.waiting (subscription_id, key2, place, waiting_id) where key2 is not null;
+create index waiting_barrier_idx on fanout.waiting (subscription_id, place, waiting_id) where barrier;
+create index waiting_next_try_idx on fanout.waiting (subscription_id, next_try) where next_try is not null;
+comment on table fanout.waiting is 'internal: the waiting room, messages that were acked and are yet to be applied; see the view fanout.delivery_failure';
+comment on column fanout.waiting.place is 'the message''s sequence, or that of the one before it';
+comment on column fanout.waiting.attempts is 'attempts that count';
+comment on column fanout.waiting.postponed is 'tries that did not count, in a row';
+comment on column fanout.waiting.waits_since is 'when it first failed with an error of wait_for';
+comment on column fanout.waiting.next_try is 'NULL: behind another message of its keys';
+comment on sequence fanout.waiting_waiting_id_seq is 'internal: order of what came into the waiting room';
+revoke all on sequence fanout.waiting_waiting_id_seq from public;
+revoke all on fanout.waiting from public;
 
 create function fanout.check_interval(what text, value interval, lowest interval, highest interval) returns void
 language plpgsql immutable
@@ -1977,6 +2007,29 @@ end
 $$;
 comment on function fanout.check_number(text, integer, integer, integer) is 'internal: raises an error unless the number is within limits';
 revoke all on function fanout.check_number(text, integer, integer, integer) from public;
+
+create function fanout.check_failing(ordered boolean, on_failure text, wait_for text[]) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if check_failing.ordered is null then
+        raise exception 'ordered must not be null'
+            using errcode = 'null_value_not_allowed';
+    elsif check_failing.on_failure is null or check_failing.on_failure <> 'wait' then
+        raise exception 'on_failure must be "wait"'
+            using errcode = 'invalid_parameter_value';
+    elsif check_failing.wait_for is null
+          or exists (select from unnest(check_failing.wait_for) c where c is null or c !~ '^[0-9A-Z]{5}$') then
+        raise exception 'wait_for must be an array of SQLSTATEs'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example {23503}, or {} for none.';
+    end if;
+end
+$$;
+comment on function fanout.check_failing(boolean, text, text[]) is
+'internal: raises an error unless these options of fanout.subscribe() fit together';
+revoke all on function fanout.check_failing(boolean, text, text[]) from public;
 
 create function fanout.check_handler(handler regprocedure) returns boolean
 language plpgsql stable
@@ -2062,6 +2115,31 @@ comment on function fanout.subscription_handler(fanout.subscription) is
 'internal: the handler of a subscription; NULL: there is none of that name';
 revoke all on function fanout.subscription_handler(fanout.subscription) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
+create function fanout.target_problem(s fanout.subscription) returns text
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relation oid;
+begin
+    if s.handler <> 'fanout.sync_messages' then
+        return null;
+    end if;
+    select t.target into relation from fanout.sync_target t where t.subscription_id = s.subscription_id;
+    if not exists (select from pg_class c where c.oid = relation) then
+        return 'the table of this subscription does not exist any more';
+    elsif not (has_table_privilege(s.role, relation, 'SELECT') and has_table_privilege(s.role, relation, 'INSERT')
+               and has_table_privilege(s.role, relation, 'UPDATE') and has_table_privilege(s.role, relation, 'DELETE')) then
+        return format('permission denied for table %s', relation::regclass);
+    end if;
+    return null;
+end
+$$;
+comment on function fanout.target_problem(fanout.subscription) is
+'internal: why the table of a subscription of fanout.sync_table() cannot be written; NULL: it can, or it is another subscription';
+revoke all on function fanout.target_problem(fanout.subscription) from public;
+
 -- Another owner: what has its name now need not be what was meant.
 create function fanout.handler_problem(s fanout.subscription) returns text
 language sql stable
@@ -2075,6 +2153,7 @@ as $$
             then format('permission denied for schema %s', p.pronamespace::regnamespace)
         when not has_function_privilege(s.role, p.oid, 'execute')
             then format('permission denied for function %s', s.handler)
+        else fanout.target_problem(s)
         end
     from (select fanout.subscription_handler(s) as handler) h left join pg_proc p on p.oid = h.handler
 $$;
@@ -2084,7 +2163,9 @@ revoke all on function fanout.handler_problem(fanout.subscription) from public;
 
 create function fanout.add_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
                                         prefetch integer, max_attempts integer, retry_delay interval,
-                                        max_retry_delay interval, ordered boolean, handler_timeout interval)
+                                        max_retry_delay interval, ordered boolean, handler_timeout interval,
+                                        on_failure text default 'wait', wait_for text[] default '{23503}',
+                                        max_wait interval default '1 h')
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -2102,11 +2183,9 @@ begin
     perform fanout.check_number('max_attempts', add_subscription.max_attempts, 1, 2147483647);
     perform fanout.check_interval('retry_delay', add_subscription.retry_delay, '1 ms', '1 day');
     perform fanout.check_interval('max_retry_delay', add_subscription.max_retry_delay, add_subscription.retry_delay, '1 day');
-    perform fanout.check_interval('handler_timeout', add_subscription.handler_timeout, '1 ms', '1 day');
-    if add_subscription.ordered is null then
-        raise exception 'ordered must not be null'
-            using errcode = 'null_value_not_allowed';
-    end if;
+    perform fanout.check_interval('handler_timeout', add_subscription.handler_timeout, '1 ms', '12 h');
+    perform fanout.check_interval('max_wait', add_subscription.max_wait, '0 s', '1 year');
+    perform fanout.check_failing(add_subscription.ordered, add_subscription.on_failure, add_subscription.wait_for);
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
 
     select pg_catalog.format('%I.%I', n.nspname, p.proname), p.proowner into new.handler, new.handler_owner
@@ -2115,17 +2194,19 @@ begin
 
     insert into fanout.subscription as s
         (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
-         retry_delay, max_retry_delay, ordered, handler_timeout)
+         retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait)
     values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
             add_subscription.role, add_subscription.prefetch, add_subscription.max_attempts,
             add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
-            add_subscription.handler_timeout)
+            add_subscription.handler_timeout, add_subscription.on_failure, add_subscription.wait_for,
+            add_subscription.max_wait)
     on conflict (topic, consumer_group) do update
         set handler = excluded.handler, batch = excluded.batch, handler_owner = excluded.handler_owner,
             role = excluded.role, prefetch = excluded.prefetch, max_attempts = excluded.max_attempts,
             retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
             ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
-            active = true, version = s.version + 1, subscribed_at = now()
+            on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
+            queue_declared = null, active = true, version = s.version + 1, subscribed_at = now()
         where not s.active;
     if found then
         return;
@@ -2145,26 +2226,31 @@ begin
             fanout.difference('retry_delay', old.retry_delay::text, add_subscription.retry_delay::text),
             fanout.difference('max_retry_delay', old.max_retry_delay::text, add_subscription.max_retry_delay::text),
             fanout.difference('ordered', old.ordered::text, add_subscription.ordered::text),
-            fanout.difference('handler_timeout', old.handler_timeout::text, add_subscription.handler_timeout::text)],
+            fanout.difference('handler_timeout', old.handler_timeout::text, add_subscription.handler_timeout::text),
+            fanout.difference('on_failure', old.on_failure, add_subscription.on_failure),
+            fanout.difference('wait_for', old.wait_for::text, add_subscription.wait_for::text),
+            fanout.difference('max_wait', old.max_wait::text, add_subscription.max_wait::text)],
             null));
 end
 $$;
-comment on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval) is
+comment on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
 'internal: what fanout.subscribe() does with the rights of pg_fanout';
-revoke all on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval) from public;
+revoke all on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
 
 -- In C because only there the role that calls can be told from the one whose
 -- rights are needed.
 create function fanout.subscribe(topic text, consumer_group text, handler regprocedure,
                                  prefetch integer default 100, max_attempts integer default 10,
                                  retry_delay interval default '1 s', max_retry_delay interval default '5 min',
-                                 ordered boolean default true, handler_timeout interval default '30 s')
+                                 ordered boolean default true, handler_timeout interval default '30 s',
+                                 on_failure text default 'wait', wait_for text[] default '{23503}',
+                                 max_wait interval default '1 h')
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_subscribe';
-comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval) is
-'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
-revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval) from public;
+comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
+'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
+revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
 
 create function fanout.remove_subscription(role regrole, topic text, consumer_group text) returns void
 language plpgsql volatile
@@ -2192,7 +2278,9 @@ begin
     end if;
     update fanout.subscription s set active = false, version = s.version + 1
     where s.subscription_id = old.subscription_id;
-    delete from fanout.failure f where f.subscription_id = old.subscription_id;
+    update fanout.waiting w set attempts = 0, postponed = 0, waits_since = null,
+        next_try = case when next_try is not null then clock_timestamp() end
+    where w.subscription_id = old.subscription_id and attempts + postponed > 0;
 end
 $$;
 comment on function fanout.remove_subscription(regrole, text, text) is
@@ -2203,7 +2291,7 @@ create function fanout.unsubscribe(topic text, consumer_group text) returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_unsubscribe';
 comment on function fanout.unsubscribe(text, text) is
-'ends a subscription once this transaction has committed; the queue and its messages stay, attempts are forgotten. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501';
+'ends a subscription once this transaction has committed; the queue and its messages stay, and so do those that wait, whose attempts are forgotten; they are tried again when the subscription is made again. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501';
 revoke all on function fanout.unsubscribe(text, text) from public;
 
 
@@ -2581,7 +2669,7 @@ create view fanout.subscriptions as
 select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
        s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end as handler,
        s.role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
-       s.subscribed_at
+       s.on_failure, s.wait_for, s.max_wait, s.subscribed_at
 from fanout.subscription s
 where s.active;
 comment on view fanout.subscriptions is 'subscriptions of this database, made by fanout.subscribe()';
@@ -2596,6 +2684,9 @@ comment on column fanout.subscriptions.retry_delay is 'time before the second at
 comment on column fanout.subscriptions.max_retry_delay is 'up to this';
 comment on column fanout.subscriptions.ordered is 'do later messages of a key wait for one that failed?';
 comment on column fanout.subscriptions.handler_timeout is 'time allowed for one call of the handler';
+comment on column fanout.subscriptions.on_failure is 'where a message waits that the handler failed on';
+comment on column fanout.subscriptions.wait_for is 'SQLSTATEs with which a message is kept waiting before its attempts count';
+comment on column fanout.subscriptions.max_wait is 'for so long';
 comment on column fanout.subscriptions.subscribed_at is 'since when';
 revoke all on fanout.subscriptions from public;
 
@@ -2637,17 +2728,31 @@ comment on column fanout.stat_subscriptions.skipped is 'repeats of messages that
 comment on column fanout.stat_subscriptions.stale is 'changes that sync_table() did not write because something newer had been applied';
 comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
 comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
-comment on column fanout.stat_subscriptions.waiting is 'messages that failed and wait for their next attempt, and those of the same keys that wait behind them';
+comment on column fanout.stat_subscriptions.waiting is 'messages in the waiting room: those that failed, and those of the same keys behind them';
 comment on column fanout.stat_subscriptions.lag is 'messages that were ready in the queue when it was last looked at, every few seconds; NULL: not known';
 comment on column fanout.stat_subscriptions.reconnects is 'connections made after the first';
 comment on column fanout.stat_subscriptions.last_error is 'most recent error; NULL: none';
 comment on column fanout.stat_subscriptions.last_error_at is 'when it happened';
 revoke all on fanout.stat_subscriptions from public;
 
+create function fanout.readable(raw bytea) returns text
+language plpgsql stable strict
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return convert_from(raw, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+    return null;
+end
+$$;
+comment on function fanout.readable(bytea) is 'internal: a body as text; NULL if it is not UTF-8, or not in this database''s encoding';
+revoke all on function fanout.readable(bytea) from public;
+
 create view fanout.delivery_failure as
-select s.topic, s.consumer_group, f.message_id, f.type, f.key, f.sequence, f.attempts,
-       f.sqlstate, f.error, f.failed_at, f.next_try
-from fanout.failure f join fanout.subscription s using (subscription_id);
+select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.headers, fanout.readable(w.raw) as body, w.raw,
+       w.attempts, w.sqlstate, w.error, w.failed_at, w.next_try
+from fanout.waiting w join fanout.subscription s using (subscription_id)
+where w.error is not null;
 comment on view fanout.delivery_failure is 'messages that a handler failed on, and that will be tried again';
 comment on column fanout.delivery_failure.topic is 'of the subscription';
 comment on column fanout.delivery_failure.consumer_group is 'of the subscription';
@@ -2655,9 +2760,12 @@ comment on column fanout.delivery_failure.message_id is 'as the handler gets it'
 comment on column fanout.delivery_failure.type is 'AMQP property';
 comment on column fanout.delivery_failure.key is 'later messages of this key wait, if the subscription is ordered';
 comment on column fanout.delivery_failure.sequence is 'header';
-comment on column fanout.delivery_failure.attempts is 'attempts begun';
+comment on column fanout.delivery_failure.headers is 'as the handler gets them';
+comment on column fanout.delivery_failure.body is 'the body as text; NULL: see raw';
+comment on column fanout.delivery_failure.raw is 'the body''s bytes';
+comment on column fanout.delivery_failure.attempts is 'attempts that count; 0: conflicts, a lack of resources, or an error of wait_for';
 comment on column fanout.delivery_failure.sqlstate is 'of the last error';
-comment on column fanout.delivery_failure.error is 'the last error';
+comment on column fanout.delivery_failure.error is 'the last error, its first 1024 bytes';
 comment on column fanout.delivery_failure.failed_at is 'when it happened';
 comment on column fanout.delivery_failure.next_try is 'when the next attempt is due';
 revoke all on fanout.delivery_failure from public;
@@ -3250,7 +3358,8 @@ grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
-    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
+    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
+    fanout.target_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;

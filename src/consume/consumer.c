@@ -6,46 +6,43 @@
  * One loop, each round of which does whatever can be done without waiting:
  *
  *		connect -> queue there? handler there? -> consume -> take deliveries
- *		-> handle them -> ack -> give back what is due -> look after the rest
+ *		-> apply a batch of them, and ack -> apply what is due in the waiting room
  *
  * and then waits for the first of: the latch (a request), the broker's socket,
  * the next thing due by the clock.
  *
- * Deliveries move so:
+ *		           connected,                 all of it came
+ *		           queue found                (or GATHER_MS)
+ *		APART ------------------> GATHERING ------------------> CONSUMING
+ *		  ^                            |                            |
+ *		  '---- connection lost, or refused (queue, handler) -------'
  *
- *		            behind another of its key
- *		    (arrives) ---------------------> WAITING
- *		        |  ^                            |
- *		        |  |                            | that one is done with
- *		        v  |                            v
- *		      READY <---------------------------+
- *		        |  ^
- *		        |  '---------------------------------------.
- *		        +--> acked: applied, seen before, or dead   | comes again
- *		        |                                           |
- *		        '--> FAILED --- nacked, when due ---> AWAY -+--> GONE
- *		                                                 (did not come)
+ *		connect_broker()          end_gathering()
+ *		lose_deliveries()
  *
- * All deliveries at hand are handled in one transaction; if that fails, in
- * another one with a savepoint for each; and if that fails too (in a deferred
- * trigger, at commit), each in its own.  Acks follow the commit.
+ * A delivery is acked once its transaction is committed, whether it was applied
+ * or stored in the waiting room; so nothing stays unacked for longer than it waits
+ * for its turn.  Deliveries that come are at hand, a list in order; a batch is taken
+ * from its head, and what it did not get to is put back there.
  *
- * A delivery that failed is not acked; its body is let go.  When its next
- * attempt is due it is nacked, and comes again at once.  Those of the same key
- * that come after it wait in memory (order.c).  They, too, are not acked, and
- * would use up the prefetch: when half of it waits and all of it has come, the
- * consumer is cancelled and another begun on the same channel, with a fresh
- * prefetch.
+ * What the worker before had at hand is delivered again, perhaps in another order
+ * and after newer messages.  So at first all that comes again is gathered, and put
+ * in order by the header "sequence".
  *
- * Attempts are in fanout.failure.  A handler that ends the process (FATAL, a
- * crash) leaves no trace, so after a process that ended while a handler ran,
- * what is delivered again first is suspect: it is handled singly, and the
- * attempt is recorded before it.  So is every attempt after the first.
+ * A handler that ends the process (FATAL, a crash) leaves no trace.  So after a
+ * process that ended while a handler ran, what is delivered again is stored in the
+ * waiting room, and what is tried from there is tried singly for a while, its attempt
+ * recorded first.  What the broker has delivered RETURNED_OFTEN times is stored, too,
+ * since its queue may have a delivery limit.
+ *
+ * If messages of many keys fail in a row with the same error, the breaker opens
+ * (breaker.c): the subscription is refused, its deliveries go back to the queue, and
+ * at growing pauses it connects to consume a single one, or one from the waiting
+ * room, as a probe.
  *
  * Losing the connection loses nothing: what was not acked comes again, and
- * the inbox knows what was applied.  What failed keeps its place before those
- * of its key, in whatever order the broker sends them.
- * Of the others all that comes again is gathered first, and put in order.
+ * inbox and waiting room know what was done.  The waiting room is worked on without
+ * a connection, too.
  *
  * No transaction is open while the broker is waited for.  An error in here
  * (not one of a handler) ends the process, and the launcher starts it again.
@@ -57,57 +54,45 @@
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "storage/ipc.h"
-#include "utils/hsearch.h"
 #include "utils/memutils.h"
 
 #include "broker/connection.h"
 #include "capture/msgid.h"
+#include "consume/apply.h"
+#include "consume/breaker.h"
 #include "consume/consumer.h"
 #include "consume/delivery.h"
 #include "consume/handler.h"
-#include "consume/inbox.h"
-#include "consume/order.h"
-#include "publish/topology.h"
-#include "server/compat.h"
+#include "consume/queue.h"
+#include "consume/waiting.h"
 #include "server/guc.h"
 #include "server/monotime.h"
 #include "server/worker.h"
 
 /*
- * Most deliveries in one transaction: a quarter of the prefetch, so that the
+ * Most messages in one transaction: a quarter of the prefetch, so that the
  * next ones come while these are handled and acked; within these bounds.
  */
 #define BATCH_MIN 100
 #define BATCH_MAX 1000
 
-/* More deliveries that wait than this are no longer made room for. */
-#define MAX_WAITING 65535
+/*
+ * A delivery takes this much memory at least.  The broker is asked for no more of
+ * them than fit into consumer_memory.
+ */
+#define DELIVERY_BYTES 1024
 
-/* Bounds one ack or nack without progress; SIGTERM is taken meanwhile. */
+/* Bounds one ack without progress; SIGTERM is taken meanwhile. */
 #define SETTLE_TIMEOUT_MS 30000
-
-/* A delivery that was given back and has not come again is somebody else's. */
-#define AWAY_TIMEOUT_MS 30000
-
-/*
- * When a consumer begins, the one before it may not be gone yet for the
- * broker, and what it had in hand comes back only then, after newer messages.
- */
-#define PREDECESSOR_MS 3000
-#define PREDECESSOR_LOOK_MS 100
-
-/*
- * A quorum queue whose leader does not answer, as after a start of the broker,
- * is said to have no messages and no consumers.
- */
-#define LEADER_MS 500
 
 /* What is delivered again is gathered until nothing came for so long. */
 #define GATHER_MS 100
-#define GATHER_MAX MAX_WAITING
 
-/* How long room is waited for. */
-#define ROOM_MS 20
+/* Deliveries that the broker has taken back so often are stored. */
+#define RETURNED_OFTEN 2
+
+/* A probe is a delivery; if none has come for so long, one from the waiting room. */
+#define PROBE_WAIT_MS 1000
 
 /* How often the depth of the queue is looked at. */
 #define INSPECT_MS 5000
@@ -119,12 +104,18 @@
 
 #define EVENTS_AT_ONCE 10000
 
-/* A message may be in the queue more than once: linked by "same". */
-typedef struct FailedEntry
-{
-	pg_uuid_t	message_id;		/* hash key */
-	Delivery   *first;
-} FailedEntry;
+/* After an error in a batch so many more are run with savepoints at once. */
+#define CAREFUL_BATCHES 50
+
+/*
+ * After a call that did not end in time, other messages have only so many times
+ * what one took lately, before they are stored to be tried later with their whole
+ * time; for so long.  Those are tried in between, but not all the time.
+ */
+#define PATIENCE_TIMES 4
+#define PATIENCE_MIN_MS 25
+#define IMPATIENT_MS 30000
+#define IMPATIENT_PAUSE_MS 10000
 
 typedef struct Consumer
 {
@@ -137,223 +128,100 @@ typedef struct Consumer
 
 	/* consuming */
 	bool		consuming;
-	char		tag[32];		/* consumer tag */
-	uint32		epoch;			/* how many basic.consume */
+	uint32		consumed;		/* deliveries since then */
 	int			refusals;		/* in a row */
 	uint32		doubted;		/* for connection_believes() */
 	char		last_refusal[600];	/* so that it is logged once */
 	MonoTime	inspect_at;
-	MonoTime	consuming_since;
-
-	/* deliveries */
-	MemoryContext deliveries;
-	Delivery  **gathered;		/* delivered again first of all: to be sorted */
-	int			ngathered;
 	bool		gathering;
 	MonoTime	gather_until;
-	Delivery   *first_ready;
-	Delivery   *last_ready;
-	int			nready;
-	Order		order;
-	Delivery  **released;		/* while order_release() runs */
-	int			nreleased;
-	HTAB	   *failed;			/* by message id: FAILED, AWAY, GONE, and
-								 * those of them that are READY again */
-	int			in_hand;		/* delivered, and neither acked nor nacked */
-	int			blocked;		/* of these, WAITING or FAILED */
-	int			blocked_now;	/* the same, of this epoch */
-	int			in_hand_now;	/* delivered in this epoch, and in hand */
-	MonoTime	room_until;		/* nothing is handled before; 0: it is */
-	size_t		bytes;			/* of deliveries in memory */
-	bool		suspicious;		/* of what is delivered again */
+
+	/* deliveries at hand */
+	MemoryContext deliveries;
+	Delivery   *first;
+	Delivery   *last;
+	int			count;
+	size_t		bytes;
+
+	/* how batches are run */
+	int			careful;		/* batches to be run with savepoints */
+	int			ones;			/* deliveries to be applied in batches of one */
+	int			singly;			/* tries from the waiting room to be recorded
+								 * before they are made */
+	Breaker		breaker;
+	char		broken[512];	/* what it opened with; "": that was told */
+	MonoTime	probe_room_at;	/* while it is open: no delivery has come */
+	int			slowest_ms;		/* of the calls of late */
+	MonoTime	impatient_until;
+	MonoTime	due_at;			/* what is due was last tried; 0: never */
 	MonoTime	failure_log_at; /* no sooner */
-	MonoTime	next_due;		/* of one that is FAILED; 0: none */
-	MonoTime	next_gone;		/* of one that is AWAY; 0: none */
+	bool		redrive;		/* there may be dead letters to be tried */
 } Consumer;
 
 static Consumer con;
 
-static void consume_anew(void);
+/* Shows a state; while only probes are made it is REFUSED, whatever they do. */
+static void
+set_state(WorkerState state)
+{
+	worker_set_state(con.breaker.open ? WORKER_REFUSED : state);
+}
 
-/* ---- lists ---- */
+/* ---- deliveries at hand ---- */
 
 static void
-append_ready(Delivery *delivery)
+append(Delivery *delivery)
 {
-	order_place(&con.order, &delivery->order);
-	delivery->state = DELIVERY_READY;
 	delivery->next = NULL;
-	if (con.last_ready != NULL)
-		con.last_ready->next = delivery;
+	if (con.last != NULL)
+		con.last->next = delivery;
 	else
-		con.first_ready = delivery;
-	con.last_ready = delivery;
-	con.nready++;
+		con.first = delivery;
+	con.last = delivery;
+	con.count++;
+	con.bytes += delivery->size;
 }
 
 static Delivery *
-take_ready(void)
+take_first(void)
 {
-	Delivery   *delivery = con.first_ready;
+	Delivery   *delivery = con.first;
 
-	con.first_ready = delivery->next;
-	if (con.first_ready == NULL)
-		con.last_ready = NULL;
+	con.first = delivery->next;
+	if (con.first == NULL)
+		con.last = NULL;
 	delivery->next = NULL;
-	con.nready--;
+	con.count--;
+	con.bytes -= delivery->size;
 	return delivery;
 }
 
 static void
-count_blocked(const Delivery *delivery, int change)
+put_back(Delivery *delivery)
 {
-	con.blocked += change;
-	if (delivery->epoch == con.epoch)
-		con.blocked_now += change;
-	pg_atomic_write_u32(&worker_subscription->waiting, con.blocked);
+	delivery->next = con.first;
+	con.first = delivery;
+	if (con.last == NULL)
+		con.last = delivery;
+	con.count++;
+	con.bytes += delivery->size;
 }
 
-static void
-count_in_hand(const Delivery *delivery, int change)
+static bool
+memory_full(void)
 {
-	con.in_hand += change;
-	if (delivery->epoch == con.epoch)
-		con.in_hand_now += change;
-}
-
-static void
-drop_body(Delivery *delivery)
-{
-	if (delivery->wire != NULL)
-		con.bytes -= delivery->size;
-	delivery_drop_body(delivery);
-}
-
-static void
-add_to_order(Delivery *delivery)
-{
-	if (!order_add(&con.order, &delivery->order))
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY),
-				 errmsg("out of memory")));
-}
-
-static void
-remember_failed(Delivery *delivery)
-{
-	bool		found;
-	FailedEntry *entry = hash_search(con.failed, &delivery->message_id, HASH_ENTER, &found);
-
-	delivery->same = found ? entry->first : NULL;
-	entry->first = delivery;
-}
-
-static void
-forget_failed(Delivery *delivery)
-{
-	FailedEntry *entry = hash_search(con.failed, &delivery->message_id, HASH_FIND, NULL);
-	Delivery  **link;
-
-	Assert(entry != NULL);
-	link = &entry->first;
-	while (*link != delivery)
-		link = &(*link)->same;
-	*link = delivery->same;
-	if (entry->first == NULL)
-		hash_search(con.failed, &delivery->message_id, HASH_REMOVE, NULL);
-}
-
-/* The first that waits to come again, if one does; else one in hand, or NULL. */
-static Delivery *
-find_failed(const pg_uuid_t *message_id)
-{
-	FailedEntry *entry = hash_search(con.failed, message_id, HASH_FIND, NULL);
-	Delivery   *found = entry ? entry->first : NULL;
-
-	for (Delivery *delivery = found; delivery != NULL; delivery = delivery->same)
-	{
-		if (delivery->tag == 0 && (found->tag != 0 || delivery->order.place < found->order.place))
-			found = delivery;
-	}
-	return found;
-}
-
-static void
-forget(Delivery *delivery)
-{
-	if (delivery->order.pinned)
-	{
-		order_remove(&con.order, &delivery->order);
-		forget_failed(delivery);
-	}
-	drop_body(delivery);
-	delivery_free(delivery);
-}
-
-static void
-note_due(MonoTime *next, MonoTime when)
-{
-	if (*next == 0 || when < *next)
-		*next = when;
-}
-
-static void
-set_away(Delivery *delivery)
-{
-	delivery->state = DELIVERY_AWAY;
-	delivery->away_since = mono_now();
-	note_due(&con.next_gone, mono_plus(delivery->away_since, AWAY_TIMEOUT_MS));
+	return con.bytes >= (size_t) pgf_consumer_memory * 1024;
 }
 
 /* ---- losing the connection ---- */
 
-/* Everything in hand comes again; what failed keeps its place. */
+/* All that is at hand comes again. */
 static void
 lose_deliveries(void)
 {
-	OrderItem  *next;
-	OrderItem  *item = con.order.first;
-
-	while (con.first_ready != NULL)
-	{
-		Delivery   *delivery = take_ready();
-
-		if (!delivery->order.pinned)
-		{
-			drop_body(delivery);
-			delivery_free(delivery);
-		}
-	}
-	while (con.ngathered > 0)
-	{
-		Delivery   *delivery = con.gathered[--con.ngathered];
-
-		drop_body(delivery);
-		delivery_free(delivery);
-	}
-	con.gathering = false;
-	order_clear(&con.order);
-	for (; item != NULL; item = next)
-	{
-		Delivery   *delivery = (Delivery *) item;
-
-		next = item->next;
-		drop_body(delivery);
-		if (!item->pinned)
-		{
-			delivery_free(delivery);
-			continue;
-		}
-		item->waiting = false;
-		delivery->tag = 0;
-		set_away(delivery);
-		add_to_order(delivery);
-	}
-	con.consuming = false;
-	con.in_hand = con.in_hand_now = con.blocked = con.blocked_now = 0;
-	con.room_until = 0;
-	con.next_due = 0;
-	pg_atomic_write_u32(&worker_subscription->waiting, 0);
+	while (con.first != NULL)
+		delivery_free(take_first());
+	con.consuming = con.gathering = false;
 	pg_atomic_write_u64(&worker_subscription->lag, 0);
 }
 
@@ -446,30 +314,18 @@ ack(uint64 tag, bool multiple)
 	return false;
 }
 
-/* Of what is in hand, but not being settled; all taken later have higher ones. */
+/* Of what is at hand; all that comes later has higher ones. */
 static uint64
 lowest_tag(void)
 {
 	uint64		lowest = PG_UINT64_MAX;
 
-	for (const Delivery *delivery = con.first_ready; delivery != NULL; delivery = delivery->next)
+	for (const Delivery *delivery = con.first; delivery != NULL; delivery = delivery->next)
 		lowest = Min(lowest, delivery->tag);
-	for (const OrderItem *item = con.order.first; item != NULL; item = item->next)
-	{
-		const Delivery *delivery = (const Delivery *) item;
-
-		if (delivery->tag != 0)
-			lowest = Min(lowest, delivery->tag);
-	}
-	for (int i = 0; i < con.ngathered; i++)
-		lowest = Min(lowest, con.gathered[i]->tag);
 	return lowest;
 }
 
-/*
- * One ack does for all that are lower than what stays in hand: one that waits
- * may be older than any of these, and an ack of it would lose it.
- */
+/* One ack does for all that are lower than what stays at hand. */
 static void
 ack_all(const uint64 *tags, int n)
 {
@@ -503,43 +359,6 @@ log_failure(const Delivery *delivery)
 }
 
 static void
-fail(Delivery *delivery)
-{
-	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
-	log_failure(delivery);
-	delivery->state = DELIVERY_FAILED;
-	drop_body(delivery);
-	if (!delivery->order.pinned)
-	{
-		delivery->order.pinned = true;
-		add_to_order(delivery);
-		remember_failed(delivery);
-	}
-	count_blocked(delivery, 1);
-	note_due(&con.next_due, delivery->due);
-}
-
-/* The other half is for what can be worked on. */
-static size_t
-memory_for_waiting(void)
-{
-	return (size_t) pgf_consumer_memory * 1024 / 2;
-}
-
-static void
-wait_in_order(Delivery *delivery)
-{
-	delivery->state = DELIVERY_WAITING;
-	if (con.bytes > memory_for_waiting())
-		drop_body(delivery);
-	if (delivery->order.pinned)
-		delivery->order.waiting = true;
-	else
-		add_to_order(delivery);
-	count_blocked(delivery, 1);
-}
-
-static void
 announce_dead(const Delivery *delivery)
 {
 	char		id[37];
@@ -552,258 +371,83 @@ announce_dead(const Delivery *delivery)
 			 errdetail("%s", delivery->error)));
 }
 
-/* Does what the outcome says; true: it is to be acked. */
-static bool
-settle(Delivery *delivery)
+/* Tells the breaker what has become of a message. */
+static void
+tell_breaker(const Delivery *delivery)
 {
+	uint64		key;
+
+	if (delivery->outcome == OUTCOME_APPLIED)
+	{
+		breaker_success(&con.breaker);
+		return;
+	}
+	if (!delivery->breaks && !con.breaker.open)
+		return;
+	memcpy(&key, delivery->message_id.data, sizeof(key));
+	if (delivery->order.nkeys > 0)
+		key = delivery->order.keys[0];
+	if (breaker_failure(&con.breaker, delivery->sqlstate, key))
+		strlcpy(con.broken, psprintf("messages of %d keys failed with SQLSTATE %s in a row, the last one: %s",
+									 BREAKER_FAILURES, delivery->sqlstate, delivery->error), sizeof(con.broken));
+}
+
+/*
+ * Counts and announces what has become of a message, and tells the breaker if it
+ * was tried.
+ */
+static void
+report(const Delivery *delivery)
+{
+	if (delivery->outcome == OUTCOME_APPLIED || delivery->outcome == OUTCOME_FAILED ||
+		delivery->outcome == OUTCOME_DEAD)
+		tell_breaker(delivery);
 	switch (delivery->outcome)
 	{
 		case OUTCOME_APPLIED:
 			pg_atomic_fetch_add_u64(&worker_subscription->applied, 1);
-			return true;
+			break;
 		case OUTCOME_SEEN:
-		case OUTCOME_TWIN:
 			pg_atomic_fetch_add_u64(&worker_subscription->skipped, 1);
-			return true;
+			break;
 		case OUTCOME_DEAD:
 			announce_dead(delivery);
-			return true;
+			break;
 		case OUTCOME_FAILED:
-			fail(delivery);
-			return false;
-		case OUTCOME_BLOCKED:
-			wait_in_order(delivery);
-			return false;
+			pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
+			log_failure(delivery);
+			break;
+		case OUTCOME_BEHIND:
 		case OUTCOME_NONE:
 			break;
 	}
-	elog(ERROR, "a delivery has no outcome");
-	return false;
 }
 
+/* Acks what has an outcome; what has none is at hand again, in its place. */
 static void
-settle_all(Delivery **deliveries, int n)
+settle(Delivery **deliveries, int n)
 {
 	uint64	   *tags = palloc((n + 1) * sizeof(uint64));
 	int			count = 0;
 
+	for (int i = n - 1; i >= 0; i--)
+	{
+		if (deliveries[i]->outcome == OUTCOME_NONE)
+			put_back(deliveries[i]);
+	}
 	for (int i = 0; i < n; i++)
 	{
-		if (!settle(deliveries[i]))
+		if (deliveries[i]->outcome == OUTCOME_NONE)
 			continue;
+		report(deliveries[i]);
 		tags[count++] = deliveries[i]->tag;
-		count_in_hand(deliveries[i], -1);
-		forget(deliveries[i]);
+		delivery_free(deliveries[i]);
 	}
 	ack_all(tags, count);
 	pfree(tags);
 }
 
-/* ---- handling ---- */
-
-static void
-put_back_one(Delivery *delivery)
-{
-	Delivery   *before = NULL;
-	Delivery   *after = con.first_ready;
-
-	while (after != NULL && after->order.place < delivery->order.place)
-	{
-		before = after;
-		after = after->next;
-	}
-	delivery->state = DELIVERY_READY;
-	delivery->next = after;
-	if (before != NULL)
-		before->next = delivery;
-	else
-		con.first_ready = delivery;
-	if (after == NULL)
-		con.last_ready = delivery;
-	con.nready++;
-}
-
-/*
- * In their places, mostly before all others: what is in no list would be lost
- * sight of when the connection is.
- */
-static void
-put_back(Delivery **deliveries, int n)
-{
-	for (int i = n - 1; i >= 0; i--)
-		put_back_one(deliveries[i]);
-}
-
-/* Nothing was done, and nothing can be; true if so. */
-static bool
-cannot_handle(HandlerResult result, Delivery **deliveries, int n)
-{
-	if (result == HANDLER_ENDED)
-		worker_end(WORKER_TERMINATED);
-	if (result != HANDLER_UNUSABLE)
-		return false;
-	put_back(deliveries, n);
-	refused(con.row.problem);
-	return true;
-}
-
-static void
-record(Delivery *delivery)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-
-	worker_begin();
-	if (delivery->outcome == OUTCOME_DEAD)
-	{
-		inbox_bury(&con.row, delivery);
-		inbox_record(con.row.subscription_id, &delivery, 1);
-	}
-	else
-		inbox_record_failure(con.row.subscription_id, delivery);
-	worker_commit();
-	MemoryContextSwitchTo(oldcontext);
-	delivery->known = true;
-}
-
-/* An attempt has failed, and its transaction is over. */
-static void
-record_failure(Delivery *delivery)
-{
-	delivery->outcome = (delivery->attempts >= con.row.max_attempts) ? OUTCOME_DEAD : OUTCOME_FAILED;
-	handler_schedule(&con.row, delivery);
-	record(delivery);
-}
-
-/* Should the process end, this is what is known. */
-static void
-record_attempt(Delivery *delivery)
-{
-	if (delivery->error != NULL)
-		pfree(delivery->error);
-	delivery->error = MemoryContextStrdup(con.deliveries, "the worker ended while the handler ran");
-	strlcpy(delivery->sqlstate, "57P01", sizeof(delivery->sqlstate));
-	handler_schedule(&con.row, delivery);
-	delivery->outcome = OUTCOME_FAILED;
-	record(delivery);
-}
-
-static void
-handle_singly(Delivery *delivery)
-{
-	HandlerResult result;
-	bool		exhausted = delivery->attempts >= con.row.max_attempts;
-
-	if (order_blocks(&con.order, &delivery->order))
-	{
-		wait_in_order(delivery);
-		return;
-	}
-	if (exhausted)
-		record_failure(delivery);
-	else
-	{
-		delivery->attempts++;
-		if (delivery->suspect || delivery->known)
-			record_attempt(delivery);
-		result = handler_apply(&con.row, &delivery, 1, HANDLER_TOGETHER);
-		if (cannot_handle(result, &delivery, 1))
-			return;
-		if (result == HANDLER_ERROR)
-			record_failure(delivery);
-	}
-	settle_all(&delivery, 1);
-}
-
-static void
-handle_batch(Delivery **deliveries, int n)
-{
-	HandlerResult result = handler_apply(&con.row, deliveries, n, HANDLER_TOGETHER);
-
-	if (result == HANDLER_ERROR && n > 1)
-		result = handler_apply(&con.row, deliveries, n, HANDLER_SAVEPOINTS);
-	if (cannot_handle(result, deliveries, n))
-		return;
-	if (result == HANDLER_COMMITTED)
-	{
-		settle_all(deliveries, n);
-		return;
-	}
-	if (n == 1)
-	{
-		deliveries[0]->attempts++;
-		record_failure(deliveries[0]);
-		settle_all(deliveries, 1);
-		return;
-	}
-	put_back(deliveries, n);
-	while (n-- > 0 && con.first_ready != NULL)
-		handle_singly(take_ready());
-}
-
-static bool
-goes_alone(const Delivery *delivery)
-{
-	return delivery->suspect || delivery->attempts > 0;
-}
-
-/*
- * The next to be handled with others, or NULL.  One of its key may have failed
- * since it came.
- */
-static Delivery *
-next_of_batch(void)
-{
-	while (con.first_ready != NULL && !goes_alone(con.first_ready))
-	{
-		Delivery   *delivery = take_ready();
-
-		if (!order_blocks(&con.order, &delivery->order))
-			return delivery;
-		wait_in_order(delivery);
-	}
-	return NULL;
-}
-
-static bool
-memory_full(void)
-{
-	return con.bytes >= (size_t) pgf_consumer_memory * 1024;
-}
-
-/* Those that wait leave too little room for others. */
-static bool
-crowded(void)
-{
-	return con.consuming && con.blocked_now * 2 >= con.row.prefetch && con.blocked < MAX_WAITING;
-}
-
-/* All that the prefetch allows, so that nothing is on its way. */
-static bool
-all_has_come(void)
-{
-	return con.in_hand_now >= con.row.prefetch;
-}
-
-/*
- * What is on its way when a consumer is cancelled goes back to the queue, and
- * comes after newer messages.  So before room is made, nothing is acked until
- * all has come; or for ROOM_MS, since the queue may have no more.
- */
-static bool
-await_room(void)
-{
-	if (!con.row.ordered || !crowded() || memory_full())
-	{
-		con.room_until = 0;
-		return false;
-	}
-	if (con.room_until == 0)
-		con.room_until = mono_later(ROOM_MS);
-	if (con.room_until > mono_now())
-		return true;
-	con.room_until = 0;
-	return false;
-}
+/* ---- batches ---- */
 
 static int
 batch_limit(void)
@@ -812,200 +456,225 @@ batch_limit(void)
 }
 
 static bool
-handle_ready(void)
+impatient(void)
 {
-	Delivery  **deliveries;
-	Delivery   *next;
-	int			n = 0;
+	return con.impatient_until > mono_now();
+}
 
-	if (con.first_ready == NULL || con.conn.broker == NULL || con.gathering || await_room())
-		return false;
-	worker_set_state(WORKER_CONSUMING);
-	if (goes_alone(con.first_ready))
+static void
+prepare_batch(Batch *batch, Delivery **deliveries)
+{
+	memset(batch, 0, sizeof(*batch));
+	batch->deliveries = deliveries;
+	batch->careful = con.careful > 0;
+	batch->probe = con.breaker.open;
+	if (impatient())
+		batch->patience_ms = Max(PATIENCE_MIN_MS, con.slowest_ms * PATIENCE_TIMES);
+}
+
+/* What the next batches should know of this one. */
+static void
+learn(const Batch *batch)
+{
+	if (batch->failed || (batch->careful && con.careful == 0))
+		con.careful = CAREFUL_BATCHES;
+	else if (con.careful > 0)
+		con.careful--;
+	con.slowest_ms = Max(batch->slowest_ms, con.slowest_ms - con.slowest_ms / 16);
+	if (batch->failed && batch->failure.late && batch->failure.class == FAILURE_COUNTS)
+		con.impatient_until = mono_later(IMPATIENT_MS);
+}
+
+/*
+ * After a batch: if the breaker has opened, or a probe has failed, nothing is
+ * consumed for a while; if a probe has succeeded, all is as before.
+ */
+static void
+heed_breaker(bool was_open)
+{
+	if (con.broken[0] != '\0')
 	{
-		handle_singly(take_ready());
-		return true;
+		refused(con.broken);
+		con.broken[0] = '\0';
+		con.conn.connect_at = mono_later(backoff(1000, con.breaker.probes, MAX_REFUSED_MS));
 	}
-	deliveries = palloc(Min(con.nready, batch_limit()) * sizeof(Delivery *));
-	while (n < batch_limit() && (next = next_of_batch()) != NULL)
-		deliveries[n++] = next;
-	if (n > 0)
-		handle_batch(deliveries, n);
+	else if (was_open && !con.breaker.open)
+	{
+		disconnect(true);
+		con.conn.connect_at = 0;
+		con.last_refusal[0] = '\0';
+	}
+}
+
+/* Nothing was done, and nothing can be; true if so. */
+static bool
+cannot_apply(ApplyResult result)
+{
+	if (result == APPLY_ENDED)
+		worker_end(WORKER_TERMINATED);
+	if (result != APPLY_UNUSABLE)
+		return false;
+	refused(con.row.problem);
 	return true;
 }
 
-/* ---- what waits ---- */
+/* ---- applying deliveries ---- */
 
-/* Back to the queue, to come again at once.  False: the connection is lost. */
+/*
+ * May a delivery have ended the process before, or is it near the limit of its
+ * queue?  Then it must not stay unacked.
+ */
 static bool
-give_back(Delivery *delivery)
+must_store(const Delivery *delivery)
 {
-	BrokerError error;
-	BrokerResult result;
+	return delivery->wire->redelivered && (con.singly > 0 || delivery->returned >= RETURNED_OFTEN);
+}
 
-	count_blocked(delivery, -1);
-	result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
-	delivery->tag = 0;
-	count_in_hand(delivery, -1);
-	set_away(delivery);
-	if (result == BROKER_OK)
-		return true;
-	call_failed(result, &error);
-	return false;
+static int
+compare_ids(const void *a, const void *b)
+{
+	const Delivery *left = *(Delivery *const *) a;
+	const Delivery *right = *(Delivery *const *) b;
+	int			result = memcmp(&left->message_id, &right->message_id, UUID_LEN);
+
+	return result != 0 ? result : (left->batch_index > right->batch_index) - (left->batch_index < right->batch_index);
+}
+
+/* How many come before the first whose id is that of one before it. */
+static int
+count_different(Delivery **deliveries, int n)
+{
+	Delivery  **sorted = palloc((n + 1) * sizeof(Delivery *));
+	int			different = n;
+
+	for (int i = 0; i < n; i++)
+	{
+		deliveries[i]->batch_index = i;
+		sorted[i] = deliveries[i];
+	}
+	qsort(sorted, n, sizeof(Delivery *), compare_ids);
+	for (int i = 1; i < n; i++)
+	{
+		if (memcmp(&sorted[i]->message_id, &sorted[i - 1]->message_id, UUID_LEN) == 0)
+			different = Min(different, sorted[i]->batch_index);
+	}
+	pfree(sorted);
+	return different;
+}
+
+/* Takes the next batch, all of which is to be stored, or none. */
+static int
+take_batch(Delivery **deliveries, int limit, bool store)
+{
+	int			n = 0;
+	int			different;
+
+	while (n < limit && con.first != NULL && must_store(con.first) == store)
+		deliveries[n++] = take_first();
+	different = count_different(deliveries, n);
+	while (n > different)
+		put_back(deliveries[--n]);
+	return n;
+}
+
+/* Puts all of them back, after a transaction that was undone. */
+static void
+put_all_back(Delivery **deliveries, int n)
+{
+	while (n > 0)
+		put_back(deliveries[--n]);
 }
 
 static bool
-give_back_due(MonoTime now)
+handle_deliveries(void)
 {
-	bool		any = false;
-	OrderItem  *item = con.order.first;
+	Batch		batch;
+	bool		was_open = con.breaker.open;
+	bool		store;
+	ApplyResult result;
 
-	if (con.next_due == 0 || con.next_due > now || !con.consuming)
+	if (con.first == NULL || con.conn.broker == NULL || con.gathering)
 		return false;
-	con.next_due = 0;
-	for (; item != NULL; item = item->next)
-	{
-		Delivery   *delivery = (Delivery *) item;
-
-		if (delivery->state != DELIVERY_FAILED)
-			continue;
-		if (delivery->due > now)
-			note_due(&con.next_due, delivery->due);
-		else if (!give_back(delivery))
-			return true;
-		else
-			any = true;
-	}
-	return any;
+	set_state(WORKER_CONSUMING);
+	store = must_store(con.first);
+	prepare_batch(&batch, palloc(batch_limit() * sizeof(Delivery *)));
+	batch.n = take_batch(batch.deliveries, con.ones > 0 || was_open ? 1 : batch_limit(), store);
+	con.ones -= Min(con.ones, batch.n);
+	result = store ? apply_store(&con.row, &batch) : apply_batch(&con.row, &batch);
+	if (result != APPLY_COMMITTED)
+		put_all_back(batch.deliveries, batch.n);
+	if (cannot_apply(result))
+		return true;
+	if (result == APPLY_UNDONE)
+		con.ones = batch.n;
+	else
+		settle(batch.deliveries, batch.n);
+	learn(&batch);
+	heed_breaker(was_open);
+	return true;
 }
 
-/* Somebody else has them, or they were purged: nobody waits for them any more. */
-static void
-give_up_gone(MonoTime now)
-{
-	OrderItem  *next;
+/* ---- applying what is due ---- */
 
-	if (con.next_gone == 0 || con.next_gone > now || !con.consuming)
-		return;
-	con.next_gone = 0;
-	for (OrderItem *item = con.order.first; item != NULL; item = next)
-	{
-		Delivery   *delivery = (Delivery *) item;
-		MonoTime	gone;
-
-		next = item->next;
-		if (delivery->state != DELIVERY_AWAY)
-			continue;
-		gone = mono_plus(Max(delivery->away_since, con.consuming_since), AWAY_TIMEOUT_MS);
-		if (gone > now)
-		{
-			note_due(&con.next_gone, gone);
-			continue;
-		}
-		if (!delivery->known)
-		{
-			forget(delivery);
-			continue;
-		}
-		order_remove(&con.order, item);
-		delivery->order.pinned = false;
-		delivery->state = DELIVERY_GONE;
-	}
-}
-
-/*
- * Its body was let go: it has to come again, and keeps its place.  So that this
- * does not take a while for each of a key, those behind it are called, too, as
- * many as there is room for.
- */
-static OrderVerdict
-call_back(Delivery *delivery, size_t *room)
-{
-	delivery->state = DELIVERY_FAILED;
-	delivery->due = mono_now();
-	note_due(&con.next_due, delivery->due);
-	if (!delivery->order.pinned)
-	{
-		delivery->order.pinned = true;
-		remember_failed(delivery);
-	}
-	if (*room < delivery->size)
-		return ORDER_STAYS;
-	*room -= delivery->size;
-	return ORDER_STAYS_ALONE;
-}
-
-static OrderVerdict
-release(OrderItem *item, void *arg)
-{
-	Delivery   *delivery = (Delivery *) item;
-
-	item->waiting = false;
-	if (delivery->wire == NULL)
-		return call_back(delivery, arg);
-	count_blocked(delivery, -1);
-	con.released[con.nreleased++] = delivery;
-	return item->pinned ? ORDER_STAYS : ORDER_LEAVES;
-}
-
-/*
- * They come before what is ready, which came later.  Whether that has to wait
- * is not decided before its turn: else it might be put before what came before
- * it.
- */
-static void
-release_waiting(void)
-{
-	size_t		room = memory_for_waiting();
-
-	room -= Min(room, con.bytes);
-	con.released = palloc((con.order.count + 1) * sizeof(Delivery *));
-	con.nreleased = 0;
-	order_release(&con.order, release, &room);
-	put_back(con.released, con.nreleased);
-	pfree(con.released);
-}
-
-/* ---- deliveries ---- */
-
-/* One that failed has come again. */
-static void
-came_again(Delivery *delivery, BrokerDelivery *wire)
-{
-	delivery->wire = wire;
-	delivery->size = wire->size;
-	delivery->tag = wire->tag;
-	delivery->epoch = con.epoch;
-	count_in_hand(delivery, 1);
-	con.bytes += wire->size;
-	if (delivery->state == DELIVERY_GONE)
-	{
-		delivery->order.pinned = true;
-		add_to_order(delivery);
-	}
-	if (delivery->due <= mono_now())
-	{
-		append_ready(delivery);
-		return;
-	}
-	delivery->state = DELIVERY_FAILED;
-	drop_body(delivery);
-	count_blocked(delivery, 1);
-	note_due(&con.next_due, delivery->due);
-}
-
-/*
- * Suspect is what the broker delivers again first, after a process that ended
- * while a handler ran.  How many that process had in hand is not known: with
- * those that waited, more than the prefetch.
- */
+/* While calls do not end in time, what comes new goes before what is due. */
 static bool
-is_suspect(const BrokerDelivery *wire)
+may_try_due(MonoTime now)
 {
-	if (!wire->redelivered)
-		con.suspicious = false;
-	return con.suspicious;
+	if (waiting_room.stale || waiting_room.next_due == 0 || waiting_room.next_due > now || con.gathering ||
+		con.row.problem != NULL)
+		return false;
+	if (con.breaker.open)
+		return con.consuming && con.first == NULL && con.probe_room_at <= now;
+	return con.first == NULL || !impatient() || mono_exceeds(con.due_at, now, IMPATIENT_PAUSE_MS);
 }
+
+static bool
+handle_due(void)
+{
+	Batch		batch;
+	bool		was_open = con.breaker.open;
+	ApplyResult result;
+
+	if (!may_try_due(mono_now()))
+		return false;
+	set_state(WORKER_CONSUMING);
+	prepare_batch(&batch, palloc(batch_limit() * sizeof(Delivery *)));
+	batch.from_room = true;
+	batch.limit = batch_limit();
+	batch.memory = (size_t) pgf_consumer_memory * 1024 / 2;
+	batch.singly = con.singly > 0;
+	con.singly -= Min(con.singly, 1);
+	result = apply_due(&con.row, &batch);
+	con.due_at = mono_now();
+	if (cannot_apply(result))
+		return true;
+	if (result == APPLY_UNDONE)
+		con.singly = batch.limit;
+	for (int i = 0; i < batch.n; i++)
+		report(batch.deliveries[i]);
+	learn(&batch);
+	heed_breaker(was_open);
+	return true;
+}
+
+/* Looks into the waiting room after somebody else has changed it. */
+static bool
+look_into_room(void)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+
+	if (pg_atomic_exchange_u32(&worker_subscription->dirty, 0) != 0)
+		waiting_room.stale = con.redrive = true;
+	if (!waiting_room.stale)
+		return false;
+	worker_begin();
+	waiting_look(&con.row);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+	return true;
+}
+
+/* ---- what is delivered again at first ---- */
 
 static int
 compare_sequences(const void *a, const void *b)
@@ -1026,81 +695,71 @@ compare_sequences(const void *a, const void *b)
 static void
 end_gathering(void)
 {
+	Delivery  **sorted;
+	int			n = con.count;
+
 	if (!con.gathering)
 		return;
 	con.gathering = false;
-	qsort(con.gathered, con.ngathered, sizeof(Delivery *), compare_sequences);
-	for (int i = 0; i < con.ngathered; i++)
-		append_ready(con.gathered[i]);
-	con.ngathered = 0;
+	sorted = palloc((n + 1) * sizeof(Delivery *));
+	for (int i = 0; i < n; i++)
+		sorted[i] = take_first();
+	if (con.row.ordered)
+		qsort(sorted, n, sizeof(Delivery *), compare_sequences);
+	for (int i = 0; i < n; i++)
+		append(sorted[i]);
+	pfree(sorted);
 }
 
-/*
- * With those that waited, the one before had more in hand than its prefetch.
- * So as long as only such come, one prefetch after the other is taken.
- */
+/* One, if it is to be a probe. */
+static int
+prefetch(void)
+{
+	if (con.breaker.open)
+		return 1;
+	return Max(1, Min(con.row.prefetch, pgf_consumer_memory / (DELIVERY_BYTES / 1024)));
+}
+
 static bool
 gathered_all(void)
 {
-	bool		full = all_has_come() && con.ngathered < GATHER_MAX && !memory_full();
-
-	if (!con.gathering || (!full && !memory_full() && con.gather_until > mono_now()))
+	if (!con.gathering || (con.count < prefetch() && !memory_full() && con.gather_until > mono_now()))
 		return false;
-	if (full)
-	{
-		consume_anew();
-		con.gather_until = mono_later(GATHER_MS);
-	}
-	else
-		end_gathering();
+	end_gathering();
 	return true;
 }
 
-/* More than the prefetches that were asked for can be. */
-static bool
-too_many(void)
-{
-	return con.in_hand >= 2 * (MAX_WAITING + con.row.prefetch);
-}
+/* ---- deliveries ---- */
 
+/* Takes over a delivery.  A stream keeps what is acked, and knows no nack. */
 static void
 delivered(BrokerDelivery *wire)
 {
-	MemoryContext oldcontext = MemoryContextSwitchTo(con.deliveries);
-	Delivery   *delivery = delivery_new(wire, con.row.queue, con.row.ordered);
-	Delivery   *failed = find_failed(&delivery->message_id);
+	MemoryContext oldcontext;
+	Delivery   *delivery;
 
-	MemoryContextSwitchTo(oldcontext);
 	pg_atomic_fetch_add_u64(&worker_subscription->delivered, 1);
-	if (failed != NULL)
+	if (con.consumed++ == 0 && delivery_of_stream(wire))
 	{
-		delivery->wire = NULL;
-		delivery_free(delivery);
-		if (failed->tag == 0)
-			came_again(failed, wire);
-		else
-		{
-			/* a repeat of one in hand, which is enough */
-			uint64		tag = wire->tag;
-
-			broker_free_delivery(wire);
-			pg_atomic_fetch_add_u64(&worker_subscription->skipped, 1);
-			(void) ack(tag, false);
-		}
+		broker_free_delivery(wire);
+		refused("the queue is a stream, which cannot be consumed by a subscription");
 		return;
 	}
-	delivery->epoch = con.epoch;
-	delivery->suspect = is_suspect(wire);
-	count_in_hand(delivery, 1);
-	con.bytes += wire->size;
-	if (con.gathering && wire->redelivered && con.ngathered < GATHER_MAX)
-	{
-		con.gathered[con.ngathered++] = delivery;
+	if (!wire->redelivered)
+		end_gathering();
+	oldcontext = MemoryContextSwitchTo(con.deliveries);
+	delivery = delivery_new(wire, con.row.queue, con.row.ordered);
+	MemoryContextSwitchTo(oldcontext);
+	append(delivery);
+	if (con.gathering)
 		con.gather_until = mono_later(GATHER_MS);
-		return;
-	}
-	end_gathering();
-	append_ready(delivery);
+}
+
+/* More than the prefetch allows. */
+static bool
+too_many(void)
+{
+	return con.count >= 2 * prefetch();
 }
 
 static void
@@ -1122,13 +781,13 @@ handle_event(BrokerEvent *event)
 		case BROKER_DELIVERY:
 			if (event->delivery == NULL)
 				break;
-			if (too_many())
+			if (!too_many())
 			{
-				broker_free_delivery(event->delivery);
-				broker_failed("the broker delivers more than was asked for");
-			}
-			else
 				delivered(event->delivery);
+				break;
+			}
+			broker_free_delivery(event->delivery);
+			broker_failed("the broker delivers more than was asked for");
 			break;
 		case BROKER_CANCELLED:
 			refused("the broker cancelled the consumer: its queue was deleted, or is not available");
@@ -1153,8 +812,7 @@ take_events(void)
 {
 	BrokerEvent event;
 
-	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL &&
-		 ((con.nready == 0 && con.ngathered == 0) || !memory_full()); i++)
+	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL && (con.count == 0 || !memory_full()); i++)
 	{
 		broker_next_event(con.conn.broker, &event);
 		if (event.type == BROKER_NOTHING)
@@ -1168,164 +826,26 @@ take_events(void)
 
 /* ---- consuming ---- */
 
-static bool
-inspect_queue(uint32_t *messages, uint32_t *consumers, BrokerError *error, BrokerResult *result)
-{
-	*result = broker_inspect_queue(con.conn.broker, con.row.queue, messages, consumers, error);
-	con.inspect_at = mono_later(INSPECT_MS);
-	if (*result != BROKER_OK)
-		return false;
-	pg_atomic_write_u64(&worker_subscription->lag, (uint64) *messages + 1);
-	return true;
-}
-
-/* As fanout.declare_binding() would. */
-static BrokerResult
-declare_queue(BrokerError *error)
-{
-	BrokerField arguments[2] = {
-		{.name = "x-queue-type",.type = BROKER_VALUE_STRING},
-		{.name = "x-delivery-limit",.type = BROKER_VALUE_INT},
-	};
-	BrokerResult result;
-
-	arguments[0].value.string.data = "quorum";
-	arguments[0].value.string.len = strlen("quorum");
-	arguments[1].value.integer = NO_DELIVERY_LIMIT;
-	result = broker_declare_exchange(con.conn.broker, con.row.exchange, error);
-	if (result == BROKER_OK)
-		result = broker_declare_queue(con.conn.broker, con.row.queue, arguments, lengthof(arguments), error);
-	if (result == BROKER_OK)
-		result = broker_bind_queue(con.conn.broker, con.row.queue, con.row.exchange, error);
-	return result;
-}
-
-/* This database's publisher declares it, with the arguments that were given. */
-static bool
-publisher_declares(void)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	bool		result;
-
-	worker_begin();
-	result = inbox_binding_exists(con.row.topic, con.row.consumer_group);
-	worker_commit();
-	MemoryContextSwitchTo(oldcontext);
-	return result;
-}
-
-static void
-ask_publisher(void)
-{
-	DatabaseSlot *slot = shmem_my_slot();
-
-	if (slot == NULL)
-		return;
-	pg_atomic_fetch_add_u64(&slot->verify_requested, 1);
-	shmem_wake_publisher(slot);
-}
-
-/*
- * Waits until nobody else consumes, or PREDECESSOR_MS: then it is another
- * member of the group.  If nobody does since the queue has no leader, a message
- * or LEADER_MS is waited for first.  Interruptible.
- */
-static bool
-await_predecessor(uint32_t messages, uint32_t consumers)
-{
-	MonoTime	gone_until = mono_later(PREDECESSOR_MS);
-	MonoTime	leader_until = mono_later(LEADER_MS);
-	BrokerError error;
-	BrokerResult result;
-
-	while (con.row.ordered &&
-		   ((consumers > 0 && mono_now() < gone_until) ||
-			(consumers == 0 && messages == 0 && mono_now() < leader_until)))
-	{
-		(void) worker_wait(-1, false, PREDECESSOR_LOOK_MS);
-		if (!inspect_queue(&messages, &consumers, &error, &result))
-		{
-			call_failed(result, &error);
-			return false;
-		}
-	}
-	return true;
-}
-
-/* Sees to it that the queue is there; one that is, is taken as it is. */
-static bool
-find_queue(void)
-{
-	uint32_t	messages;
-	uint32_t	consumers;
-	BrokerError error;
-	BrokerResult result;
-
-	if (inspect_queue(&messages, &consumers, &error, &result))
-		return await_predecessor(messages, consumers);
-	if (result == BROKER_REFUSED && error.code == 404)
-	{
-		if (publisher_declares())
-			ask_publisher();
-		else
-			result = declare_queue(&error);
-		if (result == BROKER_OK)
-			return true;
-	}
-	call_failed(result, &error);
-	return false;
-}
-
-static bool
-consume(void)
-{
-	BrokerError error;
-	BrokerResult result;
-
-	con.epoch++;
-	con.blocked_now = con.in_hand_now = 0;
-	con.room_until = 0;
-	snprintf(con.tag, sizeof(con.tag), "pg_fanout-%u", con.epoch);
-	result = broker_consume(con.conn.broker, con.row.queue, con.tag, con.row.prefetch, &error);
-	if (result == BROKER_OK)
-		return true;
-	call_failed(result, &error);
-	return false;
-}
-
-/* What is in hand stays in hand, and uses up no prefetch any more. */
-static void
-consume_anew(void)
-{
-	BrokerError error;
-	BrokerResult result = broker_cancel(con.conn.broker, con.tag, &error);
-
-	if (result == BROKER_OK)
-		(void) consume();
-	else
-		call_failed(result, &error);
-}
-
-static bool
-make_room(void)
-{
-	if (!crowded() || (con.row.ordered && !all_has_come()))
-		return false;
-	consume_anew();
-	return true;
-}
-
 static void
 begin_consuming(void)
 {
-	if (!find_queue() || !consume())
+	BrokerError error;
+	BrokerResult result = queue_find(con.conn.broker, &con.row, &error);
+
+	if (result == BROKER_OK)
+		result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", prefetch(), &error);
+	if (result != BROKER_OK)
+	{
+		call_failed(result, &error);
 		return;
-	con.consuming = true;
-	con.consuming_since = mono_now();
-	con.gathering = con.row.ordered;
+	}
+	con.consuming = con.gathering = true;
+	con.consumed = 0;
 	con.gather_until = mono_later(GATHER_MS);
+	con.inspect_at = mono_later(INSPECT_MS);
+	con.probe_room_at = mono_later(PROBE_WAIT_MS);
 	accepted();
-	worker_set_state(WORKER_IDLE);
+	set_state(WORKER_IDLE);
 }
 
 /* Not before there is a handler to give deliveries to. */
@@ -1355,7 +875,7 @@ take_redriven(Redriven *redriven)
 	bool		found;
 
 	worker_begin();
-	found = inbox_take_redriven(&con.row, oldcontext, redriven);
+	found = dead_letter_take(&con.row, oldcontext, redriven);
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);
 	return found;
@@ -1365,41 +885,37 @@ static void
 redrive(Redriven *redriven)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
-	char		sqlstate[6];
-	char	   *error;
-	HandlerResult result = handler_redrive(&con.row, redriven, sqlstate, &error);
+	Failure		failure;
+	ApplyResult result = apply_redriven(&con.row, redriven, &failure);
 
-	if (result == HANDLER_COMMITTED)
+	if (result == APPLY_COMMITTED)
 	{
 		pg_atomic_fetch_add_u64(&worker_subscription->applied, 1);
 		return;
 	}
-	if (cannot_handle(result, NULL, 0))
+	if (cannot_apply(result))
 	{
-		strlcpy(sqlstate, "55000", sizeof(sqlstate));
-		error = con.row.problem;
+		strlcpy(failure.sqlstate, "55000", sizeof(failure.sqlstate));
+		strlcpy(failure.text, con.row.problem, sizeof(failure.text));
 	}
 	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
 	worker_begin();
-	inbox_record_redriven(redriven->dead_id, sqlstate, error);
+	dead_letter_failed(redriven->dead_id, failure.sqlstate, failure.text);
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);
 }
 
+/* One at a time, between deliveries. */
 static bool
 redrive_dead(void)
 {
 	Redriven	redriven;
 
-	if (pg_atomic_read_u32(&worker_subscription->dirty) == 0 || con.row.problem != NULL)
+	if (!con.redrive || con.row.problem != NULL)
 		return false;
-	pg_atomic_write_u32(&worker_subscription->dirty, 0);
-	pg_memory_barrier();
-	if (!take_redriven(&redriven))
-		return false;
-	/* there may be more: one at a time, between deliveries */
-	pg_atomic_write_u32(&worker_subscription->dirty, 1);
-	redrive(&redriven);
+	con.redrive = take_redriven(&redriven);
+	if (con.redrive)
+		redrive(&redriven);
 	return true;
 }
 
@@ -1414,18 +930,29 @@ use_settings(void)
 	connection_use_settings(&con.conn);
 }
 
+/*
+ * The longest time for which the broker may not hear of us: a batch, in which a
+ * call and the deferred triggers take all of their time, and the grace of each.
+ */
+static int
+longest_absence(void)
+{
+	return (2 * con.row.handler_timeout + 999) / 1000 + 6;
+}
+
 static void
 work_by_the_clock(void)
 {
 	MonoTime	now = mono_now();
-	uint32_t	messages;
-	uint32_t	consumers;
 	BrokerError error;
 	BrokerResult result;
 
 	connection_lasts(&con.conn, now);
-	give_up_gone(now);
-	if (con.consuming && con.inspect_at <= now && !inspect_queue(&messages, &consumers, &error, &result))
+	if (!con.consuming || con.inspect_at > now)
+		return;
+	con.inspect_at = mono_plus(now, INSPECT_MS);
+	result = queue_inspect(con.conn.broker, &con.row, &error);
+	if (result != BROKER_OK)
 		call_failed(result, &error);
 }
 
@@ -1441,16 +968,11 @@ work(void)
 		connect_broker();
 		any = true;
 	}
+	any = look_into_room() || any;
 	any = take_events() || any;
 	any = gathered_all() || any;
-	any = make_room() || any;
-	any = handle_ready() || any;
-	if (con.order.stale)
-	{
-		release_waiting();
-		any = true;
-	}
-	any = give_back_due(mono_now()) || any;
+	any = handle_deliveries() || any;
+	any = handle_due() || any;
 	any = redrive_dead() || any;
 	work_by_the_clock();
 	return any;
@@ -1461,6 +983,13 @@ earlier(long *timeout, MonoTime now, MonoTime when)
 {
 	if (when != 0)
 		*timeout = Min(*timeout, mono_left(now, when));
+}
+
+/* When a message of the waiting room is to be the probe; 0: not now. */
+static MonoTime
+probe_time(void)
+{
+	return con.consuming && waiting_room.next_due != 0 ? Max(con.probe_room_at, waiting_room.next_due) : 0;
 }
 
 static void
@@ -1474,66 +1003,39 @@ wait_for_work(void)
 	{
 		fd = broker_fd(con.conn.broker);
 		timeout = Min(timeout, broker_next_heartbeat(con.conn.broker));
-		worker_set_state(WORKER_IDLE);
+		set_state(WORKER_IDLE);
 	}
 	else
 		earlier(&timeout, now, Max(con.conn.connect_at, 1));
+	if (con.row.problem == NULL && !con.gathering)
+		earlier(&timeout, now, con.breaker.open ? probe_time() : waiting_room.next_due);
 	if (con.consuming)
-	{
-		earlier(&timeout, now, con.next_due);
-		earlier(&timeout, now, con.next_gone);
 		earlier(&timeout, now, con.inspect_at);
-		if (con.gathering)
-			earlier(&timeout, now, con.gather_until);
-		if (con.first_ready != NULL)
-			earlier(&timeout, now, con.room_until);
-	}
+	if (con.gathering)
+		earlier(&timeout, now, con.gather_until);
 	(void) worker_wait(fd, false, timeout);
 }
 
-/* What failed before has its place before all that comes. */
-static void
-load_failures(void)
-{
-	Delivery  **failures;
-	int			n;
-
-	worker_begin();
-	failures = inbox_load_failures(con.subscription_id, con.row.ordered, con.deliveries, &n);
-	worker_commit();
-	for (int i = 0; i < n; i++)
-	{
-		failures[i]->order.pinned = true;
-		set_away(failures[i]);
-		add_to_order(failures[i]);
-		remember_failed(failures[i]);
-	}
-	pfree(failures);
-}
-
+/* After a process that ended while a handler ran, what it had tried is suspect. */
 static void
 take_over(void)
 {
+	bool		clean;
+
 	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
 	con.subscription_id = worker_subscription->subscription.subscription_id;
-	con.suspicious = !worker_subscription->clean;
+	clean = worker_subscription->clean;
 	worker_subscription->clean = false;
 	LWLockRelease(pgf_shared->lock);
 	pg_atomic_write_u32(&worker_subscription->waiting, 0);
+	con.singly = clean ? 0 : 2 * BATCH_MIN;
 }
 
 static void
 start(void)
 {
-	HASHCTL		ctl = {0};
-
 	con.deliveries = AllocSetContextCreate(TopMemoryContext, "pg_fanout deliveries", ALLOCSET_DEFAULT_SIZES);
 	con.row_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout subscription", ALLOCSET_SMALL_SIZES);
-	ctl.keysize = sizeof(pg_uuid_t);
-	ctl.entrysize = sizeof(FailedEntry);
-	con.gathered = MemoryContextAllocHuge(TopMemoryContext, GATHER_MAX * sizeof(Delivery *));
-	con.failed = hash_create("pg_fanout failures", 64, &ctl, HASH_ELEM | HASH_BLOBS);
-	order_init(&con.order);
 	handler_init();
 	take_over();
 	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
@@ -1541,14 +1043,14 @@ start(void)
 	snprintf(con.name, sizeof(con.name), "consumer of %s", con.row.queue ? con.row.queue : "(null)");
 	snprintf(con.connection_name, sizeof(con.connection_name), "pg_fanout consumer %s/%s",
 			 con.row.topic, con.row.consumer_group);
-	load_failures();
 	connection_init(&con.conn, con.name, con.connection_name);
 	con.conn.options.consumer = true;
+	con.conn.options.away_s = longest_absence();
 	use_settings();
 }
 
 /*
- * What is in hand goes back to the queue.  The next worker is told whether a
+ * What is at hand goes back to the queue.  The next worker is told whether a
  * handler was running.
  */
 static void
@@ -1565,6 +1067,7 @@ say_goodbye(int code, Datum arg)
 	con.conn.broker = NULL;
 }
 
+/* Entry point of the background worker of a subscription. */
 void
 pg_fanout_consumer_main(Datum main_arg)
 {

@@ -43,6 +43,10 @@ static const uuid_t id_namespace = {
 
 /* ---- encodings ---- */
 
+/*
+ * Returns the bytes in the server's encoding, in the current context; NULL if
+ * they are not UTF-8, or cannot be converted.
+ */
 char *
 delivery_text(const char *utf8, size_t len)
 {
@@ -109,6 +113,10 @@ parse_json(char *text, bool *isnull)
 	return result;
 }
 
+/*
+ * Returns the bytes as jsonb, in the current context; NULL if they are not JSON
+ * in UTF-8.
+ */
 Datum
 delivery_json(const char *bytes, size_t len, bool *isnull)
 {
@@ -333,51 +341,71 @@ key_hash(const char *key, size_t len)
 	return hash_bytes_extended((const unsigned char *) key, len, 0);
 }
 
-void
-delivery_set_keys(Delivery *delivery, const char *key, size_t key_len,
-				  const char *old_key, size_t old_key_len)
+static void
+add_order_key(OrderItem *item, const BrokerField *field)
 {
-	OrderItem  *item = &delivery->order;
+	uint64		hash;
 
-	item->nkeys = 0;
-	if (key != NULL)
-		item->keys[item->nkeys++] = key_hash(key, key_len);
-	if (old_key != NULL)
-		item->keys[item->nkeys++] = key_hash(old_key, old_key_len);
-	item->barrier = delivery->truncates;
+	if (field == NULL)
+		return;
+	hash = key_hash(field->value.string.data, field->value.string.len);
+	if (item->nkeys == 0 || item->keys[0] != hash)
+		item->keys[item->nkeys++] = hash;
 }
 
+static int64
+integer_header(const BrokerDelivery *wire, const char *name, bool *found)
+{
+	const BrokerField *field = find_header(wire, name, BROKER_VALUE_INT);
+
+	*found = (field != NULL);
+	return field ? field->value.integer : 0;
+}
+
+/* Sets what a delivery waits for, and what waits for it. */
+static void
+set_order(Delivery *delivery, const BrokerField *key, const BrokerField *old_key)
+{
+	add_order_key(&delivery->order, key);
+	add_order_key(&delivery->order, old_key);
+	delivery->order.barrier = delivery->truncates;
+}
+
+/*
+ * Reads from the wire what has to be known before a delivery is handled: id,
+ * keys, sequence.  Takes over the wire.  In the current context, freed by
+ * delivery_free().
+ */
 Delivery *
 delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 {
 	Delivery   *delivery = palloc0(sizeof(Delivery));
 	const BrokerField *key = find_header(wire, "key", BROKER_VALUE_STRING);
 	const BrokerField *old_key = find_header(wire, "old_key", BROKER_VALUE_STRING);
-	const BrokerField *sequence = find_header(wire, "sequence", BROKER_VALUE_INT);
 	const BrokerField *op = find_header(wire, "op", BROKER_VALUE_STRING);
+	bool		found;
 
 	delivery->wire = wire;
 	delivery->size = wire->size;
 	delivery->tag = wire->tag;
+	delivery->returned = integer_header(wire, "x-delivery-count", &found);
 	if (wire->message_id == NULL || !parse_uuid(wire->message_id, &delivery->message_id))
 		derive_id(wire, queue, &delivery->message_id);
 	delivery->type = optional_text(wire->type);
 	delivery->key = text_header(key);
 	delivery->old_key = text_header(old_key);
-	delivery->has_sequence = (sequence != NULL);
-	delivery->sequence = sequence ? sequence->value.integer : 0;
+	delivery->sequence = integer_header(wire, "sequence", &delivery->has_sequence);
 	delivery->truncates = (op != NULL && strcmp(op->value.string.data, "t") == 0);
 	if (ordered)
-		delivery_set_keys(delivery, key ? key->value.string.data : NULL, key ? key->value.string.len : 0,
-						  old_key ? old_key->value.string.data : NULL, old_key ? old_key->value.string.len : 0);
+		set_order(delivery, key, old_key);
 	return delivery;
 }
 
-void
-delivery_drop_body(Delivery *delivery)
+/* Does the queue that it comes from keep what is acked? */
+bool
+delivery_of_stream(const BrokerDelivery *wire)
 {
-	broker_free_delivery(delivery->wire);
-	delivery->wire = NULL;
+	return find_header(wire, "x-stream-offset", BROKER_VALUE_INT) != NULL;
 }
 
 static void
@@ -387,10 +415,11 @@ free_text(char *text)
 		pfree(text);
 }
 
+/* Frees a delivery that delivery_new() has made. */
 void
 delivery_free(Delivery *delivery)
 {
-	delivery_drop_body(delivery);
+	broker_free_delivery(delivery->wire);
 	free_text(delivery->type);
 	free_text(delivery->key);
 	free_text(delivery->old_key);
@@ -421,12 +450,29 @@ set_published_at(MessageValues *message, const BrokerDelivery *wire)
 			TimestampTzGetDatum(((int64) wire->timestamp - (int64) epoch) * USECS_PER_SEC);
 }
 
+/* Copies the values that were stored, with what is known of attempts by now. */
+static void
+stored_values(const Delivery *delivery, MessageValues *message)
+{
+	*message = *delivery->stored;
+	message->values[MESSAGE_ATTEMPT] = Int32GetDatum(Max(delivery->attempts, 1));
+}
+
+/*
+ * Sets the attributes of the message's fanout.message, in the current context.
+ * Raises no error because of what the message contains.
+ */
 void
 delivery_values(const Delivery *delivery, const char *topic, const char *consumer_group,
 				MessageValues *message)
 {
 	const BrokerDelivery *wire = delivery->wire;
 
+	if (wire == NULL)
+	{
+		stored_values(delivery, message);
+		return;
+	}
 	memset(message, 0, sizeof(*message));
 	message->values[MESSAGE_ID] = UUIDPGetDatum(&delivery->message_id);
 	set_text(message, MESSAGE_TOPIC, topic);

@@ -10,48 +10,49 @@
 
 #include "postgres.h"
 
+#include "datatype/timestamp.h"
 #include "utils/uuid.h"
 
 #include "broker/broker.h"
 #include "consume/order.h"
-#include "server/monotime.h"
 
-typedef enum DeliveryState
-{
-	DELIVERY_READY,				/* to be handled */
-	DELIVERY_WAITING,			/* behind another of its key */
-	DELIVERY_FAILED,			/* in hand until its next attempt is due */
-	DELIVERY_AWAY,				/* failed, and on its way back to us */
-	DELIVERY_GONE,				/* failed, and did not come back */
-} DeliveryState;
-
-/* What became of a delivery in a transaction. */
+/*
+ * What became of a message in a transaction.  All but NONE are settled by it, and
+ * a delivery can be acked.
+ */
 typedef enum DeliveryOutcome
 {
-	OUTCOME_NONE,
+	OUTCOME_NONE,				/* its turn did not come */
 	OUTCOME_APPLIED,
-	OUTCOME_SEEN,				/* was applied, or given up, before */
-	OUTCOME_TWIN,				/* of another one in the same batch */
-	OUTCOME_BLOCKED,			/* behind one that failed in the same batch */
-	OUTCOME_FAILED,
-	OUTCOME_DEAD,
+	OUTCOME_SEEN,				/* was applied, given up or stored before */
+	OUTCOME_BEHIND,				/* stored behind one of its key that waits */
+	OUTCOME_FAILED,				/* stored to be tried again */
+	OUTCOME_DEAD,				/* given up */
 } DeliveryOutcome;
 
+typedef struct MessageValues MessageValues;
+
+/*
+ * A message at hand: a delivery of the broker's, or one from the waiting room.
+ * Of the first there is a wire, of the second what was stored.
+ */
 typedef struct Delivery
 {
-	OrderItem	order;			/* first, so that the pointers are equal */
+	OrderItem	order;
 	pg_uuid_t	message_id;
-	DeliveryState state;
 	DeliveryOutcome outcome;
-	struct Delivery *next;		/* in the list of those to be handled */
-	struct Delivery *same;		/* another that failed, of the same message id */
+	struct Delivery *next;		/* in the list of those at hand */
+	int			batch_index;	/* in a batch */
 
-	/* of the delivery in hand */
-	BrokerDelivery *wire;		/* NULL: its body was let go */
-	size_t		size;			/* of that in memory, now or before */
-	uint64		tag;			/* 0: not in hand */
-	uint32		epoch;			/* of which basic.consume */
-	bool		suspect;		/* the worker may have ended because of it */
+	/* of a delivery of the broker's */
+	BrokerDelivery *wire;		/* NULL: from the waiting room */
+	size_t		size;			/* of that in memory */
+	uint64		tag;
+	int64		returned;		/* header x-delivery-count */
+
+	/* of one from the waiting room */
+	int64		waiting_id;		/* 0: of the broker's */
+	MessageValues *stored;
 
 	/* of the message */
 	char	   *type;			/* these: server encoding, NULL: none */
@@ -61,11 +62,14 @@ typedef struct Delivery
 	bool		has_sequence;
 	bool		truncates;
 
-	/* of attempts that failed */
-	bool		known;			/* has a row in fanout.failure */
-	int			attempts;		/* begun */
-	MonoTime	due;			/* next attempt */
-	MonoTime	away_since;
+	/* of attempts */
+	int			attempts;		/* that count, the present one included once
+								 * it was recorded */
+	bool		begun;			/* the present one was recorded before it */
+	int			postponed;		/* tries that did not count, in a row */
+	TimestampTz waits_since;	/* first failure of those of wait_for; 0: none */
+	TimestampTz next_try;		/* if OUTCOME_FAILED */
+	bool		breaks;			/* the last error may be no fault of its own */
 	char		sqlstate[6];	/* of the last error */
 	char	   *error;			/* the same; NULL: none */
 } Delivery;
@@ -73,11 +77,11 @@ typedef struct Delivery
 /* A fanout.message as the handler gets it, and as a dead letter keeps it. */
 #define MESSAGE_ATTRIBUTES 13
 
-typedef struct MessageValues
+struct MessageValues
 {
 	Datum		values[MESSAGE_ATTRIBUTES];
 	bool		nulls[MESSAGE_ATTRIBUTES];
-} MessageValues;
+};
 
 /* In the order of the type's attributes. */
 enum
@@ -97,28 +101,12 @@ enum
 	MESSAGE_CONTENT_TYPE,
 };
 
-/*
- * Reads from the wire what has to be known before it is handled: id, keys,
- * sequence.  Takes over the wire.  In the current context.
- */
 extern Delivery *delivery_new(BrokerDelivery *wire, const char *queue, bool ordered);
-
-/* Sets the hashes by which it is ordered, from the keys' texts in UTF-8. */
-extern void delivery_set_keys(Delivery *delivery, const char *key, size_t key_len,
-							  const char *old_key, size_t old_key_len);
 extern void delivery_free(Delivery *delivery);
-
-/* Lets its body go; what was read of it stays. */
-extern void delivery_drop_body(Delivery *delivery);
-
-/* In the current context; raises no error because of what the message is. */
+extern bool delivery_of_stream(const BrokerDelivery *wire);
 extern void delivery_values(const Delivery *delivery, const char *topic,
 							const char *consumer_group, MessageValues *message);
-
-/* The bytes as jsonb, NULL if they are not JSON in UTF-8.  The same promise. */
 extern Datum delivery_json(const char *bytes, size_t len, bool *isnull);
-
-/* The bytes in the server's encoding, or NULL if that cannot be. */
 extern char *delivery_text(const char *utf8, size_t len);
 
 #endif							/* PGF_DELIVERY_H */

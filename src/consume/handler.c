@@ -1,21 +1,26 @@
 /*-------------------------------------------------------------------------
  *
  * handler.c
- *		Runs a subscription's handler on deliveries, in one transaction.
- *
- * The transaction: the extension is locked, the subscription still there, the
- * ids looked up in the inbox, the handler called for those that are not in
- * it, the ids put into the inbox, commit, and WAL flushed whatever the handler
- * has done to synchronous_commit.  Only then may anything be acked.
+ *		Calls a subscription's handler.
  *
  * The handler runs as the role of the session, which is the one that
  * subscribed; there are no other rights that it could come back to.  What it
  * sets (SET, SET ROLE, ...) ends with its call.  It cannot commit: it is called
  * as in a query, where the server refuses that.
  *
- * handler_timeout: a timer sends SIGINT, as pg_cancel_backend() would; both
- * cancel what the handler does, which is an error like any other.  One that
- * catches that ends with its process.
+ * Two timers bound a call, and the deferred triggers at the end of the
+ * transaction.  The first sends SIGINT, as pg_cancel_backend() would; both cancel
+ * what the handler does, which is an error like any other.  One that catches that
+ * ends with its process, GRACE_MS later.
+ *
+ *		idle --handler_begin()--> in a transaction --call--> timers run
+ *		  ^                          |    ^                    |
+ *		  '------handler_end()-------'    '--return, or error--'
+ *
+ * A call waits for a lock as long as it may take, if it is the first one in its
+ * transaction.  After others it holds their locks, and somebody may wait for
+ * those: then it waits LOCK_WAIT_MS, and is tried again alone.  So handlers of two
+ * workers do not deadlock with each other across messages.
  *
  * Must never: ack, or be called while the broker is waited for.
  *
@@ -32,8 +37,6 @@
 #include "commands/trigger.h"
 #include "fmgr.h"
 #include "funcapi.h"
-#include "lib/stringinfo.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "storage/lock.h"
 #include "utils/array.h"
@@ -62,12 +65,13 @@
 /* Of a call, kept for the next one: a thousand messages of 1 kB. */
 #define CALL_MEMORY (1024 * 1024)
 
-/* Of an error's text, in bytes. */
-#define MAX_ERROR 8192
+/* How long a call waits for a lock while its transaction holds those of others. */
+#define LOCK_WAIT_MS "5"
 
 static TimeoutId handler_timer;
 static TimeoutId grace_timer;
 static volatile sig_atomic_t timed_out = false;
+static int	call_timeout;		/* of the timers that run, in milliseconds */
 static bool running = false;
 static bool refresh = true;		/* the subscription has to be read anew */
 static FmgrInfo handler_function;
@@ -96,10 +100,11 @@ handler_deaf(void)
 	kill(MyProcPid, SIGTERM);
 }
 
+/* Prepares everything; called once, before any other function. */
 void
 handler_init(void)
 {
-	static const int caches[] = {PROCOID, NAMESPACEOID, AUTHOID, AUTHMEMMEMROLE, DATABASEOID};
+	static const int caches[] = {PROCOID, NAMESPACEOID, AUTHOID, AUTHMEMMEMROLE, DATABASEOID, RELOID};
 
 	for (int i = 0; i < lengthof(caches); i++)
 		CacheRegisterSyscacheCallback(caches[i], something_changed, (Datum) 0);
@@ -109,6 +114,7 @@ handler_init(void)
 	value_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout message", ALLOCSET_DEFAULT_SIZES);
 }
 
+/* Does a transaction run in which handlers are called? */
 bool
 handler_running(void)
 {
@@ -120,9 +126,13 @@ read_anew(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 {
 	MemoryContextReset(context);
 	refresh = false;
-	return inbox_load_subscription(subscription_id, context, row);
+	return subscription_load(subscription_id, context, row);
 }
 
+/*
+ * Reads the subscription anew, in a transaction of its own; texts in the context,
+ * which is reset.  Returns false if the subscription has ended.
+ */
 bool
 handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 {
@@ -134,21 +144,6 @@ handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext conte
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);
 	return found;
-}
-
-/* At the begin of a transaction. */
-static HandlerResult
-prepare(SubscriptionRow *row)
-{
-	if (!inbox_subscription_is(row->subscription_id, row->version))
-		return HANDLER_ENDED;
-	if (refresh && !read_anew(row, row->subscription_id, GetMemoryChunkContext(row->topic)))
-		return HANDLER_ENDED;
-	if (row->problem != NULL)
-		return HANDLER_UNUSABLE;
-	fmgr_info_cxt(row->handler, &handler_function, TopTransactionContext);
-	message_desc = lookup_rowtype_tupdesc_copy(row->message_type, -1);
-	return HANDLER_COMMITTED;
 }
 
 /* ---- calling it ---- */
@@ -179,12 +174,13 @@ array_datum(const SubscriptionRow *row, Datum *elements, int n)
 }
 
 static void
-start_timer(const SubscriptionRow *row)
+start_timer(int timeout_ms)
 {
 	timed_out = false;
+	call_timeout = timeout_ms;
 	worker_allow_cancel(true);
-	enable_timeout_after(handler_timer, row->handler_timeout);
-	enable_timeout_after(grace_timer, row->handler_timeout + GRACE_MS);
+	enable_timeout_after(handler_timer, timeout_ms);
+	enable_timeout_after(grace_timer, timeout_ms + GRACE_MS);
 }
 
 static void
@@ -196,17 +192,27 @@ stop_timer(void)
 }
 
 static void
-call(const SubscriptionRow *row, Datum argument)
+limit_lock_wait(void)
+{
+	(void) set_config_option("lock_timeout", LOCK_WAIT_MS, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+}
+
+/* Calls the function, in at most timeout_ms; others: calls before it hold locks. */
+static void
+call(Datum argument, int timeout_ms, bool others)
 {
 	LOCAL_FCINFO(fcinfo, 1);
 	int			settings = NewGUCNestLevel();
 
+	if (others)
+		limit_lock_wait();
 	InitFunctionCallInfoData(*fcinfo, &handler_function, 1, InvalidOid, NULL, NULL);
 	fcinfo->args[0].value = argument;
 	fcinfo->args[0].isnull = false;
 	SetCurrentStatementStartTimestamp();
 	PushActiveSnapshot(GetTransactionSnapshot());
-	start_timer(row);
+	start_timer(timeout_ms);
 	(void) FunctionCallInvoke(fcinfo);
 	stop_timer();
 	PopActiveSnapshot();
@@ -222,8 +228,13 @@ forget_call(void)
 	MemoryContextReset(value_context);
 }
 
-static void
-call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
+/*
+ * Calls the handler on one message, or on several if it takes an array; it has
+ * timeout_ms milliseconds.  others: the transaction has called it before.  Raises
+ * the handler's errors; see handler_failed().
+ */
+void
+handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeout_ms, bool others)
 {
 	MemoryContext oldcontext = MemoryContextSwitchTo(call_context);
 	Datum	   *messages;
@@ -232,321 +243,96 @@ call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
 		messages[i] = delivery_datum(row, deliveries[i]);
-	call(row, row->batch ? array_datum(row, messages, n) : messages[0]);
+	call(row->batch ? array_datum(row, messages, n) : messages[0], timeout_ms, others);
 	MemoryContextSwitchTo(oldcontext);
 }
 
-/* ---- errors ---- */
-
-/* Takes the error that was caught and leaves none behind; in the context. */
-static char *
-take_error(MemoryContext context, const SubscriptionRow *row, char *sqlstate)
-{
-	MemoryContext oldcontext = MemoryContextSwitchTo(context);
-	ErrorData  *edata = CopyErrorData();
-	StringInfoData text;
-	bool		late = timed_out && edata->sqlerrcode == ERRCODE_QUERY_CANCELED;
-
-	FlushErrorState();
-	stop_timer();
-	strlcpy(sqlstate, unpack_sql_state(edata->sqlerrcode), 6);
-	initStringInfo(&text);
-	if (late)
-		appendStringInfo(&text, "the handler did not end within its timeout of %d ms", row->handler_timeout);
-	else
-		appendStringInfoString(&text, edata->message ? edata->message : "missing error text");
-	if (edata->detail != NULL)
-		appendStringInfo(&text, "\nDETAIL:  %s", edata->detail);
-	if (edata->context != NULL)
-		appendStringInfo(&text, "\nCONTEXT:  %s", edata->context);
-	if (text.len > MAX_ERROR)
-		text.		data[pg_mbcliplen(text.data, text.len, MAX_ERROR)] = '\0';
-
-	timed_out = false;
-	FreeErrorData(edata);
-	MemoryContextSwitchTo(oldcontext);
-	return text.data;
-}
-
-static void
-set_error(const SubscriptionRow *row, Delivery *delivery)
-{
-	if (delivery->error != NULL)
-		pfree(delivery->error);
-	delivery->error = NULL;
-	delivery->error = take_error(GetMemoryChunkContext(delivery), row, delivery->sqlstate);
-}
-
+/* Calls the handler on a message that is no delivery.  Raises its errors. */
 void
-handler_schedule(const SubscriptionRow *row, Delivery *delivery)
+handler_call_message(const SubscriptionRow *row, MessageValues *values)
 {
-	int64		delay = row->retry_delay;
-	MonoTime	now = mono_now();
+	Datum		message = message_datum(values);
 
-	for (int i = 1; i < delivery->attempts && delay < row->max_retry_delay; i++)
-		delay *= 2;
-	delay = Min(delay, row->max_retry_delay);
-	/* jitter only ever adds */
-	delivery->due = mono_plus(now, delay + now % (delay / 4 + 1));
+	call(row->batch ? array_datum(row, &message, 1) : message, row->handler_timeout, false);
 }
 
-/* ---- deliveries ---- */
+/* ---- transactions ---- */
 
-static bool
-overlaps(const OrderItem *a, const OrderItem *b)
+/*
+ * Begins a transaction, in which handlers are called; should the process end
+ * before handler_end(), a handler may be to blame.
+ */
+void
+handler_begin(void)
 {
-	if (a->barrier || b->barrier)
-		return true;
-	for (int i = 0; i < a->nkeys; i++)
-	{
-		for (int j = 0; j < b->nkeys; j++)
-		{
-			if (a->keys[i] == b->keys[j])
-				return true;
-		}
-	}
-	return false;
+	worker_begin();
+	running = true;
 }
 
-/* Is it behind one of the first that failed, or that is behind one? */
-static bool
-is_blocked(Delivery **deliveries, int index)
+/* Ends what handler_begin() began, once the transaction is over. */
+void
+handler_end(void)
 {
-	for (int i = 0; i < index; i++)
-	{
-		if ((deliveries[i]->outcome == OUTCOME_FAILED || deliveries[i]->outcome == OUTCOME_BLOCKED) &&
-			overlaps(&deliveries[i]->order, &deliveries[index]->order))
-			return true;
-	}
-	return false;
-}
-
-/* After the error was taken, in the transaction that goes on. */
-static void
-record_failure(const SubscriptionRow *row, Delivery *delivery)
-{
-	delivery->attempts++;
-	if (delivery->attempts >= row->max_attempts)
-	{
-		inbox_bury(row, delivery);
-		delivery->outcome = OUTCOME_DEAD;
-		return;
-	}
-	handler_schedule(row, delivery);
-	inbox_record_failure(row->subscription_id, delivery);
-	delivery->known = true;
-	delivery->outcome = OUTCOME_FAILED;
-}
-
-static void
-apply_in_savepoint(const SubscriptionRow *row, Delivery *delivery)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	ResourceOwner oldowner = CurrentResourceOwner;
-	volatile bool failed = false;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(oldcontext);
-	PG_TRY();
-	{
-		call_on(row, &delivery, 1);
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		set_error(row, delivery);
-		RollbackAndReleaseCurrentSubTransaction();
-		failed = true;
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(oldcontext);
-	CurrentResourceOwner = oldowner;
-
-	if (failed)
-		record_failure(row, delivery);
-	else
-		delivery->outcome = OUTCOME_APPLIED;
-}
-
-static void
-apply_each(const SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mode)
-{
-	for (int i = 0; i < n; i++)
-	{
-		Delivery   *delivery = deliveries[i];
-
-		if (delivery->outcome != OUTCOME_NONE)
-			continue;
-		if (mode == HANDLER_TOGETHER)
-		{
-			call_on(row, &delivery, 1);
-			delivery->outcome = OUTCOME_APPLIED;
-		}
-		else if (is_blocked(deliveries, i))
-			delivery->outcome = OUTCOME_BLOCKED;
-		else
-			apply_in_savepoint(row, delivery);
-	}
-}
-
-static void
-apply_at_once(const SubscriptionRow *row, Delivery **deliveries, int n)
-{
-	Delivery  **chosen = palloc((n + 1) * sizeof(Delivery *));
-	int			count = 0;
-
-	for (int i = 0; i < n; i++)
-	{
-		if (deliveries[i]->outcome == OUTCOME_NONE)
-			chosen[count++] = deliveries[i];
-	}
-	if (count > 0)
-		call_on(row, chosen, count);
-	for (int i = 0; i < count; i++)
-		chosen[i]->outcome = OUTCOME_APPLIED;
+	running = false;
+	/* advisory locks of the session would be there for ever */
+	LockReleaseAll(USER_LOCKMETHOD, true);
+	forget_call();
 }
 
 /*
- * What handlers have left for the commit is theirs, too: it gets as much time
- * as a call, and what it sets ends with it.  A cursor WITH HOLD would be run to
- * its end there, however long that takes.
+ * Looks whether the handler can be called in this transaction, and prepares it:
+ * the subscription is the same, and the handler is what and whose it was.
  */
-static void
-finish_handlers(const SubscriptionRow *row)
+HandlerState
+handler_prepare(SubscriptionRow *row)
+{
+	if (!subscription_is(row->subscription_id, row->version))
+		return HANDLER_ENDED;
+	if (refresh && !read_anew(row, row->subscription_id, GetMemoryChunkContext(row->topic)))
+		return HANDLER_ENDED;
+	if (row->problem != NULL)
+		return HANDLER_UNUSABLE;
+	fmgr_info_cxt(row->handler, &handler_function, TopTransactionContext);
+	message_desc = lookup_rowtype_tupdesc_copy(row->message_type, -1);
+	return HANDLER_READY;
+}
+
+/*
+ * After an error: is the handler, or what it needs, gone by now?  Then the error
+ * is not the message's.
+ */
+bool
+handler_lost(SubscriptionRow *row)
+{
+	AcceptInvalidationMessages();
+	return refresh && handler_prepare(row) != HANDLER_READY;
+}
+
+/*
+ * Runs what handlers have left for the commit, which is theirs, too: it gets as
+ * much time as a call, and what it sets ends with it.  A cursor WITH HOLD would
+ * be run to its end there, however long that takes.
+ */
+void
+handler_finish(const SubscriptionRow *row)
 {
 	int			settings = NewGUCNestLevel();
 
-	start_timer(row);
+	start_timer(row->handler_timeout);
 	AfterTriggerFireDeferred();
 	stop_timer();
 	PortalHashTableDeleteAll();
 	AtEOXact_GUC(false, settings);
 }
 
-/* Advisory locks of the session would be there for ever. */
-static void
-release_locks(void)
+/*
+ * Takes the error of a call, or of the commit, and stops its timers.  In a
+ * PG_CATCH() block, in a memory context that lasts.
+ */
+void
+handler_failed(Failure *failure, const SubscriptionRow *row)
 {
-	LockReleaseAll(USER_LOCKMETHOD, true);
-}
-
-static void
-commit(const SubscriptionRow *row)
-{
-	finish_handlers(row);
-	worker_commit();
-	/* whatever synchronous_commit was at that moment */
-	XLogFlush(XactLastCommitEnd);
-	release_locks();
-}
-
-static HandlerResult
-apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mode)
-{
-	HandlerResult result = prepare(row);
-
-	if (result != HANDLER_COMMITTED)
-	{
-		worker_abort();
-		return result;
-	}
-	inbox_look_up(row->subscription_id, deliveries, n);
-	if (row->batch && mode == HANDLER_TOGETHER)
-		apply_at_once(row, deliveries, n);
-	else
-		apply_each(row, deliveries, n, mode);
-	inbox_record(row->subscription_id, deliveries, n);
-	commit(row);
-	return HANDLER_COMMITTED;
-}
-
-/* With savepoints, failures were counted that are not recorded now. */
-static void
-undo_outcomes(Delivery **deliveries, int n, HandlerMode mode)
-{
-	for (int i = 0; i < n; i++)
-	{
-		bool		counted = (deliveries[i]->outcome == OUTCOME_FAILED ||
-							   deliveries[i]->outcome == OUTCOME_DEAD);
-
-		if (mode == HANDLER_SAVEPOINTS && counted)
-		{
-			deliveries[i]->attempts--;
-			deliveries[i]->known = (deliveries[i]->attempts > 0);
-		}
-		deliveries[i]->outcome = OUTCOME_NONE;
-	}
-}
-
-HandlerResult
-handler_apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mode)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	volatile HandlerResult result = HANDLER_ERROR;
-
-	worker_begin();
-	running = true;
-	PG_TRY();
-	{
-		result = apply(row, deliveries, n, mode);
-	}
-	PG_CATCH();
-	{
-		set_error(row, deliveries[0]);
-		worker_abort();
-		release_locks();
-	}
-	PG_END_TRY();
-	running = false;
-	MemoryContextSwitchTo(oldcontext);
-	forget_call();
-	if (result != HANDLER_COMMITTED)
-		undo_outcomes(deliveries, n, mode);
-	return result;
-}
-
-/* ---- dead letters ---- */
-
-static HandlerResult
-redrive(SubscriptionRow *row, Redriven *redriven)
-{
-	HandlerResult result = prepare(row);
-
-	if (result != HANDLER_COMMITTED)
-	{
-		worker_abort();
-		return result;
-	}
-	if (inbox_remove_redriven(redriven->dead_id))
-	{
-		Datum		message = message_datum(&redriven->message);
-
-		call(row, row->batch ? array_datum(row, &message, 1) : message);
-	}
-	commit(row);
-	return HANDLER_COMMITTED;
-}
-
-HandlerResult
-handler_redrive(SubscriptionRow *row, Redriven *redriven, char *sqlstate, char **error)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	volatile HandlerResult result = HANDLER_ERROR;
-
-	worker_begin();
-	running = true;
-	PG_TRY();
-	{
-		result = redrive(row, redriven);
-	}
-	PG_CATCH();
-	{
-		*error = take_error(oldcontext, row, sqlstate);
-		worker_abort();
-		release_locks();
-	}
-	PG_END_TRY();
-	running = false;
-	MemoryContextSwitchTo(oldcontext);
-	return result;
+	failure_take(failure, row, timed_out, call_timeout);
+	stop_timer();
+	timed_out = false;
 }

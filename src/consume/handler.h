@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * handler.h
- *		Runs a subscription's handler on deliveries, in one transaction.
+ *		Calls a subscription's handler.
  *
  *-------------------------------------------------------------------------
  */
@@ -10,48 +10,28 @@
 
 #include "postgres.h"
 
-#include "consume/inbox.h"
+#include "consume/delivery.h"
+#include "consume/failure.h"
+#include "consume/subscription.h"
 
-typedef enum HandlerMode
+typedef enum HandlerState
 {
-	HANDLER_TOGETHER,			/* the first error undoes all */
-	HANDLER_SAVEPOINTS,			/* an error undoes that delivery */
-} HandlerMode;
+	HANDLER_READY,
+	HANDLER_UNUSABLE,			/* row->problem says why */
+	HANDLER_ENDED,				/* the subscription is over, or another one */
+} HandlerState;
 
-typedef enum HandlerResult
-{
-	HANDLER_COMMITTED,			/* outcomes are set */
-	HANDLER_ERROR,				/* all undone; sqlstate and error of the first
-								 * delivery are set */
-	HANDLER_UNUSABLE,			/* all undone: row->problem says why */
-	HANDLER_ENDED,				/* all undone: the subscription is over */
-} HandlerResult;
-
-/* Once, before any other. */
 extern void handler_init(void);
-
-/* Does a transaction run in which handlers are called? */
 extern bool handler_running(void);
-
-/*
- * Reads the subscription anew if anything that it depends on may have changed;
- * texts in the context, which is reset then.  In a transaction of its own.
- * False: it is over.
- */
 extern bool handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext context);
 
-/*
- * One transaction: inbox, handler, and what the handler writes.  An error of
- * the handler's is recorded in the delivery: with HANDLER_SAVEPOINTS, and
- * attempts left, in the same transaction as its failure; due is set then.
- */
-extern HandlerResult handler_apply(SubscriptionRow *row, Delivery **deliveries, int n, HandlerMode mode);
-
-/* The same for a dead letter, which is removed if it succeeds. */
-extern HandlerResult handler_redrive(SubscriptionRow *row, Redriven *redriven,
-									 char *sqlstate, char **error);
-
-/* Sets when the next attempt is due, after attempts of them. */
-extern void handler_schedule(const SubscriptionRow *row, Delivery *delivery);
+extern void handler_begin(void);
+extern HandlerState handler_prepare(SubscriptionRow *row);
+extern void handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeout_ms, bool others);
+extern void handler_call_message(const SubscriptionRow *row, MessageValues *values);
+extern bool handler_lost(SubscriptionRow *row);
+extern void handler_finish(const SubscriptionRow *row);
+extern void handler_failed(Failure *failure, const SubscriptionRow *row);
+extern void handler_end(void);
 
 #endif							/* PGF_HANDLER_H */

@@ -107,7 +107,7 @@ attempts(
 	[ 'inbox emptied', 'truncate fanout.inbox', '42501' ],
 	[ 'subscription of the superuser', qq(update fanout.subscription set role = '$us'), '42501' ],
 	[ 'internal function', qq(select fanout.add_subscription('$us', 't', 'h', 'probe(fanout.message)', 1, 1, '1 s', '1 s', true, '1 s')), '42501' ],
-	[ 'failures', 'delete from fanout.failure', '42501' ],
+	[ 'failures', 'delete from fanout.waiting', '42501' ],
 	[ 'dead letters', 'select count(*) from fanout.dead_letter', '42501' ],
 	[ 'trigger on the inbox', 'create trigger x after insert on fanout.inbox_0 for each row execute function fanout.subscriptions_changed()', '42501' ],
 	[ 'foreign key to the inbox', 'create table x (m uuid, s int, g smallint, foreign key (s, m, g) references fanout.inbox_0)', '42501' ],
@@ -163,7 +163,7 @@ attempts([ 'advisory lock, and an error', 'select pg_advisory_lock(42), 1 / (sel
 is(sql('select pg_try_advisory_lock(42)'), 't', 'an advisory lock of a session ends with the attempt that failed');
 attempts([ 'advisory lock', 'select pg_advisory_lock(43)', "$same " ]);
 is(sql('select pg_try_advisory_lock(43)'), 't', 'and with one that succeeded');
-attempts([ 'temporary tables', q(create temp table inbox (x int); create temp table failure (x int); create temp table subscription (x int);
+attempts([ 'temporary tables', q(create temp table inbox (x int); create temp table waiting (x int); create temp table subscription (x int);
 	create temp table inbox_rotation (x int); create temp table pg_extension (x int); create temp table dead_letter (x int);
 	create temp view bindings as select 1 as x), "$same " ]);
 attempts([ 'prepared statement', 'prepare inbox as select 1', "$same " ]);

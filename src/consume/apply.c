@@ -1,0 +1,618 @@
+/*-------------------------------------------------------------------------
+ *
+ * apply.c
+ *		From messages to one transaction.
+ *
+ * The transaction: the extension is locked, the subscription still there, the
+ * ids looked up in the inbox and the waiting room, the handler called for those
+ * that are in neither and need not wait; then inbox, waiting room and dead letters
+ * are written, what handlers have deferred is run, and all of it is committed
+ * and flushed, whatever the handler has done to synchronous_commit.  Only then may
+ * anything be acked.
+ *
+ * It ends after BATCH_MS at the latest, and one call: what was not reached keeps
+ * the outcome NONE, and its turn is next.
+ *
+ *		                .--------- no error ---------> COMMITTED
+ *		  TOGETHER -----+
+ *		                '- error -> EACH -- no error, or errors of messages -> COMMITTED
+ *		                             ^ |
+ *		       careful, or one ------' '-- error at the end -> UNDONE
+ *
+ *		TOGETHER	no savepoints: the first error undoes all
+ *		EACH		a savepoint for each call: an error undoes that
+ *
+ * Of a handler of arrays TOGETHER is one call; in EACH an array that fails is cut
+ * in halves until the message is found.
+ *
+ * A message that met a conflict, or ran out of resources, is only blamed for that
+ * if it was the first in its transaction; after others, which hold locks, the
+ * transaction ends before it.
+ *
+ * A message from the waiting room that failed before is tried alone, in two
+ * transactions: its attempt is recorded first, so that it counts even if the
+ * process ends.
+ *
+ * Must never: ack, or be called while the broker is waited for.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "miscadmin.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+
+#include "consume/apply.h"
+#include "consume/handler.h"
+#include "consume/inbox.h"
+#include "consume/order.h"
+#include "consume/waiting.h"
+#include "server/guc.h"
+#include "server/worker.h"
+
+/* How long a transaction goes on taking messages; less with a short heartbeat. */
+#define BATCH_MS 1000
+
+/* An array that is called with savepoints is this part of the batch. */
+#define ARRAY_PARTS 8
+
+typedef enum ApplyMode
+{
+	MODE_TOGETHER,
+	MODE_EACH,
+	MODE_RECORD,				/* take one, and record its attempt */
+	MODE_AGAIN,					/* take that again, and call */
+	MODE_GIVE_UP,				/* take that again, and write its failure */
+} ApplyMode;
+
+static Order order;				/* what waits, in the transaction that runs */
+static MonoTime deadline;		/* of the batch */
+static int64 recorded;			/* message whose attempt was recorded; 0: none */
+static pg_uuid_t late;			/* message whose call did not end in time */
+static bool have_late = false;
+static bool lost;				/* the handler was, in the middle */
+
+static void
+block(const Delivery *delivery)
+{
+	if (!order_add(&order, &delivery->order))
+		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+}
+
+static bool
+over_time(const Batch *batch)
+{
+	return batch->tries > 0 && mono_now() >= deadline;
+}
+
+/* ---- calls ---- */
+
+/* The time of a call; less than all of it only if the message can get that later. */
+static int
+call_time(const SubscriptionRow *row, const Batch *batch, const Delivery *delivery)
+{
+	if (delivery->attempts + delivery->postponed > 0 || batch->patience_ms == 0)
+		return row->handler_timeout;
+	return Min(row->handler_timeout, batch->patience_ms);
+}
+
+static void
+call(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+{
+	MonoTime	before = mono_now();
+
+	batch->tries++;
+	handler_call(row, deliveries, n, call_time(row, batch, deliveries[0]), batch->applied > 0);
+	batch->slowest_ms = Max(batch->slowest_ms, (int) ((mono_now() - before) / 1000));
+	batch->applied += n;
+	for (int i = 0; i < n; i++)
+		deliveries[i]->outcome = OUTCOME_APPLIED;
+}
+
+/* Calls with a savepoint; on an error, false, and the error is in batch->failure. */
+static bool
+call_in_savepoint(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	ResourceOwner oldowner = CurrentResourceOwner;
+	volatile bool ok = true;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(oldcontext);
+	PG_TRY();
+	{
+		call(row, batch, deliveries, n);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(oldcontext);
+		handler_failed(&batch->failure, row);
+		RollbackAndReleaseCurrentSubTransaction();
+		ok = false;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcontext);
+	CurrentResourceOwner = oldowner;
+	return ok;
+}
+
+static void
+note_failure(const SubscriptionRow *row, Batch *batch, Delivery *delivery)
+{
+	if (batch->probe)
+		batch->failure.class = FAILURE_OUTER;
+	batch->failed = true;
+	failure_note(&batch->failure, row, delivery);
+}
+
+/*
+ * Decides what an error, caught after a savepoint, means.  Returns false if the
+ * transaction is to end here.
+ */
+static bool
+message_failed(SubscriptionRow *row, Batch *batch, Delivery *delivery)
+{
+	Failure    *failure = &batch->failure;
+	bool		conflict = failure->class == FAILURE_CONFLICT || failure->class == FAILURE_OUTER;
+
+	lost = handler_lost(row);
+	if (lost || (conflict && batch->applied > 0))
+		return false;
+	if (failure->late && call_time(row, batch, delivery) < row->handler_timeout)
+		failure->class = FAILURE_CONFLICT;
+	note_failure(row, batch, delivery);
+	if (delivery->outcome == OUTCOME_FAILED)
+		block(delivery);
+	return !conflict && !failure->late;
+}
+
+/* ---- one call for each message ---- */
+
+static bool
+is_late(const Delivery *delivery)
+{
+	return have_late && memcmp(&late, &delivery->message_id, UUID_LEN) == 0;
+}
+
+/* One that did not end in time before all was undone need not prove that again. */
+static bool
+apply_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery *delivery)
+{
+	if (is_late(delivery))
+	{
+		have_late = false;
+		return message_failed(row, batch, delivery);
+	}
+	return call_in_savepoint(row, batch, &delivery, 1) || message_failed(row, batch, delivery);
+}
+
+/* Lets a message wait if it must.  True if it need not, and has no outcome yet. */
+static bool
+may_run(Delivery *delivery)
+{
+	if (delivery->outcome != OUTCOME_NONE)
+		return false;
+	if (!order_blocks(&order, &delivery->order))
+		return true;
+	delivery->outcome = OUTCOME_BEHIND;
+	block(delivery);
+	return false;
+}
+
+static void
+apply_one_by_one(SubscriptionRow *row, Batch *batch, ApplyMode mode)
+{
+	for (int i = 0; i < batch->n && !over_time(batch); i++)
+	{
+		Delivery   *delivery = batch->deliveries[i];
+
+		if (!may_run(delivery))
+			continue;
+		if (mode == MODE_TOGETHER)
+		{
+			late = delivery->message_id;
+			call(row, batch, &delivery, 1);
+		}
+		else if (!apply_in_savepoint(row, batch, delivery))
+			return;
+	}
+}
+
+/* ---- arrays ---- */
+
+static int
+choose_runnable(Delivery **deliveries, int n, Delivery **chosen)
+{
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (may_run(deliveries[i]))
+			chosen[count++] = deliveries[i];
+	}
+	return count;
+}
+
+/* Returns false if the transaction is to end. */
+static bool
+apply_array(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+{
+	Delivery  **chosen = palloc((n + 1) * sizeof(Delivery *));
+	int			count = choose_runnable(deliveries, n, chosen);
+
+	if (count == 0 || call_in_savepoint(row, batch, chosen, count))
+		return true;
+	if (count == 1)
+		return message_failed(row, batch, chosen[0]);
+	if (!apply_array(row, batch, chosen, count / 2))
+		return false;
+	return !over_time(batch) && apply_array(row, batch, chosen + count / 2, count - count / 2);
+}
+
+static void
+apply_arrays(SubscriptionRow *row, Batch *batch, ApplyMode mode)
+{
+	int			part = Max(1, batch->n / ARRAY_PARTS);
+	Delivery  **chosen;
+	int			n;
+
+	if (mode != MODE_TOGETHER)
+	{
+		for (int i = 0; i < batch->n && !over_time(batch); i += part)
+		{
+			if (!apply_array(row, batch, batch->deliveries + i, Min(part, batch->n - i)))
+				return;
+		}
+		return;
+	}
+	chosen = palloc((batch->n + 1) * sizeof(Delivery *));
+	n = choose_runnable(batch->deliveries, batch->n, chosen);
+	if (n > 0)
+		call(row, batch, chosen, n);
+}
+
+/* ---- the transaction ---- */
+
+static void
+take_recorded(const SubscriptionRow *row, Batch *batch, MemoryContext context)
+{
+	batch->deliveries[0] = waiting_take_again(row, recorded, context);
+	batch->n = batch->deliveries[0] != NULL ? 1 : 0;
+	if (batch->n == 1)
+		batch->deliveries[0]->begun = true;
+}
+
+/*
+ * Gets the messages, and what they must wait for.  What the waiting room gives
+ * was chosen so that it waits for nothing.
+ */
+static void
+get_messages(const SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryContext context)
+{
+	order_clear(&order);
+	waiting_look(row);
+	if (!batch->from_room)
+	{
+		inbox_look_up(row->subscription_id, batch->deliveries, batch->n);
+		waiting_filter(row, batch->deliveries, batch->n, &order);
+	}
+	else if (mode == MODE_AGAIN || mode == MODE_GIVE_UP)
+		take_recorded(row, batch, context);
+	else
+		batch->n = waiting_take(row, batch->limit, batch->memory, batch->singly || batch->probe, context, batch->deliveries);
+}
+
+/* The process ended in the last attempt that the message had. */
+static void
+give_up(Delivery *delivery)
+{
+	delivery->outcome = OUTCOME_DEAD;
+}
+
+/*
+ * Records the attempt of a message that is tried alone, if that is so, and its
+ * turn comes in the next transaction.
+ */
+static void
+record_attempt(const SubscriptionRow *row, Batch *batch)
+{
+	Delivery   *delivery = batch->n == 1 ? batch->deliveries[0] : NULL;
+
+	if (delivery == NULL || batch->probe || (delivery->attempts == 0 && !batch->singly))
+		return;
+	if (delivery->attempts >= row->max_attempts)
+	{
+		give_up(delivery);
+		return;
+	}
+	recorded = delivery->waiting_id;
+	waiting_begin_attempt(row, recorded, delivery->attempts + 1);
+}
+
+static void
+call_handlers(SubscriptionRow *row, Batch *batch, ApplyMode mode)
+{
+	if (mode == MODE_GIVE_UP && batch->n == 1)
+		note_failure(row, batch, batch->deliveries[0]);
+	else if (row->batch)
+		apply_arrays(row, batch, mode);
+	else
+		apply_one_by_one(row, batch, mode);
+}
+
+static void
+write_outcomes(const SubscriptionRow *row, Batch *batch)
+{
+	for (int i = 0; i < batch->n; i++)
+	{
+		if (batch->deliveries[i]->outcome == OUTCOME_DEAD)
+			dead_letter_store(row, batch->deliveries[i]);
+	}
+	inbox_record(row->subscription_id, batch->deliveries, batch->n);
+	if (batch->from_room)
+		waiting_settle(row, batch->deliveries, batch->n);
+	else
+		waiting_store(row, batch->deliveries, batch->n);
+}
+
+static void
+commit(void)
+{
+	worker_commit();
+	/* whatever synchronous_commit was at that moment */
+	XLogFlush(XactLastCommitEnd);
+}
+
+static ApplyResult
+undo(HandlerState state)
+{
+	worker_abort();
+	waiting_room.stale = true;
+	return state == HANDLER_ENDED ? APPLY_ENDED : APPLY_UNUSABLE;
+}
+
+static ApplyResult
+transaction(SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryContext context)
+{
+	HandlerState state = handler_prepare(row);
+
+	if (state != HANDLER_READY)
+		return undo(state);
+	get_messages(row, batch, mode, context);
+	if (batch->n == 1 && mode == MODE_TOGETHER)
+		mode = MODE_EACH;
+	if (batch->from_room && mode != MODE_AGAIN && mode != MODE_GIVE_UP)
+		record_attempt(row, batch);
+	if (recorded == 0 || mode == MODE_AGAIN || mode == MODE_GIVE_UP)
+	{
+		call_handlers(row, batch, mode);
+		if (lost)
+			return undo(HANDLER_UNUSABLE);
+		write_outcomes(row, batch);
+		handler_finish(row);
+	}
+	commit();
+	return APPLY_COMMITTED;
+}
+
+/* As they were before the transaction that was undone. */
+static void
+reset_outcomes(Batch *batch)
+{
+	for (int i = 0; i < batch->n && !batch->from_room; i++)
+	{
+		Delivery   *delivery = batch->deliveries[i];
+
+		delivery->outcome = OUTCOME_NONE;
+		delivery->attempts = delivery->postponed = 0;
+		delivery->waits_since = 0;
+	}
+	if (batch->from_room)
+		batch->n = 0;
+}
+
+static void
+begin_batch(Batch *batch, long batch_ms)
+{
+	batch->tries = batch->applied = batch->slowest_ms = 0;
+	batch->failed = lost = false;
+	deadline = mono_later(batch_ms);
+}
+
+/* The time a batch may take: the broker must hear of us between two. */
+static long
+batch_time(void)
+{
+	return pgf_heartbeat > 0 ? Min(BATCH_MS, pgf_heartbeat * 1000L / 3) : BATCH_MS;
+}
+
+/* Runs one transaction.  What it takes from the room is in the current context. */
+static ApplyResult
+run(SubscriptionRow *row, Batch *batch, ApplyMode mode)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	volatile ApplyResult result = APPLY_UNDONE;
+
+	begin_batch(batch, batch_time());
+	handler_begin();
+	PG_TRY();
+	{
+		result = transaction(row, batch, mode, oldcontext);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(oldcontext);
+		handler_failed(&batch->failure, row);
+		worker_abort();
+		waiting_room.stale = true;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcontext);
+	handler_end();
+	if (result != APPLY_COMMITTED)
+		reset_outcomes(batch);
+	return result;
+}
+
+/* ---- deliveries ---- */
+
+/* The attempt of a single message was undone at its end: writes that. */
+static ApplyResult
+write_failure(SubscriptionRow *row, Batch *batch)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	ApplyResult result;
+	HandlerState state;
+
+	worker_begin();
+	state = handler_prepare(row);
+	if (state == HANDLER_READY)
+	{
+		waiting_look(row);
+		note_failure(row, batch, batch->deliveries[0]);
+		write_outcomes(row, batch);
+		commit();
+		result = APPLY_COMMITTED;
+	}
+	else
+		result = undo(state);
+	MemoryContextSwitchTo(oldcontext);
+	return result;
+}
+
+/*
+ * Applies deliveries of the broker's.  If the result is COMMITTED, those with an
+ * outcome can be acked.  If it is UNDONE, there are several, and they should be
+ * applied in batches of one.
+ */
+ApplyResult
+apply_batch(SubscriptionRow *row, Batch *batch)
+{
+	bool		careful = batch->careful || batch->n == 1;
+	ApplyResult result = run(row, batch, careful ? MODE_EACH : MODE_TOGETHER);
+
+	have_late = false;
+	if (result == APPLY_UNDONE && !careful)
+	{
+		have_late = batch->failure.late && !row->batch;
+		batch->careful = true;
+		result = run(row, batch, MODE_EACH);
+	}
+	if (result == APPLY_UNDONE && batch->n == 1)
+		result = write_failure(row, batch);
+	have_late = false;
+	return result;
+}
+
+/* ---- the waiting room ---- */
+
+/* The second transaction of a message that is tried alone, and a third if need be. */
+static ApplyResult
+apply_recorded(SubscriptionRow *row, Batch *batch)
+{
+	ApplyResult result = run(row, batch, MODE_AGAIN);
+
+	if (result == APPLY_UNDONE)
+		result = run(row, batch, MODE_GIVE_UP);
+	recorded = 0;
+	return result;
+}
+
+/*
+ * Applies messages of the waiting room that are due: batch->deliveries has room
+ * for batch->limit, and gets them.  UNDONE: they should be taken singly.
+ */
+ApplyResult
+apply_due(SubscriptionRow *row, Batch *batch)
+{
+	ApplyResult result;
+
+	recorded = 0;
+	result = run(row, batch, batch->careful || batch->singly ? MODE_EACH : MODE_TOGETHER);
+	if (result == APPLY_UNDONE && !batch->careful && !batch->singly)
+	{
+		have_late = batch->failure.late && !row->batch;
+		batch->careful = true;
+		result = run(row, batch, MODE_EACH);
+		have_late = false;
+	}
+	if (result == APPLY_COMMITTED && recorded != 0)
+		result = apply_recorded(row, batch);
+	return result;
+}
+
+/*
+ * Stores deliveries in the waiting room, in order, without calling the handler.
+ * Those that were stored or applied before are only marked as SEEN.  An error
+ * ends the process.
+ */
+ApplyResult
+apply_store(SubscriptionRow *row, Batch *batch)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	HandlerState state;
+	ApplyResult result = APPLY_COMMITTED;
+
+	worker_begin();
+	state = handler_prepare(row);
+	if (state == HANDLER_READY)
+	{
+		get_messages(row, batch, MODE_TOGETHER, oldcontext);
+		for (int i = 0; i < batch->n; i++)
+		{
+			if (batch->deliveries[i]->outcome == OUTCOME_NONE)
+				batch->deliveries[i]->outcome = OUTCOME_BEHIND;
+		}
+		write_outcomes(row, batch);
+		commit();
+	}
+	else
+		result = undo(state);
+	MemoryContextSwitchTo(oldcontext);
+	return result;
+}
+
+/* ---- dead letters ---- */
+
+static ApplyResult
+redrive(SubscriptionRow *row, Redriven *redriven)
+{
+	HandlerState state = handler_prepare(row);
+
+	if (state != HANDLER_READY)
+		return undo(state);
+	if (dead_letter_remove(redriven->dead_id))
+		handler_call_message(row, &redriven->message);
+	handler_finish(row);
+	commit();
+	return APPLY_COMMITTED;
+}
+
+/* Tries a dead letter again, and removes it if that succeeds; UNDONE: failure. */
+ApplyResult
+apply_redriven(SubscriptionRow *row, Redriven *redriven, Failure *failure)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	volatile ApplyResult result = APPLY_UNDONE;
+
+	handler_begin();
+	PG_TRY();
+	{
+		result = redrive(row, redriven);
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(oldcontext);
+		handler_failed(failure, row);
+		worker_abort();
+		waiting_room.stale = true;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcontext);
+	handler_end();
+	return result;
+}

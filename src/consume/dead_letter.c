@@ -1,0 +1,171 @@
+/*-------------------------------------------------------------------------
+ *
+ * dead_letter.c
+ *		Messages that a subscription gave up, and those it is to try once more.
+ *
+ *		inbox transaction        redrive()               take
+ *		-----------------> DEAD ----------> REDRIVEN ---------> (handler)
+ *		                    ^                                    |    |
+ *		                    '------------- failed ---------------'    '-> removed
+ *
+ * A message becomes a dead letter in the transaction that puts its id into the
+ * inbox.  Taking one counts as an attempt as soon as that is committed, before
+ * the handler runs; it is removed in the transaction of the handler.
+ *
+ * Must never: be called outside of a transaction of worker_begin().
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+
+#include "consume/dead_letter.h"
+#include "consume/owner.h"
+#include "server/query.h"
+
+/* The body as text, or else the bytes. */
+static void
+set_body(const MessageValues *message, Datum *values, char *nulls)
+{
+	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
+	char	   *payload = delivery_text(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
+
+	values[0] = query_text_param(payload, &nulls[0]);
+	nulls[1] = (payload == NULL) ? ' ' : 'n';
+	values[1] = PointerGetDatum(raw);
+}
+
+/* Makes a dead letter of a message whose attempts are used up. */
+void
+dead_letter_store(const SubscriptionRow *row, const Delivery *delivery)
+{
+	static CachedQuery query = {
+		"insert into fanout.dead_letter (message_id, topic, consumer_group, type, key, id, headers,"
+		" content_type, created_at, payload, raw, reason, sqlstate, attempts)"
+		" values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"
+	};
+	static const int attributes[] = {
+		MESSAGE_ID, MESSAGE_TOPIC, MESSAGE_CONSUMER_GROUP, MESSAGE_TYPE, MESSAGE_KEY, MESSAGE_SEQUENCE,
+		MESSAGE_HEADERS, MESSAGE_CONTENT_TYPE, MESSAGE_PUBLISHED_AT
+	};
+	Oid			types[14] = {
+		UUIDOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, JSONBOID,
+		TEXTOID, TIMESTAMPTZOID, TEXTOID, BYTEAOID, TEXTOID, TEXTOID, INT4OID
+	};
+	Caller		caller = become_owner();
+	MessageValues message;
+	Datum		values[14];
+	char		nulls[14];
+
+	memset(nulls, ' ', sizeof(nulls));
+	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	for (int i = 0; i < lengthof(attributes); i++)
+	{
+		values[i] = message.values[attributes[i]];
+		nulls[i] = message.nulls[attributes[i]] ? 'n' : ' ';
+	}
+	set_body(&message, &values[9], &nulls[9]);
+	values[11] = CStringGetTextDatum(delivery->error);
+	values[12] = CStringGetTextDatum(delivery->sqlstate);
+	values[13] = Int32GetDatum(delivery->attempts);
+	query_change(&query, 14, types, values, nulls, 1);
+	become_caller(&caller);
+}
+
+/* The columns that become attributes come in their order, from the second on. */
+static void
+read_redriven(Redriven *redriven, const SubscriptionRow *row)
+{
+	MessageValues *message = &redriven->message;
+	TupleDesc	desc = SPI_tuptable->tupdesc;
+	bool		isnull;
+	struct varlena *raw;
+
+	redriven->dead_id = DatumGetInt64(query_value(0, 1, &isnull));
+	for (int i = 0; i < MESSAGE_ATTRIBUTES; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(desc, i + 1);
+		Datum		value = query_value(0, i + 2, &message->nulls[i]);
+
+		if (message->nulls[i])
+			continue;
+		if (attr->attlen == -1)
+			value = PointerGetDatum(PG_DETOAST_DATUM_COPY(value));
+		else if (!attr->attbyval)
+			value = PointerGetDatum(memcpy(palloc(attr->attlen), DatumGetPointer(value), attr->attlen));
+		message->values[i] = value;
+	}
+	raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
+	message->values[MESSAGE_BODY] = delivery_json(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw),
+												  &message->nulls[MESSAGE_BODY]);
+}
+
+/*
+ * Takes the next dead letter that is to be tried again; in the context.  Returns
+ * false if there is none.
+ */
+bool
+dead_letter_take(const SubscriptionRow *row, MemoryContext context, Redriven *redriven)
+{
+	static CachedQuery query = {
+		"update fanout.dead_letter d set redriven_at = null, attempts = attempts + 1,"
+		" reason = 'the worker ended while the handler ran', sqlstate = '57P01'"
+		" where dead_id = (select dead_id from fanout.dead_letter"
+		" where topic = $1 and consumer_group = $2 and redriven_at is not null"
+		" order by dead_id limit 1 for update skip locked)"
+		" returning dead_id, message_id, topic, consumer_group, type, key, id, coalesce(headers, '{}'), null::jsonb,"
+		" coalesce(raw, convert_to(payload, 'UTF8')), created_at, true, attempts, content_type"
+	};
+	Caller		caller = become_owner();
+	Oid			types[2] = {TEXTOID, TEXTOID};
+	Datum		values[2] = {CStringGetTextDatum(row->topic), CStringGetTextDatum(row->consumer_group)};
+	MemoryContext oldcontext;
+	bool		found;
+
+	query_execute(&query, 2, types, values, NULL);
+	found = (SPI_processed > 0);
+	if (found)
+	{
+		oldcontext = MemoryContextSwitchTo(context);
+		read_redriven(redriven, row);
+		MemoryContextSwitchTo(oldcontext);
+	}
+	become_caller(&caller);
+	return found;
+}
+
+/* Removes a dead letter that is done with.  Returns false if it is gone already. */
+bool
+dead_letter_remove(int64 dead_id)
+{
+	static CachedQuery query = {"delete from fanout.dead_letter where dead_id = $1"};
+	Caller		caller = become_owner();
+	Oid			types[1] = {INT8OID};
+	Datum		values[1] = {Int64GetDatum(dead_id)};
+
+	query_execute(&query, 1, types, values, NULL);
+	become_caller(&caller);
+	return SPI_processed == 1;
+}
+
+/* Writes the error with which a dead letter has failed once more. */
+void
+dead_letter_failed(int64 dead_id, const char *sqlstate, const char *error)
+{
+	static CachedQuery query = {
+		"update fanout.dead_letter set reason = $2, sqlstate = $3, dead_at = clock_timestamp() where dead_id = $1"
+	};
+	Caller		caller = become_owner();
+	Oid			types[3] = {INT8OID, TEXTOID, TEXTOID};
+	Datum		values[3] = {
+		Int64GetDatum(dead_id), CStringGetTextDatum(error), CStringGetTextDatum(sqlstate)
+	};
+
+	query_execute(&query, 3, types, values, NULL);
+	become_caller(&caller);
+}

@@ -1,0 +1,41 @@
+/*-------------------------------------------------------------------------
+ *
+ * failure.h
+ *		What a handler's error means for its message, and when it is tried again.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_FAILURE_H
+#define PGF_FAILURE_H
+
+#include "postgres.h"
+
+#include "consume/delivery.h"
+#include "consume/subscription.h"
+
+/* The longest text of an error that is kept, in bytes. */
+#define MAX_ERROR 1024
+
+typedef enum FailureClass
+{
+	FAILURE_COUNTS,				/* the message's own: an attempt */
+	FAILURE_WAITS,				/* one of wait_for: no attempt for max_wait */
+	FAILURE_CONFLICT,			/* with other transactions: no attempt */
+	FAILURE_OUTER,				/* resources, somebody's intervention: no
+								 * attempt */
+} FailureClass;
+
+/* An error that was caught while a handler ran. */
+typedef struct Failure
+{
+	FailureClass class;
+	bool		late;			/* the call's time was over */
+	char		sqlstate[6];
+	char text[	MAX_ERROR + 1];
+} Failure;
+
+extern void failure_take(Failure *failure, const SubscriptionRow *row, bool late, int timeout_ms);
+extern void failure_note(const Failure *failure, const SubscriptionRow *row, Delivery *delivery);
+extern TimestampTz failure_next_try(const SubscriptionRow *row, int attempts);
+
+#endif							/* PGF_FAILURE_H */

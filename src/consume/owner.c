@@ -1,0 +1,74 @@
+/*-------------------------------------------------------------------------
+ *
+ * owner.c
+ *		The rights of the extension's owner, for statements on its own tables.
+ *
+ * A consumer's session has the role that subscribed, which has no right to
+ * pg_fanout's tables.  So every statement on them runs between become_owner()
+ * and become_caller(), with settings of its own.  No code of a user runs
+ * meanwhile: the tables have no triggers but ours, and a statement is done when
+ * it returns.
+ *
+ * Must never: call a handler, or leave the owner's rights behind.  An error
+ * takes them back, as it ends the (sub)transaction.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_namespace.h"
+#include "miscadmin.h"
+#include "utils/guc.h"
+#include "utils/syscache.h"
+
+#include "consume/owner.h"
+
+/* The schema is the extension's own (see the install script), and its owner's. */
+static Oid
+owner(void)
+{
+	Oid			schema = get_namespace_oid("fanout", false);
+	HeapTuple	tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
+	Oid			result;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for schema %u", schema);
+	result = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
+	ReleaseSysCache(tuple);
+	return result;
+}
+
+/*
+ * Goes on with the rights of the extension's owner, and with settings for its
+ * own statements, until become_caller() is called with the result.  Needs a
+ * transaction.
+ */
+Caller
+become_owner(void)
+{
+	static const char *const settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"enable_seqscan", "off"},	/* plans are made when tables are empty */
+		{"plan_cache_mode", "force_generic_plan"},
+		{"jit", "off"},			/* a disabled scan looks dear enough for it */
+	};
+	Caller		caller;
+
+	GetUserIdAndSecContext(&caller.user, &caller.context);
+	SetUserIdAndSecContext(owner(), caller.context | SECURITY_LOCAL_USERID_CHANGE);
+	caller.settings = NewGUCNestLevel();
+	for (int i = 0; i < lengthof(settings); i++)
+		(void) set_config_option(settings[i][0], settings[i][1], PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	return caller;
+}
+
+/* Goes back to the rights and settings from before become_owner(). */
+void
+become_caller(const Caller *caller)
+{
+	AtEOXact_GUC(false, caller->settings);
+	SetUserIdAndSecContext(caller->user, caller->context);
+}

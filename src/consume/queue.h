@@ -1,0 +1,19 @@
+/*-------------------------------------------------------------------------
+ *
+ * queue.h
+ *		The queue of a subscription, on the broker.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_QUEUE_H
+#define PGF_QUEUE_H
+
+#include "postgres.h"
+
+#include "broker/broker.h"
+#include "consume/subscription.h"
+
+extern BrokerResult queue_inspect(Broker *broker, const SubscriptionRow *row, BrokerError *error);
+extern BrokerResult queue_find(Broker *broker, SubscriptionRow *row, BrokerError *error);
+
+#endif							/* PGF_QUEUE_H */

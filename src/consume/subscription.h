@@ -1,0 +1,55 @@
+/*-------------------------------------------------------------------------
+ *
+ * subscription.h
+ *		The rows of fanout.subscription, and the SQL functions that change them.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_SUBSCRIPTION_H
+#define PGF_SUBSCRIPTION_H
+
+#include "postgres.h"
+
+/* Who declared a queue decides who may declare it again. */
+typedef enum QueueOrigin
+{
+	QUEUE_UNKNOWN,				/* it was not looked for yet */
+	QUEUE_FOREIGN,				/* it was there when it was first looked for */
+	QUEUE_OWN,					/* it was not, and the worker declared it */
+} QueueOrigin;
+
+/* One row of fanout.subscription.  Intervals are in milliseconds. */
+typedef struct SubscriptionRow
+{
+	int32		subscription_id;
+	int32		version;
+	char	   *topic;			/* server encoding */
+	char	   *consumer_group;
+	char	   *exchange;		/* UTF-8 */
+	char	   *queue;
+	bool		batch;			/* the handler takes an array */
+	bool		ordered;
+	bool		requeue;		/* on_failure = 'requeue' */
+	QueueOrigin origin;			/* who declared its queue */
+	int			prefetch;
+	int			max_attempts;
+	long		retry_delay;
+	long		max_retry_delay;
+	int			handler_timeout;
+	char	   *wait_for;		/* SQLSTATEs, each with a blank behind it */
+	long		max_wait;
+
+	/* as found when it was read */
+	Oid			handler;		/* InvalidOid: see problem */
+	Oid			message_type;
+	Oid			argument_type;	/* that, or the array of it */
+	char	   *problem;		/* why it cannot be consumed; NULL: it can */
+} SubscriptionRow;
+
+extern int	inbox_publish_subscriptions(void);
+extern bool subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow *row);
+extern bool subscription_is(int32 subscription_id, int32 version);
+extern void subscription_set_origin(int32 subscription_id, QueueOrigin origin);
+extern bool subscription_has_binding(const char *topic, const char *consumer_group);
+
+#endif							/* PGF_SUBSCRIPTION_H */

@@ -1,0 +1,854 @@
+/*-------------------------------------------------------------------------
+ *
+ * waiting.c
+ *		The waiting room: messages that were acked and are yet to be applied.
+ *
+ * A message whose attempt failed is stored in fanout.waiting, with its body, and
+ * acked; so is every later message of its keys, behind it.  A message is in the
+ * table as long as it waits, and nowhere else: the worker keeps a count and the
+ * time at which the next one is due, and no list.
+ *
+ *		(broker) --failed--> DUE LATER --the clock--> DUE --applied--> (inbox)
+ *		   |                     ^                   ^  |
+ *		   | behind one of       '------failed-------|--+--given up--> (dead letter)
+ *		   | its key                                 |  |
+ *		   '--------> BEHIND ------------------------'  '--one before it came--.
+ *		                ^      the one before it left                         |
+ *		                '-----------------------------------------------------'
+ *
+ *		DUE LATER, DUE	next_try is set
+ *		BEHIND			next_try is NULL
+ *
+ *		(broker) -> DUE LATER, BEHIND	waiting_store()
+ *		DUE -> gone, DUE LATER			waiting_settle()
+ *		BEHIND -> DUE					promote(), called by both
+ *		DUE -> BEHIND					waiting_take()
+ *
+ * The order is that of "place": the message's sequence or, if it has none, that
+ * of the one before it; and among equals that of storing.  So what the broker
+ * delivers again in another order than at first still has its place.  Whether a
+ * message is really the first of its keys is decided when it is taken, by all
+ * that is before it; promote() may err towards taking too early, never too late.
+ *
+ * Locks: a row that is taken is locked until the transaction ends, so that
+ * skip() and retry() see it before or after its attempt.
+ *
+ * Must never: lose a row whose message was not applied, given up or skipped in
+ * the same transaction; or be called outside of a transaction of worker_begin().
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "consume/failure.h"
+#include "consume/owner.h"
+#include "consume/waiting.h"
+#include "server/query.h"
+#include "server/worker.h"
+
+/* The first message of a key; an expression, NULL if there is none. */
+#define FIRST_OF(key) \
+	"(select waiting_id from (" \
+	"(select waiting_id, place from fanout.waiting where subscription_id = $1 and key1 = " key \
+	" order by place, waiting_id limit 1) union all" \
+	" (select waiting_id, place from fanout.waiting where subscription_id = $1 and key2 = " key \
+	" order by place, waiting_id limit 1)) f order by place, waiting_id limit 1)"
+
+/* What the walk over candidates looks at. */
+#define CANDIDATE \
+	"waiting_id, place, key1, key2, barrier, next_try is null and attempts = 0 and postponed = 0 as follows," \
+	" octet_length(raw) as size"
+
+/* What is known of a message that may be taken, without its body. */
+typedef struct Candidate
+{
+	int64		waiting_id;
+	OrderItem	order;
+	bool		follows;		/* never tried, and behind another */
+	int64		size;
+} Candidate;
+
+/* Messages that are due, and the keys they have. */
+typedef struct DueList
+{
+	Datum	   *ids;
+	int			n;
+	Datum	   *keys;
+	int			nkeys;
+	bool		singly;			/* there is one, which is to be tried alone */
+} DueList;
+
+WaitingRoom waiting_room = {.stale = true};
+
+static int64 last_place = 0;	/* that was given to any */
+static Order walk;				/* in waiting_take() */
+
+/* ---- arrays ---- */
+
+static Datum
+int8_array(Datum *values, int n)
+{
+	return PointerGetDatum(construct_array(values, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+static bool
+is_element(const Datum *values, int n, int64 value)
+{
+	for (int i = 0; i < n; i++)
+	{
+		if (DatumGetInt64(values[i]) == value)
+			return true;
+	}
+	return false;
+}
+
+static void
+run(CachedQuery *query, int nargs, Oid *types, Datum *values)
+{
+	Caller		caller = become_owner();
+
+	query_execute(query, nargs, types, values, NULL);
+	become_caller(&caller);
+}
+
+static void
+out_of_memory(void)
+{
+	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+}
+
+/* ---- what is known of the room ---- */
+
+static void
+set_count(int64 count)
+{
+	waiting_room.count = count;
+	pg_atomic_write_u32(&worker_subscription->waiting, (uint32) Min(count, PG_INT32_MAX));
+}
+
+/* Makes those due that wait behind nothing: all of the room is looked at. */
+static void
+promote_all(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"update fanout.waiting w set next_try = clock_timestamp()"
+		" where subscription_id = $1 and next_try is null"
+		" and (key1 is null or waiting_id = " FIRST_OF("w.key1") ")"
+		" and (key2 is null or waiting_id = " FIRST_OF("w.key2") ")"
+		" and not exists (select from fanout.waiting b where b.subscription_id = $1 and b.barrier"
+		" and (b.place, b.waiting_id) < (w.place, w.waiting_id))"
+		" and (not barrier or waiting_id = (select f.waiting_id from fanout.waiting f"
+		" where f.subscription_id = $1 order by f.place, f.waiting_id limit 1))"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+
+	run(&query, 1, types, values);
+}
+
+static MonoTime
+earliest(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select min(next_try) from fanout.waiting where subscription_id = $1"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	TimestampTz next_try;
+	bool		isnull;
+
+	run(&query, 1, types, values);
+	next_try = DatumGetTimestampTz(query_value(0, 1, &isnull));
+	return isnull ? 0 : Max(1, mono_now() + (next_try - GetCurrentTimestamp()));
+}
+
+/* Somebody is always first, so if nobody is due something was left undone. */
+static void
+find_next_due(const SubscriptionRow *row)
+{
+	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row) : 0;
+	if (waiting_room.count > 0 && waiting_room.next_due == 0)
+	{
+		promote_all(row);
+		waiting_room.next_due = earliest(row);
+	}
+}
+
+/*
+ * Reads what the worker has to know of the room, if that may have changed: at the
+ * start, after a transaction that was undone, and when a function has changed it.
+ */
+void
+waiting_look(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select count(*), coalesce(max(place), 0) from fanout.waiting where subscription_id = $1"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	bool		isnull;
+
+	if (!waiting_room.stale)
+		return;
+	run(&query, 1, types, values);
+	set_count(DatumGetInt64(query_value(0, 1, &isnull)));
+	last_place = Max(last_place, DatumGetInt64(query_value(0, 2, &isnull)));
+	find_next_due(row);
+	waiting_room.stale = false;
+}
+
+/* ---- what the broker delivers ---- */
+
+static void
+add_waiting_key(Order *order, int64 key)
+{
+	OrderItem	item = {.keys = {(uint64) key},.nkeys = 1};
+
+	if (!order_add(order, &item))
+		out_of_memory();
+}
+
+static int
+collect_keys(Delivery **deliveries, int n, bool (*chosen) (const Delivery *delivery), Datum *keys)
+{
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		const OrderItem *item = &deliveries[i]->order;
+
+		for (int j = 0; j < item->nkeys && (chosen == NULL || chosen(deliveries[i])); j++)
+			keys[count++] = Int64GetDatum((int64) item->keys[j]);
+	}
+	return count;
+}
+
+static void
+find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	static CachedQuery query = {
+		"select message_id from fanout.waiting where subscription_id = $1 and message_id = any ($2)"
+	};
+	Oid			types[2] = {INT4OID, UUIDARRAYOID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	bool		isnull;
+
+	for (int i = 0; i < n; i++)
+		ids[i] = UUIDPGetDatum(&deliveries[i]->message_id);
+	values[1] = PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	run(&query, 2, types, values);
+	for (uint64 found = 0; found < SPI_processed; found++)
+	{
+		pg_uuid_t  *id = DatumGetUUIDP(query_value(found, 1, &isnull));
+
+		for (int i = 0; i < n; i++)
+		{
+			if (memcmp(id, &deliveries[i]->message_id, UUID_LEN) == 0)
+				deliveries[i]->outcome = OUTCOME_SEEN;
+		}
+	}
+}
+
+static void
+find_waiting_keys(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)
+{
+	static CachedQuery query = {
+		"select k from unnest($2) k where exists (select from fanout.waiting where subscription_id = $1 and key1 = k)"
+		" or exists (select from fanout.waiting where subscription_id = $1 and key2 = k)"
+	};
+	Oid			types[2] = {INT4OID, INT8ARRAYOID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
+	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
+	bool		isnull;
+
+	values[1] = int8_array(keys, collect_keys(deliveries, n, NULL, keys));
+	run(&query, 2, types, values);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		add_waiting_key(order, DatumGetInt64(query_value(i, 1, &isnull)));
+}
+
+static bool
+barrier_waits(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select from fanout.waiting where subscription_id = $1 and barrier limit 1"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+
+	run(&query, 1, types, values);
+	return SPI_processed > 0;
+}
+
+/*
+ * Tells what the room means for deliveries: the outcome of those that are in it
+ * is SEEN, and order gets what the others must wait for.
+ */
+void
+waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)
+{
+	OrderItem	anything = {.nkeys = 0};
+
+	if (waiting_room.count == 0)
+		return;
+	find_stored(row, deliveries, n);
+	if (!row->ordered)
+		return;
+	anything.barrier = barrier_waits(row);
+	if (!order_add(order, &anything))
+		out_of_memory();
+	find_waiting_keys(row, deliveries, n, order);
+}
+
+static bool
+is_behind(const Delivery *delivery)
+{
+	return delivery->outcome == OUTCOME_BEHIND;
+}
+
+/* Makes the first message of each key due, unless it has its time. */
+static void
+promote(const SubscriptionRow *row, Datum *keys, int n)
+{
+	static CachedQuery query = {
+		"update fanout.waiting w set next_try = clock_timestamp() where next_try is null and waiting_id = any (array("
+		"select " FIRST_OF("k.key") " from (select distinct unnest($2)) k (key)))"
+	};
+	Oid			types[2] = {INT4OID, INT8ARRAYOID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
+
+	if (n == 0)
+		return;
+	values[1] = int8_array(keys, n);
+	run(&query, 2, types, values);
+}
+
+/* A delivery's place, by its sequence or behind what came before it. */
+static int64
+place_of(const Delivery *delivery)
+{
+	int64		place = delivery->has_sequence ? delivery->sequence : last_place;
+
+	last_place = Max(last_place, place);
+	return place;
+}
+
+static void
+optional_key(const OrderItem *item, int index, Datum *value, char *null)
+{
+	*null = (index < item->nkeys) ? ' ' : 'n';
+	*value = (index < item->nkeys) ? Int64GetDatum((int64) item->keys[index]) : (Datum) 0;
+}
+
+static void
+optional_time(TimestampTz time, Datum *value, char *null)
+{
+	*null = (time != 0) ? ' ' : 'n';
+	*value = TimestampTzGetDatum(time);
+}
+
+/* Columns of the message, in the order of the statement in insert(). */
+static void
+message_params(const SubscriptionRow *row, const Delivery *delivery, Datum *values, char *nulls)
+{
+	static const int attributes[] = {
+		MESSAGE_ID, MESSAGE_TYPE, MESSAGE_KEY, MESSAGE_SEQUENCE, MESSAGE_HEADERS, MESSAGE_RAW,
+		MESSAGE_PUBLISHED_AT, MESSAGE_REDELIVERED, MESSAGE_CONTENT_TYPE
+	};
+	MessageValues message;
+
+	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	for (int i = 0; i < lengthof(attributes); i++)
+	{
+		values[i] = message.values[attributes[i]];
+		nulls[i] = message.nulls[attributes[i]] ? 'n' : ' ';
+	}
+}
+
+/* Of an attempt that failed, in the order of insert() and update_failed(). */
+static void
+failure_params(const Delivery *delivery, Datum *values, char *nulls)
+{
+	values[0] = Int32GetDatum(delivery->attempts);
+	values[1] = Int32GetDatum(delivery->postponed);
+	values[2] = query_text_param(delivery->error ? delivery->sqlstate : NULL, &nulls[2]);
+	values[3] = query_text_param(delivery->error, &nulls[3]);
+	optional_time(delivery->waits_since, &values[4], &nulls[4]);
+	optional_time(delivery->outcome == OUTCOME_FAILED ? delivery->next_try : 0, &values[5], &nulls[5]);
+}
+
+static void
+insert(const SubscriptionRow *row, const Delivery *delivery)
+{
+	static CachedQuery query = {
+		"insert into fanout.waiting (subscription_id, place, key1, key2, barrier,"
+		" message_id, type, key, sequence, headers, raw, published_at, redelivered, content_type,"
+		" attempts, postponed, sqlstate, error, waits_since, next_try, failed_at)"
+		" values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,"
+		" case when $18 is not null then clock_timestamp() end)"
+	};
+	Oid			types[20] = {
+		INT4OID, INT8OID, INT8OID, INT8OID, BOOLOID,
+		UUIDOID, TEXTOID, TEXTOID, INT8OID, JSONBOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
+		INT4OID, INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID
+	};
+	Datum		values[20];
+	char		nulls[20];
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = Int32GetDatum(row->subscription_id);
+	values[1] = Int64GetDatum(place_of(delivery));
+	optional_key(&delivery->order, 0, &values[2], &nulls[2]);
+	optional_key(&delivery->order, 1, &values[3], &nulls[3]);
+	values[4] = BoolGetDatum(delivery->order.barrier);
+	message_params(row, delivery, &values[5], &nulls[5]);
+	failure_params(delivery, &values[14], &nulls[14]);
+	query_change(&query, 20, types, values, nulls, 1);
+}
+
+/*
+ * Stores deliveries of the broker's: those that are BEHIND another, and those
+ * that have FAILED.
+ */
+void
+waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout waiting", ALLOCSET_DEFAULT_SIZES);
+	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
+	int			stored = 0;
+	Caller		caller = become_owner();
+
+	for (int i = 0; i < n; i++)
+	{
+		MemoryContext oldcontext;
+
+		if (deliveries[i]->outcome != OUTCOME_BEHIND && deliveries[i]->outcome != OUTCOME_FAILED)
+			continue;
+		oldcontext = MemoryContextSwitchTo(scratch);
+		insert(row, deliveries[i]);
+		MemoryContextSwitchTo(oldcontext);
+		MemoryContextReset(scratch);
+		stored++;
+	}
+	become_caller(&caller);
+	MemoryContextDelete(scratch);
+	if (stored == 0)
+		return;
+	set_count(waiting_room.count + stored);
+	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
+	find_next_due(row);
+}
+
+/* ---- what is taken from the room ---- */
+
+static bool
+is_done(const Delivery *delivery)
+{
+	return delivery->outcome == OUTCOME_APPLIED || delivery->outcome == OUTCOME_DEAD ||
+		delivery->outcome == OUTCOME_SEEN;
+}
+
+static int
+delete_done(Delivery **deliveries, int n)
+{
+	static CachedQuery query = {"delete from fanout.waiting where waiting_id = any ($1)"};
+	Oid			types[1] = {INT8ARRAYOID};
+	Datum		values[1];
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (is_done(deliveries[i]))
+			ids[count++] = Int64GetDatum(deliveries[i]->waiting_id);
+	}
+	if (count == 0)
+		return 0;
+	values[0] = int8_array(ids, count);
+	run(&query, 1, types, values);
+	return count;
+}
+
+static void
+update_failed(const Delivery *delivery)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set attempts = $2, postponed = $3, sqlstate = $4, error = $5, waits_since = $6,"
+		" next_try = $7, failed_at = clock_timestamp() where waiting_id = $1"
+	};
+	Oid			types[7] = {INT8OID, INT4OID, INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID};
+	Datum		values[7];
+	char		nulls[7];
+	Caller		caller = become_owner();
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = Int64GetDatum(delivery->waiting_id);
+	failure_params(delivery, &values[1], &nulls[1]);
+	query_change(&query, 7, types, values, nulls, 1);
+	become_caller(&caller);
+}
+
+static void
+set_behind(Datum *ids, int n)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set next_try = null where waiting_id = any ($1) and next_try is not null"
+	};
+	Oid			types[1] = {INT8ARRAYOID};
+	Datum		values[1];
+
+	if (n == 0)
+		return;
+	values[0] = int8_array(ids, n);
+	run(&query, 1, types, values);
+}
+
+/* Those that were due, and wait behind one that failed in the same batch. */
+static void
+update_behind(Delivery **deliveries, int n)
+{
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (is_behind(deliveries[i]))
+			ids[count++] = Int64GetDatum(deliveries[i]->waiting_id);
+	}
+	set_behind(ids, count);
+}
+
+/*
+ * Writes the outcomes of what waiting_take() has given: removes what is done
+ * with, schedules what failed, and makes due what waited behind these.
+ */
+void
+waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
+	bool		barrier = false;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (deliveries[i]->outcome == OUTCOME_FAILED)
+			update_failed(deliveries[i]);
+		barrier = barrier || (is_done(deliveries[i]) && deliveries[i]->order.barrier);
+	}
+	update_behind(deliveries, n);
+	set_count(waiting_room.count - delete_done(deliveries, n));
+	if (barrier)
+		promote_all(row);
+	else
+		promote(row, keys, collect_keys(deliveries, n, is_done, keys));
+	find_next_due(row);
+}
+
+/* ---- taking what is due ---- */
+
+static void
+add_due_keys(DueList *due, int result)
+{
+	for (int column = 2; column <= 3; column++)
+	{
+		bool		isnull;
+		Datum		key = query_value(result, column, &isnull);
+
+		if (!isnull && !is_element(due->keys, due->nkeys, DatumGetInt64(key)))
+			due->keys[due->nkeys++] = key;
+	}
+}
+
+/*
+ * Finds what is due.  What was tried before goes alone, and so does a barrier;
+ * singly: so does everything.
+ */
+static DueList
+find_due(const SubscriptionRow *row, int limit, bool singly)
+{
+	static CachedQuery query = {
+		"select waiting_id, key1, key2, barrier or attempts + postponed > 0 from fanout.waiting"
+		" where subscription_id = $1 and next_try <= clock_timestamp() order by next_try limit $2"
+	};
+	Oid			types[2] = {INT4OID, INT4OID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(limit)};
+	DueList		due = {.ids = palloc((limit + 1) * sizeof(Datum)),.keys = palloc((2 * limit + 1) * sizeof(Datum))};
+	bool		isnull;
+
+	run(&query, 2, types, values);
+	for (uint64 i = 0; i < SPI_processed && !due.singly; i++)
+	{
+		bool		alone = singly || DatumGetBool(query_value(i, 4, &isnull));
+
+		if (alone && due.n > 0)
+			continue;
+		due.singly = alone;
+		due.ids[due.n++] = query_value(i, 1, &isnull);
+		add_due_keys(&due, i);
+	}
+	return due;
+}
+
+static void
+read_candidate(Candidate *candidate, int result)
+{
+	bool		isnull;
+
+	memset(candidate, 0, sizeof(*candidate));
+	candidate->waiting_id = DatumGetInt64(query_value(result, 1, &isnull));
+	for (int column = 3; column <= 4; column++)
+	{
+		int64		key = DatumGetInt64(query_value(result, column, &isnull));
+
+		if (!isnull)
+			candidate->order.keys[candidate->order.nkeys++] = (uint64) key;
+	}
+	candidate->order.barrier = DatumGetBool(query_value(result, 5, &isnull));
+	candidate->follows = DatumGetBool(query_value(result, 6, &isnull));
+	candidate->size = DatumGetInt32(query_value(result, 7, &isnull));
+}
+
+/*
+ * Finds what is due with all that it may have to wait for: of each key the first
+ * messages, the first barrier, and the first message at all; in order.
+ */
+static Candidate *
+find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *n)
+{
+	static CachedQuery query = {
+		"select " CANDIDATE " from fanout.waiting where waiting_id = any ($2)"
+		" union select x.* from unnest($3) k, lateral (select " CANDIDATE " from fanout.waiting"
+		" where subscription_id = $1 and key1 = k order by place, waiting_id limit $4) x"
+		" union select x.* from unnest($3) k, lateral (select " CANDIDATE " from fanout.waiting"
+		" where subscription_id = $1 and key2 = k order by place, waiting_id limit $4) x"
+		" union (select " CANDIDATE " from fanout.waiting where subscription_id = $1 and barrier"
+		" order by place, waiting_id limit 1)"
+		" union (select " CANDIDATE " from fanout.waiting where subscription_id = $1 order by place, waiting_id limit 1)"
+		" order by place, waiting_id"
+	};
+	Oid			types[4] = {INT4OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID};
+	Datum		values[4] = {
+		Int32GetDatum(row->subscription_id), int8_array(due->ids, due->n), int8_array(due->keys, due->nkeys),
+		Int32GetDatum(due->singly ? 1 : Max(8, limit / Max(due->nkeys, 1)))
+	};
+	Candidate  *candidates;
+
+	run(&query, 4, types, values);
+	*n = SPI_processed;
+	candidates = palloc((*n + 1) * sizeof(Candidate));
+	for (int i = 0; i < *n; i++)
+		read_candidate(&candidates[i], i);
+	return candidates;
+}
+
+/* May it be taken because those before it in the same batch are? */
+static bool
+may_follow(const Candidate *candidate, const DueList *due)
+{
+	if (due->singly || !candidate->follows || candidate->order.barrier || candidate->order.nkeys == 0)
+		return false;
+	for (int i = 0; i < candidate->order.nkeys; i++)
+	{
+		if (!is_element(due->keys, due->nkeys, (int64) candidate->order.keys[i]))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Chooses, in order, what is due and waits for nothing, and what follows in the
+ * same keys; bounded in count and bytes.  What is due and must wait is BEHIND.
+ */
+static int
+choose(const DueList *due, const Candidate *candidates, int n, int limit, size_t memory, Datum *chosen)
+{
+	Datum	   *behind = palloc((due->n + 1) * sizeof(Datum));
+	int			nbehind = 0;
+	int			count = 0;
+	size_t		size = 0;
+
+	order_clear(&walk);
+	for (int i = 0; i < n && count < limit; i++)
+	{
+		const Candidate *candidate = &candidates[i];
+		bool		is_due = is_element(due->ids, due->n, candidate->waiting_id);
+		bool		blocked = order_blocks(&walk, &candidate->order);
+
+		if (!blocked && (is_due || may_follow(candidate, due)))
+		{
+			size += candidate->size;
+			if (count > 0 && size > memory)
+				break;
+			chosen[count++] = Int64GetDatum(candidate->waiting_id);
+			continue;
+		}
+		if (is_due)
+			behind[nbehind++] = Int64GetDatum(candidate->waiting_id);
+		if (!order_add(&walk, &candidate->order))
+			out_of_memory();
+	}
+	set_behind(behind, nbehind);
+	return count;
+}
+
+/* A value of the result, copied into the current context. */
+static Datum
+copy_value(int result, int column, bool *isnull)
+{
+	Form_pg_attribute attr = TupleDescAttr(SPI_tuptable->tupdesc, column - 1);
+	Datum		value = query_value(result, column, isnull);
+
+	if (*isnull)
+		return (Datum) 0;
+	if (attr->attlen == -1)
+		return PointerGetDatum(PG_DETOAST_DATUM_COPY(value));
+	if (!attr->attbyval)
+		return PointerGetDatum(memcpy(palloc(attr->attlen), DatumGetPointer(value), attr->attlen));
+	return value;
+}
+
+static char *
+text_value(int result, int column)
+{
+	bool		isnull;
+	Datum		value = query_value(result, column, &isnull);
+
+	return isnull ? NULL : TextDatumGetCString(value);
+}
+
+/* Columns 8 on are the attributes of fanout.message. */
+static MessageValues *
+read_message(int result)
+{
+	MessageValues *message = palloc(sizeof(MessageValues));
+	struct varlena *raw;
+
+	for (int i = 0; i < MESSAGE_ATTRIBUTES; i++)
+		message->values[i] = copy_value(result, 9 + i, &message->nulls[i]);
+	raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
+	message->values[MESSAGE_BODY] = delivery_json(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw),
+												  &message->nulls[MESSAGE_BODY]);
+	return message;
+}
+
+static Delivery *
+read_delivery(int result)
+{
+	Delivery   *delivery = palloc0(sizeof(Delivery));
+	bool		isnull;
+
+	delivery->waiting_id = DatumGetInt64(query_value(result, 1, &isnull));
+	for (int column = 2; column <= 3; column++)
+	{
+		int64		key = DatumGetInt64(query_value(result, column, &isnull));
+
+		if (!isnull)
+			delivery->order.keys[delivery->order.nkeys++] = (uint64) key;
+	}
+	delivery->order.barrier = DatumGetBool(query_value(result, 4, &isnull));
+	delivery->attempts = DatumGetInt32(query_value(result, 5, &isnull));
+	delivery->postponed = DatumGetInt32(query_value(result, 6, &isnull));
+	delivery->waits_since = DatumGetTimestampTz(query_value(result, 7, &isnull));
+	delivery->error = text_value(result, 8);
+	delivery->stored = read_message(result);
+	memcpy(&delivery->message_id, DatumGetUUIDP(delivery->stored->values[MESSAGE_ID]), UUID_LEN);
+	delivery->key = text_value(result, 9 + MESSAGE_KEY);
+	strlcpy(delivery->sqlstate, delivery->error ? text_value(result, 9 + MESSAGE_ATTRIBUTES) : "",
+			sizeof(delivery->sqlstate));
+	return delivery;
+}
+
+/* Locks rows and reads them, bodies included, in order; in the context. */
+static int
+load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Delivery **deliveries)
+{
+	static CachedQuery query = {
+		"select waiting_id, key1, key2, barrier, attempts, postponed, waits_since, error,"
+		" message_id, $2, $3, type, key, sequence, headers, null::jsonb, raw, published_at, redelivered, attempts, content_type,"
+		" sqlstate from fanout.waiting where waiting_id = any ($1) order by place, waiting_id for update"
+	};
+	Oid			types[3] = {INT8ARRAYOID, TEXTOID, TEXTOID};
+	Datum		values[3] = {
+		int8_array(ids, n), CStringGetTextDatum(row->topic), CStringGetTextDatum(row->consumer_group)
+	};
+	MemoryContext oldcontext;
+	int			count;
+
+	run(&query, 3, types, values);
+	count = SPI_processed;
+	oldcontext = MemoryContextSwitchTo(context);
+	for (int i = 0; i < count; i++)
+		deliveries[i] = read_delivery(i);
+	MemoryContextSwitchTo(oldcontext);
+	SPI_freetuptable(SPI_tuptable);
+	return count;
+}
+
+/*
+ * Takes messages that are due, locked until the transaction ends: one that is to
+ * be tried alone, or up to limit of those that were never tried and those that
+ * follow them in the same keys, with at most so many bytes of bodies, but one in
+ * any case.  Returns how many; 0 if nothing was due after all.  In the context.
+ */
+int
+waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, MemoryContext context,
+			 Delivery **deliveries)
+{
+	DueList		due = find_due(row, limit, singly);
+	Candidate  *candidates;
+	int			n;
+	Datum	   *chosen = palloc((limit + 1) * sizeof(Datum));
+
+	if (due.n > 0)
+	{
+		candidates = find_candidates(row, &due, limit, &n);
+		n = choose(&due, candidates, n, due.singly ? 1 : limit, memory, chosen);
+		n = (n > 0) ? load(row, chosen, n, context, deliveries) : 0;
+	}
+	else
+		n = 0;
+	if (n == 0)
+		find_next_due(row);
+	return n;
+}
+
+/*
+ * Takes one message again, in another transaction than waiting_take().  Returns
+ * NULL if somebody has removed it meanwhile.
+ */
+Delivery *
+waiting_take_again(const SubscriptionRow *row, int64 waiting_id, MemoryContext context)
+{
+	Datum		id = Int64GetDatum(waiting_id);
+	Delivery   *delivery;
+
+	return load(row, &id, 1, context, &delivery) == 1 ? delivery : NULL;
+}
+
+/*
+ * Counts an attempt before it is made, with the error that is true if the worker
+ * does not live to write another one.
+ */
+void
+waiting_begin_attempt(const SubscriptionRow *row, int64 waiting_id, int attempts)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set attempts = $2, error = 'the worker ended while the handler ran', sqlstate = '57P01',"
+		" next_try = $3, failed_at = clock_timestamp() where waiting_id = $1"
+	};
+	Oid			types[3] = {INT8OID, INT4OID, TIMESTAMPTZOID};
+	Datum		values[3] = {
+		Int64GetDatum(waiting_id), Int32GetDatum(attempts), TimestampTzGetDatum(failure_next_try(row, attempts))
+	};
+
+	run(&query, 3, types, values);
+}

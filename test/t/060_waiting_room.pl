@@ -1,0 +1,158 @@
+# What fails waits in a table and costs only itself: neither a lock that is held
+# for long, nor a key that always fails, nor a hundred thousand messages that wait,
+# delay other keys or fill the memory.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $long = $ENV{PG_FANOUT_LONG};
+my $broker = PgFanout::broker(private => 1);
+my $node = PgFanout::cluster('main', $broker, conf => q(
+log_statement = none
+max_worker_processes = 24
+restart_after_crash = on
+));
+my $rows = "$PostgreSQL::Test::Utils::tmp_check/experiments";
+
+sql(q(
+create table log (n serial, message_id uuid, key text, sequence bigint, attempt int, at timestamptz default clock_timestamp());
+create function note(m fanout.message) returns void language sql as $$
+	insert into log (message_id, key, sequence, attempt) values (m.message_id, m.key, m.sequence, m.attempt);
+$$;
+select fanout.declare_binding(t, 'g') from unnest('{locked,slow,blocked,big}'::text[]) t;
+));
+
+# ---- a lock that is held for long ----
+
+sql(q(
+create table wanted (n int);
+create function want(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.key ~ '^k' then insert into wanted values ((m.body ->> 'n')::int); end if;
+	perform note(m);
+end $$;
+select fanout.publish('locked', jsonb_build_object('n', i), key => 'k' || i) from generate_series(1, 100) i;
+));
+PgFanout::flush($node);
+my $locker = $node->background_psql('postgres');
+$locker->query_safe('begin; lock table wanted in access exclusive mode');
+sql(q(select fanout.subscribe('locked', 'g', 'want(fanout.message)', handler_timeout => '2 s', max_attempts => 1000)));
+sleep 5;
+my @late;
+foreach my $i (1 .. 4)
+{
+	my $start = time;
+
+	sql(qq(select fanout.publish('locked', '{}', key => 'other $i')));
+	PgFanout::poll(sub { sql("select count(*) from log where key = 'other $i'") == 1 }, "message $i of another key");
+	push @late, time - $start;
+	sleep 1.7;
+}
+note 'messages of other keys took ' . join(', ', map { sprintf('%.1f s', $_) } @late);
+cmp_ok((sort { $b <=> $a } @late)[0], '<', 3, 'a lock that 100 messages wait for delays other keys by no more than one call');
+is(sql(q(select waiting from fanout.stat_subscriptions where topic = 'locked')), 100, 'the others wait in the waiting room');
+is($broker->count('locked_g'), 0, 'and not in the queue');
+cmp_ok(sql(q(select extract(epoch from max(clock_timestamp() - xact_start)) from pg_stat_activity where backend_type = 'pg_fanout consumer')) || 0,
+	'<', 3, 'no transaction lasts for long');
+$locker->quit;
+wait_until(q((select count(*) from log) = 104));
+is(sql('select count(*), count(distinct n) from wanted'), '100|100', 'once the lock is gone, each is applied once');
+is(sql(q(select reconnects from fanout.stat_subscriptions where topic = 'locked')), 0, 'the connection was never lost');
+record('a lock held while 100 messages wait for it', 104);
+sql(q(select fanout.unsubscribe('locked', 'g'); truncate log));
+
+# ---- a batch is bounded in time ----
+
+sql(q(
+create function tarry(m fanout.message) returns void language plpgsql as $$ begin perform pg_sleep(0.1); perform note(m); end $$;
+select fanout.publish('slow', '{}', key => i::text) from generate_series(1, 60) i;
+));
+PgFanout::flush($node);
+sql(q(select fanout.subscribe('slow', 'g', 'tarry(fanout.message)')));
+wait_until(q((select count(*) from log) >= 60));
+cmp_ok(sql(q(select max(n) from (select count(*) as n from log group by xmin) x)), '<=', 12, 'messages of 0.1 s each: a transaction takes a second at most');
+sql(q(select fanout.unsubscribe('slow', 'g'); truncate log));
+
+# ---- one key that always fails, with many behind it ----
+
+my $behind = $long ? 67000 : 5000;
+sql(q(
+create function fail_k(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.key = 'k' and not exists (select from allowed) then
+		raise exception 'not yet' using detail = repeat('x', 8000);
+	end if;
+	perform note(m);
+end $$;
+create table allowed ();
+));
+sql(q(select fanout.subscribe('blocked', 'g', 'fail_k(fanout.message)', max_attempts => 10000, max_retry_delay => '2 s')));
+sql(qq(select fanout.publish('blocked', '{}', key => 'k') from generate_series(1, $behind) i;
+	select fanout.publish('blocked', '{}', key => 'other ' || i) from generate_series(1, 100) i));
+wait_until(q((select count(*) from log) = 100));
+pass("a key that always fails, with $behind messages behind it, delays no other");
+wait_until(qq((select waiting from fanout.stat_subscriptions) = $behind));
+is(sql(q(select length(error) <= 1024, error ~ '^not yet\nDETAIL:  xxx', body from fanout.delivery_failure)), 't|t|{}',
+	'the failure is shown with its body and the first kB of its error');
+sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions));
+$node->stop('immediate');
+$node->start;
+wait_until(qq((select waiting from fanout.stat_subscriptions) = $behind));
+sql('create table if not exists ignored (); alter table allowed add column x int; insert into allowed values (1)');
+wait_until(q((select count(*) from log) = 100 + ) . $behind);
+is(sql(q(select count(*), count(distinct message_id), count(*) filter (where sequence < previous) from
+	(select *, lag(sequence) over (order by n) as previous from log where key = 'k') l)), "$behind|$behind|0",
+	'after a crash of the server all of them are applied, once, in order');
+is(sql('select count(*) from fanout.waiting'), 0, 'and none is left behind');
+record("a key that fails for a while, $behind messages behind it, server killed", $behind + 100);
+sql(q(select fanout.unsubscribe('blocked', 'g'); truncate log));
+
+# ---- memory ----
+
+my $many = $long ? 100000 : 20000;
+sql(q(
+create function never(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.key ~ '^k' then raise exception 'never' using detail = repeat('x', 8000); end if;
+	perform note(m);
+end $$));
+sql(q(select fanout.subscribe('big', 'g', 'never(fanout.message)', prefetch => 1000, retry_delay => '1 h', max_retry_delay => '1 h', max_attempts => 1000)));
+sql(qq(select fanout.publish('big', jsonb_build_object('filler', repeat('x', 500)), key => 'k' || i % 5) from generate_series(1, $many) i));
+wait_until(qq((select waiting from fanout.stat_subscriptions) = $many));
+my $pid = sql('select pid from fanout.stat_subscriptions');
+my ($memory) = slurp_file("/proc/$pid/status") =~ /^RssAnon:\s+(\d+)/m;
+cmp_ok($memory, '<', 50 * 1024, sprintf('with %d messages that wait the worker has %.1f MB', $many, $memory / 1024));
+sql(q(select fanout.publish('big', '{}', key => 'other')));
+wait_until(q((select count(*) from log) = 1));
+pass('and goes on');
+
+done_testing();
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+
+sub wait_until
+{
+	my ($condition) = @_;
+
+	$node->poll_query_until('postgres', "select coalesce($condition, false)")
+	  or die "not so: $condition\n"
+	  . sql('select * from fanout.stat_subscriptions; select message_id, key, attempts, error, next_try from fanout.delivery_failure limit 5;
+		select count(*) from log');
+	return;
+}
+
+sub record
+{
+	my ($name, $messages) = @_;
+
+	append_to_file($rows, "| $name | 060_waiting_room | 1 client | $messages | 0 | 0 |\n");
+	return;
+}
