@@ -29,7 +29,7 @@
 #include "utils/memutils.h"
 
 #include "broker/connection.h"
-#include "server/guc.h"
+#include "broker/settings.h"
 #include "server/monotime.h"
 #include "server/refused.h"
 #include "server/worker.h"
@@ -255,7 +255,7 @@ read_password(Connection *conn, char **password)
 
 	PG_TRY();
 	{
-		*password = guc_read_password();
+		*password = settings_read_password();
 	}
 	PG_CATCH();
 	{
