@@ -65,6 +65,7 @@ connection_init(Connection *conn, const char *who, const char *name)
 	conn->settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
 												   ALLOCSET_SMALL_SIZES);
 	refused_note_stored();
+	worker_set_socket_finder(broker_handshake_fd);
 }
 
 /* The settings a connection depends on, as one text. */
