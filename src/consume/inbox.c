@@ -48,11 +48,11 @@
 
 #include "capture/msgid.h"
 #include "consume/inbox.h"
-#include "publish/ledger.h"
 #include "publish/wire.h"
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/shmem.h"
+#include "server/tables.h"
 #include "server/wakeup.h"
 
 #define INBOX_SEGMENTS 4
@@ -282,7 +282,7 @@ current_segment(void)
 
 	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
-		ledger_row_missing("inbox_rotation");
+		tables_row_missing("inbox_rotation");
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 

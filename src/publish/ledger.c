@@ -76,15 +76,6 @@ ledger_check(void)
 				 errhint(REPAIR_HINT)));
 }
 
-void
-ledger_row_missing(const char *table)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("table \"fanout.%s\" must have one row", table),
-			 errhint(REPAIR_HINT)));
-}
-
 /* Tells of a problem that was not told of before; takes it over. */
 static void
 tell_problem(char *problem)

@@ -10,8 +10,6 @@
 
 #include "postgres.h"
 
-#include "server/compat.h"
-
 /*
  * Raises an error if the publisher cannot go on from what ledger, rotation and
  * outbox say.  Inside a transaction opened by worker_begin().
@@ -23,8 +21,5 @@ extern void ledger_check(void);
  * Each new problem is logged once, and is the worker's last error.
  */
 extern bool ledger_usable(void);
-
-/* Raises the error for a table that does not have its only row. */
-pg_noreturn extern void ledger_row_missing(const char *table);
 
 #endif							/* PGF_LEDGER_H */

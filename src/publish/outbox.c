@@ -55,7 +55,6 @@
 #include "broker/broker.h"
 #include "capture/headers.h"
 #include "capture/msgid.h"
-#include "capture/relinfo.h"
 #include "capture/writer.h"
 #include "publish/ledger.h"
 #include "publish/outbox.h"
@@ -63,6 +62,7 @@
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/shmem.h"
+#include "server/tables.h"
 #include "server/wakeup.h"
 
 #define PORTAL_NAME "pg_fanout_batch"
@@ -225,7 +225,7 @@ outbox_next_id(void)
 {
 	static bool followed = false;
 	DatabaseSlot *slot = shmem_my_slot();
-	Oid			sequence = relinfo_outbox_sequence();
+	Oid			sequence = tables_outbox_sequence();
 
 	if (slot != NULL ? pg_atomic_read_u32(&slot->ids_follow_clock) == 0 : !followed)
 		follow_clock(sequence);
@@ -281,7 +281,7 @@ outbox_topology_changed(void)
 
 	TupleDescInitEntry(desc, 1, NULL, XID8OID, -1, 0);
 	row = heap_form_tuple(desc, &value, &isnull);
-	segment_insert(relinfo_topology_change(), desc, &row, 1);
+	segment_insert(tables_topology_change(), desc, &row, 1);
 	wakeup_publisher_at_commit();
 }
 
@@ -823,7 +823,7 @@ outbox_record_sent(const Chunk *chunk)
 
 	query_execute(&query, 4, types, values, NULL);
 	if (SPI_processed != 1)
-		ledger_row_missing("rotation");
+		tables_row_missing("rotation");
 }
 
 /* The columns of a message in fanout.outbox and fanout.held. */
@@ -1065,7 +1065,7 @@ segment_expired(int segment, int retention_s)
 static bool
 empty_outbox(int segment, int retention_s)
 {
-	Oid			relid = relinfo_segment(segment);
+	Oid			relid = tables_segment(segment);
 
 	if (segment_empty(relid))
 		return true;
@@ -1140,8 +1140,8 @@ outbox_rotate(int retention_s)
 		if (empty_outbox(segment, retention_s))
 			empty_ledger(segment);
 	}
-	if (!segment_empty(relinfo_segment(current)) &&
-		segment_empty(relinfo_segment((current + 1) % OUTBOX_SEGMENTS)) &&
+	if (!segment_empty(tables_segment(current)) &&
+		segment_empty(tables_segment((current + 1) % OUTBOX_SEGMENTS)) &&
 		rotation_due(retention_s))
 		current = advance_segment(current);
 	return current;

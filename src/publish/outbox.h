@@ -21,6 +21,9 @@
 
 /* ---- writing, in the application's transaction ---- */
 
+/* Bytes of a message's type in UTF-8: those of a short string of AMQP. */
+#define OUTBOX_MAX_TYPE 255
+
 typedef struct OutboxRow
 {
 	int64		id;				/* from outbox_next_id() */

@@ -21,7 +21,7 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
-#include "capture/relinfo.h"
+#include "capture/cache.h"
 #include "publish/outbox.h"
 #include "server/compat.h"
 #include "server/guard.h"
@@ -68,7 +68,7 @@ static void
 topology_changed(void)
 {
 	outbox_topology_changed();
-	relinfo_invalidate_topics();
+	cache_invalidate_topics();
 }
 
 Datum

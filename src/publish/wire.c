@@ -22,6 +22,9 @@
 
 #include "publish/wire.h"
 
+StaticAssertDecl(OUTBOX_MAX_TYPE == BROKER_MAX_SHORTSTR,
+				 "whatever type may be written to the outbox must go into a message");
+
 /* Our own headers, set by set_own_headers(). */
 #define OWN_HEADERS 3
 
