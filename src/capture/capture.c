@@ -36,8 +36,8 @@
 #include "capture/cache.h"
 #include "capture/msgid.h"
 #include "capture/nesting.h"
+#include "capture/outbox.h"
 #include "capture/rowjson.h"
-#include "publish/outbox.h"
 
 PG_FUNCTION_INFO_V1(pgf_capture_trigger);
 PG_FUNCTION_INFO_V1(pgf_publish);

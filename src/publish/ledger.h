@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * ledger.h
- *		Is the state of this database this server's own?
+ *		The entries of what was sent; is the state of this database this server's
+ *		own?
  *
  *-------------------------------------------------------------------------
  */
@@ -21,5 +22,7 @@ extern void ledger_check(void);
  * Each new problem is logged once, and is the worker's last error.
  */
 extern bool ledger_usable(void);
+
+extern void ledger_record_sent(Datum base, Datum target, int64 last_id, int count);
 
 #endif							/* PGF_LEDGER_H */

@@ -22,7 +22,7 @@
 #include "utils/tuplestore.h"
 
 #include "capture/cache.h"
-#include "publish/outbox.h"
+#include "capture/outbox.h"
 #include "server/compat.h"
 #include "server/guard.h"
 #include "server/shmem.h"
