@@ -18,6 +18,7 @@
 #include "broker/settings.h"
 #include "capture/nesting.h"
 #include "capture/writer.h"
+#include "consume/inbox.h"
 #include "server/compat.h"
 #include "server/guc.h"
 #include "server/hooks.h"
@@ -66,5 +67,6 @@ _PG_init(void)
 	wakeup_init();
 	writer_init();
 	nesting_init();
+	inbox_init();
 	launcher_register();
 }

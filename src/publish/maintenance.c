@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * maintenance.c
- *		What a publisher does by the clock: the ring of segments, counters.
+ *		What a publisher does by the clock: the ring of segments, counters, and
+ *		the upkeep of the consuming half.
  *
  * Rows of the outbox are never updated or deleted.  The ledger (fanout.sent) says
  * up to where they were sent.  Both are rings of segments that are emptied by
@@ -24,6 +25,8 @@
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/tables.h"
+
+static const ConsumerUpkeep *consumers = NULL;
 
 /* ---- the ring of segments ---- */
 
@@ -187,4 +190,25 @@ maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, doubl
 
 		query_execute(&query, 3, types, values, NULL);
 	}
+}
+
+/* ---- consumers ---- */
+
+/* Names the functions of the consuming half; to be called once in the postmaster. */
+void
+maintenance_set_upkeep(const ConsumerUpkeep *upkeep)
+{
+	consumers = upkeep;
+}
+
+int
+maintenance_publish_subscriptions(void)
+{
+	return consumers->publish_subscriptions();
+}
+
+void
+maintenance_rotate_inbox(int retention_s)
+{
+	consumers->rotate_inbox(retention_s);
 }

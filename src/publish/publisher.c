@@ -61,7 +61,6 @@
 #include "broker/broker.h"
 #include "broker/confirms.h"
 #include "broker/connection.h"
-#include "consume/inbox.h"
 #include "publish/flight.h"
 #include "publish/ledger.h"
 #include "publish/maintenance.h"
@@ -1434,7 +1433,7 @@ read_subscriptions(void)
 	pg_atomic_write_u32(&worker_slot->subscriptions_dirty, 0);
 	pg_memory_barrier();
 	worker_begin();
-	without = inbox_publish_subscriptions();
+	without = maintenance_publish_subscriptions();
 	if (without > 0 && !logged)
 		ereport(LOG,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
@@ -1566,7 +1565,7 @@ maintain(MonoTime now)
 	worker_commit();
 	worker_begin();
 	if (pub.conn.problem == NULL)
-		inbox_rotate(pgf_inbox_retention);
+		maintenance_rotate_inbox(pgf_inbox_retention);
 	worker_commit();
 	read_subscriptions();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
