@@ -253,8 +253,8 @@ change_headers(const Change *change)
 		return info->headers[change->op];
 	entity = RelationIdGetRelation(info->entity);
 	headers = cache_headers(capture_op_code[change->op],
-							  get_namespace_name(RelationGetNamespace(entity)),
-							  RelationGetRelationName(entity), old_key);
+							get_namespace_name(RelationGetNamespace(entity)),
+							RelationGetRelationName(entity), old_key);
 	RelationClose(entity);
 	return headers;
 }
