@@ -1179,7 +1179,7 @@ record_chunk(Chunk *chunk)
 	record_held(chunk);
 	record_dead(chunk);
 	ledger_record_sent(chunk->base, chunk->target, chunk->messages[chunk->count - 1]->id,
-					   chunk->before + chunk->count);
+					   chunk->before + chunk->count, &chunk->unread);
 	record_stalls();
 	worker_commit();
 
