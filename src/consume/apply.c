@@ -10,7 +10,7 @@
  * and flushed, whatever the handler has done to synchronous_commit.  Only then may
  * anything be acked.
  *
- * It ends after BATCH_MS at the latest, and one call: what was not reached keeps
+ * It ends after batch->limit_ms at the latest, and one call: what was not reached keeps
  * the outcome NONE, and its turn is next.
  *
  *		                .--------- no error ---------> COMMITTED
@@ -50,11 +50,7 @@
 #include "consume/inbox.h"
 #include "consume/order.h"
 #include "consume/waiting.h"
-#include "server/guc.h"
 #include "server/worker.h"
-
-/* How long a transaction goes on taking messages; less with a short heartbeat. */
-#define BATCH_MS 1000
 
 /* An array that is called with savepoints is this part of the batch. */
 #define ARRAY_PARTS 8
@@ -416,18 +412,11 @@ reset_outcomes(Batch *batch)
 }
 
 static void
-begin_batch(Batch *batch, long batch_ms)
+begin_batch(Batch *batch)
 {
 	batch->tries = batch->applied = batch->slowest_ms = 0;
 	batch->failed = lost = false;
-	deadline = mono_later(batch_ms);
-}
-
-/* The time a batch may take: the broker must hear of us between two. */
-static long
-batch_time(void)
-{
-	return pgf_heartbeat > 0 ? Min(BATCH_MS, pgf_heartbeat * 1000L / 3) : BATCH_MS;
+	deadline = mono_later(batch->limit_ms);
 }
 
 /* Runs one transaction.  What it takes from the room is in the current context. */
@@ -437,7 +426,7 @@ run(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 	MemoryContext oldcontext = CurrentMemoryContext;
 	volatile ApplyResult result = APPLY_UNDONE;
 
-	begin_batch(batch, batch_time());
+	begin_batch(batch);
 	handler_begin();
 	PG_TRY();
 	{

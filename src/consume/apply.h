@@ -39,6 +39,7 @@ typedef struct Batch
 	bool		singly;			/* from the room: one, recorded before it */
 	bool		careful;		/* a savepoint for each from the start */
 	bool		probe;			/* nothing counts as an attempt */
+	long		limit_ms;		/* so long are messages begun with */
 	int			patience_ms;	/* time of a call that was not tried before */
 
 	/* results */

@@ -76,6 +76,9 @@
 #define BATCH_MIN 100
 #define BATCH_MAX 1000
 
+/* How long a transaction goes on taking messages; less with a short heartbeat. */
+#define BATCH_MS 1000
+
 /*
  * A delivery takes this much memory at least.  The broker is asked for no more of
  * them than fit into consumer_memory.
@@ -468,6 +471,9 @@ prepare_batch(Batch *batch, Delivery **deliveries)
 	batch->deliveries = deliveries;
 	batch->careful = con.careful > 0;
 	batch->probe = con.breaker.open;
+	batch->limit_ms = BATCH_MS;
+	if (con.conn.options.heartbeat_s > 0)
+		batch->limit_ms = Min(BATCH_MS, con.conn.options.heartbeat_s * 1000L / 3);
 	if (impatient())
 		batch->patience_ms = Max(PATIENCE_MIN_MS, con.slowest_ms * PATIENCE_TIMES);
 }

@@ -36,9 +36,10 @@
 
 #include "capture/msgid.h"
 #include "consume/inbox.h"
-#include "publish/ledger.h"
+#include "publish/maintenance.h"
 #include "server/query.h"
 #include "server/segment.h"
+#include "server/tables.h"
 
 #define INBOX_SEGMENTS 4
 
@@ -81,7 +82,7 @@ current_segment(void)
 
 	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
-		ledger_row_missing("inbox_rotation");
+		tables_row_missing("inbox_rotation");
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
@@ -266,8 +267,8 @@ forget_old(CachedQuery *query, int retention_s)
  * the next when that is due, and forgets deleted rows of sync_table() as old.
  * Called by the publisher, in a transaction of worker_begin().
  */
-void
-inbox_rotate(int retention_s)
+static void
+rotate(int retention_s)
 {
 	/* the clock was wrong once: better too long than too short */
 	static CachedQuery not_yet = {
@@ -300,4 +301,19 @@ inbox_rotate(int retention_s)
 		forget_old(&deleted_rows, retention_s);
 	}
 	become_caller(&caller);
+}
+
+/*
+ * Hands to the publisher what it does for consumers.  To be called once in the
+ * postmaster.
+ */
+void
+inbox_init(void)
+{
+	static const ConsumerUpkeep upkeep = {
+		.publish_subscriptions = subscription_publish_all,
+		.rotate_inbox = rotate
+	};
+
+	maintenance_set_upkeep(&upkeep);
 }

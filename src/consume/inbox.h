@@ -14,8 +14,8 @@
 #include "consume/owner.h"
 #include "consume/subscription.h"
 
+extern void inbox_init(void);
 extern void inbox_look_up(int32 subscription_id, Delivery **deliveries, int n);
 extern void inbox_record(int32 subscription_id, Delivery **deliveries, int n);
-extern void inbox_rotate(int retention_s);
 
 #endif							/* PGF_INBOX_H */

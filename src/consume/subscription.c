@@ -54,7 +54,7 @@ PG_FUNCTION_INFO_V1(pgf_wake_consumers);
  * got no slot (pg_fanout.max_subscriptions).
  */
 int
-inbox_publish_subscriptions(void)
+subscription_publish_all(void)
 {
 	static CachedQuery query = {
 		"select subscription_id, version, role::oid from fanout.subscription s"

@@ -46,7 +46,7 @@ typedef struct SubscriptionRow
 	char	   *problem;		/* why it cannot be consumed; NULL: it can */
 } SubscriptionRow;
 
-extern int	inbox_publish_subscriptions(void);
+extern int	subscription_publish_all(void);
 extern bool subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow *row);
 extern bool subscription_is(int32 subscription_id, int32 version);
 extern void subscription_set_origin(int32 subscription_id, QueueOrigin origin);

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * ledger.h
- *		Is the state of this database this server's own?
+ *		The entries of what was sent; is the state of this database this server's
+ *		own?
  *
  *-------------------------------------------------------------------------
  */
@@ -10,7 +11,7 @@
 
 #include "postgres.h"
 
-#include "server/compat.h"
+#include "publish/scan.h"
 
 /*
  * Raises an error if the publisher cannot go on from what ledger, rotation and
@@ -24,7 +25,6 @@ extern void ledger_check(void);
  */
 extern bool ledger_usable(void);
 
-/* Raises the error for a table that does not have its only row. */
-pg_noreturn extern void ledger_row_missing(const char *table);
+extern void ledger_record_sent(Datum base, Datum target, int64 last_id, int count, const Unread *unread);
 
 #endif							/* PGF_LEDGER_H */
