@@ -1682,32 +1682,44 @@ comment on function fanout.publish(text, jsonb, text, text, jsonb) is
 'writes a message; it is published once this transaction has committed. payload: the body; key: messages of the same key keep their order; type: AMQP property; headers: object of strings, numbers, booleans, nulls. Returns the message id. Errors: 42704 unknown topic, 22004 topic or payload is null, 22023 bad headers or a type over 255 bytes, 25006 in a read-only transaction';
 revoke all on function fanout.publish(text, jsonb, text, text, jsonb) from public;
 
-create function fanout.pause(topic text) returns void
-language sql volatile security definer
+create function fanout.pause_topic(topic text) returns void
+language sql volatile
 set search_path = pg_catalog, pg_temp
 as $$
     update fanout.topic t set paused = true
-    where t.topic_id = fanout.require_topic(pause.topic) and not t.paused
+    where t.topic_id = fanout.require_topic(pause_topic.topic) and not t.paused
 $$;
-comment on function fanout.pause(text) is
-'holds a topic''s messages back, in order, until fanout.resume(); other topics flow. Errors: 42704 unknown topic';
-revoke all on function fanout.pause(text) from public;
+comment on function fanout.pause_topic(text) is 'internal: part of fanout.pause()';
+revoke all on function fanout.pause_topic(text) from public;
 
-create function fanout.resume(topic text) returns void
-language plpgsql volatile security definer
+create function fanout.resume_topic(topic text) returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    id integer := fanout.require_topic(resume.topic);
+    id integer := fanout.require_topic(resume_topic.topic);
 begin
     update fanout.stall s set retry_at = clock_timestamp() where s.topic_id = id;
     update fanout.topic t set paused = false where t.topic_id = id;
 end
 $$;
-comment on function fanout.resume(text) is
-'lets a paused topic flow again, what was held first; a stalled topic is tried again at once. Errors: 42704 unknown topic';
-revoke all on function fanout.resume(text) from public;
+comment on function fanout.resume_topic(text) is 'internal: part of fanout.resume()';
+revoke all on function fanout.resume_topic(text) from public;
+
+create function fanout.pause(topic text, consumer_group text default null) returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_pause';
+comment on function fanout.pause(text, text) is
+'holds a topic''s messages back, in order, until fanout.resume(); other topics flow. With consumer_group: stops that subscription of this database; attempts and what waits are kept. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
+revoke all on function fanout.pause(text, text) from public;
+
+create function fanout.resume(topic text, consumer_group text default null) returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_resume';
+comment on function fanout.resume(text, text) is
+'lets a paused topic flow again, what was held first; a stalled topic is tried again at once. With consumer_group: lets that subscription of this database go on. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
+revoke all on function fanout.resume(text, text) from public;
 
 create function fanout.redrive_published(topic text, message_id uuid) returns bigint
 language plpgsql volatile
@@ -1897,14 +1909,19 @@ create table fanout.subscription (
     max_wait        interval    not null,
     queue_declared  boolean,
     active          boolean     not null default true,
+    paused          boolean     not null default false,
+    drop_queue      boolean     not null default false,
     version         integer     not null default 1,
     subscribed_at   timestamptz not null default now(),
     unique (topic, consumer_group)
 ) using heap;
+create unique index subscription_queue_idx on fanout.subscription ((topic || '_' || consumer_group)) where active;
 alter sequence fanout.subscription_id_seq owned by fanout.subscription.subscription_id;
 comment on table fanout.subscription is 'internal: one row per subscription; see the view fanout.subscriptions';
 comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
 comment on column fanout.subscription.queue_declared is 'did its worker declare the queue? NULL: it was not looked for yet';
+comment on column fanout.subscription.paused is 'by fanout.pause()';
+comment on column fanout.subscription.drop_queue is 'it has ended, and its worker is to delete the queue';
 comment on column fanout.subscription.version is 'another one: the worker starts again';
 revoke all on fanout.subscription from public;
 
@@ -2204,6 +2221,21 @@ begin
     perform fanout.check_failing(add_subscription.ordered, add_subscription.on_failure, add_subscription.wait_for);
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
 
+    select * into old from fanout.subscription s
+    where s.topic || '_' || s.consumer_group = add_subscription.topic || '_' || add_subscription.consumer_group
+      and s.topic <> add_subscription.topic and s.active;
+    if found then
+        raise exception 'queue "%" is consumed already', add_subscription.topic || '_' || add_subscription.consumer_group
+            using errcode = 'duplicate_object',
+                  detail = pg_catalog.format('Consumer group "%s" is subscribed to topic "%s".', old.consumer_group, old.topic);
+    end if;
+    if not exists (select from fanout.topic t where t.topic = add_subscription.topic and not t.dropping)
+       and not exists (select from fanout.subscription s where s.topic = add_subscription.topic)
+    then
+        raise notice 'topic "%" is not declared in this database', add_subscription.topic
+            using detail = 'If the broker has no such exchange and queue, they are declared; fanout.check() tells.';
+    end if;
+
     select pg_catalog.format('%I.%I', n.nspname, p.proname), p.proowner into new.handler, new.handler_owner
     from pg_proc p join pg_namespace n on n.oid = p.pronamespace
     where p.oid = add_subscription.handler;
@@ -2222,7 +2254,7 @@ begin
             retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
             ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
             on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
-            queue_declared = null, active = true, version = s.version + 1, subscribed_at = now()
+            queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
         where not s.active;
     if found then
         return;
@@ -2268,47 +2300,240 @@ comment on function fanout.subscribe(text, text, regprocedure, integer, integer,
 'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
 revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
 
-create function fanout.remove_subscription(role regrole, topic text, consumer_group text) returns void
+create function fanout.readable(raw bytea) returns text
+language plpgsql stable strict
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return convert_from(raw, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+    return null;
+end
+$$;
+comment on function fanout.readable(bytea) is 'internal: a body as text; NULL if it is not UTF-8, or not in this database''s encoding';
+revoke all on function fanout.readable(bytea) from public;
+
+-- Locks it: of two commands that change a subscription the second sees what the
+-- first has done.
+create function fanout.own_subscription(role regrole, topic text, consumer_group text) returns fanout.subscription
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    old fanout.subscription;
+    found_row fanout.subscription;
 begin
-    select * into old from fanout.subscription s
-    where s.topic = remove_subscription.topic and s.consumer_group = remove_subscription.consumer_group and s.active
+    select * into found_row from fanout.subscription s
+    where s.topic = own_subscription.topic and s.consumer_group = own_subscription.consumer_group and s.active
     for update;
     if not found then
         raise exception 'consumer group "%" is not subscribed to topic "%"',
-                        remove_subscription.consumer_group, remove_subscription.topic
+                        own_subscription.consumer_group, own_subscription.topic
             using errcode = 'undefined_object';
     end if;
-    if exists (select from pg_roles r where r.oid = old.role)
-       and not pg_has_role(remove_subscription.role, old.role, 'member')
+    if exists (select from pg_roles r where r.oid = found_row.role)
+       and not pg_has_role(own_subscription.role, found_row.role, 'member')
     then
         raise exception 'permission denied for subscription of consumer group "%" to topic "%"',
-                        remove_subscription.consumer_group, remove_subscription.topic
+                        own_subscription.consumer_group, own_subscription.topic
             using errcode = 'insufficient_privilege',
-                  detail = pg_catalog.format('Role %s subscribed.', old.role);
+                  detail = pg_catalog.format('Role %s subscribed.', found_row.role);
     end if;
-    update fanout.subscription s set active = false, version = s.version + 1
+    return found_row;
+end
+$$;
+comment on function fanout.own_subscription(regrole, text, text) is
+'internal: a subscription that the role may change; raises an error if there is none';
+revoke all on function fanout.own_subscription(regrole, text, text) from public;
+
+create function fanout.remove_subscription(role regrole, topic text, consumer_group text, drop_queue boolean) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+begin
+    if remove_subscription.drop_queue
+       and exists (select from fanout.bindings b
+                   where b.topic = remove_subscription.topic and b.consumer_group = remove_subscription.consumer_group)
+    then
+        raise exception 'queue "%" is declared in this database', old.topic || '_' || old.consumer_group
+            using errcode = 'object_in_use',
+                  hint = 'Use fanout.drop_binding() after fanout.unsubscribe().';
+    end if;
+    update fanout.subscription s
+    set active = false, version = s.version + 1, drop_queue = coalesce(remove_subscription.drop_queue, false)
     where s.subscription_id = old.subscription_id;
+    if remove_subscription.drop_queue then
+        delete from fanout.waiting w where w.subscription_id = old.subscription_id;
+    end if;
     update fanout.waiting w set attempts = 0, postponed = 0, waits_since = null,
         next_try = case when next_try is not null then clock_timestamp() end
     where w.subscription_id = old.subscription_id and attempts + postponed > 0;
 end
 $$;
-comment on function fanout.remove_subscription(regrole, text, text) is
+comment on function fanout.remove_subscription(regrole, text, text, boolean) is
 'internal: what fanout.unsubscribe() does with the rights of pg_fanout';
-revoke all on function fanout.remove_subscription(regrole, text, text) from public;
+revoke all on function fanout.remove_subscription(regrole, text, text, boolean) from public;
 
-create function fanout.unsubscribe(topic text, consumer_group text) returns void
+create function fanout.unsubscribe(topic text, consumer_group text, drop_queue boolean default false) returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_unsubscribe';
-comment on function fanout.unsubscribe(text, text) is
-'ends a subscription once this transaction has committed; the queue and its messages stay, and so do those that wait, whose attempts are forgotten; they are tried again when the subscription is made again. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501';
-revoke all on function fanout.unsubscribe(text, text) from public;
+comment on function fanout.unsubscribe(text, text, boolean) is
+'ends a subscription once this transaction has committed; the queue and its messages stay, and so do those that wait, whose attempts are forgotten; they are tried again when the subscription is made again. drop_queue: deletes the queue, and its messages, and those that wait. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501, 55006 if the queue is declared in this database';
+revoke all on function fanout.unsubscribe(text, text, boolean) from public;
+
+create function fanout.change_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
+                                           prefetch integer, max_attempts integer, retry_delay interval,
+                                           max_retry_delay interval, ordered boolean, handler_timeout interval,
+                                           on_failure text, wait_for text[], max_wait interval)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+begin
+    if handler is null and old.handler = 'fanout.sync_messages' and (ordered is not null or on_failure is not null) then
+        raise exception 'a subscription of fanout.sync_table() is always ordered'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    update fanout.subscription s set active = false where s.subscription_id = old.subscription_id;
+    perform fanout.add_subscription(
+        old.role, old.topic, old.consumer_group,
+        coalesce(handler, fanout.subscription_handler(old)::regprocedure),
+        coalesce(prefetch, old.prefetch), coalesce(max_attempts, old.max_attempts),
+        coalesce(retry_delay, old.retry_delay), coalesce(max_retry_delay, old.max_retry_delay),
+        coalesce(ordered, old.ordered), coalesce(handler_timeout, old.handler_timeout),
+        coalesce(on_failure, old.on_failure), coalesce(wait_for, old.wait_for), coalesce(max_wait, old.max_wait));
+    update fanout.subscription s
+    set paused = old.paused, queue_declared = old.queue_declared, subscribed_at = old.subscribed_at
+    where s.subscription_id = old.subscription_id;
+end
+$$;
+comment on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
+'internal: what fanout.alter_subscription() does with the rights of pg_fanout';
+revoke all on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+
+create function fanout.alter_subscription(topic text, consumer_group text, handler regprocedure default null,
+                                          prefetch integer default null, max_attempts integer default null,
+                                          retry_delay interval default null, max_retry_delay interval default null,
+                                          ordered boolean default null, handler_timeout interval default null,
+                                          on_failure text default null, wait_for text[] default null,
+                                          max_wait interval default null)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_alter_subscription';
+comment on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
+'changes options of a subscription once this transaction has committed; NULL: as it is. Attempts and what waits are kept. Only for members of the role that subscribed, as which the handler still runs. Errors: those of fanout.subscribe(), 42704 if there is no such subscription';
+revoke all on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+
+create function fanout.set_paused(role regrole, topic text, consumer_group text, paused boolean) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+begin
+    update fanout.subscription s set paused = set_paused.paused, version = s.version + 1
+    where s.subscription_id = old.subscription_id and s.paused <> set_paused.paused;
+end
+$$;
+comment on function fanout.set_paused(regrole, text, text, boolean) is 'internal: part of fanout.pause() and fanout.resume()';
+revoke all on function fanout.set_paused(regrole, text, text, boolean) from public;
+
+create function fanout.pause_as(role regrole, topic text, consumer_group text) returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when $3 is null then fanout.pause_topic($2) else fanout.set_paused($1, $2, $3, true) end
+$$;
+comment on function fanout.pause_as(regrole, text, text) is 'internal: what fanout.pause() does with the rights of pg_fanout';
+revoke all on function fanout.pause_as(regrole, text, text) from public;
+
+create function fanout.resume_as(role regrole, topic text, consumer_group text) returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when $3 is null then fanout.resume_topic($2) else fanout.set_paused($1, $2, $3, false) end
+$$;
+comment on function fanout.resume_as(regrole, text, text) is 'internal: what fanout.resume() does with the rights of pg_fanout';
+revoke all on function fanout.resume_as(regrole, text, text) from public;
+
+create function fanout.retry_as(role regrole, topic text, consumer_group text, message_id uuid) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    own fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+    due bigint;
+begin
+    update fanout.waiting w set next_try = clock_timestamp()
+    where w.subscription_id = own.subscription_id and w.next_try is not null
+      and (retry_as.message_id is null or w.message_id = retry_as.message_id);
+    get diagnostics due = row_count;
+    perform fanout.wake_consumers();
+    return due;
+end
+$$;
+comment on function fanout.retry_as(regrole, text, text, uuid) is 'internal: what fanout.retry() does with the rights of pg_fanout';
+revoke all on function fanout.retry_as(regrole, text, text, uuid) from public;
+
+create function fanout.retry(topic text, consumer_group text, message_id uuid default null) returns bigint
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_retry';
+comment on function fanout.retry(text, text, uuid) is
+'tries messages of a subscription that failed now, and not when their next attempt would be due; one of them, or all. Returns how many. Only for members of the role that subscribed. Errors: 42704 if there is no such subscription, 42501';
+revoke all on function fanout.retry(text, text, uuid) from public;
+
+-- The first messages of its keys are due; of a barrier, all are looked at.
+create function fanout.skip_as(role regrole, topic text, consumer_group text, message_id uuid) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    own fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+    old fanout.waiting;
+begin
+    delete from fanout.waiting w
+    where w.subscription_id = own.subscription_id and w.message_id = skip_as.message_id
+    returning * into old;
+    if not found then
+        raise exception 'message % does not wait', skip_as.message_id
+            using errcode = 'undefined_object',
+                  hint = 'See fanout.delivery_failure.';
+    end if;
+    insert into fanout.dead_letter (message_id, topic, consumer_group, type, key, id, headers, content_type, created_at,
+                                    payload, raw, reason, sqlstate, attempts)
+    values (old.message_id, own.topic, own.consumer_group, old.type, old.key, old.sequence, old.headers, old.content_type,
+            old.published_at, fanout.readable(old.raw), case when fanout.readable(old.raw) is null then old.raw end,
+            coalesce(old.error, 'skipped'), old.sqlstate, old.attempts);
+    insert into fanout.inbox (segment, subscription_id, message_id)
+    select r.current, own.subscription_id, old.message_id from fanout.inbox_rotation r;
+    update fanout.waiting w set next_try = clock_timestamp()
+    where w.subscription_id = own.subscription_id and w.next_try is null
+      and (old.barrier
+           or w.waiting_id in (select (select f.waiting_id from fanout.waiting f
+                                       where f.subscription_id = own.subscription_id and k in (f.key1, f.key2)
+                                       order by f.place, f.waiting_id limit 1)
+                               from unnest(array[old.key1, old.key2]) k where k is not null));
+    perform fanout.wake_consumers();
+end
+$$;
+comment on function fanout.skip_as(regrole, text, text, uuid) is 'internal: what fanout.skip() does with the rights of pg_fanout';
+revoke all on function fanout.skip_as(regrole, text, text, uuid) from public;
+
+create function fanout.skip(topic text, consumer_group text, message_id uuid) returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_skip';
+comment on function fanout.skip(text, text, uuid) is
+'gives a message up that waits, whatever attempts it has left: it goes to fanout.dead_letter, and those behind it go on. Only for members of the role that subscribed. Errors: 42704 if there is no such subscription, or no such message waits, 42501';
+revoke all on function fanout.skip(text, text, uuid) from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -2611,7 +2836,7 @@ comment on view fanout.stat_publisher is
 'the publisher of this database; one row, none if the library is not preloaded or no publisher was started yet. Counters begin when the server starts, or when the extension is created';
 comment on column fanout.stat_publisher.pid is 'process id; NULL: it is not running';
 comment on column fanout.stat_publisher.state is
-'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; stopped';
+'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; paused: by fanout.pause(); stopped';
 comment on column fanout.stat_publisher.since is 'when it entered that state';
 comment on column fanout.stat_publisher.connected_to is 'host:port/vhost; NULL: not connected';
 comment on column fanout.stat_publisher.connected_at is 'since when; NULL: not connected';
@@ -2732,7 +2957,7 @@ revoke all on function fanout.subscription_status() from public;
 
 create view fanout.stat_subscriptions as
 select s.topic, s.consumer_group, w.pid,
-       case when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
+       case when s.paused then 'paused' when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
        w.since, w.connected_to, w.connected_at,
        coalesce(w.delivered, 0) as delivered, coalesce(w.applied, 0) as applied,
        coalesce(w.skipped, 0) as skipped, coalesce(w.stale, 0) as stale, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
@@ -2764,19 +2989,6 @@ comment on column fanout.stat_subscriptions.reconnects is 'connections made afte
 comment on column fanout.stat_subscriptions.last_error is 'most recent error; NULL: none';
 comment on column fanout.stat_subscriptions.last_error_at is 'when it happened';
 revoke all on fanout.stat_subscriptions from public;
-
-create function fanout.readable(raw bytea) returns text
-language plpgsql stable strict
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    return convert_from(raw, 'UTF8');
-exception when character_not_in_repertoire or untranslatable_character then
-    return null;
-end
-$$;
-comment on function fanout.readable(bytea) is 'internal: a body as text; NULL if it is not UTF-8, or not in this database''s encoding';
-revoke all on function fanout.readable(bytea) from public;
 
 create view fanout.delivery_failure as
 select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.headers, fanout.readable(w.raw) as body, w.raw,
@@ -3119,6 +3331,7 @@ as $$
            'Its messages are held until a queue is bound; use fanout.declare_binding().'
     from fanout.topics t
     where not exists (select from fanout.bindings b where b.topic = t.topic)
+      and not exists (select from fanout.subscriptions s where s.topic = t.topic)
 $$;
 comment on function fanout.check_topology() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_topology() from public;
@@ -3240,13 +3453,22 @@ set search_path = pg_catalog, pg_temp
 as $$
     select format('subscription of "%s" to "%s"', s.consumer_group, s.topic),
            s.pid is not null and s.connected_to is not null and s.state <> 'refused',
-           case when s.pid is null or s.connected_to is null or s.state = 'refused'
+           case when s.state = 'paused' then 'paused'
+                when s.pid is null or s.connected_to is null or s.state = 'refused'
                 then format('%s: %s', s.state, coalesce(s.last_error, 'no worker was started'))
                 else format('pid %s, %s', s.pid, s.state) end,
-           case when s.state = 'refused' then 'Put right what last_error says; it is tried again by itself.'
+           case when s.state = 'paused' then 'Use fanout.resume() with its consumer group.'
+                when s.state = 'refused' then 'Put right what last_error says; it is tried again by itself.'
                 when s.pid is null then 'Look into the server log; raise max_worker_processes or pg_fanout.max_subscriptions if it says so.'
                 when s.connected_to is null then 'It connects as the publisher does; see above.' end
     from fanout.stat_subscriptions s
+    union all
+    select format('subscription of "%s" to "%s" has a topic', s.consumer_group, s.topic), false,
+           'its queue did not exist and was declared, and nothing has come from it since the worker''s first start',
+           'Is the name of the topic right?'
+    from fanout.subscription s join fanout.stat_subscriptions w using (topic, consumer_group)
+    where s.active and s.queue_declared and w.delivered = 0
+      and not exists (select from fanout.topics t where t.topic = s.topic)
     union all
     select format('subscription of "%s" to "%s" succeeds', f.consumer_group, f.topic), false,
            format('%s messages failed and will be tried again', count(*)),

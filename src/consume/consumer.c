@@ -627,7 +627,7 @@ static bool
 may_try_due(MonoTime now)
 {
 	if (waiting_room.stale || waiting_room.next_due == 0 || waiting_room.next_due > now || con.gathering ||
-		con.row.problem != NULL)
+		con.row.problem != NULL || con.row.drop_queue)
 		return false;
 	if (con.breaker.open)
 		return con.consuming && con.first == NULL && con.probe_room_at <= now;
@@ -854,13 +854,31 @@ begin_consuming(void)
 	set_state(WORKER_IDLE);
 }
 
+/* The subscription has ended, but its queue has not. */
+static void
+drop_queue(void)
+{
+	BrokerError error;
+	BrokerResult result = queue_drop(con.conn.broker, &con.row, &error);
+
+	if (result != BROKER_OK)
+	{
+		call_failed(result, &error);
+		return;
+	}
+	worker_begin();
+	subscription_queue_dropped(con.subscription_id);
+	worker_commit();
+	worker_end(WORKER_TERMINATED);
+}
+
 /* Not before there is a handler to give deliveries to. */
 static void
 connect_broker(void)
 {
 	if (!handler_refresh(&con.row, con.subscription_id, con.row_context))
 		worker_end(WORKER_TERMINATED);
-	if (con.row.problem != NULL)
+	if (con.row.problem != NULL && !con.row.drop_queue)
 	{
 		refused(con.row.problem);
 		return;
@@ -869,7 +887,10 @@ connect_broker(void)
 		return;
 	if (con.conn.logins > 1)
 		pg_atomic_fetch_add_u64(&worker_subscription->reconnects, 1);
-	begin_consuming();
+	if (con.row.drop_queue)
+		drop_queue();
+	else
+		begin_consuming();
 }
 
 /* ---- dead letters ---- */
@@ -917,7 +938,7 @@ redrive_dead(void)
 {
 	Redriven	redriven;
 
-	if (!con.redrive || con.row.problem != NULL)
+	if (!con.redrive || con.row.problem != NULL || con.row.drop_queue)
 		return false;
 	con.redrive = take_redriven(&redriven);
 	if (con.redrive)
@@ -1013,7 +1034,7 @@ wait_for_work(void)
 	}
 	else
 		earlier(&timeout, now, Max(con.conn.connect_at, 1));
-	if (con.row.problem == NULL && !con.gathering)
+	if (con.row.problem == NULL && !con.row.drop_queue && !con.gathering)
 		earlier(&timeout, now, con.breaker.open ? probe_time() : waiting_room.next_due);
 	if (con.consuming)
 		earlier(&timeout, now, con.inspect_at);

@@ -63,6 +63,15 @@ queue_inspect(Broker *broker, const SubscriptionRow *row, BrokerError *error)
 	return look(broker, row, &messages, &consumers, error);
 }
 
+/* Deletes the queue with all that is in it; one that is gone is as good. */
+BrokerResult
+queue_drop(Broker *broker, const SubscriptionRow *row, BrokerError *error)
+{
+	BrokerResult result = broker_delete_queue(broker, row->queue, false, false, error);
+
+	return result == BROKER_REFUSED && error->code == NOT_FOUND ? BROKER_OK : result;
+}
+
 /* As fanout.declare_binding() would. */
 static BrokerResult
 declare(Broker *broker, const SubscriptionRow *row, BrokerError *error)

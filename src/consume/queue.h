@@ -14,6 +14,7 @@
 #include "consume/subscription.h"
 
 extern BrokerResult queue_inspect(Broker *broker, const SubscriptionRow *row, BrokerError *error);
+extern BrokerResult queue_drop(Broker *broker, const SubscriptionRow *row, BrokerError *error);
 extern BrokerResult queue_find(Broker *broker, SubscriptionRow *row, BrokerError *error);
 
 #endif							/* PGF_QUEUE_H */

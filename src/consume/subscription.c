@@ -16,7 +16,8 @@
  *		                 |  '-resume()--'                     |
  *		                 '--------------- subscribe() --------'
  *
- * An ACTIVE one has a worker, unless its role may not log in any more.
+ * An ACTIVE one has a worker, unless its role may not log in any more.  So has one
+ * that has ended, for as long as it takes to delete the queue if that was asked for.
  *
  * Must never: run a statement with the caller's rights on our tables.
  *
@@ -43,6 +44,11 @@
 PG_FUNCTION_INFO_V1(pgf_subscribe);
 PG_FUNCTION_INFO_V1(pgf_unsubscribe);
 PG_FUNCTION_INFO_V1(pgf_sync_table);
+PG_FUNCTION_INFO_V1(pgf_alter_subscription);
+PG_FUNCTION_INFO_V1(pgf_pause);
+PG_FUNCTION_INFO_V1(pgf_resume);
+PG_FUNCTION_INFO_V1(pgf_retry);
+PG_FUNCTION_INFO_V1(pgf_skip);
 PG_FUNCTION_INFO_V1(pgf_subscriptions_changed);
 PG_FUNCTION_INFO_V1(pgf_wake_consumers);
 
@@ -58,7 +64,7 @@ subscription_publish_all(void)
 {
 	static CachedQuery query = {
 		"select subscription_id, version, role::oid from fanout.subscription s"
-		" where active and fanout.subscription_problem(s) is null order by subscription_id"
+		" where (active and not paused or drop_queue) and fanout.subscription_problem(s) is null order by subscription_id"
 	};
 	Caller		caller = become_owner();
 	Subscription *subscriptions;
@@ -124,6 +130,7 @@ read_subscription(SubscriptionRow *row)
 	row->origin = DatumGetBool(query_value(0, 18, &isnull)) ? QUEUE_OWN : QUEUE_FOREIGN;
 	if (isnull)
 		row->origin = QUEUE_UNKNOWN;
+	row->drop_queue = DatumGetBool(query_value(0, 19, &isnull));
 	if (row->exchange == NULL || row->queue == NULL)
 		row->problem = pstrdup("its name cannot be converted to UTF-8");
 }
@@ -144,7 +151,7 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s)),"
 		" on_failure = 'requeue', (select coalesce(string_agg(c || ' ', ''), '') from unnest(wait_for) c),"
 		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared"
-		" from fanout.subscription s where subscription_id = $1 and active"
+		", drop_queue from fanout.subscription s where subscription_id = $1 and (active and not paused or drop_queue)"
 	};
 	Caller		caller = become_owner();
 	Oid			types[1] = {INT4OID};
@@ -171,7 +178,7 @@ bool
 subscription_is(int32 subscription_id, int32 version)
 {
 	static CachedQuery query = {
-		"select from fanout.subscription where subscription_id = $1 and version = $2 and active"
+		"select from fanout.subscription where subscription_id = $1 and version = $2 and active and not paused"
 	};
 	Caller		caller = become_owner();
 	Oid			types[2] = {INT4OID, INT4OID};
@@ -197,6 +204,21 @@ subscription_set_origin(int32 subscription_id, QueueOrigin origin)
 	become_caller(&caller);
 }
 
+/* Remembers that a subscription that has ended has no queue any more. */
+void
+subscription_queue_dropped(int32 subscription_id)
+{
+	static CachedQuery query = {
+		"update fanout.subscription set drop_queue = false where subscription_id = $1"
+	};
+	Caller		caller = become_owner();
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(subscription_id)};
+
+	query_execute(&query, 1, types, values, NULL);
+	become_caller(&caller);
+}
+
 /* Is the queue one that this database's publisher declares? */
 bool
 subscription_has_binding(const char *topic, const char *consumer_group)
@@ -217,9 +239,10 @@ subscription_has_binding(const char *topic, const char *consumer_group)
 
 /*
  * Calls a function in SQL with the owner's rights; its arguments are the role
- * that called us, and that alone, and what we were called with.
+ * that called us, and that alone, and what we were called with.  Returns its
+ * result if that is a bigint.
  */
-static void
+static int64
 call_as_owner(FunctionCallInfo fcinfo, const char *function)
 {
 	Oid			types[FUNC_MAX_ARGS + 1] = {OIDOID};
@@ -229,6 +252,8 @@ call_as_owner(FunctionCallInfo fcinfo, const char *function)
 	int			nargs;
 	StringInfoData sql;
 	Caller		caller;
+	int64		result = 0;
+	bool		isnull;
 
 	(void) get_func_signature(fcinfo->flinfo->fn_oid, &own_types, &nargs);
 	initStringInfo(&sql);
@@ -247,8 +272,11 @@ call_as_owner(FunctionCallInfo fcinfo, const char *function)
 		elog(ERROR, "SPI_connect failed");
 	if (SPI_execute_with_args(sql.data, nargs + 1, types, values, nulls, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not execute \"%s\"", sql.data);
+	if (TupleDescAttr(SPI_tuptable->tupdesc, 0)->atttypid == INT8OID)
+		result = DatumGetInt64(query_value(0, 1, &isnull));
 	SPI_finish();
 	become_caller(&caller);
+	return result;
 }
 
 Datum
@@ -269,6 +297,40 @@ Datum
 pgf_unsubscribe(PG_FUNCTION_ARGS)
 {
 	call_as_owner(fcinfo, "remove_subscription");
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_alter_subscription(PG_FUNCTION_ARGS)
+{
+	call_as_owner(fcinfo, "change_subscription");
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_pause(PG_FUNCTION_ARGS)
+{
+	call_as_owner(fcinfo, "pause_as");
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_resume(PG_FUNCTION_ARGS)
+{
+	call_as_owner(fcinfo, "resume_as");
+	PG_RETURN_VOID();
+}
+
+Datum
+pgf_retry(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_INT64(call_as_owner(fcinfo, "retry_as"));
+}
+
+Datum
+pgf_skip(PG_FUNCTION_ARGS)
+{
+	call_as_owner(fcinfo, "skip_as");
 	PG_RETURN_VOID();
 }
 

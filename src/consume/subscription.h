@@ -30,6 +30,7 @@ typedef struct SubscriptionRow
 	bool		batch;			/* the handler takes an array */
 	bool		ordered;
 	bool		requeue;		/* on_failure = 'requeue' */
+	bool		drop_queue;		/* it has ended, and so shall its queue */
 	QueueOrigin origin;			/* who declared its queue */
 	int			prefetch;
 	int			max_attempts;
@@ -50,6 +51,7 @@ extern int	subscription_publish_all(void);
 extern bool subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow *row);
 extern bool subscription_is(int32 subscription_id, int32 version);
 extern void subscription_set_origin(int32 subscription_id, QueueOrigin origin);
+extern void subscription_queue_dropped(int32 subscription_id);
 extern bool subscription_has_binding(const char *topic, const char *consumer_group);
 
 #endif							/* PGF_SUBSCRIPTION_H */

@@ -138,6 +138,32 @@ alter role fanout_app nologin;
 select consumer_group, state, last_error from fanout.stat_subscriptions where state = 'refused' order by 1;
 alter role fanout_app login;
 
+-- two subscriptions of one queue
+create function subscribe.anything(m fanout.message) returns void language sql as '';
+select fanout.subscribe('q20', 'b_c', 'subscribe.anything(fanout.message)');
+select fanout.subscribe('q20_b', 'c', 'subscribe.anything(fanout.message)');
+select fanout.unsubscribe('q20', 'b_c');
+select fanout.subscribe('q20_b', 'c', 'subscribe.anything(fanout.message)');
+select fanout.unsubscribe('q20_b', 'c');
+
+-- options of failures
+select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', on_failure => 'forget');
+select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', wait_for => '{foreign_key_violation}');
+select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', max_wait => '-1 s');
+
+-- a name that may be a typing error
+set client_min_messages = notice;
+begin;
+select fanout.subscribe('exchange_usr', 'c', 'subscribe.anything(fanout.message)');
+select fanout.unsubscribe('exchange_usr', 'c');
+rollback;
+begin;
+select fanout.declare_topic('exchange_user');
+select fanout.subscribe('exchange_user', 'c', 'subscribe.anything(fanout.message)');
+rollback;
+set client_min_messages = warning;
+drop function subscribe.anything;
+
 -- a read-only transaction
 begin read only;
 select fanout.unsubscribe('t', 'batches');
