@@ -1934,6 +1934,19 @@ on fanout.subscription
 for each statement execute function fanout.subscriptions_changed();
 alter table fanout.subscription enable always trigger subscriptions_changed;
 
+create table fanout.topic_grant (
+    role           regrole not null,
+    topic          text,
+    consumer_group text,
+    what           text    not null
+) using heap;
+create unique index topic_grant_idx on fanout.topic_grant (role, coalesce(topic, ''), coalesce(consumer_group, ''), what);
+comment on table fanout.topic_grant is 'internal: who may do what with a topic, by fanout.grant_topic()';
+comment on column fanout.topic_grant.topic is 'NULL: all topics';
+comment on column fanout.topic_grant.consumer_group is 'NULL: all consumer groups';
+revoke all on fanout.topic_grant from public;
+select pg_extension_config_dump('fanout.topic_grant', '');
+
 create table fanout.inbox (
     segment         smallint not null,
     subscription_id integer  not null,
@@ -1979,7 +1992,8 @@ create table fanout.waiting (
     key             text,
     sequence        bigint,
     headers         jsonb       not null,
-    raw             bytea       not null,
+    payload         text,
+    raw             bytea,
     published_at    timestamptz,
     redelivered     boolean     not null,
     content_type    text,
@@ -1990,18 +2004,22 @@ create table fanout.waiting (
     failed_at       timestamptz,
     waits_since     timestamptz,
     next_try        timestamptz,
-    unique (subscription_id, message_id)
+    requeued        boolean     not null default false,
+    unique (subscription_id, message_id),
+    check (requeued or (payload is null) <> (raw is null))
 ) using heap with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
 create index waiting_place_idx on fanout.waiting (subscription_id, place, waiting_id);
 create index waiting_key1_idx on fanout.waiting (subscription_id, key1, place, waiting_id) where key1 is not null;
 create index waiting_key2_idx on fanout.waiting (subscription_id, key2, place, waiting_id) where key2 is not null;
 create index waiting_barrier_idx on fanout.waiting (subscription_id, place, waiting_id) where barrier;
-create index waiting_next_try_idx on fanout.waiting (subscription_id, next_try) where next_try is not null;
+create index waiting_next_try_idx on fanout.waiting (subscription_id, next_try) where next_try is not null and not requeued;
 comment on table fanout.waiting is 'internal: the waiting room, messages that were acked and are yet to be applied; see the view fanout.delivery_failure';
 comment on column fanout.waiting.place is 'the message''s sequence, or that of the one before it';
+comment on column fanout.waiting.payload is 'the body as text; NULL: see raw';
 comment on column fanout.waiting.attempts is 'attempts that count';
 comment on column fanout.waiting.postponed is 'tries that did not count, in a row';
 comment on column fanout.waiting.waits_since is 'when it first failed with an error of wait_for';
+comment on column fanout.waiting.requeued is 'it waits in its queue, and only its attempts are here';
 comment on column fanout.waiting.next_try is 'NULL: behind another message of its keys';
 comment on sequence fanout.waiting_waiting_id_seq is 'internal: order of what came into the waiting room';
 revoke all on sequence fanout.waiting_waiting_id_seq from public;
@@ -2041,6 +2059,82 @@ $$;
 comment on function fanout.check_number(text, integer, integer, integer) is 'internal: raises an error unless the number is within limits';
 revoke all on function fanout.check_number(text, integer, integer, integer) from public;
 
+create function fanout.check_grant(role regrole, topic text, what text[]) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if check_grant.role is null or check_grant.what is null then
+        raise exception 'role and what must not be null'
+            using errcode = 'null_value_not_allowed';
+    elsif not check_grant.what <@ '{subscribe}' then
+        raise exception 'what must be {subscribe}'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Other rights are EXECUTE on the functions.';
+    end if;
+end
+$$;
+comment on function fanout.check_grant(regrole, text, text[]) is 'internal: raises an error unless the arguments of fanout.grant_topic() are valid';
+revoke all on function fanout.check_grant(regrole, text, text[]) from public;
+
+create function fanout.grant_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    perform fanout.check_grant(grant_topic.role, grant_topic.topic, grant_topic.what);
+    insert into fanout.topic_grant (role, topic, consumer_group, what)
+    select grant_topic.role, grant_topic.topic, grant_topic.consumer_group, w from unnest(grant_topic.what) w
+    on conflict do nothing;
+end
+$$;
+comment on function fanout.grant_topic(text, regrole, text[], text) is
+'lets a role, and its members, consume the queues of a topic (NULL: of all topics); of one consumer group, or of all. For administrators. Errors: 22004, 22023';
+revoke all on function fanout.grant_topic(text, regrole, text[], text) from public;
+
+create function fanout.revoke_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
+returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    perform fanout.check_grant(revoke_topic.role, revoke_topic.topic, revoke_topic.what);
+    delete from fanout.topic_grant g
+    where g.role = revoke_topic.role and g.topic is not distinct from revoke_topic.topic
+      and g.consumer_group is not distinct from revoke_topic.consumer_group and g.what = any (revoke_topic.what);
+end
+$$;
+comment on function fanout.revoke_topic(text, regrole, text[], text) is
+'takes back what fanout.grant_topic() gave with the same arguments; subscriptions that there are go on. For administrators. Errors: 22004, 22023';
+revoke all on function fanout.revoke_topic(text, regrole, text[], text) from public;
+
+create function fanout.check_queue_grant(role regrole, topic text, consumer_group text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if pg_has_role(check_queue_grant.role, (select nspowner from pg_namespace where nspname = 'fanout'), 'member')
+       or exists (select from fanout.topic_grant g
+                  where g.what = 'subscribe'
+                    and coalesce(g.topic = check_queue_grant.topic, true)
+                    and coalesce(g.consumer_group = check_queue_grant.consumer_group, true)
+                    and pg_has_role(check_queue_grant.role, g.role, 'member'))
+    then
+        return;
+    end if;
+    raise exception 'permission denied for queue "%"', check_queue_grant.topic || '_' || check_queue_grant.consumer_group
+        using errcode = 'insufficient_privilege',
+              hint = pg_catalog.format('An administrator may use fanout.grant_topic(%L, %L, consumer_group => %L).',
+                                       check_queue_grant.topic, check_queue_grant.role, check_queue_grant.consumer_group);
+end
+$$;
+comment on function fanout.check_queue_grant(regrole, text, text) is
+'internal: raises an error unless the role may consume the queue';
+revoke all on function fanout.check_queue_grant(regrole, text, text) from public;
+
 create function fanout.check_failing(ordered boolean, on_failure text, wait_for text[]) returns void
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
@@ -2049,9 +2143,13 @@ begin
     if check_failing.ordered is null then
         raise exception 'ordered must not be null'
             using errcode = 'null_value_not_allowed';
-    elsif check_failing.on_failure is null or check_failing.on_failure <> 'wait' then
-        raise exception 'on_failure must be "wait"'
+    elsif check_failing.on_failure is null or check_failing.on_failure not in ('wait', 'requeue') then
+        raise exception 'on_failure must be "wait" or "requeue"'
             using errcode = 'invalid_parameter_value';
+    elsif check_failing.on_failure = 'requeue' and check_failing.ordered then
+        raise exception 'on_failure "requeue" needs ordered => false'
+            using errcode = 'invalid_parameter_value',
+                  detail = 'A message that is given back to its queue is overtaken by later ones.';
     elsif check_failing.wait_for is null
           or exists (select from unnest(check_failing.wait_for) c where c is null or c !~ '^[0-9A-Z]{5}$') then
         raise exception 'wait_for must be an array of SQLSTATEs'
@@ -2148,6 +2246,48 @@ comment on function fanout.subscription_handler(fanout.subscription) is
 'internal: the handler of a subscription; NULL: there is none of that name';
 revoke all on function fanout.subscription_handler(fanout.subscription) from public;
 
+-- Triggers of the table, and whatever else its owner puts on it, run as the role
+-- that subscribed.  So whoever can put something on it must be able to become that
+-- role anyway.  The same of its partitions.
+create function fanout.untrusted_writer(role regrole, target oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive tables as (
+        select target as relation
+        union
+        select i.inhrelid from pg_inherits i join tables t on i.inhparent = t.relation
+    )
+    select format('%s %s', case when c.relowner = w.oid then 'the owner of table' else 'who may create triggers on table' end, c.oid::regclass)
+           || format(', %s', case when w.oid = 0 then 'everybody' else w.oid::regrole::text end)
+    from tables t join pg_class c on c.oid = t.relation,
+         lateral (select c.relowner union select a.grantee from aclexplode(c.relacl) a where a.privilege_type = 'TRIGGER') w(oid)
+    where w.oid = 0 or not pg_has_role(w.oid, untrusted_writer.role, 'member')
+    limit 1
+$$;
+comment on function fanout.untrusted_writer(regrole, oid) is
+'internal: who may put code on a table that would run with the rights of a role which he has not got; NULL: nobody';
+revoke all on function fanout.untrusted_writer(regrole, oid) from public;
+
+create function fanout.check_sync_owner(role regrole, target regclass) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    writer text := fanout.untrusted_writer(check_sync_owner.role, check_sync_owner.target);
+begin
+    if writer is not null then
+        raise exception 'role % cannot keep table % in sync', check_sync_owner.role, check_sync_owner.target
+            using errcode = 'insufficient_privilege',
+                  detail = pg_catalog.format('Triggers would run as %s, and %s, is no member of it.', check_sync_owner.role, writer),
+                  hint = 'Call fanout.sync_table() as the owner of the table.';
+    end if;
+end
+$$;
+comment on function fanout.check_sync_owner(regrole, regclass) is
+'internal: raises an error if the table''s triggers would run with rights that whoever makes them has not got';
+revoke all on function fanout.check_sync_owner(regrole, regclass) from public;
+
 -- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.target_problem(s fanout.subscription) returns text
 language plpgsql stable security definer
@@ -2165,6 +2305,8 @@ begin
     elsif not (has_table_privilege(s.role, relation, 'SELECT') and has_table_privilege(s.role, relation, 'INSERT')
                and has_table_privilege(s.role, relation, 'UPDATE') and has_table_privilege(s.role, relation, 'DELETE')) then
         return format('permission denied for table %s', relation::regclass);
+    elsif fanout.untrusted_writer(s.role, relation) is not null then
+        return format('triggers would run as %s, and %s, is no member of it', s.role, fanout.untrusted_writer(s.role, relation));
     end if;
     return null;
 end
@@ -2220,6 +2362,7 @@ begin
     perform fanout.check_interval('max_wait', add_subscription.max_wait, '0 s', '1 year');
     perform fanout.check_failing(add_subscription.ordered, add_subscription.on_failure, add_subscription.wait_for);
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
+    perform fanout.check_queue_grant(add_subscription.role, add_subscription.topic, add_subscription.consumer_group);
 
     select * into old from fanout.subscription s
     where s.topic || '_' || s.consumer_group = add_subscription.topic || '_' || add_subscription.consumer_group
@@ -2297,21 +2440,8 @@ returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_subscribe';
 comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
-'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
+'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
 revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
-
-create function fanout.readable(raw bytea) returns text
-language plpgsql stable strict
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    return convert_from(raw, 'UTF8');
-exception when character_not_in_repertoire or untranslatable_character then
-    return null;
-end
-$$;
-comment on function fanout.readable(bytea) is 'internal: a body as text; NULL if it is not UTF-8, or not in this database''s encoding';
-revoke all on function fanout.readable(bytea) from public;
 
 -- Locks it: of two commands that change a subscription the second sees what the
 -- first has done.
@@ -2473,7 +2603,7 @@ declare
     due bigint;
 begin
     update fanout.waiting w set next_try = clock_timestamp()
-    where w.subscription_id = own.subscription_id and w.next_try is not null
+    where w.subscription_id = own.subscription_id and w.next_try is not null and not w.requeued
       and (retry_as.message_id is null or w.message_id = retry_as.message_id);
     get diagnostics due = row_count;
     perform fanout.wake_consumers();
@@ -2501,7 +2631,7 @@ declare
     old fanout.waiting;
 begin
     delete from fanout.waiting w
-    where w.subscription_id = own.subscription_id and w.message_id = skip_as.message_id
+    where w.subscription_id = own.subscription_id and w.message_id = skip_as.message_id and not w.requeued
     returning * into old;
     if not found then
         raise exception 'message % does not wait', skip_as.message_id
@@ -2511,7 +2641,7 @@ begin
     insert into fanout.dead_letter (message_id, topic, consumer_group, type, key, id, headers, content_type, created_at,
                                     payload, raw, reason, sqlstate, attempts)
     values (old.message_id, own.topic, own.consumer_group, old.type, old.key, old.sequence, old.headers, old.content_type,
-            old.published_at, fanout.readable(old.raw), case when fanout.readable(old.raw) is null then old.raw end,
+            old.published_at, old.payload, old.raw,
             coalesce(old.error, 'skipped'), old.sqlstate, old.attempts);
     insert into fanout.inbox (segment, subscription_id, message_id)
     select r.current, own.subscription_id, old.message_id from fanout.inbox_rotation r;
@@ -2686,6 +2816,7 @@ declare
     new fanout.sync_target;
 begin
     perform fanout.check_sync_target(add_sync_table.role, add_sync_table.target);
+    perform fanout.check_sync_owner(add_sync_table.role, add_sync_table.target);
     perform fanout.check_sync_columns(add_sync_table.target, add_sync_table.columns);
     new.target := add_sync_table.target;
     new.key := fanout.sync_key(add_sync_table.target, add_sync_table.key);
@@ -2939,7 +3070,7 @@ comment on column fanout.subscriptions.retry_delay is 'time before the second at
 comment on column fanout.subscriptions.max_retry_delay is 'up to this';
 comment on column fanout.subscriptions.ordered is 'do later messages of a key wait for one that failed?';
 comment on column fanout.subscriptions.handler_timeout is 'time allowed for one call of the handler';
-comment on column fanout.subscriptions.on_failure is 'where a message waits that the handler failed on';
+comment on column fanout.subscriptions.on_failure is 'where a message waits that the handler failed on: in the waiting room (wait), or in its queue (requeue)';
 comment on column fanout.subscriptions.wait_for is 'SQLSTATEs with which a message is kept waiting before its attempts count';
 comment on column fanout.subscriptions.max_wait is 'for so long';
 comment on column fanout.subscriptions.subscribed_at is 'since when';
@@ -2990,12 +3121,14 @@ comment on column fanout.stat_subscriptions.last_error is 'most recent error; NU
 comment on column fanout.stat_subscriptions.last_error_at is 'when it happened';
 revoke all on fanout.stat_subscriptions from public;
 
-create view fanout.delivery_failure as
-select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.headers, fanout.readable(w.raw) as body, w.raw,
+create view fanout.delivery_failure with (security_barrier) as
+select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.headers, w.payload, w.raw,
        w.attempts, w.sqlstate, w.error, w.failed_at, w.next_try
 from fanout.waiting w join fanout.subscription s using (subscription_id)
-where w.error is not null;
-comment on view fanout.delivery_failure is 'messages that a handler failed on, and that will be tried again';
+where w.error is not null
+  and (pg_has_role(s.role, 'member') or has_table_privilege('fanout.waiting', 'select'));
+comment on view fanout.delivery_failure is
+'messages that a handler failed on, and that will be tried again: those of one''s own subscriptions, and with SELECT on fanout.waiting all of them';
 comment on column fanout.delivery_failure.topic is 'of the subscription';
 comment on column fanout.delivery_failure.consumer_group is 'of the subscription';
 comment on column fanout.delivery_failure.message_id is 'as the handler gets it';
@@ -3003,8 +3136,8 @@ comment on column fanout.delivery_failure.type is 'AMQP property';
 comment on column fanout.delivery_failure.key is 'later messages of this key wait, if the subscription is ordered';
 comment on column fanout.delivery_failure.sequence is 'header';
 comment on column fanout.delivery_failure.headers is 'as the handler gets them';
-comment on column fanout.delivery_failure.body is 'the body as text; NULL: see raw';
-comment on column fanout.delivery_failure.raw is 'the body''s bytes';
+comment on column fanout.delivery_failure.payload is 'the body as text; NULL: see raw, or it waits in its queue';
+comment on column fanout.delivery_failure.raw is 'the body if it is not text in this database''s encoding';
 comment on column fanout.delivery_failure.attempts is 'attempts that count; 0: conflicts, a lack of resources, or an error of wait_for';
 comment on column fanout.delivery_failure.sqlstate is 'of the last error';
 comment on column fanout.delivery_failure.error is 'the last error, its first 1024 bytes';

@@ -15,23 +15,24 @@
  *
  *		                .--------- no error ---------> COMMITTED
  *		  TOGETHER -----+
- *		                '- error -> EACH -- no error, or errors of messages -> COMMITTED
+ *		                '- error -> GROUPS - no error, or errors of messages -> COMMITTED
  *		                             ^ |
  *		       careful, or one ------' '-- error at the end -> UNDONE
  *
  *		TOGETHER	no savepoints: the first error undoes all
- *		EACH		a savepoint for each call: an error undoes that
+ *		GROUPS		a savepoint for GROUP calls: an error undoes these, and all but
+ *					the one that failed are made again
  *
- * Of a handler of arrays TOGETHER is one call; in EACH an array that fails is cut
+ * Of a handler of arrays TOGETHER is one call; in GROUPS an array that fails is cut
  * in halves until the message is found.
  *
  * A message that met a conflict, or ran out of resources, is only blamed for that
  * if it was the first in its transaction; after others, which hold locks, the
  * transaction ends before it.
  *
- * A message from the waiting room that failed before is tried alone, in two
- * transactions: its attempt is recorded first, so that it counts even if the
- * process ends.
+ * After a process that ended while a handler ran, messages of the waiting room are
+ * tried singly, each in two transactions: the attempt is recorded first, so that it
+ * counts even if the process ends.
  *
  * Must never: ack, or be called while the broker is waited for.
  *
@@ -52,14 +53,16 @@
 #include "consume/waiting.h"
 #include "server/worker.h"
 
+/* So many calls have one savepoint. */
+#define GROUP 16
+
 /* An array that is called with savepoints is this part of the batch. */
 #define ARRAY_PARTS 8
 
 typedef enum ApplyMode
 {
 	MODE_TOGETHER,
-	MODE_EACH,
-	MODE_RECORD,				/* take one, and record its attempt */
+	MODE_GROUPS,
 	MODE_AGAIN,					/* take that again, and call */
 	MODE_GIVE_UP,				/* take that again, and write its failure */
 } ApplyMode;
@@ -82,6 +85,19 @@ static bool
 over_time(const Batch *batch)
 {
 	return batch->tries > 0 && mono_now() >= deadline;
+}
+
+/* Lets a message wait if it must.  True if it need not, and has no outcome yet. */
+static bool
+may_run(Delivery *delivery)
+{
+	if (delivery->outcome != OUTCOME_NONE)
+		return false;
+	if (!order_blocks(&order, &delivery->order))
+		return true;
+	delivery->outcome = OUTCOME_BEHIND;
+	block(delivery);
+	return false;
 }
 
 /* ---- calls ---- */
@@ -108,19 +124,32 @@ call(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 		deliveries[i]->outcome = OUTCOME_APPLIED;
 }
 
-/* Calls with a savepoint; on an error, false, and the error is in batch->failure. */
-static bool
-call_in_savepoint(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+/*
+ * Calls with a savepoint: the handler once for all of the deliveries if it takes an
+ * array, else once for each that may run, in order.  On an error all of that is
+ * undone; the error is in batch->failure, and the result is how many were done
+ * before it.  -1: no error.
+ */
+static int
+call_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
 	ResourceOwner oldowner = CurrentResourceOwner;
+	int			applied = batch->applied;
+	volatile int done = 0;
 	volatile bool ok = true;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(oldcontext);
 	PG_TRY();
 	{
-		call(row, batch, deliveries, n);
+		if (row->batch)
+			call(row, batch, deliveries, n);
+		for (; !row->batch && done < n && !over_time(batch); done++)
+		{
+			if (may_run(deliveries[done]))
+				call(row, batch, &deliveries[done], 1);
+		}
 		ReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
@@ -128,12 +157,13 @@ call_in_savepoint(const SubscriptionRow *row, Batch *batch, Delivery **deliverie
 		MemoryContextSwitchTo(oldcontext);
 		handler_failed(&batch->failure, row);
 		RollbackAndReleaseCurrentSubTransaction();
+		batch->applied = applied;
 		ok = false;
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(oldcontext);
 	CurrentResourceOwner = oldowner;
-	return ok;
+	return ok ? -1 : done;
 }
 
 static void
@@ -174,33 +204,77 @@ is_late(const Delivery *delivery)
 	return have_late && memcmp(&late, &delivery->message_id, UUID_LEN) == 0;
 }
 
-/* One that did not end in time before all was undone need not prove that again. */
-static bool
-apply_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery *delivery)
+/* Those before one that failed were undone with it. */
+static void
+reset_applied(Delivery **deliveries, int n)
 {
-	if (is_late(delivery))
+	for (int i = 0; i < n; i++)
 	{
-		have_late = false;
-		return message_failed(row, batch, delivery);
+		if (deliveries[i]->outcome == OUTCOME_APPLIED)
+			deliveries[i]->outcome = OUTCOME_NONE;
 	}
-	return call_in_savepoint(row, batch, &delivery, 1) || message_failed(row, batch, delivery);
 }
 
-/* Lets a message wait if it must.  True if it need not, and has no outcome yet. */
+/*
+ * Applies messages with one savepoint, and again without the one that failed.
+ * Returns false if the transaction is to end.
+ */
 static bool
-may_run(Delivery *delivery)
+apply_group(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 {
-	if (delivery->outcome != OUTCOME_NONE)
-		return false;
-	if (!order_blocks(&order, &delivery->order))
+	while (n > 0)
+	{
+		int			done = call_in_savepoint(row, batch, deliveries, n);
+		Failure		failure = batch->failure;
+
+		if (done < 0)
+			return true;
+		reset_applied(deliveries, done);
+		if (!apply_group(row, batch, deliveries, done))
+			return false;
+		batch->failure = failure;
+		if (!message_failed(row, batch, deliveries[done]))
+			return false;
+		deliveries += done + 1;
+		n -= done + 1;
+	}
+	return true;
+}
+
+/* One that did not end in time before all was undone need not prove that again. */
+static bool
+apply_late(SubscriptionRow *row, Batch *batch, Delivery *delivery)
+{
+	if (!may_run(delivery))
 		return true;
-	delivery->outcome = OUTCOME_BEHIND;
-	block(delivery);
-	return false;
+	have_late = false;
+	batch->tries++;
+	return message_failed(row, batch, delivery);
 }
 
 static void
-apply_one_by_one(SubscriptionRow *row, Batch *batch, ApplyMode mode)
+apply_in_groups(SubscriptionRow *row, Batch *batch)
+{
+	int			n;
+
+	for (int i = 0; i < batch->n && !over_time(batch); i += n)
+	{
+		if (is_late(batch->deliveries[i]))
+		{
+			n = 1;
+			if (!apply_late(row, batch, batch->deliveries[i]))
+				return;
+			continue;
+		}
+		for (n = 1; n < GROUP && i + n < batch->n && !is_late(batch->deliveries[i + n]); n++)
+			;
+		if (!apply_group(row, batch, batch->deliveries + i, n))
+			return;
+	}
+}
+
+static void
+apply_one_by_one(SubscriptionRow *row, Batch *batch)
 {
 	for (int i = 0; i < batch->n && !over_time(batch); i++)
 	{
@@ -208,13 +282,8 @@ apply_one_by_one(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 
 		if (!may_run(delivery))
 			continue;
-		if (mode == MODE_TOGETHER)
-		{
-			late = delivery->message_id;
-			call(row, batch, &delivery, 1);
-		}
-		else if (!apply_in_savepoint(row, batch, delivery))
-			return;
+		late = delivery->message_id;
+		call(row, batch, &delivery, 1);
 	}
 }
 
@@ -240,7 +309,7 @@ apply_array(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 	Delivery  **chosen = palloc((n + 1) * sizeof(Delivery *));
 	int			count = choose_runnable(deliveries, n, chosen);
 
-	if (count == 0 || call_in_savepoint(row, batch, chosen, count))
+	if (count == 0 || call_in_savepoint(row, batch, chosen, count) < 0)
 		return true;
 	if (count == 1)
 		return message_failed(row, batch, chosen[0]);
@@ -302,31 +371,40 @@ get_messages(const SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryCon
 		batch->n = waiting_take(row, batch->limit, batch->memory, batch->singly || batch->probe, context, batch->deliveries);
 }
 
-/* The process ended in the last attempt that the message had. */
-static void
-give_up(Delivery *delivery)
-{
-	delivery->outcome = OUTCOME_DEAD;
-}
-
 /*
- * Records the attempt of a message that is tried alone, if that is so, and its
- * turn comes in the next transaction.
+ * Gives up messages whose attempts are used up: the process ended in the last one,
+ * or there may be fewer than before.
  */
 static void
-record_attempt(const SubscriptionRow *row, Batch *batch)
+give_up_exhausted(const SubscriptionRow *row, Batch *batch)
 {
-	Delivery   *delivery = batch->n == 1 ? batch->deliveries[0] : NULL;
-
-	if (delivery == NULL || batch->probe || (delivery->attempts == 0 && !batch->singly))
-		return;
-	if (delivery->attempts >= row->max_attempts)
+	for (int i = 0; i < batch->n; i++)
 	{
-		give_up(delivery);
-		return;
+		if (batch->deliveries[i]->attempts >= row->max_attempts)
+			batch->deliveries[i]->outcome = OUTCOME_DEAD;
 	}
-	recorded = delivery->waiting_id;
-	waiting_begin_attempt(row, recorded, delivery->attempts + 1);
+}
+
+/* Records the attempt of a message whose turn comes in the next transaction. */
+static void
+record_attempt(const SubscriptionRow *row, const Batch *batch)
+{
+	if (!batch->singly || batch->probe || batch->n == 0 || batch->deliveries[0]->outcome == OUTCOME_DEAD)
+		return;
+	recorded = batch->deliveries[0]->waiting_id;
+	waiting_begin_attempt(row, recorded, batch->deliveries[0]->attempts + 1);
+}
+
+/* Did any of them fail before? */
+static bool
+any_failed(const Batch *batch)
+{
+	for (int i = 0; i < batch->n; i++)
+	{
+		if (batch->deliveries[i]->attempts > 0)
+			return true;
+	}
+	return false;
 }
 
 static void
@@ -336,8 +414,10 @@ call_handlers(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 		note_failure(row, batch, batch->deliveries[0]);
 	else if (row->batch)
 		apply_arrays(row, batch, mode);
+	else if (mode == MODE_TOGETHER)
+		apply_one_by_one(row, batch);
 	else
-		apply_one_by_one(row, batch, mode);
+		apply_in_groups(row, batch);
 }
 
 static void
@@ -351,6 +431,8 @@ write_outcomes(const SubscriptionRow *row, Batch *batch)
 	inbox_record(row->subscription_id, batch->deliveries, batch->n);
 	if (batch->from_room)
 		waiting_settle(row, batch->deliveries, batch->n);
+	else if (row->requeue && !batch->store)
+		waiting_requeue(row, batch->deliveries, batch->n);
 	else
 		waiting_store(row, batch->deliveries, batch->n);
 }
@@ -379,10 +461,13 @@ transaction(SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryContext co
 	if (state != HANDLER_READY)
 		return undo(state);
 	get_messages(row, batch, mode, context);
-	if (batch->n == 1 && mode == MODE_TOGETHER)
-		mode = MODE_EACH;
+	if (mode == MODE_TOGETHER && (batch->n == 1 || any_failed(batch)))
+		mode = MODE_GROUPS;
 	if (batch->from_room && mode != MODE_AGAIN && mode != MODE_GIVE_UP)
+	{
+		give_up_exhausted(row, batch);
 		record_attempt(row, batch);
+	}
 	if (recorded == 0 || mode == MODE_AGAIN || mode == MODE_GIVE_UP)
 	{
 		call_handlers(row, batch, mode);
@@ -405,6 +490,7 @@ reset_outcomes(Batch *batch)
 
 		delivery->outcome = OUTCOME_NONE;
 		delivery->attempts = delivery->postponed = 0;
+		delivery->waiting_id = 0;
 		delivery->waits_since = 0;
 	}
 	if (batch->from_room)
@@ -461,7 +547,7 @@ write_failure(SubscriptionRow *row, Batch *batch)
 	state = handler_prepare(row);
 	if (state == HANDLER_READY)
 	{
-		waiting_look(row);
+		get_messages(row, batch, MODE_TOGETHER, oldcontext);
 		note_failure(row, batch, batch->deliveries[0]);
 		write_outcomes(row, batch);
 		commit();
@@ -482,14 +568,14 @@ ApplyResult
 apply_batch(SubscriptionRow *row, Batch *batch)
 {
 	bool		careful = batch->careful || batch->n == 1;
-	ApplyResult result = run(row, batch, careful ? MODE_EACH : MODE_TOGETHER);
+	ApplyResult result = run(row, batch, careful ? MODE_GROUPS : MODE_TOGETHER);
 
 	have_late = false;
 	if (result == APPLY_UNDONE && !careful)
 	{
 		have_late = batch->failure.late && !row->batch;
 		batch->careful = true;
-		result = run(row, batch, MODE_EACH);
+		result = run(row, batch, MODE_GROUPS);
 	}
 	if (result == APPLY_UNDONE && batch->n == 1)
 		result = write_failure(row, batch);
@@ -521,12 +607,12 @@ apply_due(SubscriptionRow *row, Batch *batch)
 	ApplyResult result;
 
 	recorded = 0;
-	result = run(row, batch, batch->careful || batch->singly ? MODE_EACH : MODE_TOGETHER);
+	result = run(row, batch, batch->careful || batch->singly ? MODE_GROUPS : MODE_TOGETHER);
 	if (result == APPLY_UNDONE && !batch->careful && !batch->singly)
 	{
 		have_late = batch->failure.late && !row->batch;
 		batch->careful = true;
-		result = run(row, batch, MODE_EACH);
+		result = run(row, batch, MODE_GROUPS);
 		have_late = false;
 	}
 	if (result == APPLY_COMMITTED && recorded != 0)
@@ -547,6 +633,7 @@ apply_store(SubscriptionRow *row, Batch *batch)
 	ApplyResult result = APPLY_COMMITTED;
 
 	worker_begin();
+	batch->store = true;
 	state = handler_prepare(row);
 	if (state == HANDLER_READY)
 	{

@@ -38,6 +38,7 @@ typedef struct Batch
 	bool		from_room;
 	bool		singly;			/* from the room: one, recorded before it */
 	bool		careful;		/* a savepoint for each from the start */
+	bool		store;			/* stored, whatever on_failure says */
 	bool		probe;			/* nothing counts as an attempt */
 	long		limit_ms;		/* so long are messages begun with */
 	int			patience_ms;	/* time of a call that was not tried before */

@@ -21,7 +21,8 @@
  *		lose_deliveries()
  *
  * A delivery is acked once its transaction is committed, whether it was applied
- * or stored in the waiting room; so nothing stays unacked for longer than it waits
+ * or stored in the waiting room (unless the subscription wants what failed to be
+ * given back to the queue: then it is held, without its body, until that is due); so nothing stays unacked for longer than it waits
  * for its turn.  Deliveries that come are at hand, a list in order; a batch is taken
  * from its head, and what it did not get to is put back there.
  *
@@ -55,6 +56,7 @@
 #include "pgstat.h"
 #include "storage/ipc.h"
 #include "utils/memutils.h"
+#include "utils/timestamp.h"
 
 #include "broker/connection.h"
 #include "capture/msgid.h"
@@ -85,7 +87,7 @@
  */
 #define DELIVERY_BYTES 1024
 
-/* Bounds one ack without progress; SIGTERM is taken meanwhile. */
+/* Bounds one ack or nack without progress; SIGTERM is taken meanwhile. */
 #define SETTLE_TIMEOUT_MS 30000
 
 /* What is delivered again is gathered until nothing came for so long. */
@@ -119,6 +121,7 @@
 #define PATIENCE_MIN_MS 25
 #define IMPATIENT_MS 30000
 #define IMPATIENT_PAUSE_MS 10000
+#define DUE_PAUSE_MS 50
 
 typedef struct Consumer
 {
@@ -145,12 +148,14 @@ typedef struct Consumer
 	Delivery   *last;
 	int			count;
 	size_t		bytes;
+	Delivery   *held;			/* failed: to be given back when due */
+	int			nheld;
 
 	/* how batches are run */
 	int			careful;		/* batches to be run with savepoints */
 	int			ones;			/* deliveries to be applied in batches of one */
-	int			singly;			/* tries from the waiting room to be recorded
-								 * before they are made */
+	int			singly;			/* tries from the waiting room to be made
+								 * singly, and recorded before */
 	Breaker		breaker;
 	char		broken[512];	/* what it opened with; "": that was told */
 	MonoTime	probe_room_at;	/* while it is open: no delivery has come */
@@ -210,6 +215,28 @@ put_back(Delivery *delivery)
 	con.bytes += delivery->size;
 }
 
+/* Keeps a delivery that failed, without its body, until it is given back. */
+static void
+hold(Delivery *delivery)
+{
+	broker_free_delivery(delivery->wire);
+	delivery->wire = NULL;
+	delivery->requeue_at = mono_now() + (delivery->next_try - GetCurrentTimestamp());
+	delivery->next = con.held;
+	con.held = delivery;
+	con.nheld++;
+}
+
+static Delivery *
+take_held(Delivery **link)
+{
+	Delivery   *delivery = *link;
+
+	*link = delivery->next;
+	con.nheld--;
+	return delivery;
+}
+
 static bool
 memory_full(void)
 {
@@ -224,6 +251,8 @@ lose_deliveries(void)
 {
 	while (con.first != NULL)
 		delivery_free(take_first());
+	while (con.held != NULL)
+		delivery_free(take_held(&con.held));
 	con.consuming = con.gathering = false;
 	pg_atomic_write_u64(&worker_subscription->lag, 0);
 }
@@ -324,6 +353,8 @@ lowest_tag(void)
 	uint64		lowest = PG_UINT64_MAX;
 
 	for (const Delivery *delivery = con.first; delivery != NULL; delivery = delivery->next)
+		lowest = Min(lowest, delivery->tag);
+	for (const Delivery *delivery = con.held; delivery != NULL; delivery = delivery->next)
 		lowest = Min(lowest, delivery->tag);
 	return lowest;
 }
@@ -426,9 +457,12 @@ report(const Delivery *delivery)
 	}
 }
 
-/* Acks what has an outcome; what has none is at hand again, in its place. */
+/*
+ * Acks what has an outcome, but what failed and is to be given back to the queue;
+ * what has none is at hand again, in its place.
+ */
 static void
-settle(Delivery **deliveries, int n)
+settle(Delivery **deliveries, int n, bool stored)
 {
 	uint64	   *tags = palloc((n + 1) * sizeof(uint64));
 	int			count = 0;
@@ -443,6 +477,11 @@ settle(Delivery **deliveries, int n)
 		if (deliveries[i]->outcome == OUTCOME_NONE)
 			continue;
 		report(deliveries[i]);
+		if (con.row.requeue && !stored && deliveries[i]->outcome == OUTCOME_FAILED)
+		{
+			hold(deliveries[i]);
+			continue;
+		}
 		tags[count++] = deliveries[i]->tag;
 		delivery_free(deliveries[i]);
 	}
@@ -533,7 +572,8 @@ cannot_apply(ApplyResult result)
 static bool
 must_store(const Delivery *delivery)
 {
-	return delivery->wire->redelivered && (con.singly > 0 || delivery->returned >= RETURNED_OFTEN);
+	return delivery->wire->redelivered &&
+		(con.singly > 0 || (delivery->returned >= RETURNED_OFTEN && !con.row.requeue));
 }
 
 static int
@@ -614,15 +654,63 @@ handle_deliveries(void)
 	if (result == APPLY_UNDONE)
 		con.ones = batch.n;
 	else
-		settle(batch.deliveries, batch.n);
+		settle(batch.deliveries, batch.n, store);
 	learn(&batch);
 	heed_breaker(was_open);
 	return true;
 }
 
+/* ---- giving back ---- */
+
+/* The earliest time at which a delivery is to be given back; 0: none is. */
+static MonoTime
+next_requeue(void)
+{
+	MonoTime	next = 0;
+
+	for (const Delivery *delivery = con.held; delivery != NULL; delivery = delivery->next)
+		next = (next == 0) ? delivery->requeue_at : Min(next, delivery->requeue_at);
+	return next;
+}
+
+/* Gives deliveries back to the queue that are due, for whoever takes them next. */
+static bool
+requeue_due(void)
+{
+	MonoTime	now = mono_now();
+	bool		any = false;
+	Delivery  **link = &con.held;
+
+	while (con.conn.broker != NULL && *link != NULL)
+	{
+		BrokerError error;
+		BrokerResult result;
+		Delivery   *delivery;
+
+		if ((*link)->requeue_at > now)
+		{
+			link = &(*link)->next;
+			continue;
+		}
+		delivery = take_held(link);
+		result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
+		delivery_free(delivery);
+		any = true;
+		if (result != BROKER_OK)
+		{
+			call_failed(result, &error);
+			break;
+		}
+	}
+	return any;
+}
+
 /* ---- applying what is due ---- */
 
-/* While calls do not end in time, what comes new goes before what is due. */
+/*
+ * What is due is tried by and by, so that it makes batches, while there is something
+ * at hand; and seldom while calls do not end in time.
+ */
 static bool
 may_try_due(MonoTime now)
 {
@@ -631,7 +719,7 @@ may_try_due(MonoTime now)
 		return false;
 	if (con.breaker.open)
 		return con.consuming && con.first == NULL && con.probe_room_at <= now;
-	return con.first == NULL || !impatient() || mono_exceeds(con.due_at, now, IMPATIENT_PAUSE_MS);
+	return con.first == NULL || mono_exceeds(con.due_at, now, impatient() ? IMPATIENT_PAUSE_MS : DUE_PAUSE_MS);
 }
 
 static bool
@@ -765,7 +853,7 @@ delivered(BrokerDelivery *wire)
 static bool
 too_many(void)
 {
-	return con.count >= 2 * prefetch();
+	return con.count + con.nheld >= 2 * prefetch();
 }
 
 static void
@@ -1000,6 +1088,7 @@ work(void)
 	any = gathered_all() || any;
 	any = handle_deliveries() || any;
 	any = handle_due() || any;
+	any = requeue_due() || any;
 	any = redrive_dead() || any;
 	work_by_the_clock();
 	return any;
@@ -1036,6 +1125,8 @@ wait_for_work(void)
 		earlier(&timeout, now, Max(con.conn.connect_at, 1));
 	if (con.row.problem == NULL && !con.row.drop_queue && !con.gathering)
 		earlier(&timeout, now, con.breaker.open ? probe_time() : waiting_room.next_due);
+	if (con.conn.broker != NULL)
+		earlier(&timeout, now, next_requeue());
 	if (con.consuming)
 		earlier(&timeout, now, con.inspect_at);
 	if (con.gathering)

@@ -28,18 +28,6 @@
 #include "consume/owner.h"
 #include "server/query.h"
 
-/* The body as text, or else the bytes. */
-static void
-set_body(const MessageValues *message, Datum *values, char *nulls)
-{
-	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
-	char	   *payload = delivery_text(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
-
-	values[0] = query_text_param(payload, &nulls[0]);
-	nulls[1] = (payload == NULL) ? ' ' : 'n';
-	values[1] = PointerGetDatum(raw);
-}
-
 /* Makes a dead letter of a message whose attempts are used up. */
 void
 dead_letter_store(const SubscriptionRow *row, const Delivery *delivery)
@@ -69,7 +57,7 @@ dead_letter_store(const SubscriptionRow *row, const Delivery *delivery)
 		values[i] = message.values[attributes[i]];
 		nulls[i] = message.nulls[attributes[i]] ? 'n' : ' ';
 	}
-	set_body(&message, &values[9], &nulls[9]);
+	delivery_body(&message, &values[9], &nulls[9]);
 	values[11] = CStringGetTextDatum(delivery->error);
 	values[12] = CStringGetTextDatum(delivery->sqlstate);
 	values[13] = Int32GetDatum(delivery->attempts);

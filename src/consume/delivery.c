@@ -450,12 +450,19 @@ set_published_at(MessageValues *message, const BrokerDelivery *wire)
 			TimestampTzGetDatum(((int64) wire->timestamp - (int64) epoch) * USECS_PER_SEC);
 }
 
+/* The number of the attempt that is being made. */
+static Datum
+attempt_number(const Delivery *delivery)
+{
+	return Int32GetDatum(delivery->begun ? delivery->attempts : delivery->attempts + 1);
+}
+
 /* Copies the values that were stored, with what is known of attempts by now. */
 static void
 stored_values(const Delivery *delivery, MessageValues *message)
 {
 	*message = *delivery->stored;
-	message->values[MESSAGE_ATTEMPT] = Int32GetDatum(Max(delivery->attempts, 1));
+	message->values[MESSAGE_ATTEMPT] = attempt_number(delivery);
 }
 
 /*
@@ -488,6 +495,22 @@ delivery_values(const Delivery *delivery, const char *topic, const char *consume
 		PointerGetDatum(cstring_to_text_with_len(wire->body_len > 0 ? wire->body : "", wire->body_len));
 	set_published_at(message, wire);
 	message->values[MESSAGE_REDELIVERED] = BoolGetDatum(wire->redelivered);
-	message->values[MESSAGE_ATTEMPT] = Int32GetDatum(Max(delivery->attempts, 1));
+	message->values[MESSAGE_ATTEMPT] = attempt_number(delivery);
 	set_text(message, MESSAGE_CONTENT_TYPE, optional_text(wire->content_type));
+}
+
+/*
+ * Sets two parameters of a statement, columns "payload" and "raw": the body as
+ * text or, if it is none in the server's encoding, the bytes.
+ */
+void
+delivery_body(const MessageValues *message, Datum *values, char *nulls)
+{
+	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
+	char	   *payload = delivery_text(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
+
+	nulls[0] = (payload != NULL) ? ' ' : 'n';
+	values[0] = (payload != NULL) ? CStringGetTextDatum(payload) : (Datum) 0;
+	nulls[1] = (payload == NULL) ? ' ' : 'n';
+	values[1] = PointerGetDatum(raw);
 }

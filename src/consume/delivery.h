@@ -15,6 +15,7 @@
 
 #include "broker/broker.h"
 #include "consume/order.h"
+#include "server/monotime.h"
 
 /*
  * What became of a message in a transaction.  All but NONE are settled by it, and
@@ -51,7 +52,7 @@ typedef struct Delivery
 	int64		returned;		/* header x-delivery-count */
 
 	/* of one from the waiting room */
-	int64		waiting_id;		/* 0: of the broker's */
+	int64		waiting_id;		/* 0: of the broker's, and not known there */
 	MessageValues *stored;
 
 	/* of the message */
@@ -69,6 +70,7 @@ typedef struct Delivery
 	int			postponed;		/* tries that did not count, in a row */
 	TimestampTz waits_since;	/* first failure of those of wait_for; 0: none */
 	TimestampTz next_try;		/* if OUTCOME_FAILED */
+	MonoTime	requeue_at;		/* if it is given back to its queue then */
 	bool		breaks;			/* the last error may be no fault of its own */
 	char		sqlstate[6];	/* of the last error */
 	char	   *error;			/* the same; NULL: none */
@@ -106,6 +108,7 @@ extern void delivery_free(Delivery *delivery);
 extern bool delivery_of_stream(const BrokerDelivery *wire);
 extern void delivery_values(const Delivery *delivery, const char *topic,
 							const char *consumer_group, MessageValues *message);
+extern void delivery_body(const MessageValues *message, Datum *values, char *nulls);
 extern Datum delivery_json(const char *bytes, size_t len, bool *isnull);
 extern char *delivery_text(const char *utf8, size_t len);
 

@@ -144,11 +144,14 @@ postpone(const SubscriptionRow *row, Delivery *delivery, FailureClass class)
 		delivery->next_try = after(row->retry_delay, delivery->postponed, row->max_retry_delay);
 }
 
-/* Might the same error befall every message? */
+/*
+ * Might the same error befall every message?  One that fails again says nothing of
+ * others.
+ */
 static bool
-may_be_outer(const Failure *failure)
+may_be_outer(const Failure *failure, const Delivery *delivery)
 {
-	return !failure->late &&
+	return !failure->late && delivery->attempts <= 1 &&
 		(failure->class == FAILURE_COUNTS || strncmp(failure->sqlstate, "53", 2) == 0);
 }
 
@@ -175,5 +178,5 @@ failure_note(const Failure *failure, const SubscriptionRow *row, Delivery *deliv
 	else
 		postpone(row, delivery, failure->class);
 	delivery->begun = false;
-	delivery->breaks = may_be_outer(failure);
+	delivery->breaks = may_be_outer(failure, delivery);
 }

@@ -36,6 +36,7 @@
 
 #include "capture/msgid.h"
 #include "consume/inbox.h"
+#include "consume/waiting.h"
 #include "publish/maintenance.h"
 #include "server/query.h"
 #include "server/segment.h"
@@ -264,7 +265,8 @@ forget_old(CachedQuery *query, int retention_s)
 
 /*
  * Empties the segment that is older than the retention, in seconds, goes on to
- * the next when that is due, and forgets deleted rows of sync_table() as old.
+ * the next when that is due, and forgets what else is as old: deleted rows of sync_table(), attempts of messages that
+ * somebody else has taken.
  * Called by the publisher, in a transaction of worker_begin().
  */
 static void
@@ -299,6 +301,7 @@ rotate(int retention_s)
 			query_change(&advance, 1, types, values, NULL, 1);
 		}
 		forget_old(&deleted_rows, retention_s);
+		waiting_forget(retention_s);
 	}
 	become_caller(&caller);
 }

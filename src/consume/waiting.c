@@ -30,6 +30,9 @@
  * message is really the first of its keys is decided when it is taken, by all
  * that is before it; promote() may err towards taking too early, never too late.
  *
+ * A subscription that has its failed messages given back to their queue
+ * (on_failure) stores none of them: a row without a body remembers the attempts.
+ *
  * Locks: a row that is taken is locked until the transaction ends, so that
  * skip() and retry() see it before or after its attempt.
  *
@@ -66,7 +69,7 @@
 /* What the walk over candidates looks at. */
 #define CANDIDATE \
 	"waiting_id, place, key1, key2, barrier, next_try is null and attempts = 0 and postponed = 0 as follows," \
-	" octet_length(raw) as size"
+	" coalesce(octet_length(payload), octet_length(raw)) as size"
 
 /* What is known of a message that may be taken, without its body. */
 typedef struct Candidate
@@ -88,6 +91,9 @@ typedef struct DueList
 } DueList;
 
 WaitingRoom waiting_room = {.stale = true};
+
+static void update_failed(const Delivery *delivery);
+static int	delete_done(Delivery **deliveries, int n);
 
 static int64 last_place = 0;	/* that was given to any */
 static Order walk;				/* in waiting_take() */
@@ -159,7 +165,7 @@ static MonoTime
 earliest(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
-		"select min(next_try) from fanout.waiting where subscription_id = $1"
+		"select min(next_try) from fanout.waiting where subscription_id = $1 and not requeued"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
@@ -191,7 +197,7 @@ void
 waiting_look(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
-		"select count(*), coalesce(max(place), 0) from fanout.waiting where subscription_id = $1"
+		"select count(*) filter (where not requeued), coalesce(max(place), 0) from fanout.waiting where subscription_id = $1"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
@@ -232,11 +238,29 @@ collect_keys(Delivery **deliveries, int n, bool (*chosen) (const Delivery *deliv
 	return count;
 }
 
+/* What is known of a delivery that was given back to its queue, or was stored. */
+static void
+recall(Delivery *delivery, int result)
+{
+	bool		isnull;
+
+	if (!DatumGetBool(query_value(result, 2, &isnull)))
+	{
+		delivery->outcome = OUTCOME_SEEN;
+		return;
+	}
+	delivery->waiting_id = DatumGetInt64(query_value(result, 3, &isnull));
+	delivery->attempts = DatumGetInt32(query_value(result, 4, &isnull));
+	delivery->postponed = DatumGetInt32(query_value(result, 5, &isnull));
+	delivery->waits_since = DatumGetTimestampTz(query_value(result, 6, &isnull));
+}
+
 static void
 find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
 {
 	static CachedQuery query = {
-		"select message_id from fanout.waiting where subscription_id = $1 and message_id = any ($2)"
+		"select message_id, requeued, waiting_id, attempts, postponed, waits_since"
+		" from fanout.waiting where subscription_id = $1 and message_id = any ($2)"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
@@ -253,8 +277,8 @@ find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
 
 		for (int i = 0; i < n; i++)
 		{
-			if (memcmp(id, &deliveries[i]->message_id, UUID_LEN) == 0)
-				deliveries[i]->outcome = OUTCOME_SEEN;
+			if (memcmp(id, &deliveries[i]->message_id, UUID_LEN) == 0 && deliveries[i]->outcome == OUTCOME_NONE)
+				recall(deliveries[i], found);
 		}
 	}
 }
@@ -292,14 +316,15 @@ barrier_waits(const SubscriptionRow *row)
 
 /*
  * Tells what the room means for deliveries: the outcome of those that are in it
- * is SEEN, and order gets what the others must wait for.
+ * is SEEN, those that were given back to their queue get their attempts, and order
+ * gets what the others must wait for.
  */
 void
 waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)
 {
 	OrderItem	anything = {.nkeys = 0};
 
-	if (waiting_room.count == 0)
+	if (waiting_room.count == 0 && !row->requeue)
 		return;
 	find_stored(row, deliveries, n);
 	if (!row->ordered)
@@ -362,7 +387,7 @@ static void
 message_params(const SubscriptionRow *row, const Delivery *delivery, Datum *values, char *nulls)
 {
 	static const int attributes[] = {
-		MESSAGE_ID, MESSAGE_TYPE, MESSAGE_KEY, MESSAGE_SEQUENCE, MESSAGE_HEADERS, MESSAGE_RAW,
+		MESSAGE_ID, MESSAGE_TYPE, MESSAGE_KEY, MESSAGE_SEQUENCE, MESSAGE_HEADERS,
 		MESSAGE_PUBLISHED_AT, MESSAGE_REDELIVERED, MESSAGE_CONTENT_TYPE
 	};
 	MessageValues message;
@@ -373,6 +398,7 @@ message_params(const SubscriptionRow *row, const Delivery *delivery, Datum *valu
 		values[i] = message.values[attributes[i]];
 		nulls[i] = message.nulls[attributes[i]] ? 'n' : ' ';
 	}
+	delivery_body(&message, &values[lengthof(attributes)], &nulls[lengthof(attributes)]);
 }
 
 /* Of an attempt that failed, in the order of insert() and update_failed(). */
@@ -392,18 +418,18 @@ insert(const SubscriptionRow *row, const Delivery *delivery)
 {
 	static CachedQuery query = {
 		"insert into fanout.waiting (subscription_id, place, key1, key2, barrier,"
-		" message_id, type, key, sequence, headers, raw, published_at, redelivered, content_type,"
+		" message_id, type, key, sequence, headers, published_at, redelivered, content_type, payload, raw,"
 		" attempts, postponed, sqlstate, error, waits_since, next_try, failed_at)"
-		" values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,"
-		" case when $18 is not null then clock_timestamp() end)"
+		" values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21,"
+		" case when $19 is not null then clock_timestamp() end)"
 	};
-	Oid			types[20] = {
+	Oid			types[21] = {
 		INT4OID, INT8OID, INT8OID, INT8OID, BOOLOID,
-		UUIDOID, TEXTOID, TEXTOID, INT8OID, JSONBOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID, TEXTOID,
+		UUIDOID, TEXTOID, TEXTOID, INT8OID, JSONBOID, TIMESTAMPTZOID, BOOLOID, TEXTOID, TEXTOID, BYTEAOID,
 		INT4OID, INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID
 	};
-	Datum		values[20];
-	char		nulls[20];
+	Datum		values[21];
+	char		nulls[21];
 
 	memset(nulls, ' ', sizeof(nulls));
 	values[0] = Int32GetDatum(row->subscription_id);
@@ -412,8 +438,8 @@ insert(const SubscriptionRow *row, const Delivery *delivery)
 	optional_key(&delivery->order, 1, &values[3], &nulls[3]);
 	values[4] = BoolGetDatum(delivery->order.barrier);
 	message_params(row, delivery, &values[5], &nulls[5]);
-	failure_params(delivery, &values[14], &nulls[14]);
-	query_change(&query, 20, types, values, nulls, 1);
+	failure_params(delivery, &values[15], &nulls[15]);
+	query_change(&query, 21, types, values, nulls, 1);
 }
 
 /*
@@ -449,6 +475,74 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	find_next_due(row);
 }
 
+/* ---- what is given back to its queue ---- */
+
+static void
+insert_requeued(const SubscriptionRow *row, const Delivery *delivery)
+{
+	static CachedQuery query = {
+		"insert into fanout.waiting (subscription_id, place, barrier, message_id, type, key, sequence, headers, redelivered,"
+		" attempts, postponed, sqlstate, error, waits_since, next_try, failed_at, requeued)"
+		" values ($1, 0, false, $2, $3, $4, $5, '{}', false, $6, $7, $8, $9, $10, $11, clock_timestamp(), true)"
+	};
+	Oid			types[11] = {
+		INT4OID, UUIDOID, TEXTOID, TEXTOID, INT8OID, INT4OID, INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID, TIMESTAMPTZOID
+	};
+	Datum		values[11];
+	char		nulls[11];
+
+	memset(nulls, ' ', sizeof(nulls));
+	values[0] = Int32GetDatum(row->subscription_id);
+	values[1] = UUIDPGetDatum(&delivery->message_id);
+	values[2] = query_text_param(delivery->type, &nulls[2]);
+	values[3] = query_text_param(delivery->key, &nulls[3]);
+	values[4] = Int64GetDatum(delivery->sequence);
+	nulls[4] = delivery->has_sequence ? ' ' : 'n';
+	failure_params(delivery, &values[5], &nulls[5]);
+	query_change(&query, 11, types, values, nulls, 1);
+}
+
+/*
+ * Remembers the attempts of deliveries that FAILED and will be given back to their
+ * queue, and forgets those of deliveries that are done with.
+ */
+void
+waiting_requeue(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	for (int i = 0; i < n; i++)
+	{
+		Caller		caller;
+
+		if (deliveries[i]->outcome != OUTCOME_FAILED)
+			continue;
+		if (deliveries[i]->waiting_id != 0)
+		{
+			update_failed(deliveries[i]);
+			continue;
+		}
+		caller = become_owner();
+		insert_requeued(row, deliveries[i]);
+		become_caller(&caller);
+	}
+	(void) delete_done(deliveries, n);
+}
+
+/*
+ * Forgets the attempts of messages that somebody else of the group has taken from
+ * the queue since, retention_s seconds after they were due.
+ */
+void
+waiting_forget(int retention_s)
+{
+	static CachedQuery query = {
+		"delete from fanout.waiting where requeued and next_try < clock_timestamp() - $1 * interval '1 s'"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+
+	run(&query, 1, types, values);
+}
+
 /* ---- what is taken from the room ---- */
 
 static bool
@@ -469,7 +563,7 @@ delete_done(Delivery **deliveries, int n)
 
 	for (int i = 0; i < n; i++)
 	{
-		if (is_done(deliveries[i]))
+		if (is_done(deliveries[i]) && deliveries[i]->waiting_id != 0)
 			ids[count++] = Int64GetDatum(deliveries[i]->waiting_id);
 	}
 	if (count == 0)
@@ -569,15 +663,15 @@ add_due_keys(DueList *due, int result)
 }
 
 /*
- * Finds what is due.  What was tried before goes alone, and so does a barrier;
- * singly: so does everything.
+ * Finds what is due.  What was postponed goes alone, and so does a barrier; singly:
+ * so does everything.
  */
 static DueList
 find_due(const SubscriptionRow *row, int limit, bool singly)
 {
 	static CachedQuery query = {
-		"select waiting_id, key1, key2, barrier or attempts + postponed > 0 from fanout.waiting"
-		" where subscription_id = $1 and next_try <= clock_timestamp() order by next_try limit $2"
+		"select waiting_id, key1, key2, barrier or postponed > 0 from fanout.waiting"
+		" where subscription_id = $1 and next_try <= clock_timestamp() and not requeued order by next_try limit $2"
 	};
 	Oid			types[2] = {INT4OID, INT4OID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(limit)};
@@ -773,7 +867,8 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 {
 	static CachedQuery query = {
 		"select waiting_id, key1, key2, barrier, attempts, postponed, waits_since, error,"
-		" message_id, $2, $3, type, key, sequence, headers, null::jsonb, raw, published_at, redelivered, attempts, content_type,"
+		" message_id, $2, $3, type, key, sequence, headers, null::jsonb,"
+		" coalesce(raw, convert_to(payload, 'UTF8')), published_at, redelivered, attempts, content_type,"
 		" sqlstate from fanout.waiting where waiting_id = any ($1) order by place, waiting_id for update"
 	};
 	Oid			types[3] = {INT8ARRAYOID, TEXTOID, TEXTOID};
@@ -795,8 +890,8 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 
 /*
  * Takes messages that are due, locked until the transaction ends: one that is to
- * be tried alone, or up to limit of those that were never tried and those that
- * follow them in the same keys, with at most so many bytes of bodies, but one in
+ * be tried alone, or up to limit of the others and of those that were never tried
+ * and follow them in the same keys, with at most so many bytes of bodies, but one in
  * any case.  Returns how many; 0 if nothing was due after all.  In the context.
  */
 int

@@ -27,11 +27,13 @@ extern WaitingRoom waiting_room;
 
 extern void waiting_look(const SubscriptionRow *row);
 extern void waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order);
+extern void waiting_requeue(const SubscriptionRow *row, Delivery **deliveries, int n);
 extern void waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n);
 extern void waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n);
 extern int	waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly,
 						 MemoryContext context, Delivery **deliveries);
 extern Delivery *waiting_take_again(const SubscriptionRow *row, int64 waiting_id, MemoryContext context);
 extern void waiting_begin_attempt(const SubscriptionRow *row, int64 waiting_id, int attempts);
+extern void waiting_forget(int retention_s);
 
 #endif							/* PGF_WAITING_H */

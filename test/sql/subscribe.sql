@@ -27,6 +27,26 @@ select fanout.unsubscribe('t', 'g');
 reset role;
 grant execute on function fanout.subscribe, fanout.unsubscribe to fanout_app, fanout_other, fanout_group;
 set role fanout_app;
+-- nor any queue
+select fanout.subscribe('t', 'g', 'subscribe.handler(fanout.message)');
+select fanout.grant_topic('t', 'fanout_app');
+reset role;
+select fanout.grant_topic('t', 'fanout_app', '{declare}');
+select fanout.grant_topic('t', null);
+select fanout.grant_topic('t', 'fanout_app', consumer_group => 'g');
+select fanout.grant_topic('t', 'fanout_app', consumer_group => 'g');
+set role fanout_app;
+begin;
+select fanout.subscribe('t', 'g', 'subscribe.handler(fanout.message)');
+rollback;
+select fanout.subscribe('t', 'other', 'subscribe.handler(fanout.message)');
+reset role;
+select fanout.revoke_topic('t', 'fanout_app', consumer_group => 'g');
+set role fanout_app;
+select fanout.subscribe('t', 'g', 'subscribe.handler(fanout.message)');
+reset role;
+select fanout.grant_topic('t', 'fanout_app'), fanout.grant_topic(null, 'fanout_other'), fanout.grant_topic(null, 'fanout_group');
+set role fanout_app;
 
 -- names, numbers, intervals
 select fanout.subscribe(null, 'g', 'handler(fanout.message)');
@@ -148,6 +168,7 @@ select fanout.unsubscribe('q20_b', 'c');
 
 -- options of failures
 select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', on_failure => 'forget');
+select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', on_failure => 'requeue');
 select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', wait_for => '{foreign_key_violation}');
 select fanout.subscribe('q20', 'c', 'subscribe.anything(fanout.message)', max_wait => '-1 s');
 

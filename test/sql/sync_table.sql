@@ -12,6 +12,7 @@ create role sync_user login;
 create role sync_other login;
 grant usage on schema fanout to sync_user, sync_other;
 grant execute on function fanout.sync_table, fanout.sync_messages, fanout.unsubscribe to sync_user;
+select fanout.grant_topic('t', 'sync_user');
 
 select fanout.sync_table('users', 'b', 'users');
 select fanout.sync_table('users', 'b', 'users');

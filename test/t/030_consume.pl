@@ -23,6 +23,7 @@ create role app login;
 grant usage on schema fanout to app;
 grant create on schema public to app;
 grant execute on function fanout.subscribe, fanout.unsubscribe, fanout.publish to app;
+select fanout.grant_topic(null, 'app');
 select fanout.declare_binding('t', 'g');
 set role app;
 create table log (n serial, message_id uuid, key text, sequence bigint, attempt int, role text, body jsonb);

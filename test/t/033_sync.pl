@@ -28,6 +28,7 @@ create extension pg_fanout;
 create schema copy authorization app;
 grant usage on schema fanout to app;
 grant execute on function fanout.sync_table, fanout.subscribe, fanout.unsubscribe, fanout.sync_messages to app;
+select fanout.grant_topic(null, 'app');
 ));
 
 # Types, defaults, keys that change, values that change places

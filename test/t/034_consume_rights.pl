@@ -45,6 +45,7 @@ revoke create on schema public from public;
 grant create, usage on schema public to app;
 grant usage on schema fanout to app, other, friend;
 grant execute on function fanout.subscribe, fanout.unsubscribe to app, other, friend;
+select fanout.grant_topic(null, r) from unnest('{app,other,friend}'::regrole[]) r;
 grant execute on function fanout.publish to app;
 select fanout.declare_binding('t', 'g');
 set role app;
@@ -224,7 +225,7 @@ is(sql(q(select count(*) from fanout.subscriptions)), '1', 'and the subscription
 # ---- the role loses what it needs ----
 
 sql(q(create function public.plain(m fanout.message) returns void language sql as 'select 1';
-	create role servant login; grant usage on schema fanout to servant; grant execute on function fanout.subscribe, fanout.unsubscribe to servant;
+	create role servant login; grant usage on schema fanout to servant; grant execute on function fanout.subscribe, fanout.unsubscribe to servant; select fanout.grant_topic('s', 'servant');
 	select fanout.declare_binding('s', 'g')));
 $node->safe_psql('postgres', q(select fanout.subscribe('s', 'g', 'plain(fanout.message)')), extra_params => [ '-U', 'servant' ]);
 wait_until(q((select state from fanout.stat_subscriptions where topic = 's') = 'idle'));

@@ -152,6 +152,7 @@ create role app login;
 grant create on schema public to app;
 grant usage on schema fanout to app;
 grant execute on function fanout.subscribe to app;
+select fanout.grant_topic(null, 'app');
 select fanout.declare_binding('settings', 'g');
 set role app;
 create table got (n int);

@@ -100,7 +100,7 @@ sql(qq(select fanout.publish('blocked', '{}', key => 'k') from generate_series(1
 wait_until(q((select count(*) from log) = 100));
 pass("a key that always fails, with $behind messages behind it, delays no other");
 wait_until(qq((select waiting from fanout.stat_subscriptions) = $behind));
-is(sql(q(select length(error) <= 1024, error ~ '^not yet\nDETAIL:  xxx', body from fanout.delivery_failure)), 't|t|{}',
+is(sql(q(select length(error) <= 1024, error ~ '^not yet\nDETAIL:  xxx', payload from fanout.delivery_failure)), 't|t|{}',
 	'the failure is shown with its body and the first kB of its error');
 sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions));
 $node->stop('immediate');

@@ -48,7 +48,7 @@ sql(q(create table copy.target (id int primary key, name text); select fanout.un
 wait_until(q((select count(*) = 50 from copy.target where name ~ '!!!$')));
 pass('with a new target it goes on');
 
-sql(q(create role app login; grant usage on schema fanout, copy to app; grant execute on function fanout.sync_table, fanout.sync_messages to app;
+sql(q(create role app login; grant usage on schema fanout, copy to app; grant execute on function fanout.sync_table, fanout.sync_messages to app; select fanout.grant_topic('source', 'app');
 	grant select, insert, update, delete on copy.target to app; select fanout.unsubscribe('source', 'g')));
 $node->safe_psql('postgres', q(select fanout.sync_table('source', 'g', 'copy.target')), extra_params => [ '-U', 'app' ]);
 wait_until(q((select state = 'idle' from fanout.stat_subscriptions where topic = 'source')));

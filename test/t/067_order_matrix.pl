@@ -29,6 +29,7 @@ sql(q(
 create table log (n serial, message_id uuid, key text, sequence bigint, redelivered boolean);
 create function apply(m fanout.message) returns void language plpgsql as $$
 begin
+	perform pg_sleep(0.002);
 	if m.attempt = 1 and random() < 0.1 then raise exception 'one in ten fails'; end if;
 	insert into log (message_id, key, sequence, redelivered) values (m.message_id, m.key, m.sequence, m.redelivered);
 end $$));
@@ -57,10 +58,10 @@ foreach my $experiment (@experiments)
 		select fanout.publish('$topic', jsonb_build_object('n', i), key => (i % 20)::text) from generate_series(1, $count) i));
 	PgFanout::flush($node);
 	sql(qq(select fanout.subscribe('$topic', 'g', 'apply(fanout.message)', prefetch => $prefetch, retry_delay => '50 ms', max_retry_delay => '200 ms')));
-	while (sql('select count(*) from log') < $count && time - $start < 120)
+	while (sql('select count(*) from log') < $count && time - $start < 300)
 	{
-		sleep($long ? 1.2 : 0.2);
-		next if !$kill || $kills >= ($long ? 24 : 8);
+		sleep($long ? 0.5 : 0.1);
+		next if !$kill || $kills >= ($long ? 24 : 5);
 		$kills += sql(qq(select count(*) from (select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = '$topic' and state = 'consuming') x));
 	}
 	wait_until(qq((select waiting = 0 from fanout.stat_subscriptions where topic = '$topic')));

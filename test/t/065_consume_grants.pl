@@ -1,0 +1,117 @@
+# Consuming lends nobody rights that he has not got: no code that the owner of a
+# table has put on it runs as a superuser who keeps it in sync, and a queue is
+# consumed by those alone who were told so.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $broker = PgFanout::broker();
+my $node = PgFanout::cluster('main', $broker, conf => q(
+log_statement = none
+max_worker_processes = 24
+));
+
+# ---- triggers of a table in sync ----
+
+sql(q(
+create role bob login;
+create role eve login;
+create schema bob authorization bob;
+grant usage on schema bob to eve;
+grant usage on schema fanout to bob, eve;
+create table source (id int primary key, name text);
+select fanout.declare_binding('users', 'g');
+select fanout.capture('source', 'users')));
+as('bob', q(
+create table bob.users (id int primary key, name text);
+create function bob.escalate() returns trigger language plpgsql as $$
+begin
+	begin
+		execute 'alter role bob superuser';
+	exception when insufficient_privilege then null;
+	end;
+	new.name = new.name || ' by ' || current_user;
+	return new;
+end $$;
+create trigger escalate before insert on bob.users for each row execute function bob.escalate()));
+like(error('postgres', q(select fanout.sync_table('users', 'g', 'bob.users'))),
+	qr/role postgres cannot keep table bob.users in sync.*Triggers would run as postgres, and the owner of table bob.users, bob, is no member of it.*as the owner of the table/s,
+	'a superuser cannot keep somebody else\'s table in sync');
+sql(q(grant execute on function fanout.sync_table, fanout.sync_messages, fanout.unsubscribe to bob, eve));
+like(error('bob', q(select fanout.sync_table('users', 'g', 'bob.users'))), qr/permission denied for queue "users_g".*grant_topic/s,
+	'its owner needs to be told that he may consume the queue');
+sql(q(select fanout.grant_topic('users', 'bob', consumer_group => 'g')));
+as('bob', q(select fanout.sync_table('users', 'g', 'bob.users')));
+sql(q(insert into source values (1, 'Ann')));
+wait_until('(select count(*) = 1 from bob.users)');
+is(sql('select name from bob.users') . sql(q(select rolsuper from pg_roles where rolname = 'bob')), 'Ann by bobf', 'then its triggers run as the owner himself');
+
+as('bob', 'grant trigger on bob.users to eve');
+sql(q(insert into source values (2, 'Joe')));
+wait_until(q((select state = 'refused' from fanout.stat_subscriptions)));
+like(sql('select last_error from fanout.stat_subscriptions'), qr/^triggers would run as bob, and who may create triggers on table bob.users, eve, is no member of it$/,
+	'another role that may create triggers: refused');
+as('bob', 'revoke trigger on bob.users from eve');
+wait_until('(select count(*) = 2 from bob.users)');
+pass('and it goes on when it may not any more');
+like(error('eve', q(select fanout.sync_table('users', 'g', 'bob.users'))), qr/permission denied for table/, 'a role without rights on the table cannot');
+as('bob', q(grant select, insert, update, delete on bob.users to eve));
+sql(q(select fanout.grant_topic('users', 'eve')));
+like(error('eve', q(select fanout.sync_table('users', 'h', 'bob.users'))), qr/Triggers would run as eve, and the owner of table bob.users, bob, is no member of it/,
+	'nor does one with rights lend its own to the owner');
+
+# ---- the chapter of README on a role that consumes ----
+
+my ($block) = slurp_file("$FindBin::RealBin/../../README.md") =~ /^A role that consumes.*?```sql\n(.*?)```/ms;
+sql(q(create role service login; create schema service authorization service; select fanout.declare_binding('exchange_user', 'consumer_org_rpc'),
+	fanout.declare_binding('exchange_group', 'consumer_org_rpc')));
+sql($block);
+as('service', q(
+create function service.fail(m fanout.message) returns void language plpgsql as $$ begin raise exception 'fails'; end $$;
+select fanout.subscribe('exchange_user', 'consumer_org_rpc', 'service.fail(fanout.message)', retry_delay => '1 h', max_retry_delay => '1 h')));
+like(error('service', q(select fanout.subscribe('exchange_group', 'consumer_org_rpc', 'service.fail(fanout.message)'))), qr/permission denied for queue/,
+	'a role that consumes may consume what it was told, and nothing else');
+sql(q(select fanout.publish('exchange_user', '{"secret": 1}')));
+wait_until(q((select count(*) = 1 from fanout.delivery_failure where topic = 'exchange_user')));
+is(as('service', 'select topic, payload::jsonb from fanout.delivery_failure'), 'exchange_user|{"secret": 1}', 'it sees its own failures');
+is(as('service', 'select topic, waiting from fanout.stat_subscriptions order by 1'), "exchange_user|1\nusers|0", 'and what its worker does');
+sql('grant select on fanout.delivery_failure to eve; grant execute on function fanout.retry, fanout.skip, fanout.pause, fanout.alter_subscription to eve');
+is(as('eve', 'select count(*) from fanout.delivery_failure'), '0', 'another role sees none of them');
+like(error('eve', $_), qr/permission denied for subscription/, "nor can it: $_")
+  foreach q(select fanout.retry('exchange_user', 'consumer_org_rpc')), q(select fanout.skip('exchange_user', 'consumer_org_rpc', gen_random_uuid())),
+  q(select fanout.pause('exchange_user', 'consumer_org_rpc')), q(select fanout.alter_subscription('exchange_user', 'consumer_org_rpc', prefetch => 1)),
+  q(select fanout.unsubscribe('exchange_user', 'consumer_org_rpc'));
+is(as('service', q(select fanout.retry('exchange_user', 'consumer_org_rpc'))), 1, 'it retries what failed');
+as('service', q(select fanout.pause('exchange_user', 'consumer_org_rpc'); select fanout.resume('exchange_user', 'consumer_org_rpc');
+	select fanout.unsubscribe('exchange_user', 'consumer_org_rpc')));
+is(sql(q(select count(*) from fanout.subscriptions where topic = 'exchange_user')), '0', 'and ends it');
+
+done_testing();
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+sub as { return $node->safe_psql('postgres', $_[1], extra_params => [ '-U', $_[0] ]); }
+
+sub error
+{
+	my ($role, $sql) = @_;
+	my $stderr = '';
+
+	$node->psql('postgres', $sql, stderr => \$stderr, extra_params => [ '-U', $role ]);
+	return $stderr;
+}
+
+sub wait_until
+{
+	my ($condition) = @_;
+
+	$node->poll_query_until('postgres', "select coalesce($condition, false)")
+	  or die "not so: $condition\n" . sql('select * from fanout.stat_subscriptions; select * from fanout.delivery_failure limit 20');
+	return;
+}

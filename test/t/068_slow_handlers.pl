@@ -1,0 +1,80 @@
+# Two databases on one queue, with handlers that take longer than the heartbeat:
+# each message is applied in exactly one of them, and no connection is lost.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $long = $ENV{PG_FANOUT_LONG};
+my $broker = PgFanout::broker(private => 1);
+my $node = PgFanout::cluster('main', $broker, extension => 0, conf => q(
+log_statement = none
+max_worker_processes = 24
+pg_fanout.heartbeat = 2
+));
+my $rows = "$PostgreSQL::Test::Utils::tmp_check/experiments";
+
+$node->safe_psql('postgres', "create database $_") foreach qw(a b c);
+sql($_, 'create extension pg_fanout') foreach qw(a b c);
+
+# seconds of a call, calls, prefetch
+foreach my $case ([ 0.4, 80, 100 ], $long ? ([ 10, 30, 4 ], [ 1, 200, 100 ]) : [ 6, 6, 2 ])
+{
+	my ($seconds, $count, $prefetch) = @$case;
+	my $topic = 't' . $seconds =~ s/\W/_/r;
+
+	sql('a', "select fanout.declare_binding('$topic', 'g')");
+	foreach my $database (qw(b c))
+	{
+		sql($database, qq(
+set client_min_messages = warning;
+create table applied_$topic (message_id uuid, key text, n serial, finished boolean not null);
+create function handle_$topic(m fanout.message) returns void language plpgsql as \$\$
+begin
+	perform pg_sleep($seconds);
+	insert into applied_$topic (message_id, key, finished) values (m.message_id, m.key, true);
+end \$\$;
+select fanout.subscribe('$topic', 'g', 'handle_$topic(fanout.message)', prefetch => $prefetch)));
+		wait_until($database, "(select state = 'idle' from fanout.stat_subscriptions where topic = '$topic')");
+	}
+	sql('a', "create table sent_$topic as select fanout.publish('$topic', jsonb_build_object('n', i), key => i::text) as id from generate_series(1, $count) i");
+	PgFanout::poll(sub { sum("select count(*) from applied_$topic") >= $count }, "$count messages of $seconds s", 240);
+	PgFanout::poll(sub { $broker->count("${topic}_g") == 0 }, 'an empty queue');
+	sleep 1;
+	my %times;
+	$times{$_}++ foreach map { split(/\n/, sql($_, "select message_id from applied_$topic")) } qw(b c);
+	is(join(' ', sort keys %times), join(' ', sort split(/\n/, sql('a', "select id from sent_$topic"))), "calls of $seconds s: all $count messages are applied");
+	is(scalar(grep { $_ != 1 } values %times), 0, 'each in exactly one of two databases');
+	cmp_ok(sql($_, "select count(*) from applied_$topic"), '>', 0, "$_ has applied some") foreach qw(b c);
+	is(sql($_, "select reconnects from fanout.stat_subscriptions where topic = '$topic'"), 0, "the connection of $_ was never lost") foreach qw(b c);
+	is(sql($_, "select skipped from fanout.stat_subscriptions where topic = '$topic'"), 0, "and nothing came to $_ twice") foreach qw(b c);
+	sql($_, "select fanout.unsubscribe('$topic', 'g')") foreach qw(b c);
+	append_to_file($rows, "| two databases on one queue, handlers of $seconds s, heartbeat 2 s | 068_slow_handlers | one transaction | $count | 0 | 0 |\n");
+}
+
+done_testing();
+
+sub sql { return $node->safe_psql($_[0], $_[1]); }
+
+sub sum
+{
+	my ($query) = @_;
+
+	return sql('b', $query) + sql('c', $query);
+}
+
+sub wait_until
+{
+	my ($database, $condition) = @_;
+
+	$node->poll_query_until($database, "select coalesce($condition, false)")
+	  or die "not so in $database: $condition\n" . sql($database, 'select * from fanout.stat_subscriptions');
+	return;
+}
