@@ -54,7 +54,7 @@
 #include "server/worker.h"
 
 /* So many calls have one savepoint. */
-#define GROUP 16
+#define GROUP 8
 
 /* An array that is called with savepoints is this part of the batch. */
 #define ARRAY_PARTS 8

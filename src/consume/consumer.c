@@ -121,7 +121,7 @@
 #define PATIENCE_MIN_MS 25
 #define IMPATIENT_MS 30000
 #define IMPATIENT_PAUSE_MS 10000
-#define DUE_PAUSE_MS 50
+#define DUE_PAUSE_MS 100
 
 typedef struct Consumer
 {

@@ -5,8 +5,8 @@
  *
  * A message whose attempt failed is stored in fanout.waiting, with its body, and
  * acked; so is every later message of its keys, behind it.  A message is in the
- * table as long as it waits, and nowhere else: the worker keeps a count and the
- * time at which the next one is due, and no list.
+ * table as long as it waits, and nowhere else: the worker keeps a count, the time
+ * at which the next one is due and, if they are few, which ones there are.
  *
  *		(broker) --failed--> DUE LATER --the clock--> DUE --applied--> (inbox)
  *		   |                     ^                   ^  |
@@ -90,7 +90,22 @@ typedef struct DueList
 	bool		singly;			/* there is one, which is to be tried alone */
 } DueList;
 
+/*
+ * Of as many messages as this, or fewer, it is remembered which they are, until any
+ * of that changes.  Of more the table is asked.
+ */
+#define KNOWN_MAX 1000
+
+typedef struct KnownMessage
+{
+	pg_uuid_t	message_id;
+	OrderItem	order;
+} KnownMessage;
+
 WaitingRoom waiting_room = {.stale = true};
+
+static KnownMessage *known = NULL;
+static int	nknown = -1;		/* -1: to be read */
 
 static void update_failed(const Delivery *delivery);
 static int	delete_done(Delivery **deliveries, int n);
@@ -115,6 +130,13 @@ is_element(const Datum *values, int n, int64 value)
 			return true;
 	}
 	return false;
+}
+
+/* What was remembered of the room is not so any more. */
+static void
+forget_known(void)
+{
+	nknown = -1;
 }
 
 static void
@@ -205,6 +227,7 @@ waiting_look(const SubscriptionRow *row)
 
 	if (!waiting_room.stale)
 		return;
+	forget_known();
 	run(&query, 1, types, values);
 	set_count(DatumGetInt64(query_value(0, 1, &isnull)));
 	last_place = Max(last_place, DatumGetInt64(query_value(0, 2, &isnull)));
@@ -314,6 +337,70 @@ barrier_waits(const SubscriptionRow *row)
 	return SPI_processed > 0;
 }
 
+static void
+read_known(KnownMessage *message, int result)
+{
+	bool		isnull;
+
+	memset(message, 0, sizeof(*message));
+	memcpy(&message->message_id, DatumGetUUIDP(query_value(result, 1, &isnull)), UUID_LEN);
+	for (int column = 2; column <= 3; column++)
+	{
+		int64		key = DatumGetInt64(query_value(result, column, &isnull));
+
+		if (!isnull)
+			message->order.keys[message->order.nkeys++] = (uint64) key;
+	}
+	message->order.barrier = DatumGetBool(query_value(result, 4, &isnull));
+}
+
+static int
+compare_known(const void *a, const void *b)
+{
+	return memcmp(&((const KnownMessage *) a)->message_id, &((const KnownMessage *) b)->message_id, UUID_LEN);
+}
+
+/* Reads which messages are in the room, sorted by id. */
+static void
+know_all(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select message_id, key1, key2, barrier from fanout.waiting where subscription_id = $1 and not requeued"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+
+	if (nknown >= 0)
+		return;
+	run(&query, 1, types, values);
+	if (known != NULL)
+		pfree(known);
+	known = MemoryContextAlloc(TopMemoryContext, (SPI_processed + 1) * sizeof(KnownMessage));
+	for (uint64 i = 0; i < SPI_processed; i++)
+		read_known(&known[i], i);
+	nknown = SPI_processed;
+	qsort(known, nknown, sizeof(KnownMessage), compare_known);
+}
+
+/* The same as the functions before, without asking the table. */
+static void
+filter_known(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)
+{
+	know_all(row);
+	for (int i = 0; i < n; i++)
+	{
+		KnownMessage wanted = {.message_id = deliveries[i]->message_id};
+
+		if (bsearch(&wanted, known, nknown, sizeof(KnownMessage), compare_known) != NULL)
+			deliveries[i]->outcome = OUTCOME_SEEN;
+	}
+	for (int i = 0; i < nknown && row->ordered; i++)
+	{
+		if (!order_add(order, &known[i].order))
+			out_of_memory();
+	}
+}
+
 /*
  * Tells what the room means for deliveries: the outcome of those that are in it
  * is SEEN, those that were given back to their queue get their attempts, and order
@@ -326,6 +413,11 @@ waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *
 
 	if (waiting_room.count == 0 && !row->requeue)
 		return;
+	if (waiting_room.count <= KNOWN_MAX && !row->requeue)
+	{
+		filter_known(row, deliveries, n, order);
+		return;
+	}
 	find_stored(row, deliveries, n);
 	if (!row->ordered)
 		return;
@@ -341,8 +433,8 @@ is_behind(const Delivery *delivery)
 	return delivery->outcome == OUTCOME_BEHIND;
 }
 
-/* Makes the first message of each key due, unless it has its time. */
-static void
+/* Makes the first message of each key due, unless it has its time; true if any. */
+static bool
 promote(const SubscriptionRow *row, Datum *keys, int n)
 {
 	static CachedQuery query = {
@@ -353,9 +445,26 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
 
 	if (n == 0)
-		return;
+		return false;
 	values[1] = int8_array(keys, n);
 	run(&query, 2, types, values);
+	return SPI_processed > 0;
+}
+
+/* Those that failed may be due before all others. */
+static void
+note_next_due(Delivery **deliveries, int n)
+{
+	MonoTime	now = mono_now();
+	TimestampTz clock = GetCurrentTimestamp();
+
+	for (int i = 0; i < n; i++)
+	{
+		MonoTime	due = Max(1, now + (deliveries[i]->next_try - clock));
+
+		if (deliveries[i]->outcome == OUTCOME_FAILED && (waiting_room.next_due == 0 || due < waiting_room.next_due))
+			waiting_room.next_due = due;
+	}
 }
 
 /* A delivery's place, by its sequence or behind what came before it. */
@@ -470,9 +579,11 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	MemoryContextDelete(scratch);
 	if (stored == 0)
 		return;
+	forget_known();
 	set_count(waiting_room.count + stored);
-	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
-	find_next_due(row);
+	note_next_due(deliveries, n);
+	if (promote(row, keys, collect_keys(deliveries, n, is_behind, keys)))
+		find_next_due(row);
 }
 
 /* ---- what is given back to its queue ---- */
@@ -639,11 +750,12 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 		barrier = barrier || (is_done(deliveries[i]) && deliveries[i]->order.barrier);
 	}
 	update_behind(deliveries, n);
+	forget_known();
 	set_count(waiting_room.count - delete_done(deliveries, n));
 	if (barrier)
 		promote_all(row);
 	else
-		promote(row, keys, collect_keys(deliveries, n, is_done, keys));
+		(void) promote(row, keys, collect_keys(deliveries, n, is_done, keys));
 	find_next_due(row);
 }
 
