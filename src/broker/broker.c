@@ -4,8 +4,8 @@
  *		One AMQP 0-9-1 connection to RabbitMQ, over rabbitmq-c.
  *
  * The only file that knows rabbitmq-c.  It uses of that library the codec and
- * the writing of frames: amqp_handle_input() and amqp_send_frame(); for TLS
- * also its transport and heartbeats, amqp_simple_wait_frame_noblock().
+ * the writing of frames: amqp_handle_input() and amqp_send_frame(), and that it
+ * opens TLS sockets.
  * Everything above frames, that is login, RPC, publishing and the dispatch of
  * what arrives, is done here, because the library's own versions wait without
  * limit and without interrupts:
@@ -22,16 +22,13 @@
  *   them may be used here; nor may anything that calls amqp_abort().
  * - The library's reading swallows heartbeats and frames of unknown types in
  *   a loop for as long as a peer sends them, and keeps what they held (measured
- *   with 0.11: 300 MB a second).  So a plain socket is read here, and a frame's
- *   header is checked before the library is shown a byte of it (see "Reading").
+ *   with 0.11: 300 MB a second).  So sockets are read here, TLS by tls_read(),
+ *   and a frame's header is checked before the library is shown a byte of it
+ *   (see "Reading").
  *
- * Two calls may still keep interrupts away, both under a peer that is hostile
- * rather than slow, and both end when a signal handler shuts the socket down:
- *
- * - opening a TLS socket, at most for connect_timeout_ms, if the peer accepts
- *   connections but does not shake hands (broker_handshake_fd());
- * - reading TLS, since the library does not give its session away: the loop
- *   named above, for a peer that has the certificate we trust.
+ * One call may still keep interrupts away, at most for connect_timeout_ms, and
+ * ends when a signal handler shuts the socket down: opening a TLS socket, if the
+ * peer accepts connections but does not shake hands (broker_handshake_fd()).
  *
  * Channels: those that the caller opens, one more for requests that are waited
  * for, and one that consumes if the options want it.  What a channel waits for,
@@ -46,8 +43,6 @@
  * it is asked to forget, and keeps a page of memory for each.  So it never
  * hears of them: the channel's number is taken out of a frame before the library
  * is shown it (see begin_frame()), and cost and memory are those of one channel.
- * With TLS, where the library itself reads, it finds a channel's memory in a
- * table of 16 lists, and a page per channel remains.
  *
  * Whatever arrives while this file waits for something else (room to write,
  * a reply) is dispatched at once and becomes an event in a queue, which
@@ -168,7 +163,7 @@ struct Broker
 {
 	const BrokerOptions *options;
 	amqp_connection_state_t conn;
-	bool		tls;
+	void	   *tls;			/* the session to read from; NULL: none */
 	int			fd;				/* -1: none, or lost */
 	char		where[288];		/* host:port, for texts */
 
@@ -312,9 +307,7 @@ static void refill_credit(Broker *broker);
 /* Reading */
 static void nothing_to_fetch(Broker *broker, BrokerEvent *event);
 static bool read_frame(Broker *broker, amqp_frame_t *frame);
-static void release_frame(Broker *broker);
-static int	read_library(Broker *broker, amqp_frame_t *frame);
-static int	read_plain(Broker *broker, amqp_frame_t *frame);
+static int	receive_frame(Broker *broker, amqp_frame_t *frame);
 static int	decode_received(Broker *broker, amqp_frame_t *frame);
 static bool begin_frame(Broker *broker, const FrameHead *head);
 static int	receive(Broker *broker);
@@ -477,7 +470,6 @@ lose(Broker *broker, int code, const char *format,...)
 	error_set_args(&broker->why, code, format, args);
 	va_end(args);
 
-	/* The library may have closed the socket itself (heartbeat timeout). */
 	fd = amqp_get_sockfd(broker->conn);
 	announce(broker, -1);
 	if (fd >= 0)
@@ -582,7 +574,6 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 		return NULL;
 	}
 	broker->options = options;
-	broker->tls = address->tls;
 	broker->fd = -1;
 	broker->frame_max = FRAME_MIN;
 	broker->last_read_ms = clock_ms();
@@ -673,6 +664,7 @@ open_tls(Broker *broker, const BrokerAddress *address, const char *peer, int64_t
 		return refuse_tls(broker, status);
 
 	broker->greeted = true;
+	broker->tls = tls_session();
 	announce(broker, amqp_get_sockfd(broker->conn));
 	tune_socket(broker);
 	return true;
@@ -920,8 +912,7 @@ tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 	if (ok.heartbeat != 0 && proposed->heartbeat != 0 && proposed->heartbeat < ok.heartbeat)
 		ok.heartbeat = proposed->heartbeat;
 
-	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max,
-							 broker->tls ? ok.heartbeat : 0) != AMQP_STATUS_OK ||
+	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max, 0) != AMQP_STATUS_OK ||
 		!channels_init(&broker->channels, ok.channel_max))
 		return lose(broker, 0, "out of memory");
 	broker->frame_max = ok.frame_max;
@@ -1816,7 +1807,7 @@ refill_credit(Broker *broker)
 /*
  * Reading
  *
- * A plain socket is read into a buffer, from which the library gets a frame at
+ * The socket is read into a buffer, from which the library gets a frame at
  * a time.  Nothing makes us wait: a frame that is not complete yet stays with
  * the library, its rest is read when it comes.
  */
@@ -1879,12 +1870,11 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 		if (broker->lost)
 			return false;
 		broker->options->wait(broker->fd, false, 0);
-		amqp_maybe_release_buffers(broker->conn);
 	}
 
-	release_frame(broker);
+	amqp_maybe_release_buffers(broker->conn);
 	errno = 0;
-	status = broker->tls ? read_library(broker, frame) : read_plain(broker, frame);
+	status = receive_frame(broker, frame);
 	if (status == AMQP_STATUS_OK)
 		return true;
 	if (status == AMQP_STATUS_TIMEOUT)
@@ -1896,31 +1886,9 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 	return lose_status(broker, "read from", status);
 }
 
-/*
- * Lets the library use the memory of the last frame again.  It would look at all
- * the channels that it knows if it were not told which.
- */
-static void
-release_frame(Broker *broker)
-{
-	amqp_maybe_release_buffers_on_channel(broker->conn, broker->tls ?
-										  (amqp_channel_t) broker->frame_channel : CHANNEL_CONNECTION);
-}
-
-static int
-read_library(Broker *broker, amqp_frame_t *frame)
-{
-	struct timeval no_wait = {0, 0};
-	int			status = amqp_simple_wait_frame_noblock(broker->conn, frame, &no_wait);
-
-	if (status == AMQP_STATUS_OK)
-		broker->frame_channel = frame->channel;
-	return status;
-}
-
 /* Returns AMQP_STATUS_TIMEOUT if there is no complete frame yet. */
 static int
-read_plain(Broker *broker, amqp_frame_t *frame)
+receive_frame(Broker *broker, amqp_frame_t *frame)
 {
 	int			status;
 
@@ -2003,13 +1971,18 @@ begin_frame(Broker *broker, const FrameHead *head)
 static int
 receive(Broker *broker)
 {
-	ssize_t		n = frames_fill(&broker->received, broker->fd);
+	size_t		room;
+	void	   *to = frames_room(&broker->received, &room);
+	ssize_t		n = broker->tls != NULL ? tls_read(broker->tls, to, room) :
+		recv(broker->fd, to, room, MSG_DONTWAIT);
 
 	if (n == 0)
 		return AMQP_STATUS_CONNECTION_CLOSED;
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+		return AMQP_STATUS_TIMEOUT;
 	if (n < 0)
-		return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ?
-			AMQP_STATUS_TIMEOUT : AMQP_STATUS_SOCKET_ERROR;
+		return broker->tls != NULL ? AMQP_STATUS_SSL_ERROR : AMQP_STATUS_SOCKET_ERROR;
+	frames_add(&broker->received, (size_t) n);
 	broker->last_received_ms = clock_ms();
 	return AMQP_STATUS_OK;
 }
@@ -2026,7 +1999,7 @@ serve_heartbeats(Broker *broker)
 	int			status;
 
 	broker->last_read_ms = clock_ms();
-	if (broker->tls || interval == 0)
+	if (interval == 0)
 		return;
 	if (broker->last_read_ms - broker->last_received_ms > 2 * interval)
 	{

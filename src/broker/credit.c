@@ -6,8 +6,7 @@
  * While the kernel calls a socket writable, a third of its send buffer is
  * free.  So after one look, that much may be written without another: it is
  * the credit.  Every frame is charged its bytes and what the kernel books for
- * a write of its own.  A socket that is not writable still has room for the
- * heartbeats that the library writes on its own account while it reads TLS.
+ * a write of its own.
  *
  *-------------------------------------------------------------------------
  */

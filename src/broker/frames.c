@@ -9,7 +9,6 @@
  *-------------------------------------------------------------------------
  */
 #include <string.h>
-#include <sys/socket.h>
 
 #include "broker/frames.h"
 
@@ -17,22 +16,26 @@
 #define FRAME_HEAD			7
 
 /*
- * Receives what there is, without waiting.  What is left, less than the head of
- * a frame, moves to the front.  Returns as recv() does, with errno.
+ * Returns where bytes may be received, and how many.  What is left, less than
+ * the head of a frame, moves to the front.
  */
-ssize_t
-frames_fill(FrameBuffer *buffer, int fd)
+void *
+frames_room(FrameBuffer *buffer, size_t *room)
 {
 	size_t		have = buffer->last - buffer->first;
-	ssize_t		n;
 
 	memmove(buffer->bytes, buffer->bytes + buffer->first, have);
 	buffer->first = 0;
 	buffer->last = have;
-	n = recv(fd, buffer->bytes + have, FRAMES_SIZE - have, MSG_DONTWAIT);
-	if (n > 0)
-		buffer->last += (size_t) n;
-	return n;
+	*room = FRAMES_SIZE - have;
+	return buffer->bytes + have;
+}
+
+/* So many bytes were received there. */
+void
+frames_add(FrameBuffer *buffer, size_t bytes)
+{
+	buffer->last += bytes;
 }
 
 /* Reads the head of the frame that begins here.  Returns false if it is not complete. */

@@ -3,7 +3,7 @@
  * frames.h
  *		What a socket has received and nobody has decoded yet.
  *
- * No rabbitmq-c, no PostgreSQL.
+ * Pure: no socket, no rabbitmq-c, no PostgreSQL.
  *
  *-------------------------------------------------------------------------
  */
@@ -12,7 +12,6 @@
 
 #include <stdbool.h>
 #include <stddef.h>
-#include <sys/types.h>
 
 /* What is taken from the kernel in one piece; at least a head of a frame. */
 #define FRAMES_SIZE			65536
@@ -33,7 +32,8 @@ typedef struct FrameHead
 	size_t		payload;		/* bytes */
 } FrameHead;
 
-extern ssize_t frames_fill(FrameBuffer *buffer, int fd);
+extern void *frames_room(FrameBuffer *buffer, size_t *room);
+extern void frames_add(FrameBuffer *buffer, size_t bytes);
 extern bool frames_head(const FrameBuffer *buffer, FrameHead *head);
 extern void frames_hide_channel(FrameBuffer *buffer);
 

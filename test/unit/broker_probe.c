@@ -637,6 +637,7 @@ freeze(int signal)
 
 	if (pid != NULL)
 		kill(atoi(pid), signal);
+	usleep(50000);				/* each of its threads has to notice */
 }
 
 static void
