@@ -317,6 +317,7 @@ static void dispatch(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_connection(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_channel(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_content(Broker *broker, const amqp_frame_t *frame);
+static bool dispatch_content_method(Broker *broker, int number, const amqp_method_t *method);
 static void dispatch_method(Broker *broker, int number, const amqp_method_t *method);
 static void dispatch_delivery(Broker *broker, Channel *channel, const amqp_basic_deliver_t *deliver);
 static void dispatch_return(Broker *broker, int number, const amqp_basic_return_t *returned);
@@ -328,6 +329,7 @@ static void connection_blocked(Broker *broker, const amqp_connection_blocked_t *
 static void connection_unblocked(Broker *broker);
 static void channel_closed(Broker *broker, int number, const amqp_channel_close_t *close);
 static void confirmed(Broker *broker, int number, BrokerEventType type, uint64_t tag, bool multiple);
+static bool is_delivery(const Broker *broker, const Channel *channel);
 static AssembleResult content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame);
 static void content_assembled(Broker *broker, int number, AssembleResult result);
 static BrokerEvent *push_event(Broker *broker, BrokerEventType type, int channel);
@@ -2097,30 +2099,34 @@ dispatch_content(Broker *broker, const amqp_frame_t *frame)
 	}
 }
 
-/* Takes a method: contents begin here, the rest is for the channel's state. */
-static void
-dispatch_method(Broker *broker, int number, const amqp_method_t *method)
+/*
+ * Takes a method with which a content begins, or one that comes in the middle of
+ * one.  Returns false if it has nothing to do with contents.
+ */
+static bool
+dispatch_content_method(Broker *broker, int number, const amqp_method_t *method)
 {
 	Channel    *channel = channels_get(&broker->channels, number);
 
-	if (channel->content != NULL && channel_is_open(channel))
-	{
-		if (method->id == AMQP_BASIC_RETURN_METHOD && channel->use == CHANNEL_PUBLISHES)
-		{
-			dispatch_return(broker, number, method->decoded);
-			return;
-		}
-		if (method->id == AMQP_BASIC_DELIVER_METHOD && channel->use == CHANNEL_CONSUMES)
-		{
-			dispatch_delivery(broker, channel, method->decoded);
-			return;
-		}
-		if (assemble_other(channel->content) == ASSEMBLE_VIOLATION)
-		{
-			content_assembled(broker, number, ASSEMBLE_VIOLATION);
-			return;
-		}
-	}
+	if (channel->content == NULL || !channel_is_open(channel))
+		return false;
+	if (method->id == AMQP_BASIC_RETURN_METHOD)
+		dispatch_return(broker, number, method->decoded);
+	else if (method->id == AMQP_BASIC_DELIVER_METHOD && channel->use == CHANNEL_CONSUMES)
+		dispatch_delivery(broker, channel, method->decoded);
+	else if (assemble_other(channel->content) == ASSEMBLE_VIOLATION)
+		content_assembled(broker, number, ASSEMBLE_VIOLATION);
+	else
+		return false;
+	return true;
+}
+
+/* Takes a method: what it means depends on the channel's state. */
+static void
+dispatch_method(Broker *broker, int number, const amqp_method_t *method)
+{
+	if (dispatch_content_method(broker, number, method))
+		return;
 	switch (channels_method(&broker->channels, number, method->id))
 	{
 		case CHANNEL_NO_NEWS:
@@ -2317,6 +2323,13 @@ confirmed(Broker *broker, int number, BrokerEventType type, uint64_t tag, bool m
 	event->multiple = multiple;
 }
 
+/* Is the content being received a delivery?  Else it is a return. */
+static bool
+is_delivery(const Broker *broker, const Channel *channel)
+{
+	return channel->use == CHANNEL_CONSUMES && broker->delivery != NULL;
+}
+
 static AssembleResult
 content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame)
 {
@@ -2330,7 +2343,7 @@ content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame)
 		content->problem = "a content header is of the wrong class";
 		return ASSEMBLE_VIOLATION;
 	}
-	if (channel->use == CHANNEL_CONSUMES && content->state == ASSEMBLE_HEADER &&
+	if (is_delivery(broker, channel) && content->state == ASSEMBLE_HEADER &&
 		!take_properties(broker, properties))
 	{
 		content->problem = "out of memory for its properties";
@@ -2352,7 +2365,7 @@ content_assembled(Broker *broker, int number, AssembleResult result)
 		lose(broker, 0, "protocol violation by %s: %s", broker->where, returned->problem);
 	if (result != ASSEMBLE_DONE)
 		return;
-	if (channel->use == CHANNEL_CONSUMES)
+	if (is_delivery(broker, channel))
 	{
 		delivery_assembled(broker, channel);
 		return;

@@ -511,7 +511,7 @@ say_deliver(int channel)
 static void
 begin_content(int channel)
 {
-	if (consumes && channel == 1)
+	if (consumes && channel == 1 && tape_byte(&tape) % 8 != 0)
 		say_deliver(channel);
 	else
 		say_return(channel);
@@ -1142,7 +1142,8 @@ take_event(void)
 			take_confirm(&event);
 			break;
 		case BROKER_RETURN:
-			CHECK(mine[event.channel].state == MINE && mine[event.channel].confirms);
+			CHECK((consumes && event.channel == 1) ||
+				  (mine[event.channel].state == MINE && mine[event.channel].confirms));
 			CHECK(memchr(event.message_id, '\0', sizeof(event.message_id)) != NULL);
 			CHECK(memchr(event.text, '\0', sizeof(event.text)) != NULL);
 			break;
