@@ -62,6 +62,7 @@
 #include "catalog/pg_am.h"
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
+#include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/fmgrprotos.h"
 #include "utils/hsearch.h"
@@ -314,6 +315,22 @@ make_room(BatchScan *scan)
 	scan->nranges = 0;
 }
 
+/* Has a transaction that has ended been rolled back?  Not if that is long forgotten. */
+static bool
+was_rolled_back(uint64 xid)
+{
+	LOCAL_FCINFO(fcinfo, 1);
+	FmgrInfo	flinfo;
+	Datum		status;
+
+	fmgr_info(F_PG_XACT_STATUS, &flinfo);
+	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
+	fcinfo->args[0].value = FullTransactionIdGetDatum(FullTransactionIdFromU64(xid));
+	fcinfo->args[0].isnull = false;
+	status = FunctionCallInvoke(fcinfo);
+	return !fcinfo->isnull && strcmp(TextDatumGetCString(status), "aborted") == 0;
+}
+
 /*
  * Takes the blocks of transactions that have ended by the target snapshot.  Of
  * those rolled back, nothing is to be read.
@@ -327,12 +344,12 @@ add_pending(BatchScan *scan)
 	hash_seq_init(&all, pending);
 	while ((entry = hash_seq_search(&all)) != NULL)
 	{
-		bool		committed;
+		bool		rolled_back;
 
 		if (!sees(scan->target, entry->xid))
 			continue;
-		committed = TransactionIdDidCommit(XidFromFullTransactionId(FullTransactionIdFromU64(entry->xid)));
-		for (int i = 0; i < OUTBOX_SEGMENTS && committed; i++)
+		rolled_back = was_rolled_back(entry->xid);
+		for (int i = 0; i < OUTBOX_SEGMENTS && !rolled_back; i++)
 		{
 			for (int j = 0; j < entry->count[i]; j++)
 				add_range(scan, i, entry->extents[i][j].first, entry->extents[i][j].last + 1);
