@@ -2443,8 +2443,6 @@ comment on function fanout.subscribe(text, text, regprocedure, integer, integer,
 'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
 revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
 
--- Locks it: of two commands that change a subscription the second sees what the
--- first has done.
 create function fanout.own_subscription(role regrole, topic text, consumer_group text) returns fanout.subscription
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -2454,8 +2452,7 @@ declare
     found_row fanout.subscription;
 begin
     select * into found_row from fanout.subscription s
-    where s.topic = own_subscription.topic and s.consumer_group = own_subscription.consumer_group and s.active
-    for update;
+    where s.topic = own_subscription.topic and s.consumer_group = own_subscription.consumer_group and s.active;
     if not found then
         raise exception 'consumer group "%" is not subscribed to topic "%"',
                         own_subscription.consumer_group, own_subscription.topic

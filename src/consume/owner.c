@@ -24,6 +24,10 @@
 #include "utils/syscache.h"
 
 #include "consume/owner.h"
+#include "server/worker.h"
+
+/* Bounds a worker's wait for a row that somebody's open transaction has locked. */
+#define LOCK_TIMEOUT "10s"
 
 /* The schema is the extension's own (see the install script), and its owner's. */
 static Oid
@@ -38,6 +42,12 @@ owner(void)
 	result = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
 	ReleaseSysCache(tuple);
 	return result;
+}
+
+static void
+set(const char *name, const char *value)
+{
+	(void) set_config_option(name, value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 }
 
 /*
@@ -60,8 +70,9 @@ become_owner(void)
 	SetUserIdAndSecContext(owner(), caller.context | SECURITY_LOCAL_USERID_CHANGE);
 	caller.settings = NewGUCNestLevel();
 	for (int i = 0; i < lengthof(settings); i++)
-		(void) set_config_option(settings[i][0], settings[i][1], PGC_USERSET,
-								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+		set(settings[i][0], settings[i][1]);
+	if (worker_subscription != NULL)
+		set("lock_timeout", LOCK_TIMEOUT);
 	return caller;
 }
 

@@ -34,7 +34,8 @@
  * (on_failure) stores none of them: a row without a body remembers the attempts.
  *
  * Locks: a row that is taken is locked until the transaction ends, so that
- * skip() and retry() see it before or after its attempt.
+ * skip() and retry() see it before or after its attempt.  One that they have locked
+ * is not waited for; other waits are bounded by owner.c.
  *
  * Must never: lose a row whose message was not applied, given up or skipped in
  * the same transaction; or be called outside of a transaction of worker_begin().
@@ -65,6 +66,9 @@
 	" order by place, waiting_id limit 1) union all" \
 	" (select waiting_id, place from fanout.waiting where subscription_id = $1 and key2 = " key \
 	" order by place, waiting_id limit 1)) f order by place, waiting_id limit 1)"
+
+/* After so many milliseconds it is looked whether others have let go of a message. */
+#define LOCKED_MS 200
 
 /* What the walk over candidates looks at. */
 #define CANDIDATE \
@@ -981,7 +985,7 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 		"select waiting_id, key1, key2, barrier, attempts, postponed, waits_since, error,"
 		" message_id, $2, $3, type, key, sequence, headers, null::jsonb,"
 		" coalesce(raw, convert_to(payload, 'UTF8')), published_at, redelivered, attempts, content_type,"
-		" sqlstate from fanout.waiting where waiting_id = any ($1) order by place, waiting_id for update"
+		" sqlstate from fanout.waiting where waiting_id = any ($1) order by place, waiting_id for update skip locked"
 	};
 	Oid			types[3] = {INT8ARRAYOID, TEXTOID, TEXTOID};
 	Datum		values[3] = {
@@ -998,6 +1002,16 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 	MemoryContextSwitchTo(oldcontext);
 	SPI_freetuptable(SPI_tuptable);
 	return count;
+}
+
+/*
+ * The same, or -1 if a transaction of somebody else's, as one that called skip(), has
+ * locked any of them: what is behind that must not go before it.
+ */
+static int
+load_all(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Delivery **deliveries)
+{
+	return load(row, ids, n, context, deliveries) == n ? n : -1;
 }
 
 /*
@@ -1019,13 +1033,15 @@ waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, 
 	{
 		candidates = find_candidates(row, &due, limit, &n);
 		n = choose(&due, candidates, n, due.singly ? 1 : limit, memory, chosen);
-		n = (n > 0) ? load(row, chosen, n, context, deliveries) : 0;
+		n = (n > 0) ? load_all(row, chosen, n, context, deliveries) : 0;
 	}
 	else
 		n = 0;
 	if (n == 0)
 		find_next_due(row);
-	return n;
+	if (n < 0)
+		waiting_room.next_due = mono_later(LOCKED_MS);
+	return Max(n, 0);
 }
 
 /*

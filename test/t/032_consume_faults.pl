@@ -265,7 +265,7 @@ create function busy(m fanout.message) returns void language plpgsql as $$
 begin
 	insert into applied values (m.message_id) on conflict (message_id) do update set times = applied.times + 1;
 	update counter set n = n + 1;
-	if m.redelivered then return; end if;
+	if m.redelivered or m.attempt > 1 then return; end if;
 	if m.body ->> 'do' = 'sleep' then perform pg_sleep(600); end if;
 	if m.body ->> 'do' = 'loop' then perform count(*) from generate_series(1, 1e12::bigint); end if;
 	if m.body ->> 'do' = 'lock' then lock table locked; end if;

@@ -57,6 +57,24 @@ wait_until(q((select skipped = 1 from fanout.stat_subscriptions)));
 is(log_of(), 'a1 a2 b4', 'and a repeat of it is skipped');
 like(error("select fanout.skip('t', 'g', '$b')"), qr/message $b does not wait/, 'what does not wait cannot be skipped');
 
+# a transaction that stays open after skip() or retry() stops nobody else
+publish('x', 10, 1);
+publish('x', 11);
+wait_until(q((select waiting = 2 from fanout.stat_subscriptions)));
+my $x = sql(q(select message_id from fanout.delivery_failure where key = 'x'));
+my $session = $node->background_psql('postgres');
+$session->query_safe("begin; select fanout.retry('t', 'g'); select fanout.skip('t', 'g', '$x')");
+sql(q(select fanout.retry('t', 'g', gen_random_uuid())));
+publish('y', 12);
+wait_until(q((select count(*) = 4 from log)));
+is(log_of(), 'a1 a2 b4 y12', 'while skip() is not committed, other keys go on, and its own waits');
+$session->query_safe('rollback');
+$session->quit;
+sql(q(select fanout.retry('t', 'g')));
+wait_until(q((select count(*) = 6 from log)));
+is(log_of(), 'a1 a2 b4 y12 x10 x11', 'if it is rolled back, the message is tried, and before those behind it');
+sql(q(delete from log where key in ('x', 'y')));
+
 # ---- pause and resume ----
 
 publish('c', 5, 1);
