@@ -502,7 +502,8 @@ begin_batch(Batch *batch)
 {
 	batch->tries = batch->applied = batch->slowest_ms = 0;
 	batch->failed = lost = false;
-	deadline = mono_later(batch->limit_ms);
+	batch->began = mono_now();
+	deadline = mono_plus(batch->began, batch->limit_ms);
 }
 
 /* Runs one transaction.  What it takes from the room is in the current context. */

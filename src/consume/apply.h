@@ -43,6 +43,8 @@ typedef struct Batch
 	long		limit_ms;		/* so long are messages begun with */
 	int			patience_ms;	/* time of a call that was not tried before */
 
+	MonoTime	began;			/* set when it is run */
+
 	/* results */
 	int			tries;			/* handler calls */
 	int			applied;		/* messages of those that succeeded */

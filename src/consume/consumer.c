@@ -87,6 +87,13 @@
  */
 #define DELIVERY_BYTES 1024
 
+/*
+ * What is at hand should be done with in this time, as calls go; otherwise most of it
+ * goes back to the queue.  The broker closes the channel of a consumer that keeps a
+ * delivery for longer than its consumer_timeout, 30 minutes by default.
+ */
+#define AT_HAND_MS (5 * 60 * 1000)
+
 /* Bounds one ack or nack without progress; SIGTERM is taken meanwhile. */
 #define SETTLE_TIMEOUT_MS 30000
 
@@ -134,6 +141,7 @@ typedef struct Consumer
 
 	/* consuming */
 	bool		consuming;
+	int			prefetch;		/* that the broker was asked for */
 	uint32		consumed;		/* deliveries since then */
 	int			refusals;		/* in a row */
 	uint32		doubted;		/* for connection_believes() */
@@ -160,6 +168,7 @@ typedef struct Consumer
 	char		broken[512];	/* what it opened with; "": that was told */
 	MonoTime	probe_room_at;	/* while it is open: no delivery has come */
 	int			slowest_ms;		/* of the calls of late */
+	int			usual_us;		/* time of a message, of late */
 	MonoTime	impatient_until;
 	MonoTime	due_at;			/* what is due was last tried; 0: never */
 	MonoTime	failure_log_at; /* no sooner */
@@ -517,10 +526,23 @@ prepare_batch(Batch *batch, Delivery **deliveries)
 		batch->patience_ms = Max(PATIENCE_MIN_MS, con.slowest_ms * PATIENCE_TIMES);
 }
 
+/* Takes the time of a message for what the next ones will take, by and by. */
+static void
+learn_time(const Batch *batch)
+{
+	int64		us;
+
+	if (batch->applied == 0)
+		return;
+	us = Min((mono_now() - batch->began) / batch->applied, PG_INT32_MAX);
+	con.usual_us += (us - con.usual_us) / 4;
+}
+
 /* What the next batches should know of this one. */
 static void
 learn(const Batch *batch)
 {
+	learn_time(batch);
 	if (batch->failed || (batch->careful && con.careful == 0))
 		con.careful = CAREFUL_BATCHES;
 	else if (con.careful > 0)
@@ -631,6 +653,19 @@ put_all_back(Delivery **deliveries, int n)
 		put_back(deliveries[--n]);
 }
 
+/*
+ * Gives all that is at hand back to the queue, for the group, if it will take too
+ * long; the next connection asks for less (see prefetch()).
+ */
+static void
+give_back_excess(void)
+{
+	if (con.count <= 1 || (int64) con.count * con.usual_us / 1000 <= AT_HAND_MS)
+		return;
+	disconnect(true);
+	con.conn.connect_at = 0;
+}
+
 static bool
 handle_deliveries(void)
 {
@@ -657,6 +692,7 @@ handle_deliveries(void)
 		settle(batch.deliveries, batch.n, store);
 	learn(&batch);
 	heed_breaker(was_open);
+	give_back_excess();
 	return true;
 }
 
@@ -805,19 +841,26 @@ end_gathering(void)
 	pfree(sorted);
 }
 
-/* One, if it is to be a probe. */
+/*
+ * How many deliveries the broker may send: as declared, but no more than fit into
+ * memory, or are done with in half of AT_HAND_MS; one, if it is to be a probe.
+ */
 static int
 prefetch(void)
 {
+	int64		limit = pgf_consumer_memory / (DELIVERY_BYTES / 1024);
+
 	if (con.breaker.open)
 		return 1;
-	return Max(1, Min(con.row.prefetch, pgf_consumer_memory / (DELIVERY_BYTES / 1024)));
+	if (con.usual_us > 0)
+		limit = Min(limit, AT_HAND_MS * INT64CONST(500) / con.usual_us);
+	return Max(1, Min(con.row.prefetch, limit));
 }
 
 static bool
 gathered_all(void)
 {
-	if (!con.gathering || (con.count < prefetch() && !memory_full() && con.gather_until > mono_now()))
+	if (!con.gathering || (con.count < con.prefetch && !memory_full() && con.gather_until > mono_now()))
 		return false;
 	end_gathering();
 	return true;
@@ -853,7 +896,7 @@ delivered(BrokerDelivery *wire)
 static bool
 too_many(void)
 {
-	return con.count + con.nheld >= 2 * prefetch();
+	return con.count + con.nheld >= 2 * con.prefetch;
 }
 
 static void
@@ -924,15 +967,17 @@ static void
 begin_consuming(void)
 {
 	BrokerError error;
+	int			asked = prefetch();
 	BrokerResult result = queue_find(con.conn.broker, &con.row, &error);
 
 	if (result == BROKER_OK)
-		result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", prefetch(), &error);
+		result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", asked, &error);
 	if (result != BROKER_OK)
 	{
 		call_failed(result, &error);
 		return;
 	}
+	con.prefetch = asked;
 	con.consuming = con.gathering = true;
 	con.consumed = 0;
 	con.gather_until = mono_later(GATHER_MS);

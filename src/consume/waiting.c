@@ -437,8 +437,19 @@ is_behind(const Delivery *delivery)
 	return delivery->outcome == OUTCOME_BEHIND;
 }
 
-/* Makes the first message of each key due, unless it has its time; true if any. */
 static bool
+any_behind(Delivery **deliveries, int n)
+{
+	for (int i = 0; i < n; i++)
+	{
+		if (is_behind(deliveries[i]))
+			return true;
+	}
+	return false;
+}
+
+/* Makes the first message of each key due, unless it has its time. */
+static void
 promote(const SubscriptionRow *row, Datum *keys, int n)
 {
 	static CachedQuery query = {
@@ -449,10 +460,9 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
 
 	if (n == 0)
-		return false;
+		return;
 	values[1] = int8_array(keys, n);
 	run(&query, 2, types, values);
-	return SPI_processed > 0;
 }
 
 /* Those that failed may be due before all others. */
@@ -514,6 +524,18 @@ message_params(const SubscriptionRow *row, const Delivery *delivery, Datum *valu
 	delivery_body(&message, &values[lengthof(attributes)], &nulls[lengthof(attributes)]);
 }
 
+/*
+ * When a message is due, as it is stored; 0: behind another.  What has no key of its
+ * own to be promoted by is due at once: if it has to wait, that shows when it is taken.
+ */
+static TimestampTz
+next_try(const Delivery *delivery)
+{
+	if (delivery->outcome == OUTCOME_FAILED)
+		return delivery->next_try;
+	return (delivery->order.nkeys == 0 || delivery->order.barrier) ? GetCurrentTimestamp() : 0;
+}
+
 /* Of an attempt that failed, in the order of insert() and update_failed(). */
 static void
 failure_params(const Delivery *delivery, Datum *values, char *nulls)
@@ -523,7 +545,7 @@ failure_params(const Delivery *delivery, Datum *values, char *nulls)
 	values[2] = query_text_param(delivery->error ? delivery->sqlstate : NULL, &nulls[2]);
 	values[3] = query_text_param(delivery->error, &nulls[3]);
 	optional_time(delivery->waits_since, &values[4], &nulls[4]);
-	optional_time(delivery->outcome == OUTCOME_FAILED ? delivery->next_try : 0, &values[5], &nulls[5]);
+	optional_time(next_try(delivery), &values[5], &nulls[5]);
 }
 
 static void
@@ -586,7 +608,8 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	forget_known();
 	set_count(waiting_room.count + stored);
 	note_next_due(deliveries, n);
-	if (promote(row, keys, collect_keys(deliveries, n, is_behind, keys)))
+	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
+	if (any_behind(deliveries, n))
 		find_next_due(row);
 }
 
@@ -759,7 +782,7 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 	if (barrier)
 		promote_all(row);
 	else
-		(void) promote(row, keys, collect_keys(deliveries, n, is_done, keys));
+		promote(row, keys, collect_keys(deliveries, n, is_done, keys));
 	find_next_due(row);
 }
 

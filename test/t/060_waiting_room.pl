@@ -115,6 +115,31 @@ is(sql('select count(*) from fanout.waiting'), 0, 'and none is left behind');
 record("a key that fails for a while, $behind messages behind it, server killed", $behind + 100);
 sql(q(select fanout.unsubscribe('blocked', 'g'); truncate log));
 
+# ---- what is stored without having failed ----
+
+# A message without a key, one with a key, and a TRUNCATE, all of which the process
+# before may have ended in.
+sql(q(
+create table source (id int primary key);
+select fanout.declare_binding('stored', 'g');
+select fanout.capture('source', 'stored');
+create function end_once(m fanout.message) returns void language plpgsql as $$
+begin
+	perform pg_sleep(0.5);
+	perform note(m);
+end $$;
+select fanout.subscribe('stored', 'g', 'end_once(fanout.message)')));
+wait_until(q((select state = 'idle' from fanout.stat_subscriptions where topic = 'stored')));
+sql(q(select fanout.publish('stored', '{}'), fanout.publish('stored', '{}', key => 'a'), fanout.publish('stored', '{}', key => 'a');
+	truncate source; insert into source values (1)));
+wait_until(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep')));
+$node->stop('fast');
+$node->start;
+wait_until('(select count(*) from log) = 5');
+is(sql(q(select string_agg(coalesce(key, '-'), ' ' order by n) from log)), '- a a - 1', 'messages that are stored before they are tried are applied in order, with keys or without, TRUNCATE too');
+is(sql('select count(*) from fanout.waiting'), 0, 'and do not stay');
+sql(q(select fanout.unsubscribe('stored', 'g'); truncate log));
+
 # ---- memory ----
 
 my $many = $long ? 100000 : 20000;

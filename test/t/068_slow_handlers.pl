@@ -59,6 +59,19 @@ select fanout.subscribe('$topic', 'g', 'handle_$topic(fanout.message)', prefetch
 	append_to_file($rows, "| two databases on one queue, handlers of $seconds s, heartbeat 2 s | 068_slow_handlers | one transaction | $count | 0 | 0 |\n");
 }
 
+# More than a worker can do in reach of the broker's consumer_timeout goes back to
+# the queue, for others.
+sql('a', q(select fanout.declare_binding('much', 'g'); select fanout.publish('much', '{}', key => i::text) from generate_series(1, 300) i));
+sql('b', q(set client_min_messages = warning;
+create table applied_much (message_id uuid, n serial);
+create function handle_much(m fanout.message) returns void language plpgsql as $$ begin perform pg_sleep(2); insert into applied_much (message_id) values (m.message_id); end $$;
+select fanout.subscribe('much', 'g', 'handle_much(fanout.message)', prefetch => 1000)));
+PgFanout::poll(sub { $broker->ctl('list_queues', '-p', $broker->vhost, 'name', 'messages_ready', 'messages_unacknowledged') =~ /^much_g\t(\d+)\t(\d+)$/m
+	&& $1 > 150 && $2 < 130 }, 'most of the messages in the queue', 60);
+pass('of more than a worker can do in a few minutes most goes back to the queue');
+wait_until('b', '(select count(*) > 3 from applied_much)');
+is(sql('b', 'select count(*) - count(distinct message_id) from applied_much'), 0, 'and nothing is applied twice');
+
 done_testing();
 
 sub sql { return $node->safe_psql($_[0], $_[1]); }
