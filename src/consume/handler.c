@@ -50,6 +50,7 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "capture/via.h"
 #include "consume/handler.h"
 #include "server/worker.h"
 
@@ -69,7 +70,9 @@ static TimeoutId handler_timer;
 static TimeoutId grace_timer;
 static volatile sig_atomic_t timed_out = false;
 static bool running = false;
+static int	time_allowed = 0;	/* ms, of the call that runs; 0: none does */
 static bool refresh = true;		/* the subscription has to be read anew */
+static Oid	sync_target = InvalidOid;	/* see sync_table(); InvalidOid: none */
 static FmgrInfo handler_function;
 static TupleDesc message_desc;
 static MemoryContext call_context;	/* what the handler is given, and leaves */
@@ -81,6 +84,14 @@ static void
 something_changed(Datum arg, int cache, uint32 hash)
 {
 	refresh = true;
+}
+
+/* Of the table that sync_table() keeps; others are no business of a handler's. */
+static void
+table_changed(Datum arg, Oid relid)
+{
+	if (OidIsValid(sync_target) && (relid == sync_target || relid == InvalidOid))
+		refresh = true;
 }
 
 static void
@@ -103,6 +114,7 @@ handler_init(void)
 
 	for (int i = 0; i < lengthof(caches); i++)
 		CacheRegisterSyscacheCallback(caches[i], something_changed, (Datum) 0);
+	CacheRegisterRelcacheCallback(table_changed, (Datum) 0);
 	handler_timer = RegisterTimeout(USER_TIMEOUT, handler_late);
 	grace_timer = RegisterTimeout(USER_TIMEOUT, handler_deaf);
 	call_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout call", 0, CALL_MEMORY, ALLOCSET_DEFAULT_MAXSIZE);
@@ -118,9 +130,13 @@ handler_running(void)
 static bool
 read_anew(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 {
+	bool		found;
+
 	MemoryContextReset(context);
 	refresh = false;
-	return inbox_load_subscription(subscription_id, context, row);
+	found = inbox_load_subscription(subscription_id, context, row);
+	sync_target = found ? row->sync_target : InvalidOid;
+	return found;
 }
 
 bool
@@ -179,12 +195,19 @@ array_datum(const SubscriptionRow *row, Datum *elements, int n)
 }
 
 static void
+enable_timers(void)
+{
+	enable_timeout_after(handler_timer, time_allowed);
+	enable_timeout_after(grace_timer, time_allowed + GRACE_MS);
+}
+
+static void
 start_timer(const SubscriptionRow *row)
 {
 	timed_out = false;
+	time_allowed = row->handler_timeout;
 	worker_allow_cancel(true);
-	enable_timeout_after(handler_timer, row->handler_timeout);
-	enable_timeout_after(grace_timer, row->handler_timeout + GRACE_MS);
+	enable_timers();
 }
 
 static void
@@ -192,7 +215,19 @@ stop_timer(void)
 {
 	disable_timeout(handler_timer, false);
 	disable_timeout(grace_timer, false);
+	time_allowed = 0;
 	worker_allow_cancel(false);
+}
+
+void
+handler_more_time(void)
+{
+	CHECK_FOR_INTERRUPTS();
+	if (time_allowed == 0)
+		return;
+	disable_timeout(handler_timer, false);
+	disable_timeout(grace_timer, false);
+	enable_timers();
 }
 
 static void
@@ -231,8 +266,12 @@ call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
 	forget_call();
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
+	{
 		messages[i] = delivery_datum(row, deliveries[i]);
+		via_add(delivery_via(deliveries[i]));
+	}
 	call(row, row->batch ? array_datum(row, messages, n) : messages[0]);
+	via_set(NULL);
 	MemoryContextSwitchTo(oldcontext);
 }
 

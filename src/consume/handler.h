@@ -34,6 +34,12 @@ extern void handler_init(void);
 extern bool handler_running(void);
 
 /*
+ * For a handler of ours that has much to do: from now on, the call that runs has
+ * its whole handler_timeout again.  Nothing, if no worker called it.
+ */
+extern void handler_more_time(void);
+
+/*
  * Reads the subscription anew if anything that it depends on may have changed;
  * texts in the context, which is reset then.  In a transaction of its own.
  * False: it is over.

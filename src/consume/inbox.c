@@ -186,6 +186,7 @@ read_subscription(SubscriptionRow *row)
 	row->message_type = DatumGetObjectId(query_value(0, 12, &isnull));
 	row->argument_type = DatumGetObjectId(query_value(0, 13, &isnull));
 	row->problem = text_value(0, 14);
+	row->sync_target = DatumGetObjectId(query_value(0, 15, &isnull));
 	if (row->exchange == NULL || row->queue == NULL)
 		row->problem = pstrdup("its name cannot be converted to UTF-8");
 }
@@ -199,7 +200,8 @@ inbox_load_subscription(int32 subscription_id, MemoryContext context, Subscripti
 		" (extract(epoch from handler_timeout) * 1000)::bigint,"
 		" coalesce(fanout.subscription_handler(s), 0), 'fanout.message'::regtype::oid,"
 		" case when batch then 'fanout.message[]'::regtype else 'fanout.message'::regtype end::oid,"
-		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s))"
+		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id)),"
+		" coalesce((select t.target::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
 		" from fanout.subscription s where subscription_id = $1 and active"
 	};
 	Caller		caller = become_owner();
@@ -802,12 +804,12 @@ Datum
 pgf_sync_table(PG_FUNCTION_ARGS)
 {
 	Oid			types[] = {
-		OIDOID, TEXTOID, TEXTOID, REGCLASSOID, TEXTARRAYOID, JSONBOID, INT4OID, INT4OID, INTERVALOID, INTERVALOID,
-		INTERVALOID
+		OIDOID, TEXTOID, TEXTOID, REGCLASSOID, TEXTARRAYOID, JSONBOID, TEXTOID, TEXTOID, INT4OID, INT4OID,
+		INTERVALOID, INTERVALOID, INTERVALOID
 	};
 
 	PreventCommandIfReadOnly("fanout.sync_table()");
-	call_as_owner(fcinfo, "select fanout.add_sync_table($1::regrole, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+	call_as_owner(fcinfo, "select fanout.add_sync_table($1::regrole, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
 				  types);
 	PG_RETURN_VOID();
 }
