@@ -15,11 +15,15 @@
 #include "fmgr.h"
 #include "miscadmin.h"
 
+#include "broker/settings.h"
 #include "capture/nesting.h"
 #include "capture/writer.h"
+#include "consume/inbox.h"
+#include "server/compat.h"
 #include "server/guc.h"
 #include "server/hooks.h"
 #include "server/launcher.h"
+#include "server/refused.h"
 #include "server/shmem.h"
 #include "server/wakeup.h"
 
@@ -27,10 +31,28 @@ PG_MODULE_MAGIC;
 
 extern PGDLLEXPORT void _PG_init(void);
 
+/*
+ * Defines all settings.  What was asked for is collected before, and compared
+ * afterwards, because a value that a definition refuses is lost.
+ */
+static void
+define_settings(bool preloading)
+{
+	List	   *asked = preloading ? refused_collect() : NIL;
+
+	guc_define(preloading);
+	settings_define();
+	if (preloading)
+	{
+		MarkGUCPrefixReserved("pg_fanout");
+		refused_note(asked);
+	}
+}
+
 void
 _PG_init(void)
 {
-	guc_init(process_shared_preload_libraries_in_progress);
+	define_settings(process_shared_preload_libraries_in_progress);
 
 	if (IsBinaryUpgrade)
 		return;
@@ -45,5 +67,6 @@ _PG_init(void)
 	wakeup_init();
 	writer_init();
 	nesting_init();
+	inbox_init();
 	launcher_register();
 }

@@ -29,7 +29,7 @@
 #include "utils/memutils.h"
 
 #include "broker/connection.h"
-#include "server/guc.h"
+#include "broker/settings.h"
 #include "server/monotime.h"
 #include "server/refused.h"
 #include "server/worker.h"
@@ -65,6 +65,7 @@ connection_init(Connection *conn, const char *who, const char *name)
 	conn->settings_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout settings",
 												   ALLOCSET_SMALL_SIZES);
 	refused_note_stored();
+	worker_set_socket_finder(broker_handshake_fd);
 }
 
 /* The settings a connection depends on, as one text. */
@@ -255,7 +256,7 @@ read_password(Connection *conn, char **password)
 
 	PG_TRY();
 	{
-		*password = guc_read_password();
+		*password = settings_read_password();
 	}
 	PG_CATCH();
 	{

@@ -33,13 +33,12 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 
-#include "broker/broker.h"
+#include "capture/cache.h"
 #include "capture/msgid.h"
 #include "capture/nesting.h"
-#include "capture/relinfo.h"
+#include "capture/outbox.h"
 #include "capture/rowjson.h"
 #include "capture/via.h"
-#include "publish/outbox.h"
 
 PG_FUNCTION_INFO_V1(pgf_capture_trigger);
 PG_FUNCTION_INFO_V1(pgf_publish);
@@ -260,7 +259,7 @@ change_headers(const Change *change)
 	entity = RelationIdGetRelation(info->entity);
 	headers.schema = get_namespace_name(RelationGetNamespace(entity));
 	headers.table = RelationGetRelationName(entity);
-	result = relinfo_headers(&headers);
+	result = cache_headers(&headers);
 	RelationClose(entity);
 	return result;
 }
@@ -352,7 +351,7 @@ describe_change(Change *change, TriggerData *trigdata)
 	CaptureOp	event = operation_of(trigdata->tg_event);
 
 	memset(change, 0, sizeof(*change));
-	change->info = relinfo_of_trigger(trigdata);
+	change->info = cache_of_trigger(trigdata);
 	change->desc = RelationGetDescr(trigdata->tg_relation);
 	change->op = (event == OP_UPDATE && change->info->sent_as >= 0) ? change->info->sent_as : event;
 	change->now = GetCurrentTimestamp();
@@ -540,7 +539,7 @@ pgf_publish(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("%s must not be null", PG_ARGISNULL(0) ? "topic" : "payload"),
 				 PG_ARGISNULL(0) ? 0 : errhint("A JSON null is written 'null'::jsonb.")));
-	topic = relinfo_topic(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+	topic = cache_topic(text_to_cstring(PG_GETARG_TEXT_PP(0)));
 
 	memset(&row, 0, sizeof(row));
 	row.id = outbox_next_id();
@@ -550,12 +549,12 @@ pgf_publish(PG_FUNCTION_ARGS)
 	row.type = PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3));
 	row.headers = PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4);
 	row.created_at = GetCurrentTimestamp();
-	if (row.type != NULL && utf8_length(row.type) > BROKER_MAX_SHORTSTR)
+	if (row.type != NULL && utf8_length(row.type) > OUTBOX_MAX_TYPE)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("type is too long"),
 				 errdetail("It has %d bytes in UTF-8; the AMQP property takes %d.",
-						   utf8_length(row.type), BROKER_MAX_SHORTSTR)));
+						   utf8_length(row.type), OUTBOX_MAX_TYPE)));
 	if (row.headers != NULL)
 		check_headers(row.headers);
 	row.payload = render_payload(PG_GETARG_JSONB_P(1), topic.format, &row);

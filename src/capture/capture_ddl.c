@@ -49,7 +49,7 @@
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
-#include "capture/relinfo.h"
+#include "capture/cache.h"
 #include "server/compat.h"
 
 PG_FUNCTION_INFO_V1(pgf_trigger_arguments);
@@ -70,7 +70,7 @@ pgf_trigger_arguments(PG_FUNCTION_ARGS)
 	Oid			relid;
 	Oid			parent;
 	char	   *name;
-	char	  **args = relinfo_trigger_arguments(PG_GETARG_OID(0), &nargs, &relid, &parent, &name);
+	char	  **args = cache_trigger_arguments(PG_GETARG_OID(0), &nargs, &relid, &parent, &name);
 	Datum	   *elements;
 
 	if (args == NULL)
@@ -809,7 +809,7 @@ trigger_condition(Oid trigger)
 		parts = make_ands_implicit(stringToNode(TextDatumGetCString(condition)));
 	systable_endscan(scan);
 	table_close(rel, AccessShareLock);
-	if (parts != NIL && relinfo_is_count(llast(parts)))
+	if (parts != NIL && cache_is_count(llast(parts)))
 		parts = list_delete_last(parts);
 	return parts;
 }

@@ -77,7 +77,7 @@
 #include "utils/memutils.h"
 
 #include "capture/nesting.h"
-#include "publish/outbox.h"
+#include "capture/outbox.h"
 #include "server/compat.h"
 
 PG_FUNCTION_INFO_V1(pgf_count_change);

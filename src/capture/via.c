@@ -32,7 +32,7 @@
 #include "miscadmin.h"
 #include "utils/memutils.h"
 
-#include "capture/relinfo.h"
+#include "capture/cache.h"
 #include "capture/via.h"
 
 /* in TopMemoryContext; NULL: no message is being handled */
@@ -55,8 +55,8 @@ via_database(void)
 static void
 append_table(StringInfo out, const char *schema, const char *table)
 {
-	relinfo_append_segment(out, schema);
-	relinfo_append_segment(out, table);
+	cache_append_segment(out, schema);
+	cache_append_segment(out, table);
 }
 
 static bool

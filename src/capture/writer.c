@@ -20,7 +20,10 @@
  * - A subtransaction begins while its parent has a queue (an exception block in
  *	 another AFTER trigger): its rows are inserted one by one.
  *
- * - What ends no statement of the executor (an apply worker of logical
+ * - A command that is no statement of the executor has written rows (COPY): the
+ *	 queue is inserted when the command ends.
+ *
+ * - What is neither (an apply worker of logical
  *	 replication): before COMMIT, PREPARE TRANSACTION, or the end of the
  *	 subtransaction.
  *
@@ -44,12 +47,13 @@
 #include "access/xact.h"
 #include "commands/trigger.h"
 #include "executor/executor.h"
+#include "tcop/utility.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
-#include "capture/relinfo.h"
 #include "capture/writer.h"
 #include "server/segment.h"
+#include "server/tables.h"
 
 /* A dozen pages, and little enough to stay in the processor's cache. */
 #define QUEUE_ROWS 128
@@ -67,6 +71,7 @@ static struct
 static bool committing = false;
 static bool flushing = false;	/* the queue is being inserted */
 static ExecutorFinish_hook_type next_executor_finish = NULL;
+static ProcessUtility_hook_type next_utility = NULL;
 
 /* ---- inserting ---- */
 
@@ -75,7 +80,7 @@ writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
 {
 	HeapTuple	row = heap_form_tuple(desc, values, nulls);
 
-	segment_insert(relinfo_segment(segment), desc, &row, 1);
+	segment_insert(tables_segment(segment), desc, &row, 1);
 }
 
 /* ---- the queue ---- */
@@ -88,8 +93,9 @@ forget_queue(void)
 	MemoryContextReset(queue.context);
 }
 
-void
-writer_flush(void)
+/* Inserts what the current subtransaction has queued. */
+static void
+flush_queue(void)
 {
 	MemoryContext old_context;
 
@@ -97,7 +103,7 @@ writer_flush(void)
 		return;
 	flushing = true;
 	old_context = MemoryContextSwitchTo(queue.context);
-	segment_insert(relinfo_segment(queue.segment), queue.desc, queue.rows, queue.count);
+	segment_insert(tables_segment(queue.segment), queue.desc, queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
 	forget_queue();
 }
@@ -121,7 +127,7 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
 		return;
 	}
 	if (queue.count == QUEUE_ROWS || queue.segment != segment)
-		writer_flush();
+		flush_queue();
 	queue.subid = GetCurrentSubTransactionId();
 	queue.segment = segment;
 	queue.desc = desc;
@@ -133,7 +139,7 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
 		queue.rows[queue.count++] = row;
 	else
 	{
-		segment_insert(relinfo_segment(segment), desc, &row, 1);
+		segment_insert(tables_segment(segment), desc, &row, 1);
 		heap_freetuple(row);
 	}
 }
@@ -161,7 +167,22 @@ executor_finish(QueryDesc *query)
 	else
 		standard_ExecutorFinish(query);
 	if (ends_statement(query) && !IsInParallelMode())
-		writer_flush();
+		flush_queue();
+}
+
+/*
+ * Inserts what a command has queued.  Nothing of pstmt may be looked at after the
+ * command: it may have ended the transaction whose memory that is.
+ */
+static void
+utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
+		ProcessUtilityContext context, ParamListInfo params,
+		QueryEnvironment *query_env, DestReceiver *dest, QueryCompletion *qc)
+{
+	ProcessUtility_hook_type next = next_utility ? next_utility : standard_ProcessUtility;
+
+	next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
+	flush_queue();
 }
 
 /*
@@ -175,7 +196,7 @@ flush_at_end(void)
 	if (queue.count == 0)
 		return;
 	PushActiveSnapshot(GetTransactionSnapshot());
-	writer_flush();
+	flush_queue();
 	PopActiveSnapshot();
 	AfterTriggerFireDeferred();
 }
@@ -207,17 +228,23 @@ static void
 subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId parent, void *arg)
 {
 	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
-		writer_flush();
+		flush_queue();
 	else if (event == SUBXACT_EVENT_ABORT_SUB && (queue.count == 0 || queue.subid == subid))
 		forget_queue();
 }
 
+/*
+ * Lets rows be queued.  To be called once in the postmaster, before
+ * nesting_init(): the queue is inserted inside the level of the statement.
+ */
 void
 writer_init(void)
 {
 	queue.context = AllocSetContextCreate(TopMemoryContext, "pg_fanout queue", ALLOCSET_DEFAULT_SIZES);
 	next_executor_finish = ExecutorFinish_hook;
 	ExecutorFinish_hook = executor_finish;
+	next_utility = ProcessUtility_hook;
+	ProcessUtility_hook = utility;
 	RegisterXactCallback(xact_callback, NULL);
 	RegisterSubXactCallback(subxact_callback, NULL);
 }

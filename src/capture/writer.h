@@ -12,7 +12,7 @@
 
 #include "access/tupdesc.h"
 
-/* To be called once in the postmaster: without it nothing is queued. */
+/* Without it nothing is queued. */
 extern void writer_init(void);
 
 /* Puts a row, all columns of fanout.outbox, into a segment. */
@@ -24,8 +24,5 @@ extern void writer_insert(int segment, TupleDesc desc, Datum *values, bool *null
  * descriptor must live as long as the session.
  */
 extern void writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls);
-
-/* Inserts what the current subtransaction has queued. */
-extern void writer_flush(void);
 
 #endif							/* PGF_WRITER_H */

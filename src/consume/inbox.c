@@ -48,11 +48,12 @@
 
 #include "capture/msgid.h"
 #include "consume/inbox.h"
-#include "publish/ledger.h"
+#include "publish/maintenance.h"
 #include "publish/wire.h"
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/shmem.h"
+#include "server/tables.h"
 #include "server/wakeup.h"
 
 #define INBOX_SEGMENTS 4
@@ -122,8 +123,9 @@ become_caller(const Caller *caller)
 
 /* ---- subscriptions ---- */
 
-int
-inbox_publish_subscriptions(void)
+/* Tells the launcher which subscriptions there are; called by the publisher. */
+static int
+publish_subscriptions(void)
 {
 	static CachedQuery query = {
 		"select subscription_id, version, role::oid from fanout.subscription s"
@@ -284,7 +286,7 @@ current_segment(void)
 
 	query_execute(&query, 0, NULL, NULL, NULL);
 	if (SPI_processed != 1)
-		ledger_row_missing("inbox_rotation");
+		tables_row_missing("inbox_rotation");
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
@@ -718,8 +720,13 @@ forget_old(CachedQuery *query, int retention_s)
 	query_execute(query, 1, types, values, NULL);
 }
 
-void
-inbox_rotate(int retention_s)
+/*
+ * Empties segments that are older than the retention, and goes on to the next;
+ * removes failures of which nobody has heard for that long, and what is
+ * remembered of rows of sync_table() that were deleted.  Called by the publisher.
+ */
+static void
+rotate(int retention_s)
 {
 	/* the clock was wrong once: better too long than too short */
 	static CachedQuery not_yet = {
@@ -840,4 +847,19 @@ pgf_wake_consumers(PG_FUNCTION_ARGS)
 {
 	wakeup_consumers_at_commit();
 	PG_RETURN_VOID();
+}
+
+/*
+ * Hands to the publisher what it does for consumers.  To be called once in the
+ * postmaster.
+ */
+void
+inbox_init(void)
+{
+	static const ConsumerUpkeep upkeep = {
+		.publish_subscriptions = publish_subscriptions,
+		.rotate_inbox = rotate
+	};
+
+	maintenance_set_upkeep(&upkeep);
 }

@@ -56,8 +56,7 @@ typedef struct SubscriptionRow
 	char	   *problem;		/* why it cannot be consumed; NULL: it can */
 } SubscriptionRow;
 
-/* The publisher: tells the launcher which subscriptions there are. */
-extern int	inbox_publish_subscriptions(void);
+extern void inbox_init(void);
 
 /* Texts in the context.  False: it has ended. */
 extern bool inbox_load_subscription(int32 subscription_id, MemoryContext context, SubscriptionRow *row);
@@ -102,12 +101,5 @@ extern bool inbox_take_redriven(const SubscriptionRow *row, MemoryContext contex
 /* It is done with: removes it.  False: it is gone already. */
 extern bool inbox_remove_redriven(int64 dead_id);
 extern void inbox_record_redriven(int64 dead_id, const char *sqlstate, const char *error);
-
-/*
- * The publisher: empties segments that are older than the retention, and goes
- * on to the next; removes failures of which nobody has heard for so long, and
- * what is remembered of rows of sync_table() that were deleted.
- */
-extern void inbox_rotate(int retention_s);
 
 #endif							/* PGF_INBOX_H */

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * ledger.c
- *		Is the state of this database this server's own?
+ *		The entries of what was sent; is the state of this database this server's
+ *		own?
  *
  * The ledger says by snapshots what was sent, and rows of the outbox say by
  * transaction ids when they were written.  If they come from elsewhere, or if
@@ -31,6 +32,7 @@
  */
 #include "postgres.h"
 
+#include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -41,6 +43,7 @@
 #include "server/compat.h"
 #include "server/query.h"
 #include "server/shmem.h"
+#include "server/tables.h"
 #include "server/wakeup.h"
 #include "server/worker.h"
 
@@ -74,15 +77,6 @@ ledger_check(void)
 				(errcode(ERRCODE_DATA_CORRUPTED),
 				 errmsg("%s", problem),
 				 errhint(REPAIR_HINT)));
-}
-
-void
-ledger_row_missing(const char *table)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("table \"fanout.%s\" must have one row", table),
-			 errhint(REPAIR_HINT)));
 }
 
 /* Tells of a problem that was not told of before; takes it over. */
@@ -120,6 +114,27 @@ ledger_usable(void)
 		tell_problem(problem);
 	worker_commit();
 	return usable;
+}
+
+/*
+ * Records that the messages of a batch, from base to target, are settled up to
+ * last_id: count of them since the last entry.  What became of them must be
+ * recorded in the same transaction, opened by worker_begin().  Raises an error if
+ * fanout.rotation does not say where the entry belongs.
+ */
+void
+ledger_record_sent(Datum base, Datum target, int64 last_id, int count)
+{
+	static CachedQuery query = {
+		"insert into fanout.sent (segment, base, target, last_id, count)"
+		" select current, $1, $2, $3, $4 from fanout.rotation"
+	};
+	Oid			types[4] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID};
+	Datum		values[4] = {base, target, Int64GetDatum(last_id), Int32GetDatum(count)};
+
+	query_execute(&query, 4, types, values, NULL);
+	if (SPI_processed != 1)
+		tables_row_missing("rotation");
 }
 
 /*

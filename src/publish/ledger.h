@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * ledger.h
- *		Is the state of this database this server's own?
+ *		The entries of what was sent; is the state of this database this server's
+ *		own?
  *
  *-------------------------------------------------------------------------
  */
@@ -9,8 +10,6 @@
 #define PGF_LEDGER_H
 
 #include "postgres.h"
-
-#include "server/compat.h"
 
 /*
  * Raises an error if the publisher cannot go on from what ledger, rotation and
@@ -24,7 +23,6 @@ extern void ledger_check(void);
  */
 extern bool ledger_usable(void);
 
-/* Raises the error for a table that does not have its only row. */
-pg_noreturn extern void ledger_row_missing(const char *table);
+extern void ledger_record_sent(Datum base, Datum target, int64 last_id, int count);
 
 #endif							/* PGF_LEDGER_H */

@@ -61,11 +61,11 @@
 #include "broker/broker.h"
 #include "broker/confirms.h"
 #include "broker/connection.h"
-#include "consume/inbox.h"
 #include "publish/flight.h"
 #include "publish/ledger.h"
-#include "publish/outbox.h"
+#include "publish/maintenance.h"
 #include "publish/publisher.h"
+#include "publish/reader.h"
 #include "publish/topology.h"
 #include "publish/wire.h"
 #include "server/compat.h"
@@ -159,7 +159,7 @@ settle(Message *message, MessageState state)
 	message->state = state;
 	message->chunk->unsettled--;
 	flight_settle(&pub.flight, &message->flight);
-	outbox_free_body(message);
+	reader_free_body(message);
 }
 
 static bool
@@ -666,7 +666,7 @@ drop_chunk(Chunk *chunk)
 static bool
 bury(const Message *message, const char *topic, int attempts)
 {
-	if (!outbox_bury(message, topic, attempts))
+	if (!reader_bury(message, topic, attempts))
 		return false;
 	ereport(WARNING,
 			(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
@@ -681,13 +681,13 @@ bury(const Message *message, const char *topic, int attempts)
 static void
 bury_first_held(Topic *topic)
 {
-	Chunk	   *chunk = outbox_read_held(topic->topic_id, 1, CurrentMemoryContext);
+	Chunk	   *chunk = reader_read_held(topic->topic_id, 1, CurrentMemoryContext);
 	bool		buried;
 
 	if (chunk == NULL)
 		return;
 	chunk->messages[0]->reason = topic->reason;
-	buried = outbox_lock_held(chunk->messages, 1) && bury(chunk->messages[0], topic->name, topic->attempts);
+	buried = reader_lock_held(chunk->messages, 1) && bury(chunk->messages[0], topic->name, topic->attempts);
 	drop_chunk(chunk);
 	if (!buried)
 		return;					/* somebody is purging it */
@@ -922,7 +922,7 @@ read_chunk(void)
 		batch_ticket = pg_atomic_read_u64(&worker_slot->flush_requested);
 	}
 	worker_begin();
-	chunk = outbox_read(&pub.cursor, TopMemoryContext, &topology);
+	chunk = reader_read(&pub.cursor, TopMemoryContext, &topology);
 	if (topology || has_unknown_topic(chunk))
 		load_topology();
 	if (chunk != NULL)
@@ -1112,7 +1112,7 @@ record_held(const Chunk *chunk)
 		topic->held = true;
 		held[kept++] = held[i];
 	}
-	outbox_hold(held, kept);
+	reader_hold(held, kept);
 }
 
 static bool
@@ -1178,7 +1178,8 @@ record_chunk(Chunk *chunk)
 	worker_begin();
 	record_held(chunk);
 	record_dead(chunk);
-	outbox_record_sent(chunk);
+	ledger_record_sent(chunk->base, chunk->target, chunk->messages[chunk->count - 1]->id,
+					   chunk->before + chunk->count);
 	record_stalls();
 	worker_commit();
 
@@ -1199,14 +1200,14 @@ record_drain(void)
 	bool		all = true;
 
 	worker_begin();
-	if (!outbox_lock_held(sent, nsent) || !outbox_lock_held(dead, ndead))
+	if (!reader_lock_held(sent, nsent) || !reader_lock_held(dead, ndead))
 	{
 		/* somebody is purging them: only this topic waits for that */
 		worker_commit();
 		pub.drain_record_at = mono_later(RECORD_AGAIN_MS);
 		return;
 	}
-	outbox_release(sent, nsent);
+	reader_release(sent, nsent);
 	record_dead(chunk);
 	record_stalls();
 	worker_commit();
@@ -1302,7 +1303,7 @@ start_drain(Topic *topic)
 	int			limit = topic->stalled ? 1 : DRAIN_MESSAGES;
 
 	worker_begin();
-	pub.drain = outbox_read_held(topic->topic_id, limit, TopMemoryContext);
+	pub.drain = reader_read_held(topic->topic_id, limit, TopMemoryContext);
 	if (pub.drain != NULL)
 		prepare_chunk(pub.drain);
 	worker_commit();
@@ -1432,7 +1433,7 @@ read_subscriptions(void)
 	pg_atomic_write_u32(&worker_slot->subscriptions_dirty, 0);
 	pg_memory_barrier();
 	worker_begin();
-	without = inbox_publish_subscriptions();
+	without = maintenance_publish_subscriptions();
 	if (without > 0 && !logged)
 		ereport(LOG,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
@@ -1501,8 +1502,8 @@ count_sent(void)
 		counts[n++] = topic->sent;
 		topic->sent = 0;
 	}
-	outbox_count_sent(ids, counts, n,
-					  Max(1.0, (mono_now() - pub.statistics_since) / (double) USECS_PER_SEC));
+	maintenance_count_sent(ids, counts, n,
+						   Max(1.0, (mono_now() - pub.statistics_since) / (double) USECS_PER_SEC));
 	pfree(ids);
 	pfree(counts);
 }
@@ -1559,12 +1560,12 @@ maintain(MonoTime now)
 		return;
 	worker_begin();
 	/* what a wrong setting was to keep may be longer than the default */
-	segment = pub.conn.problem ? outbox_current_segment() : outbox_rotate(pgf_retention);
+	segment = pub.conn.problem ? maintenance_current_segment() : maintenance_rotate(pgf_retention);
 	topology_find_held();
 	worker_commit();
 	worker_begin();
 	if (pub.conn.problem == NULL)
-		inbox_rotate(pgf_inbox_retention);
+		maintenance_rotate_inbox(pgf_inbox_retention);
 	worker_commit();
 	read_subscriptions();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);
@@ -1700,8 +1701,8 @@ start(void)
 
 	await_ledger();
 	worker_begin();
-	outbox_load_cursor(&pub.cursor);
-	pg_atomic_write_u32(&worker_slot->current_segment, outbox_current_segment());
+	reader_load_cursor(&pub.cursor);
+	pg_atomic_write_u32(&worker_slot->current_segment, maintenance_current_segment());
 	load_topology();
 	worker_commit();
 	read_subscriptions();

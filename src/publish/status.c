@@ -21,8 +21,8 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
-#include "capture/relinfo.h"
-#include "publish/outbox.h"
+#include "capture/cache.h"
+#include "capture/outbox.h"
 #include "server/compat.h"
 #include "server/guard.h"
 #include "server/shmem.h"
@@ -68,7 +68,7 @@ static void
 topology_changed(void)
 {
 	outbox_topology_changed();
-	relinfo_invalidate_topics();
+	cache_invalidate_topics();
 }
 
 Datum

@@ -26,7 +26,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
-#include "publish/outbox.h"
+#include "publish/reader.h"
 #include "publish/topology.h"
 #include "publish/wire.h"
 #include "server/guc.h"
@@ -366,7 +366,7 @@ void
 topology_find_held(void)
 {
 	int32	   *ids;
-	int			n = outbox_topics_held(&ids);
+	int			n = reader_topics_held(&ids);
 
 	for (int i = 0; i < n; i++)
 	{

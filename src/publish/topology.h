@@ -14,7 +14,6 @@
 
 #include "broker/broker.h"
 #include "broker/connection.h"
-#include "capture/relinfo.h"
 #include "server/monotime.h"
 
 /* The longest pause between attempts, unless pg_fanout.retry_interval is longer. */

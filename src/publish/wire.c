@@ -20,8 +20,12 @@
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
+#include "capture/outbox.h"
 #include "capture/via.h"
 #include "publish/wire.h"
+
+StaticAssertDecl(OUTBOX_MAX_TYPE == BROKER_MAX_SHORTSTR,
+				 "whatever type may be written to the outbox must go into a message");
 
 /* Our own headers, set by set_own_headers(). */
 #define OWN_HEADERS 4
@@ -207,7 +211,7 @@ prepare(Message *message)
 	if (message->payload_len > BROKER_MAX_BODY)
 		return psprintf("body of %zu bytes is larger than the %d that RabbitMQ can take",
 						message->payload_len, BROKER_MAX_BODY);
-	if (outbox_unsendable(message))
+	if (reader_unsendable(message))
 		return psprintf("headers and key of %zu bytes do not fit into a frame", message->headers_len);
 	fields = wire_fields(message->headers, OWN_HEADERS, &wire->nheaders);
 	if (fields == NULL || !set_own_headers(message, fields, &wire->nheaders))

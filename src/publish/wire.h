@@ -11,7 +11,7 @@
 #include "postgres.h"
 
 #include "broker/broker.h"
-#include "publish/outbox.h"
+#include "publish/reader.h"
 
 /*
  * Fills message->wire except exchange, routing key and content type, in the

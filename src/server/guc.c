@@ -1,62 +1,28 @@
 /*-------------------------------------------------------------------------
  *
  * guc.c
- *		The settings pg_fanout.*, and the password file.
+ *		The settings pg_fanout.*, but for those of the connection to the broker,
+ *		which are in settings.c.
  *
  * All but max_databases and max_subscriptions take effect at a reload, and can
  * be set for one database with ALTER DATABASE ... SET; hooks.c then restarts
  * that database's workers.
  *
- * What ALTER DATABASE and ALTER ROLE store is in pg_db_role_setting, which
- * everybody can read.  So they refuse a URI with a password.  One that is
- * there all the same (stored before this library was loaded) is used, with a
- * warning from the publisher: refusing it then would only take away the
- * broker, not the secret.
- *
- * GUC_SUPERUSER_ONLY still lets members of pg_read_all_settings see a value,
- * pg_monitor among them; so SHOW never shows the password in a URI, not even
- * to superusers, and pg_settings leaves the setting out.
- *
  * A value that is refused where nobody can be told, as at the start of the
  * server, does not let the default be used in its place: see refused.c.
- *
- * Nothing here may print the value of pg_fanout.uri.  The server does so when
- * a check hook fails without a message of its own, so each failure sets one.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include <limits.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "common/string.h"
-#include "lib/stringinfo.h"
-#include "miscadmin.h"
-#include "storage/fd.h"
 #include "utils/guc.h"
-#include "utils/memutils.h"
 
-#include "broker/broker.h"
-#include "server/compat.h"
 #include "server/guc.h"
-#include "server/refused.h"
 
-#define DEFAULT_URI			"amqp://guest:guest@localhost:5672/"
 #define SECONDS_PER_YEAR	(365 * 24 * 3600)
 
-/* pg_settings would show the reset value, for which there is no show hook */
-#define HIDDEN (GUC_SUPERUSER_ONLY | GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE)
-
-char	   *pgf_uri;
-char	   *pgf_password_file;
-char	   *pgf_tls_ca_file;
-char	   *pgf_tls_cert_file;
-char	   *pgf_tls_key_file;
-bool		pgf_tls_verify = true;
-int			pgf_connect_timeout = 1500;
-int			pgf_heartbeat = 30;
 int			pgf_confirm_timeout = 60000;
 int			pgf_max_in_flight = 2000;
 int			pgf_retry_interval = 5000;
@@ -67,35 +33,67 @@ int			pgf_consumer_memory = 64 * 1024;
 int			pgf_max_databases = 64;
 int			pgf_max_subscriptions = 32;
 
-static void define_connection_settings(void);
-static void define_tls_settings(void);
 static void define_publishing_settings(void);
 static void define_consuming_settings(void);
-static void define_secret(const char *name, const char *short_desc, const char *long_desc,
-						  char **variable, const char *boot_value,
-						  GucStringCheckHook check_hook);
-static void define_int(const char *name, const char *short_desc, const char *long_desc,
-					   int *variable, int min, int max, int flags);
-static const char *show_uri(void);
-static bool check_uri(char **newval, void **extra, GucSource source);
-static bool check_stored_password(const BrokerAddress *addresses, int count, GucSource source);
-static bool has_secret(const BrokerAddress *address);
-static void check_password_file(const char *path);
+static void define_limits(void);
 
+/*
+ * Defines the settings.  preloading: the library is being loaded by the
+ * postmaster, so that those that need it (max_databases, ...) can be defined
+ * too.
+ */
 void
-guc_init(bool preloading)
+guc_define(bool preloading)
 {
-	List	   *asked = preloading ? refused_collect() : NIL;
-
-	define_connection_settings();
-	define_tls_settings();
 	define_publishing_settings();
 	define_consuming_settings();
 
 	/* Without the preload, these would pass for typing errors. */
-	if (!preloading)
-		return;
+	if (preloading)
+		define_limits();
+}
 
+static void
+define_publishing_settings(void)
+{
+	guc_define_int("pg_fanout.confirm_timeout",
+				   "Time after which a broker that has confirmed nothing is given up.",
+				   NULL,
+				   &pgf_confirm_timeout, 1000, 3600 * 1000, GUC_UNIT_MS);
+	guc_define_int("pg_fanout.max_in_flight",
+				   "Maximum number of messages published and not yet confirmed.",
+				   NULL,
+				   &pgf_max_in_flight, 1, 65535, 0);
+	guc_define_int("pg_fanout.retry_interval",
+				   "Time before a topic that failed is tried again, the first time.",
+				   NULL,
+				   &pgf_retry_interval, 100, 3600 * 1000, GUC_UNIT_MS);
+	guc_define_int("pg_fanout.retry_limit",
+				   "Number of attempts after which a failing topic raises an alert.",
+				   NULL,
+				   &pgf_retry_limit, 1, INT_MAX, 0);
+	guc_define_int("pg_fanout.retention",
+				   "Time for which sent messages are kept.",
+				   NULL,
+				   &pgf_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
+}
+
+static void
+define_consuming_settings(void)
+{
+	guc_define_int("pg_fanout.inbox_retention",
+				   "Time for which messages that were applied are remembered, so that repeats are recognised.",
+				   NULL,
+				   &pgf_inbox_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
+	guc_define_int("pg_fanout.consumer_memory",
+				   "Size of the messages that a consumer keeps in memory at once.",
+				   "A single message may be larger.",
+				   &pgf_consumer_memory, 64, MAX_KILOBYTES, GUC_UNIT_KB);
+}
+
+static void
+define_limits(void)
+{
 	DefineCustomIntVariable("pg_fanout.max_databases",
 							"Maximum number of databases that can have a publisher.",
 							NULL,
@@ -110,279 +108,18 @@ guc_init(bool preloading)
 							pgf_max_subscriptions, 0, 10000,
 							PGC_POSTMASTER, 0,
 							NULL, NULL, NULL);
-	MarkGUCPrefixReserved("pg_fanout");
-	refused_note(asked);
 }
 
-static void
-define_connection_settings(void)
-{
-	define_secret("pg_fanout.uri",
-				  "Where the broker is.",
-				  "One or several amqp:// or amqps:// URIs, separated by commas, "
-				  "tried in turn.",
-				  &pgf_uri, DEFAULT_URI, check_uri);
-	define_secret("pg_fanout.password_file",
-				  "File whose first line is the password for the broker.",
-				  "It replaces any password in pg_fanout.uri.",
-				  &pgf_password_file, "", NULL);
-	define_int("pg_fanout.connect_timeout",
-			   "Time allowed for connecting and logging in to the broker.",
-			   NULL,
-			   &pgf_connect_timeout, 100, 60 * 1000, GUC_UNIT_MS);
-	define_int("pg_fanout.heartbeat",
-			   "Interval of heartbeats on the connection to the broker.",
-			   "0 disables heartbeats.",
-			   &pgf_heartbeat, 0, 3600, GUC_UNIT_S);
-}
-
-static void
-define_tls_settings(void)
-{
-	define_secret("pg_fanout.tls_ca_file",
-				  "File with the certificate authorities that the broker's certificate must come from.",
-				  "If empty, those of the operating system.",
-				  &pgf_tls_ca_file, "", NULL);
-	define_secret("pg_fanout.tls_cert_file",
-				  "File with the certificate to show to the broker.",
-				  NULL,
-				  &pgf_tls_cert_file, "", NULL);
-	define_secret("pg_fanout.tls_key_file",
-				  "File with the private key of the certificate to show to the broker.",
-				  NULL,
-				  &pgf_tls_key_file, "", NULL);
-	DefineCustomBoolVariable("pg_fanout.tls_verify",
-							 "Verifies the broker's certificate and host name.",
-							 NULL,
-							 &pgf_tls_verify,
-							 pgf_tls_verify,
-							 PGC_SUSET, 0,
-							 NULL, NULL, NULL);
-}
-
-static void
-define_publishing_settings(void)
-{
-	define_int("pg_fanout.confirm_timeout",
-			   "Time after which a broker that has confirmed nothing is given up.",
-			   NULL,
-			   &pgf_confirm_timeout, 1000, 3600 * 1000, GUC_UNIT_MS);
-	define_int("pg_fanout.max_in_flight",
-			   "Maximum number of messages published and not yet confirmed.",
-			   NULL,
-			   &pgf_max_in_flight, 1, 65535, 0);
-	define_int("pg_fanout.retry_interval",
-			   "Time before a topic that failed is tried again, the first time.",
-			   NULL,
-			   &pgf_retry_interval, 100, 3600 * 1000, GUC_UNIT_MS);
-	define_int("pg_fanout.retry_limit",
-			   "Number of attempts after which a failing topic raises an alert.",
-			   NULL,
-			   &pgf_retry_limit, 1, INT_MAX, 0);
-	define_int("pg_fanout.retention",
-			   "Time for which sent messages are kept.",
-			   NULL,
-			   &pgf_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
-}
-
-static void
-define_consuming_settings(void)
-{
-	define_int("pg_fanout.inbox_retention",
-			   "Time for which messages that were applied are remembered, so that repeats are recognised.",
-			   NULL,
-			   &pgf_inbox_retention, 1, SECONDS_PER_YEAR, GUC_UNIT_S);
-	define_int("pg_fanout.consumer_memory",
-			   "Size of the messages that a consumer keeps in memory at once.",
-			   "A single message may be larger.",
-			   &pgf_consumer_memory, 64, MAX_KILOBYTES, GUC_UNIT_KB);
-}
-
-/* A string that only superusers may see. */
-static void
-define_secret(const char *name, const char *short_desc, const char *long_desc,
-			  char **variable, const char *boot_value, GucStringCheckHook check_hook)
-{
-	DefineCustomStringVariable(name, short_desc, long_desc,
-							   variable, boot_value,
-							   PGC_SUSET,
-							   variable == &pgf_uri ? HIDDEN : GUC_SUPERUSER_ONLY,
-							   check_hook, NULL,
-							   variable == &pgf_uri ? show_uri : NULL);
-}
-
-/* The variable's initial value is the default. */
-static void
-define_int(const char *name, const char *short_desc, const char *long_desc,
-		   int *variable, int min, int max, int flags)
+/*
+ * Defines a number that is looked at again at each reload.  The variable's
+ * initial value is the default; flags: GUC_UNIT_xxx.
+ */
+void
+guc_define_int(const char *name, const char *short_desc, const char *long_desc,
+			   int *variable, int min, int max, int flags)
 {
 	DefineCustomIntVariable(name, short_desc, long_desc,
 							variable, *variable, min, max,
 							PGC_SUSET, flags,
 							NULL, NULL, NULL);
-}
-
-static bool
-check_uri(char **newval, void **extra, GucSource source)
-{
-	BrokerAddress *addresses;
-	const char *error = NULL;
-	int			count = 0;
-	bool		ok;
-
-	addresses = broker_parse_uri(*newval, &count, &error);
-	if (addresses == NULL)
-	{
-		GUC_check_errmsg("invalid value for parameter \"%s\"", "pg_fanout.uri");
-		GUC_check_errdetail("%s", error);
-		return false;
-	}
-	ok = check_stored_password(addresses, count, source);
-	broker_free_addresses(addresses, count);
-	return ok;
-}
-
-/*
- * PGC_S_TEST is how ALTER DATABASE, ALTER ROLE and CREATE FUNCTION ... SET ask
- * whether they may store a value in a catalog.
- */
-static bool
-check_stored_password(const BrokerAddress *addresses, int count, GucSource source)
-{
-	bool		stored = (source >= PGC_S_GLOBAL && source <= PGC_S_DATABASE_USER);
-
-	if (source != PGC_S_TEST && !(stored && AmBackgroundWorkerProcess()))
-		return true;
-	for (int i = 0; i < count; i++)
-	{
-		if (!has_secret(&addresses[i]))
-			continue;
-		if (stored)
-		{
-			ereport(WARNING,
-					(errmsg("the password in pg_fanout.uri can be read by every user"),
-					 errdetail("It is stored in the catalog pg_db_role_setting."),
-					 errhint("Change it, and use pg_fanout.password_file.")));
-			return true;
-		}
-		GUC_check_errmsg("pg_fanout.uri must not be stored in the database with a password");
-		GUC_check_errdetail("Every user could read it there.");
-		GUC_check_errhint("Use pg_fanout.password_file, or set pg_fanout.uri in postgresql.conf.");
-		return false;
-	}
-	return true;
-}
-
-/* guest:guest is what RabbitMQ is shipped with, and what no user means. */
-static bool
-has_secret(const BrokerAddress *address)
-{
-	if (address->password == NULL || address->password[0] == '\0')
-		return false;
-	return strcmp(address->user, "guest") != 0 || strcmp(address->password, "guest") != 0;
-}
-
-char *
-guc_read_password(void)
-{
-	FILE	   *file;
-	StringInfoData line;
-	bool		found;
-
-	if (pgf_password_file == NULL || pgf_password_file[0] == '\0')
-		return NULL;
-
-	check_password_file(pgf_password_file);
-	file = AllocateFile(pgf_password_file, "r");
-	if (file == NULL)
-		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not open password file \"%s\": %m", pgf_password_file)));
-	initStringInfo(&line);
-	found = pg_get_line_buf(file, &line);
-	FreeFile(file);
-
-	if (!found || pg_strip_crlf(line.data) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("password file \"%s\" has no password in its first line",
-						pgf_password_file)));
-	return line.data;
-}
-
-/* The rules of check_ssl_key_file_permissions(). */
-static void
-check_password_file(const char *path)
-{
-	struct stat st;
-
-	if (stat(path, &st) != 0)
-		ereport(ERROR,
-				(errcode_for_file_access(),
-				 errmsg("could not access password file \"%s\": %m", path)));
-	if (!S_ISREG(st.st_mode))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("password file \"%s\" is not a regular file", path)));
-	if (st.st_uid != geteuid() && st.st_uid != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("password file \"%s\" must be owned by the database user or root", path)));
-	if ((st.st_uid == geteuid() && (st.st_mode & (S_IRWXG | S_IRWXO))) ||
-		(st.st_uid == 0 && (st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO))))
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIG_FILE_ERROR),
-				 errmsg("password file \"%s\" has group or world access", path),
-				 errdetail("File must have permissions u=rw (0600) or less if owned by the database user, or permissions u=rw,g=r (0640) or less if owned by root.")));
-}
-
-/* Where the password in the URI that begins at s begins; NULL if it has none. */
-static const char *
-find_password(const char *s, const char **end)
-{
-	const char *host = s + strcspn(s, "/,?#");
-	const char *colon = memchr(s, ':', host - s);
-
-	*end = NULL;
-	for (const char *c = s; c < host; c++)
-	{
-		if (*c == '@')
-			*end = c;
-	}
-	return (*end != NULL && colon != NULL && colon < *end) ? colon + 1 : NULL;
-}
-
-/*
- * The setting with passwords masked.  The result is valid until the next call;
- * the server copies it at once.
- */
-static const char *
-show_uri(void)
-{
-	static StringInfo out = NULL;
-	const char *s = pgf_uri;
-	const char *scheme;
-
-	if (out == NULL)
-	{
-		MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
-
-		out = makeStringInfo();
-		MemoryContextSwitchTo(oldcontext);
-	}
-	resetStringInfo(out);
-	while ((scheme = strstr(s, "://")) != NULL)
-	{
-		const char *end;
-		const char *password = find_password(scheme + 3, &end);
-
-		if (password == NULL)
-			end = password = scheme + 3;
-		appendBinaryStringInfo(out, s, password - s);
-		if (end != password || *end == '@')
-			appendStringInfoString(out, "***");
-		s = end;
-	}
-	appendStringInfoString(out, s);
-	return out->data;
 }

@@ -82,7 +82,6 @@
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 
-#include "capture/writer.h"
 #include "server/compat.h"
 #include "server/hooks.h"
 #include "server/shmem.h"
@@ -198,7 +197,6 @@ utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tree,
 
 	before_utility(pstmt->utilityStmt);
 	next(pstmt, query_string, read_only_tree, context, params, query_env, dest, qc);
-	writer_flush();				/* COPY */
 	if (commit_prepared)
 		after_commit_prepared();
 	if (restart)

@@ -4,7 +4,8 @@
  *		What every background worker of pg_fanout shares.
  *
  * How a worker enters its database, leaves it, begins a transaction and waits.
- * It knows nothing of the outbox or of the broker, save the broker's socket.
+ * It knows nothing of the outbox or of the broker, save a socket that SIGTERM
+ * shuts down.
  *
  * Ending.  A worker must be gone within 2 s of SIGTERM, whatever it does:
  *
@@ -81,7 +82,6 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-#include "broker/broker.h"
 #include "server/compat.h"
 #include "server/monotime.h"
 #include "server/worker.h"
@@ -105,6 +105,7 @@ SubscriptionSlot *worker_subscription = NULL;
 
 static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
+static int	(*volatile hidden_socket) (void) = NULL;
 
 static MonoTime attached_at = 0;
 static WorkerEnd end = WORKER_FAILED;	/* how we end, if not by SIGTERM */
@@ -165,8 +166,10 @@ static void
 handle_sigterm(SIGNAL_ARGS)
 {
 	int			save_errno = errno;
-	int			fd = broker_socket >= 0 ? broker_socket : broker_handshake_fd();
+	int			fd = broker_socket;
 
+	if (fd < 0 && hidden_socket != NULL)
+		fd = hidden_socket();
 	sigterm_received = true;
 	if (fd >= 0)
 		shutdown(fd, SHUT_RDWR);
@@ -607,6 +610,18 @@ worker_broker_fd(int fd)
 	broker_socket = fd;
 	if (fd >= 0 && sigterm_received)
 		shutdown(fd, SHUT_RDWR);
+}
+
+/*
+ * Names the function that tells of a socket while worker_broker_fd() has not
+ * been told of one: find is called by the handler of SIGTERM, so it must be safe
+ * there, and returns -1 if there is no socket.  Call it before the first
+ * connection is made.
+ */
+void
+worker_set_socket_finder(int (*find) (void))
+{
+	hidden_socket = find;
 }
 
 /* Status */

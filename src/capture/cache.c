@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  *
- * relinfo.c
+ * cache.c
  *		What a capture trigger needs to know of its table and topic, cached.
  *
  * A capture is described by nothing but its trigger: arguments (topic, then
@@ -42,7 +42,6 @@
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
-#include "commands/extension.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
@@ -57,8 +56,9 @@
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 
-#include "capture/relinfo.h"
+#include "capture/cache.h"
 #include "server/compat.h"
+#include "server/tables.h"
 
 /* Columns of fanout.topic. */
 #define TOPIC_ID		1
@@ -104,11 +104,8 @@ static HTAB *captures = NULL;
 static HTAB *topics = NULL;
 static uint64 invalidations = 0;	/* calls of the callbacks */
 
-/* Oids of our own relations; 0 = look up. */
+/* fanout.topic, when a topic was looked up; 0: none was */
 static Oid	topic_relid;
-static Oid	segment_relid[OUTBOX_SEGMENTS];
-static Oid	sequence_relid;
-static Oid	topology_change_relid;
 
 /* ---- invalidation ---- */
 
@@ -139,17 +136,6 @@ invalidate_captures(Oid relid)
 	}
 }
 
-static bool
-is_own_relation(Oid relid)
-{
-	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-	{
-		if (relid == segment_relid[i])
-			return true;
-	}
-	return relid == topic_relid || relid == sequence_relid || relid == topology_change_relid;
-}
-
 /*
  * All at once: without topic_relid nothing would tell that the topics, those in
  * the captures among them, have changed.
@@ -159,16 +145,13 @@ forget_everything(void)
 {
 	forget_topics();
 	topic_relid = InvalidOid;
-	sequence_relid = InvalidOid;
-	topology_change_relid = InvalidOid;
-	memset(segment_relid, 0, sizeof(segment_relid));
 	invalidate_captures(InvalidOid);
 }
 
 static void
 relation_changed(Datum arg, Oid relid)
 {
-	if (!OidIsValid(relid) || is_own_relation(relid))
+	if (!OidIsValid(relid) || relid == topic_relid)
 		forget_everything();
 	else
 		invalidate_captures(relid);
@@ -208,67 +191,14 @@ init_caches(void)
 	}
 }
 
-/* ---- our own relations ---- */
-
-static Oid
-own_relation(const char *name)
-{
-	Oid			schema = get_namespace_oid("fanout", true);
-	Oid			relid = OidIsValid(schema) ? get_relname_relid(name, schema) : InvalidOid;
-
-	if (!OidIsValid(relid))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("relation \"fanout.%s\" does not exist", name),
-				 OidIsValid(get_extension_oid("pg_fanout", true)) ?
-				 errhint("The extension pg_fanout is there, but its schema \"fanout\" or a part of it was renamed. Give it its name back.") :
-				 errhint("Create the extension pg_fanout in this database.")));
-	return relid;
-}
-
-Oid
-relinfo_segment(int segment)
-{
-	if (!OidIsValid(segment_relid[segment]))
-	{
-		char		name[NAMEDATALEN];
-
-		init_caches();
-		snprintf(name, sizeof(name), "outbox_%d", segment);
-		segment_relid[segment] = own_relation(name);
-	}
-	return segment_relid[segment];
-}
-
-Oid
-relinfo_outbox_sequence(void)
-{
-	if (!OidIsValid(sequence_relid))
-	{
-		init_caches();
-		sequence_relid = own_relation("outbox_id_seq");
-	}
-	return sequence_relid;
-}
-
-Oid
-relinfo_topology_change(void)
-{
-	if (!OidIsValid(topology_change_relid))
-	{
-		init_caches();
-		topology_change_relid = own_relation("topology_change");
-	}
-	return topology_change_relid;
-}
-
-void
-relinfo_invalidate_topics(void)
-{
-	CacheInvalidateRelcacheByRelid(own_relation("topic"));
-}
-
 /* ---- topics ---- */
+
+/* Makes every session look topics up again once this transaction commits. */
+void
+cache_invalidate_topics(void)
+{
+	CacheInvalidateRelcacheByRelid(tables_oid("topic"));
+}
 
 static TopicFormat
 parse_format(const char *format)
@@ -307,7 +237,7 @@ read_topic(Relation rel, const char *topic, TopicInfo *info)
 }
 
 TopicInfo
-relinfo_topic(const char *topic)
+cache_topic(const char *topic)
 {
 	TopicEntry *entry;
 	TopicInfo	info;
@@ -326,7 +256,7 @@ relinfo_topic(const char *topic)
 	 * The lock is kept: fanout.topic_changed() of a topic being dropped needs
 	 * no conflict with it, but DROP EXTENSION does.
 	 */
-	topic_relid = own_relation("topic");
+	topic_relid = tables_oid("topic");
 	rel = table_open(topic_relid, AccessShareLock);
 	found = read_topic(rel, topic, &info);
 	table_close(rel, NoLock);
@@ -349,7 +279,7 @@ relinfo_topic(const char *topic)
 /* ---- triggers ---- */
 
 char	  **
-relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name)
+cache_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name)
 {
 	Relation	rel = table_open(TriggerRelationId, AccessShareLock);
 	ScanKeyData key;
@@ -396,7 +326,7 @@ captured_entity(Oid trigger, char **name)
 		int			nargs;
 		Oid			next = InvalidOid;
 
-		if (relinfo_trigger_arguments(parent, &nargs, &relid, &next, name) == NULL)
+		if (cache_trigger_arguments(parent, &nargs, &relid, &next, name) == NULL)
 			break;
 		parent = next;
 	}
@@ -478,7 +408,7 @@ recorded_attnum(HeapTuple tuple, TupleDesc desc, Relation entity)
 static bool
 add_recorded(ColumnList *list, Relation entity, const char *trigger, const char *option)
 {
-	Relation	rel = table_open(own_relation("captured_column"), AccessShareLock);
+	Relation	rel = table_open(tables_oid("captured_column"), AccessShareLock);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	ScanKeyData keys[3];
 	SysScanDesc scan;
@@ -511,7 +441,7 @@ add_recorded(ColumnList *list, Relation entity, const char *trigger, const char 
 static ColumnList *
 column_option(Trigger *trigger, const char *trigger_name, Relation entity, const char *name)
 {
-	const char *array = relinfo_option(trigger->tgargs, trigger->tgnargs, name);
+	const char *array = cache_option(trigger->tgargs, trigger->tgnargs, name);
 	ColumnList *list = palloc0(sizeof(ColumnList));
 
 	list->given = (array != NULL);
@@ -650,7 +580,7 @@ put_optional(JsonbParseState **state, const char *name, const char *value)
 }
 
 Jsonb *
-relinfo_headers(const ChangeHeaders *headers)
+cache_headers(const ChangeHeaders *headers)
 {
 	JsonbParseState *state = NULL;
 
@@ -666,7 +596,7 @@ relinfo_headers(const ChangeHeaders *headers)
 }
 
 void
-relinfo_append_segment(StringInfo out, const char *name)
+cache_append_segment(StringInfo out, const char *name)
 {
 	const char *utf8 = name;
 
@@ -692,9 +622,9 @@ uri_of(const char *database, const char *schema, const char *table)
 	StringInfoData json;
 
 	initStringInfo(&path);
-	relinfo_append_segment(&path, database);
-	relinfo_append_segment(&path, schema);
-	relinfo_append_segment(&path, table);
+	cache_append_segment(&path, database);
+	cache_append_segment(&path, schema);
+	cache_append_segment(&path, table);
 	initStringInfo(&json);
 	escape_json(&json, path.data);
 	return json.data;
@@ -727,12 +657,12 @@ describe_entity(CaptureInfo *info, Relation entity)
 	{
 		info->type[op] = psprintf("%s.%s.%s", schema, table, operation_name[op]);
 		headers.op = capture_op_code[op];
-		info->headers[op] = relinfo_headers(&headers);
+		info->headers[op] = cache_headers(&headers);
 	}
 }
 
 const char *
-relinfo_option(char **args, int nargs, const char *name)
+cache_option(char **args, int nargs, const char *name)
 {
 	for (int i = 1; i + 1 < nargs; i += 2)
 	{
@@ -798,7 +728,7 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 static int
 sent_as(Trigger *trigger)
 {
-	const char *operation = relinfo_option(trigger->tgargs, trigger->tgnargs, "sent_as");
+	const char *operation = cache_option(trigger->tgargs, trigger->tgnargs, "sent_as");
 
 	if (operation != NULL && strcmp(operation, operation_name[OP_INSERT]) == 0)
 		return OP_INSERT;
@@ -809,7 +739,7 @@ sent_as(Trigger *trigger)
 
 /* By name, which needs no right on the schema. */
 bool
-relinfo_is_count(Node *condition)
+cache_is_count(Node *condition)
 {
 	Oid			function;
 	char	   *name;
@@ -830,13 +760,13 @@ is_counted(Trigger *trigger)
 {
 	if (trigger->tgqual == NULL)
 		return false;
-	return relinfo_is_count(llast(make_ands_implicit(stringToNode(trigger->tgqual))));
+	return cache_is_count(llast(make_ands_implicit(stringToNode(trigger->tgqual))));
 }
 
 static void
 plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trigger_name)
 {
-	const char *old_row = relinfo_option(trigger->tgargs, trigger->tgnargs, "old_row");
+	const char *old_row = cache_option(trigger->tgargs, trigger->tgnargs, "old_row");
 	Relation	entity = relation_open(info->entity, AccessShareLock);
 	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout plan",
 												  ALLOCSET_DEFAULT_SIZES);
@@ -850,7 +780,7 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trig
 	MemoryContextDelete(scratch);
 	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
 	info->sent_as = sent_as(trigger);
-	info->idle = relinfo_option(trigger->tgargs, trigger->tgnargs, "idle") != NULL;
+	info->idle = cache_option(trigger->tgargs, trigger->tgnargs, "idle") != NULL;
 	relation_close(entity, AccessShareLock);
 }
 
@@ -873,7 +803,7 @@ build_capture(Relation rel, Trigger *trigger)
 				 errmsg("trigger \"%s\" names no topic", trigger->tgname),
 				 errhint("Use fanout.capture() to create it.")));
 	info->context = context;
-	info->topic = relinfo_topic(trigger->tgargs[0]);
+	info->topic = cache_topic(trigger->tgargs[0]);
 	info->relid = RelationGetRelid(rel);
 	info->entity = captured_entity(trigger->tgoid, &trigger_name);
 	if (!OidIsValid(info->entity))
@@ -942,7 +872,7 @@ drop_invalid_entries(void)
 }
 
 CaptureInfo *
-relinfo_of_trigger(TriggerData *trigdata)
+cache_of_trigger(TriggerData *trigdata)
 {
 	Oid			trigger = trigdata->tg_trigger->tgoid;
 	CaptureEntry *entry;

@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
- * relinfo.h
+ * cache.h
  *		What a capture trigger needs to know of its table and topic, cached.
  *
  *-------------------------------------------------------------------------
  */
-#ifndef PGF_RELINFO_H
-#define PGF_RELINFO_H
+#ifndef PGF_CACHE_H
+#define PGF_CACHE_H
 
 #include "postgres.h"
 
@@ -42,7 +42,7 @@ typedef struct TopicInfo
 
 /*
  * One capture trigger on one table (or partition).  It and all that it points
- * to stay as they are while anybody uses it; see relinfo_of_trigger().
+ * to stay as they are while anybody uses it; see cache_of_trigger().
  */
 typedef struct CaptureInfo
 {
@@ -77,10 +77,10 @@ typedef struct CaptureInfo
  * function may write to the same table, change schemas, fail and be caught.
  * Raises an error (42704) if the topic does not exist.
  */
-extern CaptureInfo *relinfo_of_trigger(TriggerData *trigdata);
+extern CaptureInfo *cache_of_trigger(TriggerData *trigdata);
 
 /* The topic of that name; raises an error (42704) if it does not exist. */
-extern TopicInfo relinfo_topic(const char *topic);
+extern TopicInfo cache_topic(const char *topic);
 
 /* The headers of a captured change; NULL: it does not have that one. */
 typedef struct ChangeHeaders
@@ -94,41 +94,29 @@ typedef struct ChangeHeaders
 	const char *via;
 } ChangeHeaders;
 
-extern Jsonb *relinfo_headers(const ChangeHeaders *headers);
+extern Jsonb *cache_headers(const ChangeHeaders *headers);
 
 /*
  * Appends a slash and a name, in UTF-8, with all but RFC 3986's unreserved
  * characters escaped.
  */
-extern void relinfo_append_segment(StringInfo out, const char *name);
+extern void cache_append_segment(StringInfo out, const char *name);
 
 extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
 extern const char *const topic_format_name[];	/* by TopicFormat */
 
 /* The option's value among the arguments of a capture trigger; NULL: not given. */
-extern const char *relinfo_option(char **args, int nargs, const char *name);
+extern const char *cache_option(char **args, int nargs, const char *name);
 
 /*
  * Tells whether a part of a trigger's condition is the call of
  * fanout.count_change().
  */
-extern bool relinfo_is_count(Node *condition);
+extern bool cache_is_count(Node *condition);
 
 /* Arguments of a trigger as C strings, in the current context. */
-extern char **relinfo_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name);
+extern char **cache_trigger_arguments(Oid trigger, int *nargs, Oid *relid, Oid *parent, char **name);
 
-/*
- * Oids of the extension's tables, looked up once and again after any of them
- * was dropped or rewritten.  Raise an error (55000) if the extension is not
- * there.
- */
-#define OUTBOX_SEGMENTS 3
+extern void cache_invalidate_topics(void);
 
-extern Oid	relinfo_segment(int segment);
-extern Oid	relinfo_outbox_sequence(void);
-extern Oid	relinfo_topology_change(void);
-
-/* Makes every session look topics up again once this transaction commits. */
-extern void relinfo_invalidate_topics(void);
-
-#endif							/* PGF_RELINFO_H */
+#endif							/* PGF_CACHE_H */

@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
- * outbox.h
- *		The outbox tables: writing rows, reading batches, keeping the ledger.
+ * reader.h
+ *		Reading the outbox in batches, and what becomes of its messages.
  *
  *-------------------------------------------------------------------------
  */
-#ifndef PGF_OUTBOX_H
-#define PGF_OUTBOX_H
+#ifndef PGF_READER_H
+#define PGF_READER_H
 
 #include "postgres.h"
 
@@ -18,36 +18,6 @@
 #include "broker/broker.h"
 #include "publish/flight.h"
 #include "server/monotime.h"
-
-/* ---- writing, in the application's transaction ---- */
-
-typedef struct OutboxRow
-{
-	int64		id;				/* from outbox_next_id() */
-	int32		topic_id;
-	pg_uuid_t	message_id;
-	const char *type;			/* NULL: none */
-	const char *key;			/* NULL: none */
-	Jsonb	   *headers;		/* NULL: none */
-	const char *payload;
-	size_t		payload_len;
-	TimestampTz created_at;
-} OutboxRow;
-
-/* The next number of the sequence. */
-extern int64 outbox_next_id(void);
-
-/*
- * Writes one message into the current segment, at once or at the latest when
- * the statement ends, and arranges for the publisher to be woken at commit.
- * Checks no rights: the caller has decided.
- */
-extern void outbox_insert(const OutboxRow *row, bool at_once);
-
-/* Records that the current transaction changed topics or bindings. */
-extern void outbox_topology_changed(void);
-
-/* ---- reading, in the publisher ---- */
 
 typedef enum MessageState
 {
@@ -69,7 +39,7 @@ typedef struct Message
 	char		message_id[37];
 	char	   *type;			/* NULL: none; server encoding, as all texts */
 	char	   *key;			/* NULL: none, as with all that follows; or
-								 * left in the table, see outbox_unsendable() */
+								 * left in the table, see reader_unsendable() */
 	char	   *old_key;		/* NULL unless the change changed the key */
 	Jsonb	   *headers;
 	char	   *payload;		/* no zero byte ends it */
@@ -81,7 +51,7 @@ typedef struct Message
 	ItemPointerData place;		/* in a segment of the outbox */
 	bool		truncates;		/* TRUNCATE: orders with all keys */
 
-	/* outbox.c's own */
+	/* reader.c's own */
 	bool		incomplete;		/* something of it has to be read still */
 	size_t		bytes;			/* that it counts for in its chunk */
 
@@ -136,7 +106,7 @@ typedef struct Cursor
  * Headers and key must fit into a frame of 64 kB, as AMQP writes them.  As JSON
  * in the table they may be larger, but not by that much.
  */
-#define OUTBOX_MAX_HEADERS	(1024 * 1024)
+#define READER_MAX_HEADERS	(1024 * 1024)
 
 /*
  * All of these run inside a transaction opened by worker_begin().  Chunks are
@@ -144,7 +114,7 @@ typedef struct Cursor
  */
 
 /* Where the ledger says the publisher is; an error if ledger_check() raises one. */
-extern void outbox_load_cursor(Cursor *cursor);
+extern void reader_load_cursor(Cursor *cursor);
 
 /*
  * Next chunk of the batch being walked, or else the first chunk of a new
@@ -152,70 +122,47 @@ extern void outbox_load_cursor(Cursor *cursor);
  * the new batch's target at least (and forgets that they did).  Returns NULL if there is nothing new;
  * the base then moves up by itself.
  */
-extern Chunk *outbox_read(Cursor *cursor, MemoryContext parent, bool *topology);
+extern Chunk *reader_read(Cursor *cursor, MemoryContext parent, bool *topology);
 
 /*
  * The broker can never take it: the body is over BROKER_MAX_BODY, or key and
- * headers are over OUTBOX_MAX_HEADERS.  Nothing of these was read then.
+ * headers are over READER_MAX_HEADERS.  Nothing of these was read then.
  */
-extern bool outbox_unsendable(const Message *message);
+extern bool reader_unsendable(const Message *message);
 
 /*
  * Frees the body of a message that will not be sent any more, so that large ones
  * do not wait for the rest of their chunk.
  */
-extern void outbox_free_body(Message *message);
-
-/*
- * The chunk and those before it are settled: one entry in the ledger.  What
- * became of messages must be recorded in the same transaction.  An error if
- * fanout.rotation does not say where the entry belongs.
- */
-extern void outbox_record_sent(const Chunk *chunk);
+extern void reader_free_body(Message *message);
 
 /*
  * Copies messages of a chunk of the outbox into fanout.held; an error unless it
  * finds each of them.
  */
-extern void outbox_hold(Message **messages, int n);
+extern void reader_hold(Message **messages, int n);
 
 /*
  * Moves a message into fanout.dead_letter with its reason: out of fanout.held
  * if it is from there, and false then if somebody has purged it; else out of the
  * outbox, and an error if it is not there.  A held one must be locked with
- * outbox_lock_held().
+ * reader_lock_held().
  */
-extern bool outbox_bury(const Message *message, const char *topic, int attempts);
+extern bool reader_bury(const Message *message, const char *topic, int attempts);
 
 /* First messages held for a topic, in order, at most limit; NULL if none. */
-extern Chunk *outbox_read_held(int32 topic_id, int limit, MemoryContext parent);
+extern Chunk *reader_read_held(int32 topic_id, int limit, MemoryContext parent);
 
 /*
  * Locks held messages that are to be released or buried, without waiting.  False
  * if somebody else has locked one.  One that was purged needs no lock.
  */
-extern bool outbox_lock_held(Message **messages, int n);
+extern bool reader_lock_held(Message **messages, int n);
 
 /* Held messages were sent: removes them, once they are locked. */
-extern void outbox_release(Message **messages, int n);
+extern void reader_release(Message **messages, int n);
 
 /* Topics that have held messages. */
-extern int	outbox_topics_held(int32 **topic_ids);
+extern int	reader_topics_held(int32 **topic_ids);
 
-/* ---- the ring of segments ---- */
-
-/* Segment that new rows go to; from fanout.rotation. */
-extern int	outbox_current_segment(void);
-
-/*
- * One step of rotation: empties segments whose rows have all been sent for
- * longer than the retention, those of the ledger with them, and makes the next one current if it is empty
- * and the current one is old enough.  Never waits for a lock.  Returns the
- * current segment.
- */
-extern int	outbox_rotate(int retention_s);
-
-/* Adds to the counters of sent messages: parallel arrays. */
-extern void outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds);
-
-#endif							/* PGF_OUTBOX_H */
+#endif							/* PGF_READER_H */

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
- * outbox.c
- *		The outbox tables: writing rows, reading batches, keeping the ledger.
+ * reader.c
+ *		Reading the outbox in batches, and what becomes of its messages.
  *
  * A batch is what became visible between two snapshots, base and target: rows
  * whose transaction was running in base and has finished since, and rows of
@@ -12,17 +12,12 @@
  * one that is open for hours costs a single entry in the batch in which it
  * ends.
  *
- * Rows are never updated or deleted.  The ledger (fanout.sent) says up to
- * where they were sent.  Both are rings of segments that are emptied by TRUNCATE.
- *
  * Must never: read more than the chunk being filled has room for, but for one
  * message that is larger; copy or move messages by a statement without looking
  * how many it found (query_change()).
  *
- * Locks: writers hold ROW EXCLUSIVE on a segment until their transaction
- * ends, so that rotation, which takes ACCESS EXCLUSIVE without waiting, never
- * meets a row that is still undecided.  Readers read all segments, so that it
- * never matters which segment a row went to.
+ * Locks: none but those of the queries.  All segments are read, so that it never
+ * matters which one a row went to.
  *
  *-------------------------------------------------------------------------
  */
@@ -30,44 +25,28 @@
 
 #include "access/detoast.h"
 #include "access/htup_details.h"
-#include "access/relation.h"
-#include "access/table.h"
-#include "access/xact.h"
 #include "access/xlog.h"
 #include "access/xlog_internal.h"
 #include "catalog/pg_type.h"
-#include "commands/sequence.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "storage/lock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/datetime.h"
-#include "utils/datum.h"
-#include "utils/fmgroids.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
 #include "utils/portal.h"
-#include "utils/rel.h"
 #include "utils/timestamp.h"
-#include "utils/xid8.h"
 
 #include "broker/broker.h"
 #include "capture/headers.h"
 #include "capture/msgid.h"
-#include "capture/relinfo.h"
-#include "capture/writer.h"
 #include "publish/ledger.h"
-#include "publish/outbox.h"
+#include "publish/reader.h"
 #include "server/compat.h"
 #include "server/query.h"
-#include "server/segment.h"
-#include "server/shmem.h"
-#include "server/wakeup.h"
+#include "server/tables.h"
 
 #define PORTAL_NAME "pg_fanout_batch"
-
-#define OUTBOX_NATTS 11
 
 /*
  * What is longer than this is not copied into the batch's cursor, since that is
@@ -99,12 +78,6 @@
 	IF_SHORT("headers", "pg_column_size(headers)") ", " \
 	IF_SHORT("payload", "octet_length(payload)")
 
-/*
- * Microseconds that the sequence may lie behind the clock where a session cannot
- * tell whether others draw numbers from it.
- */
-#define SEQUENCE_LAG (10 * USECS_PER_SEC)
-
 /* Most rows fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
 
@@ -123,167 +96,6 @@ typedef struct Rows
 /* Of the batch being walked: those that did not fit the last chunk. */
 static Rows kept;
 static MemoryContext kept_context = NULL;
-
-/* ---- writing ---- */
-
-/* Columns of fanout.outbox, made once per session. */
-static TupleDesc
-row_descriptor(void)
-{
-	static const Oid types[OUTBOX_NATTS] = {
-		INT2OID, INT8OID, XID8OID, INT4OID, UUIDOID, TEXTOID,
-		TEXTOID, JSONBOID, TEXTOID, TEXTOID, TIMESTAMPTZOID
-	};
-	static TupleDesc desc = NULL;
-	MemoryContext old_context;
-	TupleDesc	fresh;
-
-	if (desc != NULL)
-		return desc;
-	old_context = MemoryContextSwitchTo(TopMemoryContext);
-	fresh = CreateTemplateTupleDesc(OUTBOX_NATTS);
-	for (int i = 0; i < OUTBOX_NATTS; i++)
-		TupleDescInitEntry(fresh, i + 1, NULL, types[i], -1, 0);
-	MemoryContextSwitchTo(old_context);
-	desc = fresh;
-	return desc;
-}
-
-/* The last number that was drawn, or 0. */
-static int64
-last_number(Oid sequence)
-{
-	LOCAL_FCINFO(fcinfo, 1);
-	FmgrInfo	flinfo;
-	Datum		number;
-
-	fmgr_info(F_PG_SEQUENCE_LAST_VALUE, &flinfo);
-	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
-	fcinfo->args[0].value = ObjectIdGetDatum(sequence);
-	fcinfo->args[0].isnull = false;
-	number = FunctionCallInvoke(fcinfo);
-	return fcinfo->isnull ? 0 : DatumGetInt64(number);
-}
-
-/*
- * Moves the sequence on to the microseconds since 1970, as its owner, if it lies
- * behind them by more than that.
- */
-static void
-move_to_clock(Oid sequence, int64 lag)
-{
-	int64		now = GetCurrentTimestamp() +
-		((int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE)) * USECS_PER_DAY;
-	Oid			user;
-	int			context;
-	Relation	rel = relation_open(sequence, AccessShareLock);
-
-	GetUserIdAndSecContext(&user, &context);
-	SetUserIdAndSecContext(rel->rd_rel->relowner, context | SECURITY_LOCAL_USERID_CHANGE);
-	relation_close(rel, NoLock);
-	if (last_number(sequence) < now - lag)
-		(void) DirectFunctionCall2(setval_oid, ObjectIdGetDatum(sequence), Int64GetDatum(now));
-	SetUserIdAndSecContext(user, context);
-}
-
-/*
- * Sees to it that ids never go back: not after a restore of any kind, nor on a
- * standby that was promoted before the last numbers of its primary reached it.
- * No id that was ever drawn lies above the clock, since nobody draws a million
- * of them in a second.  So the first session that draws one after the server
- * started, or was promoted, moves the sequence on to the clock; all others wait
- * for it, for moments, so that nobody draws meanwhile.
- *
- * Without a slot in shared memory each session has to do it, and then others
- * may be drawing: it is done only if they cannot draw as many as are skipped.
- */
-static void
-follow_clock(Oid sequence)
-{
-	DatabaseSlot *slot = shmem_my_slot();
-	LOCKTAG		tag;
-
-	if (slot == NULL && pgf_shared != NULL)
-	{
-		slot = shmem_want_slot(MyDatabaseId);
-		shmem_wake_launcher(0);
-	}
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, RelationRelationId, sequence, 3);
-	(void) LockAcquire(&tag, ExclusiveLock, false, false);
-	if (slot == NULL)
-		move_to_clock(sequence, SEQUENCE_LAG);
-	else if (pg_atomic_read_u32(&slot->ids_follow_clock) == 0)
-	{
-		move_to_clock(sequence, 0);
-		pg_atomic_write_u32(&slot->ids_follow_clock, 1);
-	}
-	(void) LockRelease(&tag, ExclusiveLock, false);
-}
-
-int64
-outbox_next_id(void)
-{
-	static bool followed = false;
-	DatabaseSlot *slot = shmem_my_slot();
-	Oid			sequence = relinfo_outbox_sequence();
-
-	if (slot != NULL ? pg_atomic_read_u32(&slot->ids_follow_clock) == 0 : !followed)
-		follow_clock(sequence);
-	followed = true;
-	return nextval_internal(sequence, false);
-}
-
-/* The row's columns; texts are made in the current context. */
-static void
-fill_row(const OutboxRow *row, int segment, Datum *values, bool *nulls)
-{
-	memset(nulls, false, OUTBOX_NATTS * sizeof(bool));
-	values[0] = Int16GetDatum(segment);
-	values[1] = Int64GetDatum(row->id);
-	values[2] = FullTransactionIdGetDatum(GetTopFullTransactionId());
-	values[3] = Int32GetDatum(row->topic_id);
-	values[4] = UUIDPGetDatum(&row->message_id);
-	values[5] = row->type ? CStringGetTextDatum(row->type) : (Datum) 0;
-	nulls[5] = (row->type == NULL);
-	values[6] = row->key ? CStringGetTextDatum(row->key) : (Datum) 0;
-	nulls[6] = (row->key == NULL);
-	values[7] = PointerGetDatum(row->headers);
-	nulls[7] = (row->headers == NULL);
-	values[8] = PointerGetDatum(cstring_to_text_with_len(row->payload, row->payload_len));
-	values[9] = (Datum) 0;
-	nulls[9] = true;
-	values[10] = TimestampTzGetDatum(row->created_at);
-}
-
-void
-outbox_insert(const OutboxRow *row, bool at_once)
-{
-	DatabaseSlot *slot = shmem_my_slot();
-	int			segment = slot ? pg_atomic_read_u32(&slot->current_segment) : 0;
-	Datum		values[OUTBOX_NATTS];
-	bool		nulls[OUTBOX_NATTS];
-
-	fill_row(row, segment, values, nulls);
-	if (at_once)
-		writer_insert(segment, row_descriptor(), values, nulls);
-	else
-		writer_queue(segment, row_descriptor(), values, nulls);
-	wakeup_publisher_at_commit();
-}
-
-void
-outbox_topology_changed(void)
-{
-	TupleDesc	desc = CreateTemplateTupleDesc(1);
-	Datum		value = FullTransactionIdGetDatum(GetTopFullTransactionId());
-	bool		isnull = false;
-	HeapTuple	row;
-
-	TupleDescInitEntry(desc, 1, NULL, XID8OID, -1, 0);
-	row = heap_form_tuple(desc, &value, &isnull);
-	segment_insert(relinfo_topology_change(), desc, &row, 1);
-	wakeup_publisher_at_commit();
-}
 
 /* ---- snapshots ---- */
 
@@ -306,7 +118,7 @@ drop_snapshot(Datum *snapshot)
 }
 
 void
-outbox_load_cursor(Cursor *cursor)
+reader_load_cursor(Cursor *cursor)
 {
 	static CachedQuery query = {
 		"select base, target, last_id, base::text = target::text"
@@ -355,7 +167,7 @@ note_sizes(Message *message, HeapTuple tuple, TupleDesc desc)
 {
 	size_t		key_len = length_or_zero(tuple, desc, KEY_LENGTH);
 	size_t		headers_len = length_or_zero(tuple, desc, HEADERS_LENGTH);
-	size_t		room = (headers_len > 0) ? OUTBOX_MAX_HEADERS : 0;
+	size_t		room = (headers_len > 0) ? READER_MAX_HEADERS : 0;
 	bool		isnull;
 	Datum		headers = SPI_getbinval(tuple, desc, HEADERS, &isnull);
 
@@ -363,7 +175,7 @@ note_sizes(Message *message, HeapTuple tuple, TupleDesc desc)
 		headers_len = room = toast_raw_datum_size(headers);
 	message->headers_len = key_len + headers_len;
 	message->payload_len = length_or_zero(tuple, desc, PAYLOAD_LENGTH);
-	message->bytes = outbox_unsendable(message) ? 0 : key_len + room + message->payload_len;
+	message->bytes = reader_unsendable(message) ? 0 : key_len + room + message->payload_len;
 }
 
 /* All but key, headers and payload, of which it notes the sizes.  In the current context. */
@@ -391,9 +203,9 @@ read_message(HeapTuple tuple, TupleDesc desc)
 }
 
 bool
-outbox_unsendable(const Message *message)
+reader_unsendable(const Message *message)
 {
-	return message->payload_len > BROKER_MAX_BODY || message->headers_len > OUTBOX_MAX_HEADERS;
+	return message->payload_len > BROKER_MAX_BODY || message->headers_len > READER_MAX_HEADERS;
 }
 
 /* ---- key, headers and payload ---- */
@@ -419,7 +231,7 @@ take_payload(Message *message, Datum value)
 }
 
 void
-outbox_free_body(Message *message)
+reader_free_body(Message *message)
 {
 	const char *body = message->wire.body;
 
@@ -488,7 +300,7 @@ complete(Message *message, int row)
 	message->incomplete = false;
 	if (!isnull && message->headers == NULL)
 		message->headers_len = Max(message->headers_len, toast_raw_datum_size(headers));
-	if (!outbox_unsendable(message))
+	if (!reader_unsendable(message))
 		take_contents(message, SPI_tuptable->vals[row], SPI_tuptable->tupdesc, 2);
 }
 
@@ -596,7 +408,7 @@ take_rows(Rows *rows, Chunk *chunk, int limit)
 
 		if (!fits(chunk, message, limit))
 			break;
-		if (!outbox_unsendable(message))
+		if (!reader_unsendable(message))
 		{
 			take_contents(message, rows->tuples[rows->next], rows->desc, KEY);
 			message->incomplete = is_incomplete(message, rows->tuples[rows->next], rows->desc);
@@ -773,7 +585,7 @@ end_batch(Cursor *cursor)
 }
 
 Chunk *
-outbox_read(Cursor *cursor, MemoryContext parent, bool *topology)
+reader_read(Cursor *cursor, MemoryContext parent, bool *topology)
 {
 	Chunk	   *chunk = make_chunk(parent, CHUNK_MESSAGES);
 	Portal		portal;
@@ -806,25 +618,6 @@ outbox_read(Cursor *cursor, MemoryContext parent, bool *topology)
 }
 
 /* ---- results ---- */
-
-void
-outbox_record_sent(const Chunk *chunk)
-{
-	static CachedQuery query = {
-		"insert into fanout.sent (segment, base, target, last_id, count)"
-		" select current, $1, $2, $3, $4 from fanout.rotation"
-	};
-	Oid			types[4] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID};
-	Datum		values[4] = {
-		chunk->base, chunk->target,
-		Int64GetDatum(chunk->messages[chunk->count - 1]->id),
-		Int32GetDatum(chunk->before + chunk->count)
-	};
-
-	query_execute(&query, 4, types, values, NULL);
-	if (SPI_processed != 1)
-		ledger_row_missing("rotation");
-}
 
 /* The columns of a message in fanout.outbox and fanout.held. */
 #define CONTENTS "message_id, type, key, headers, payload, queue, xid, created_at"
@@ -863,7 +656,7 @@ hold_from(int segment, Message **messages, int n)
  * time is in memory.  That includes those that were not read.
  */
 void
-outbox_hold(Message **messages, int n)
+reader_hold(Message **messages, int n)
 {
 	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
 		hold_from(segment, messages, n);
@@ -894,7 +687,7 @@ bury_from_held(Oid *types, Datum *values)
 }
 
 bool
-outbox_bury(const Message *message, const char *topic, int attempts)
+reader_bury(const Message *message, const char *topic, int attempts)
 {
 	Oid			types[5] = {INT8OID, TIDOID, TEXTOID, TEXTOID, INT4OID};
 	Datum		values[5] = {
@@ -911,7 +704,7 @@ outbox_bury(const Message *message, const char *topic, int attempts)
 /* ---- held messages ---- */
 
 Chunk *
-outbox_read_held(int32 topic_id, int limit, MemoryContext parent)
+reader_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
 		"select " MESSAGE_COLUMNS("null::smallint, null::tid", "key, headers, payload")
@@ -949,7 +742,7 @@ ids_of(Message **messages, int n)
  * waits for no user.
  */
 bool
-outbox_lock_held(Message **messages, int n)
+reader_lock_held(Message **messages, int n)
 {
 	static CachedQuery lock = {"select from fanout.held where id = any ($1) for update skip locked"};
 	static CachedQuery all = {"select from fanout.held where id = any ($1)"};
@@ -968,7 +761,7 @@ outbox_lock_held(Message **messages, int n)
 }
 
 void
-outbox_release(Message **messages, int n)
+reader_release(Message **messages, int n)
 {
 	static CachedQuery query = {"delete from fanout.held where id = any ($1)"};
 	Oid			types[1] = {INT8ARRAYOID};
@@ -979,7 +772,7 @@ outbox_release(Message **messages, int n)
 }
 
 int
-outbox_topics_held(int32 **topic_ids)
+reader_topics_held(int32 **topic_ids)
 {
 	static CachedQuery query = {
 		"select topic_id from fanout.topic t"
@@ -994,155 +787,4 @@ outbox_topics_held(int32 **topic_ids)
 	for (int i = 0; i < n; i++)
 		(*topic_ids)[i] = DatumGetInt32(query_value(i, 1, &isnull));
 	return n;
-}
-
-void
-outbox_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds)
-{
-	static CachedQuery query = {
-		"insert into fanout.topic_stat as s (topic_id, sent, rate, updated_at)"
-		" select t.topic_id, $2, $2 / $3, clock_timestamp() from fanout.topic t where t.topic_id = $1"
-		" on conflict (topic_id) do update"
-		" set sent = s.sent + excluded.sent, rate = excluded.rate, updated_at = excluded.updated_at"
-	};
-	Oid			types[3] = {INT4OID, INT8OID, FLOAT8OID};
-
-	for (int i = 0; i < n; i++)
-	{
-		Datum		values[3] = {
-			Int32GetDatum(topic_ids[i]), Int64GetDatum(counts[i]), Float8GetDatum(seconds)
-		};
-
-		query_execute(&query, 3, types, values, NULL);
-	}
-}
-
-/* ---- the ring of segments ---- */
-
-int
-outbox_current_segment(void)
-{
-	static CachedQuery query = {"select current::int from fanout.rotation"};
-	bool		isnull;
-
-	query_execute(&query, 0, NULL, NULL, NULL);
-	if (SPI_processed != 1)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("table \"fanout.rotation\" has " UINT64_FORMAT " rows instead of one", SPI_processed),
-				 errhint("Somebody changed it. Leave the row with the segment that has the newest messages.")));
-	return DatumGetInt32(query_value(0, 1, &isnull));
-}
-
-/*
- * Do all rows of the segment count as sent by an entry of the ledger that is
- * older than the retention?  That entry is the newest such one; what it has
- * passed is decided by the same rule as everywhere.  Only rows from its
- * base's xmin on can be unsent, so the index finds them.
- */
-static bool
-segment_expired(int segment, int retention_s)
-{
-	char		sql[1024];
-	bool		isnull;
-
-	snprintf(sql, sizeof(sql),
-			 "with l as (select * from fanout.sent"
-			 " where sent_at < now() - %d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
-			 " select exists (select from l) and not exists (select from l, fanout.outbox_%d o"
-			 " where o.xid >= pg_snapshot_xmin(l.base) and not pg_visible_in_snapshot(o.xid, l.base)"
-			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id))",
-			 retention_s, segment);
-	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
-		elog(ERROR, "could not inspect segment %d", segment);
-	return DatumGetBool(query_value(0, 1, &isnull));
-}
-
-/*
- * Under ACCESS EXCLUSIVE no transaction that wrote into it is still undecided,
- * and the rows are looked at once more.  True if it is empty then.
- */
-static bool
-empty_outbox(int segment, int retention_s)
-{
-	Oid			relid = relinfo_segment(segment);
-
-	if (segment_empty(relid))
-		return true;
-	if (!segment_expired(segment, retention_s) || !segment_lock(relid) ||
-		!segment_expired(segment, retention_s))
-		return false;
-	segment_truncate(relid);
-	return true;
-}
-
-static bool
-holds_newest_entry(int segment)
-{
-	static CachedQuery query = {"select segment::int from fanout.sent order by sent_id desc limit 1"};
-	bool		isnull;
-
-	query_execute(&query, 0, NULL, NULL, NULL);
-	return SPI_processed != 1 || DatumGetInt32(query_value(0, 1, &isnull)) == segment;
-}
-
-/*
- * Entries go to the ledger's segment of the same number as new rows go to.  So
- * they tell of rows in that segment of the outbox, or in older ones: with no
- * rows left there, nobody asks for them.  But the newest entry is the cursor.
- */
-static void
-empty_ledger(int segment)
-{
-	Oid			relid = segment_oid("sent", segment);
-
-	if (!segment_empty(relid) && !holds_newest_entry(segment) && segment_lock(relid))
-		segment_truncate(relid);
-}
-
-static int
-advance_segment(int current)
-{
-	static CachedQuery query = {"update fanout.rotation set current = $1::smallint, rotated_at = clock_timestamp()"};
-	int			next = (current + 1) % OUTBOX_SEGMENTS;
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(next)};
-
-	query_change(&query, 1, types, values, NULL, 1);
-	return next;
-}
-
-/* The last rotation may lie in the future: the clock was wrong then. */
-static bool
-rotation_due(int retention_s)
-{
-	static CachedQuery query = {
-		"select rotated_at not between clock_timestamp() - $1 / 2 * interval '1 s' and clock_timestamp()"
-		" from fanout.rotation"
-	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(retention_s)};
-	bool		isnull;
-
-	query_execute(&query, 1, types, values, NULL);
-	return SPI_processed == 1 && DatumGetBool(query_value(0, 1, &isnull));
-}
-
-int
-outbox_rotate(int retention_s)
-{
-	int			current = outbox_current_segment();
-
-	for (int i = 1; i < OUTBOX_SEGMENTS; i++)
-	{
-		int			segment = (current + i) % OUTBOX_SEGMENTS;
-
-		if (empty_outbox(segment, retention_s))
-			empty_ledger(segment);
-	}
-	if (!segment_empty(relinfo_segment(current)) &&
-		segment_empty(relinfo_segment((current + 1) % OUTBOX_SEGMENTS)) &&
-		rotation_due(retention_s))
-		current = advance_segment(current);
-	return current;
 }

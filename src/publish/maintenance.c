@@ -1,0 +1,214 @@
+/*-------------------------------------------------------------------------
+ *
+ * maintenance.c
+ *		What a publisher does by the clock: the ring of segments, counters, and
+ *		the upkeep of the consuming half.
+ *
+ * Rows of the outbox are never updated or deleted.  The ledger (fanout.sent) says
+ * up to where they were sent.  Both are rings of segments that are emptied by
+ * TRUNCATE.
+ *
+ * All of it runs inside a transaction opened by worker_begin().
+ *
+ * Locks: ACCESS EXCLUSIVE on a segment to be emptied, taken without waiting.
+ * Writers hold ROW EXCLUSIVE until their transaction ends, so no row is
+ * undecided then.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+
+#include "publish/maintenance.h"
+#include "server/query.h"
+#include "server/segment.h"
+#include "server/tables.h"
+
+static const ConsumerUpkeep *consumers = NULL;
+
+/* ---- the ring of segments ---- */
+
+/* Returns the segment that new rows go to, from fanout.rotation. */
+int
+maintenance_current_segment(void)
+{
+	static CachedQuery query = {"select current::int from fanout.rotation"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	if (SPI_processed != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("table \"fanout.rotation\" has " UINT64_FORMAT " rows instead of one", SPI_processed),
+				 errhint("Somebody changed it. Leave the row with the segment that has the newest messages.")));
+	return DatumGetInt32(query_value(0, 1, &isnull));
+}
+
+/*
+ * Do all rows of the segment count as sent by an entry of the ledger that is
+ * older than the retention?  That entry is the newest such one; what it has
+ * passed is decided by the same rule as everywhere.  Only rows from its
+ * base's xmin on can be unsent, so the index finds them.
+ */
+static bool
+segment_expired(int segment, int retention_s)
+{
+	char		sql[1024];
+	bool		isnull;
+
+	snprintf(sql, sizeof(sql),
+			 "with l as (select * from fanout.sent"
+			 " where sent_at < now() - %d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
+			 " select exists (select from l) and not exists (select from l, fanout.outbox_%d o"
+			 " where o.xid >= pg_snapshot_xmin(l.base) and not pg_visible_in_snapshot(o.xid, l.base)"
+			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id))",
+			 retention_s, segment);
+	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
+		elog(ERROR, "could not inspect segment %d", segment);
+	return DatumGetBool(query_value(0, 1, &isnull));
+}
+
+/*
+ * Under ACCESS EXCLUSIVE no transaction that wrote into it is still undecided,
+ * and the rows are looked at once more.  True if it is empty then.
+ */
+static bool
+empty_outbox(int segment, int retention_s)
+{
+	Oid			relid = tables_segment(segment);
+
+	if (segment_empty(relid))
+		return true;
+	if (!segment_expired(segment, retention_s) || !segment_lock(relid) ||
+		!segment_expired(segment, retention_s))
+		return false;
+	segment_truncate(relid);
+	return true;
+}
+
+static bool
+holds_newest_entry(int segment)
+{
+	static CachedQuery query = {"select segment::int from fanout.sent order by sent_id desc limit 1"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	return SPI_processed != 1 || DatumGetInt32(query_value(0, 1, &isnull)) == segment;
+}
+
+/*
+ * Entries go to the ledger's segment of the same number as new rows go to.  So
+ * they tell of rows in that segment of the outbox, or in older ones: with no
+ * rows left there, nobody asks for them.  But the newest entry is the cursor.
+ */
+static void
+empty_ledger(int segment)
+{
+	Oid			relid = segment_oid("sent", segment);
+
+	if (!segment_empty(relid) && !holds_newest_entry(segment) && segment_lock(relid))
+		segment_truncate(relid);
+}
+
+static int
+advance_segment(int current)
+{
+	static CachedQuery query = {"update fanout.rotation set current = $1::smallint, rotated_at = clock_timestamp()"};
+	int			next = (current + 1) % OUTBOX_SEGMENTS;
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(next)};
+
+	query_change(&query, 1, types, values, NULL, 1);
+	return next;
+}
+
+/* The last rotation may lie in the future: the clock was wrong then. */
+static bool
+rotation_due(int retention_s)
+{
+	static CachedQuery query = {
+		"select rotated_at not between clock_timestamp() - $1 / 2 * interval '1 s' and clock_timestamp()"
+		" from fanout.rotation"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+	bool		isnull;
+
+	query_execute(&query, 1, types, values, NULL);
+	return SPI_processed == 1 && DatumGetBool(query_value(0, 1, &isnull));
+}
+
+/*
+ * Makes one step of rotation: empties segments whose rows have all been sent for
+ * longer than the retention, those of the ledger with them, and makes the next
+ * one current if it is empty and the current one is old enough.  Never waits for
+ * a lock.  Returns the current segment.
+ */
+int
+maintenance_rotate(int retention_s)
+{
+	int			current = maintenance_current_segment();
+
+	for (int i = 1; i < OUTBOX_SEGMENTS; i++)
+	{
+		int			segment = (current + i) % OUTBOX_SEGMENTS;
+
+		if (empty_outbox(segment, retention_s))
+			empty_ledger(segment);
+	}
+	if (!segment_empty(tables_segment(current)) &&
+		segment_empty(tables_segment((current + 1) % OUTBOX_SEGMENTS)) &&
+		rotation_due(retention_s))
+		current = advance_segment(current);
+	return current;
+}
+
+/* ---- counters ---- */
+
+/*
+ * Adds to the counters of sent messages.  ids and counts are parallel arrays;
+ * seconds is the time that they were counted for.
+ */
+void
+maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds)
+{
+	static CachedQuery query = {
+		"insert into fanout.topic_stat as s (topic_id, sent, rate, updated_at)"
+		" select t.topic_id, $2, $2 / $3, clock_timestamp() from fanout.topic t where t.topic_id = $1"
+		" on conflict (topic_id) do update"
+		" set sent = s.sent + excluded.sent, rate = excluded.rate, updated_at = excluded.updated_at"
+	};
+	Oid			types[3] = {INT4OID, INT8OID, FLOAT8OID};
+
+	for (int i = 0; i < n; i++)
+	{
+		Datum		values[3] = {
+			Int32GetDatum(topic_ids[i]), Int64GetDatum(counts[i]), Float8GetDatum(seconds)
+		};
+
+		query_execute(&query, 3, types, values, NULL);
+	}
+}
+
+/* ---- consumers ---- */
+
+/* Names the functions of the consuming half; to be called once in the postmaster. */
+void
+maintenance_set_upkeep(const ConsumerUpkeep *upkeep)
+{
+	consumers = upkeep;
+}
+
+int
+maintenance_publish_subscriptions(void)
+{
+	return consumers->publish_subscriptions();
+}
+
+void
+maintenance_rotate_inbox(int retention_s)
+{
+	consumers->rotate_inbox(retention_s);
+}
