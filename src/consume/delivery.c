@@ -81,8 +81,8 @@ optional_text(const char *utf8)
 /* ---- JSON ---- */
 
 /*
- * What jsonb_in() refuses is data (class 22), or beyond its limits (54); it
- * holds nothing but memory when it raises that.
+ * What jsonb_in() refuses is data (class 22), beyond its limits (54), or a
+ * character that the encoding does not have (0A, in SQL_ASCII); it holds nothing but memory when it raises that.
  */
 static Datum
 parse_json(char *text, bool *isnull)
@@ -99,7 +99,8 @@ parse_json(char *text, bool *isnull)
 	{
 		int			category = ERRCODE_TO_CATEGORY(geterrcode());
 
-		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED &&
+			category != ERRCODE_FEATURE_NOT_SUPPORTED)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(oldcontext);
 		FlushErrorState();

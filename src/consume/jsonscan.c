@@ -94,10 +94,14 @@ skip_word(const char *p, const char *end, const char *word)
 	return (size_t) (end - p) >= len && memcmp(p, word, len) == 0 ? p + len : NULL;
 }
 
-/* Sets the slice of the value that begins at p; returns what follows it. */
+/*
+ * Sets the slice of the value that begins at p, maybe with blanks; returns what
+ * follows it and the blanks behind it.
+ */
 static const char *
 read_value(const char *p, const char *end, JsonSlice *value)
 {
+	const char *whole = p;
 	const char *after;
 
 	p = skip_blanks(p, end);
@@ -130,8 +134,13 @@ read_value(const char *p, const char *end, JsonSlice *value)
 				return NULL;
 			break;
 	}
+	if (after == NULL)
+		return NULL;
 	value->text = p;
-	value->len = (after != NULL) ? (size_t) (after - p) : 0;
+	value->len = (size_t) (after - p);
+	after = skip_blanks(after, end);
+	value->whole = whole;
+	value->whole_len = (size_t) (after - whole);
 	return after;
 }
 
@@ -213,7 +222,6 @@ jsonscan_member(JsonCursor *cursor, JsonSlice *name, JsonSlice *value)
 	p = read_value(cursor->next, cursor->end, name);
 	if (p == NULL || name->kind != JSON_IS_STRING)
 		return JSON_MALFORMED;
-	p = skip_blanks(p, cursor->end);
 	if (p == cursor->end || *p != ':')
 		return JSON_MALFORMED;
 	cursor->next = read_value(p + 1, cursor->end, value);

@@ -27,6 +27,10 @@ typedef struct JsonSlice
 	JsonKind	kind;
 	const char *text;			/* not terminated */
 	size_t		len;			/* bytes */
+
+	/* the same with the blanks around it */
+	const char *whole;
+	size_t		whole_len;
 } JsonSlice;
 
 /* Where the members of an object, or the elements of an array, are read. */

@@ -41,11 +41,11 @@ struct JsonReader
 {
 	Oid			type;			/* not a domain, but the base of one */
 	int32		typmod;
-	Oid			domain;			/* whose constraints are checked; or
-								 * InvalidOid */
-	void	   *domain_extra;	/* what domain_check() keeps */
-	FmgrInfo	input;
+	FmgrInfo	input;			/* of the domain, if it is one */
 	Oid			io_param;
+	int32		io_typmod;
+	Oid			domain;			/* InvalidOid: it is none */
+	void	   *domain_extra;	/* what domain_check() keeps */
 	bool		takes_json;		/* its input function reads JSON */
 	bool		composite;
 	MemoryContext context;
@@ -228,7 +228,8 @@ readjson_plan(Oid type, int32 typmod, MemoryContext context)
 	reader->context = context;
 	reader->takes_json = (reader->type == JSONOID || reader->type == JSONBOID);
 	reader->composite = type_is_rowtype(reader->type);
-	getTypeInputInfo(reader->type, &input, &reader->io_param);
+	reader->io_typmod = OidIsValid(reader->domain) ? typmod : reader->typmod;
+	getTypeInputInfo(type, &input, &reader->io_param);
 	fmgr_info_cxt(input, &reader->input, context);
 	element = element_type(reader->type);
 	if (OidIsValid(element))
@@ -334,7 +335,7 @@ find_attribute(TupleDesc desc, const char *name)
 static void
 read_members(const JsonSlice *slice, TupleDesc desc, JsonSlice *attributes)
 {
-	static const JsonSlice absent = {JSON_IS_NULL, "null", 4};
+	static const JsonSlice absent = {.kind = JSON_IS_NULL,.text = "null",.len = 4};
 	JsonCursor	cursor;
 	JsonSlice	name;
 	JsonSlice	value;
@@ -380,18 +381,19 @@ read_composite(JsonReader *reader, const JsonSlice *slice)
 
 /* ---- values ---- */
 
+/*
+ * Reads what stands for its parts; the constraints of a domain are checked
+ * afterwards.  Such types have the binary form that domain_check() asks for, and
+ * that others need not have.
+ */
 static Datum
-read_base(JsonReader *reader, const JsonSlice *slice)
+read_container(JsonReader *reader, const JsonSlice *slice)
 {
-	char	   *text;
+	Datum		value = (reader->element != NULL) ? read_array(reader, slice) : read_composite(reader, slice);
 
-	if (reader->element != NULL && slice->kind == JSON_IS_ARRAY)
-		return read_array(reader, slice);
-	if (reader->composite && slice->kind == JSON_IS_OBJECT)
-		return read_composite(reader, slice);
-	text = reader->takes_json ? pnstrdup(slice->text, slice->len) : readjson_string(slice);
-
-	return InputFunctionCall(&reader->input, text, reader->io_param, reader->typmod);
+	if (OidIsValid(reader->domain))
+		domain_check(value, false, reader->domain, &reader->domain_extra, reader->context);
+	return value;
 }
 
 /*
@@ -404,13 +406,21 @@ read_base(JsonReader *reader, const JsonSlice *slice)
 Datum
 readjson_value(JsonReader *reader, const JsonSlice *slice, bool *isnull)
 {
-	Datum		value = (Datum) 0;
+	char	   *text = NULL;
 
 	check_stack_depth();
 	*isnull = (slice->kind == JSON_IS_NULL);
-	if (!*isnull)
-		value = read_base(reader, slice);
-	if (OidIsValid(reader->domain))
-		domain_check(value, *isnull, reader->domain, &reader->domain_extra, reader->context);
-	return value;
+	if ((reader->element != NULL && slice->kind == JSON_IS_ARRAY) ||
+		(reader->composite && slice->kind == JSON_IS_OBJECT))
+		return read_container(reader, slice);
+	if (reader->takes_json && !*isnull)
+		text = pnstrdup(slice->whole, slice->whole_len);
+
+	else if (!*isnull)
+		text = readjson_string(slice);
+
+	else if (!OidIsValid(reader->domain))
+		return (Datum) 0;
+	/* a domain may have a word to say on NULL */
+	return InputFunctionCall(&reader->input, text, reader->io_param, reader->io_typmod);
 }
