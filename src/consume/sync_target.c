@@ -229,7 +229,7 @@ make_target(Relation rel, int32 subscription_id, int32 version)
 	target->schema = get_namespace_name(RelationGetNamespace(rel));
 	target->table = pstrdup(RelationGetRelationName(rel));
 	target->qualified = quote_qualified_identifier(target->schema, target->table);
-	target->desc = CreateTupleDescCopy(RelationGetDescr(rel));
+	target->desc = CreateTupleDescCopyConstr(RelationGetDescr(rel));
 	add_columns(target, rel);
 	plan_key_text(target);
 	target->shape.context = AllocSetContextCreate(context, "pg_fanout sync shape", ALLOCSET_SMALL_SIZES);
@@ -583,6 +583,38 @@ make_shape(SyncTarget *target, const JsonSlice *row)
 	MemoryContextSwitchTo(oldcontext);
 }
 
+/* Generated columns have their values from the table itself. */
+static bool
+is_generated(const SyncTarget *target, const char *name)
+{
+	for (int i = 0; i < target->desc->natts; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(target->desc, i);
+
+		if (!attr->attisdropped && attr->attgenerated != '\0' && strcmp(NameStr(attr->attname), name) == 0)
+			return true;
+	}
+	return false;
+}
+
+/* The names of members that the table has no column for; *count: of these. */
+static Datum *
+unknown_names(const SyncTarget *target, int *count)
+{
+	const SyncShape *shape = &target->shape;
+	Datum	   *names = palloc((shape->count + 1) * sizeof(Datum));
+
+	*count = 0;
+	for (int i = 0; i < shape->count && *count < MAX_NAMES; i++)
+	{
+		char	   *name = readjson_string(&shape->names[i]);
+
+		if (shape->columns[i] < 0 && !is_generated(target, name))
+			names[(*count)++] = CStringGetTextDatum(name);
+	}
+	return names;
+}
+
 /*
  * sync_target_set_shape
  *		Finds out which columns a row sets, and records it when that is new.
@@ -595,17 +627,12 @@ sync_target_set_shape(SyncTarget *target, const JsonSlice *row)
 {
 	SyncShape  *shape = &target->shape;
 	Datum	   *ignored;
-	int			n = 0;
+	int			n;
 
 	if (has_shape(shape, row))
 		return;
 	make_shape(target, row);
-	ignored = palloc((shape->count + 1) * sizeof(Datum));
-	for (int i = 0; i < shape->count && n < MAX_NAMES; i++)
-	{
-		if (shape->columns[i] < 0)
-			ignored[n++] = CStringGetTextDatum(readjson_string(&shape->names[i]));
-	}
+	ignored = unknown_names(target, &n);
 	if (n > 0 && target->refuses_unknown)
 	{
 		shape->count = -1;
