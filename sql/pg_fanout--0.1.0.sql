@@ -2257,7 +2257,8 @@ create table fanout.sync_row (
     sequence        bigint  not null,
     taken_by        bigint,
     deleted_at      timestamptz,
-    primary key (subscription_id, hash)
+    -- the hash first: plans are made when the table is empty, and use this alone
+    primary key (hash, subscription_id)
 ) using heap with (fillfactor = 50);
 create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';

@@ -28,10 +28,13 @@
 #include "executor/spi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "optimizer/cost.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/plancache.h"
+#include "utils/resowner.h"
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
@@ -149,10 +152,36 @@ prepare(const SyncTarget *target, const char *sql, Bitmapset *columns, bool key)
 		types[n++] = target->columns[i].type;
 	for (int i = 0; key && i < target->nkeys; i++)
 		types[n++] = target->columns[target->keys[i]].type;
-	plan = SPI_prepare(sql, n, types);
+	plan = SPI_prepare_cursor(sql, n, types, CURSOR_OPT_GENERIC_PLAN);
 	if (plan == NULL || SPI_keepplan(plan) != 0)
 		elog(ERROR, "could not prepare \"%s\": %s", sql, SPI_result_code_string(SPI_result));
 	return plan;
+}
+
+/*
+ * Sees to it that a plan looks rows up by the key's index, because it may have been
+ * made when the table was empty, and is kept until the table is analyzed.  The
+ * setting is a variable that only the planner looks at; what the statement fires
+ * does not see it.
+ */
+static void
+plan_by_index(SPIPlanPtr plan)
+{
+	bool		session = enable_seqscan;
+	CachedPlan *cached = NULL;
+
+	PG_TRY();
+	{
+		enable_seqscan = false;
+		cached = SPI_plan_get_cached_plan(plan);
+	}
+	PG_FINALLY();
+	{
+		enable_seqscan = session;
+	}
+	PG_END_TRY();
+	if (cached != NULL)
+		ReleaseCachedPlan(cached, CurrentResourceOwner);
 }
 
 /* Runs it, and returns how many rows it found; the result is in SPI_tuptable. */
@@ -175,6 +204,7 @@ execute(const SyncTarget *target, SPIPlanPtr plan, const SyncValues *row, const 
 		values[n] = key->values[target->keys[i]];
 		nulls[n++] = ' ';
 	}
+	plan_by_index(plan);
 	result = SPI_execute_plan(plan, values, nulls, false, 0);
 	MemoryContextSwitchTo(context);
 	if (result < 0)
