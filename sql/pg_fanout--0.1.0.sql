@@ -165,7 +165,6 @@ revoke all on fanout.outbox from public;
 create table fanout.outbox_0 partition of fanout.outbox for values in (0) using heap;
 create table fanout.outbox_1 partition of fanout.outbox for values in (1) using heap;
 create table fanout.outbox_2 partition of fanout.outbox for values in (2) using heap;
-create index outbox_xid_idx on fanout.outbox (xid);
 -- repair_ledger() updates them, which a publication FOR ALL TABLES must not forbid
 alter table fanout.outbox_0 replica identity full;
 alter table fanout.outbox_1 replica identity full;
@@ -174,6 +173,18 @@ comment on table fanout.outbox_0 is 'internal: a segment of the outbox';
 comment on table fanout.outbox_1 is 'internal: a segment of the outbox';
 comment on table fanout.outbox_2 is 'internal: a segment of the outbox';
 revoke all on fanout.outbox_0, fanout.outbox_1, fanout.outbox_2 from public;
+
+-- Rows that went another way than the library's own: they lie wherever there was room.
+create table fanout.scattered (
+    xid     xid8     not null,
+    segment smallint not null
+) using heap;
+create index scattered_xid_idx on fanout.scattered (xid);
+-- deleted from without a key: a publication FOR ALL TABLES must not forbid it
+alter table fanout.scattered replica identity full;
+comment on table fanout.scattered is
+'internal: transactions whose rows may be anywhere in a segment of the outbox, which the publisher then reads as a whole; emptied by the publisher';
+revoke all on fanout.scattered from public;
 
 create table fanout.rotation (
     current    smallint    not null,
@@ -196,7 +207,9 @@ create table fanout.sent (
     target  pg_snapshot not null,
     last_id bigint      not null,
     count   integer     not null,
-    sent_at timestamptz not null default clock_timestamp()
+    sent_at timestamptz not null default clock_timestamp(),
+    files   oid[]       not null default '{0,0,0}',
+    unread  bigint[]    not null default '{0,0,0}'
 ) partition by list (segment);
 create table fanout.sent_0 partition of fanout.sent for values in (0) using heap;
 create table fanout.sent_1 partition of fanout.sent for values in (1) using heap;
@@ -208,6 +221,9 @@ comment on table fanout.sent_1 is 'internal: a segment of the ledger';
 comment on table fanout.sent_2 is 'internal: a segment of the ledger';
 comment on table fanout.sent is
 'internal: the ledger, insert-only, in a ring of three segments. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
+comment on column fanout.sent.files is 'for each segment of the outbox, the file (pg_class.relfilenode) that "unread" is about';
+comment on column fanout.sent.unread is
+'for each segment, a block: as long as it is that file, all rows before it that are ever committed are visible in base';
 -- What this transaction writes is still to be sent, and so is what any other
 -- transaction writes that has not ended yet.  Its own snapshot would not do: it
 -- does not list this transaction as in progress.  Before xmin, which is this
@@ -2846,22 +2862,36 @@ comment on column fanout.stat_publisher.last_error is 'most recent error; NULL: 
 comment on column fanout.stat_publisher.last_error_at is 'when it happened';
 revoke all on fanout.stat_publisher from public;
 
--- The two branches are those by which the publisher finds its next batch: both
--- are index scans whose cost does not depend on what was sent already.
+-- Reads from where the ledger says, so that what was sent already costs nothing.
 create view fanout.pending as
 with ledger as (
     -- one that is empty, or not of this server, knows of nothing that was sent
-    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id
+    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id,
+           case when s.files[1] = pg_relation_filenode('fanout.outbox_0') and c.segments & 1 = 0
+                then format('(%s,0)', s.unread[1])::tid else '(0,0)' end as first_0,
+           case when s.files[2] = pg_relation_filenode('fanout.outbox_1') and c.segments & 2 = 0
+                then format('(%s,0)', s.unread[2])::tid else '(0,0)' end as first_1,
+           case when s.files[3] = pg_relation_filenode('fanout.outbox_2') and c.segments & 4 = 0
+                then format('(%s,0)', s.unread[3])::tid else '(0,0)' end as first_2
     from (select) one left join (select * from fanout.sent order by sent_id desc limit 1) s
-         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot())
+         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot()),
+         lateral (select coalesce(bit_or(1 << segment), 0) from fanout.scattered
+                  where not pg_visible_in_snapshot(xid, s.base)) c(segments)
 )
-select o.* from ledger l, fanout.outbox o
-where o.xid >= pg_snapshot_xmax(l.base)
-  and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)
+select o.* from ledger l, lateral (
+    select * from fanout.outbox_0 o
+    where o.ctid >= l.first_0 and not pg_visible_in_snapshot(o.xid, l.base)
+      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o
 union all
-select o.* from ledger l, fanout.outbox o
-where o.xid = any (array(select pg_snapshot_xip(l.base)))
-  and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id);
+select o.* from ledger l, lateral (
+    select * from fanout.outbox_1 o
+    where o.ctid >= l.first_1 and not pg_visible_in_snapshot(o.xid, l.base)
+      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o
+union all
+select o.* from ledger l, lateral (
+    select * from fanout.outbox_2 o
+    where o.ctid >= l.first_2 and not pg_visible_in_snapshot(o.xid, l.base)
+      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o;
 comment on view fanout.pending is 'internal: messages that the publisher has not passed yet';
 revoke all on fanout.pending from public;
 
@@ -3120,7 +3150,7 @@ as $$
         select 5, format('table "fanout.outbox" has rows that this server did not write: of transactions up to %s, and the next one is %s',
                          o.xid, n.xid)
         from pg_snapshot_xmax(pg_current_snapshot()) n(xid),
-             (select xid from fanout.outbox where xid is distinct from pg_current_xact_id_if_assigned()
+             (select xid from fanout.pending where xid is distinct from pg_current_xact_id_if_assigned()
               order by xid desc limit 1) o(xid)
         where o.xid >= n.xid
     )
@@ -3211,7 +3241,7 @@ begin
                    (select o.xid from fanout.outbox o
                     where repair_ledger.since is null or o.created_at >= repair_ledger.since
                     order by o.xid limit 1));
-    truncate fanout.sent;
+    truncate fanout.sent, fanout.scattered;
     insert into fanout.sent (segment, base, target, last_id, count)
     select r.current, base, base, 0, 0
     from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);

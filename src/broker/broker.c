@@ -4,15 +4,15 @@
  *		One AMQP 0-9-1 connection to RabbitMQ, over rabbitmq-c.
  *
  * The only file that knows rabbitmq-c.  It uses of that library the codec and
- * the writing of frames: amqp_handle_input() and amqp_send_frame(); for TLS
- * also its transport and heartbeats, amqp_simple_wait_frame_noblock().
+ * the writing of frames: amqp_handle_input() and amqp_send_frame(), and that it
+ * opens TLS sockets.
  * Everything above frames, that is login, RPC, publishing and the dispatch of
  * what arrives, is done here, because the library's own versions wait without
  * limit and without interrupts:
  *
  * - amqp_basic_publish() and every RPC write with an infinite deadline and
  *   restart on EINTR (rabbitmq-c #519).  Here, a frame is written only when
- *   the kernel has room for it (see "Writing"), so the library's blocking
+ *   the kernel has room for it (see credit.c), so the library's blocking
  *   write does not block.
  * - Before 0.14, a write that blocks past a heartbeat reads with an infinite
  *   deadline (rabbitmq-c #780).  Unreachable for the same reason.
@@ -22,27 +22,27 @@
  *   them may be used here; nor may anything that calls amqp_abort().
  * - The library's reading swallows heartbeats and frames of unknown types in
  *   a loop for as long as a peer sends them, and keeps what they held (measured
- *   with 0.11: 300 MB a second).  So a plain socket is read here, and a frame's
- *   header is checked before the library is shown a byte of it (see "Reading").
+ *   with 0.11: 300 MB a second).  So sockets are read here, TLS by tls_read(),
+ *   and a frame's header is checked before the library is shown a byte of it
+ *   (see "Reading").
  *
- * Two calls may still keep interrupts away, both under a peer that is hostile
- * rather than slow, and both end when a signal handler shuts the socket down:
+ * One call may still keep interrupts away, at most for connect_timeout_ms, and
+ * ends when a signal handler shuts the socket down: opening a TLS socket, if the
+ * peer accepts connections but does not shake hands (broker_handshake_fd()).
  *
- * - opening a TLS socket, at most for connect_timeout_ms, if the peer accepts
- *   connections but does not shake hands (broker_handshake_fd());
- * - reading TLS, since the library does not give its session away: the loop
- *   named above, for a peer that has the certificate we trust.
+ * Channels: those that the caller opens, one more for requests that are waited
+ * for, and one that consumes if the options want it.  What a channel waits for,
+ * and which of them there are, is in channels.c; here its methods are written
+ * and read.  Nothing is written from within the dispatch but channel.close-ok,
+ * and that only if there is room for it, so that dispatching never waits.  Since
+ * close-ok may be written at any wait, a frame of a channel is written only
+ * after a look at whether the channel is still open: RabbitMQ ends a connection
+ * on which a closed channel goes on with a message.
  *
- * Channels: 1 publishes in confirm mode, or consumes, 2 is for topology, so that a refusal
- * there (AMQP closes the channel) leaves the messages in flight alone.  A
- * channel's life:
- *
- *		DOWN --channel.open, open-ok--> OPEN --channel.close--> REFUSED
- *		REFUSED --close-ok, channel.open, open-ok--> OPEN
- *
- * channel.close is answered when the channel is needed again: the broker
- * ignores the channel until then, and sending nothing from within the
- * dispatch means that dispatching never waits.
+ * The library looks at all the channels it has heard of for every frame that
+ * it is asked to forget, and keeps a page of memory for each.  So it never
+ * hears of them: the channel's number is taken out of a frame before the library
+ * is shown it (see begin_frame()), and cost and memory are those of one channel.
  *
  * Whatever arrives while this file waits for something else (room to write,
  * a reply) is dispatched at once and becomes an event in a queue, which
@@ -58,15 +58,19 @@
  *
  * Scenarios.  Checks in test/unit/broker_probe.c, against a real RabbitMQ:
  * confirms; return before ack; nack by reject-publish; exchange missing
- * (404), then reopened; reopening that crosses the broker's close; memory
- * alarm (blocked, unblocked, longer than the user timeout); a frozen broker
- * while writing, while waiting for a reply, while idle, while connecting; a
- * body of many frames; a body over the broker's limit; properties over a
- * frame; login refused; vhost unknown; nobody listening; 406 on the topology
- * channel; the operator closing the connection; TLS with and without trust.
+ * (404), then another channel; closes that cross; a channel refused beside one
+ * that is not; 2,000 channels; memory alarm (blocked, unblocked, longer than
+ * the user timeout); a frozen broker while writing, while waiting for a reply,
+ * while idle, while connecting; a body of many frames; a body over the broker's
+ * limit; properties over a frame; login refused; vhost unknown; nobody
+ * listening; a request refused (406); the operator closing the connection; TLS
+ * with and without trust.
  * In test/unit/test_broker.c, against brokers made of raw bytes: one that goes
  * silent, hangs up or talks nonsense at any step, breaks the order or the size
  * of frames, floods us, confirms what was not sent, or writes before it reads.
+ * In test/unit/test_broker_channels.c: one that answers several channels in any
+ * order, closes one of them in the middle of a message, closes twice or never,
+ * answers what was not asked, or takes nothing in.
  * In test/fuzz/fuzz_broker.c, whatever bytes a fuzzer comes upon.
  *
  *-------------------------------------------------------------------------
@@ -97,7 +101,13 @@
 
 #include "broker/assemble.h"
 #include "broker/broker.h"
+#include "broker/channels.h"
 #include "broker/clock.h"
+#include "broker/credit.h"
+#include "broker/errors.h"
+#include "broker/events.h"
+#include "broker/frames.h"
+#include "broker/message.h"
 #include "broker/tcp.h"
 #include "broker/tls.h"
 
@@ -105,12 +115,8 @@
 #define PG_FANOUT_VERSION "devel"
 #endif
 
-/* room for what the broker says when it closes */
-#define WHY_SIZE (sizeof(((BrokerError *) NULL)->text))
-
+/* Frames about the connection as a whole have this channel number. */
 #define CHANNEL_CONNECTION	0
-#define CHANNEL_PUBLISHING	1
-#define CHANNEL_TOPOLOGY	2
 
 /* What we propose; the broker may lower it to the protocol's minimum. */
 #define FRAME_MAX			65536
@@ -119,20 +125,10 @@
 /* The library's private frame type for a protocol header ("AMQP"). */
 #define FRAME_PROTOCOL_HEADER 'A'
 
-/* Frame type, channel and size before a payload; and the end octet after it. */
-#define FRAME_HEAD			7
-#define FRAME_ENVELOPE		8
-
-/* A method's identifiers and up to three short strings, rounded up. */
-#define METHOD_SIZE			1024
+/* A method without strings, rounded up. */
+#define SMALL_METHOD_SIZE	64
 
 #define USER_TIMEOUT_MS		10000
-
-/* What the kernel books for a small write on top of its bytes, rounded up. */
-#define WRITE_OVERHEAD		1024
-
-/* At most so much is written between two looks at the socket. */
-#define CREDIT_MAX			(128 * 1024)
 
 /* How often a wait for room to write looks for frames to read. */
 #define WRITE_SLICE_MS		20
@@ -146,19 +142,10 @@
 /* Reads in a row before something else is looked at: the time, room to write. */
 #define READS_AT_ONCE		16384
 
-/* What is taken from the kernel in one piece. */
-#define INBOX_SIZE			65536
-
 /*
- * As many events as a window of unconfirmed messages can give rise to: a
- * return and an ack for each of 65535.
+ * While something else is waited for, reading stops once so many bytes of
+ * deliveries are queued.
  */
-#define EVENTS_MAX			(128 * 1024)
-
-/* More bytes in deliveries than any consumer lets pile up while it waits. */
-#define DELIVERED_MAX		((size_t) 1024 * 1024 * 1024)
-
-/* Of these, so many are taken in on the way, when it is not them that is asked for. */
 #define DELIVERED_AHEAD		((size_t) 1024 * 1024)
 
 /* Tables in tables: RabbitMQ's own (x-death) have two levels. */
@@ -167,26 +154,16 @@
 /* How long a polite close waits for the answer. */
 #define GOODBYE_MS			200
 
+/* More channels than this on one connection nobody wants, with two of our own. */
+#define CHANNELS_MAX		65000
+
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)
-
-typedef enum ChannelState
-{
-	CHANNEL_DOWN,				/* not opened yet */
-	CHANNEL_OPEN,
-	CHANNEL_REFUSED,			/* closed by the broker; close-ok is owed */
-} ChannelState;
-
-typedef struct Channel
-{
-	ChannelState state;
-	BrokerError why;			/* REFUSED */
-} Channel;
 
 struct Broker
 {
 	const BrokerOptions *options;
 	amqp_connection_state_t conn;
-	bool		tls;
+	void	   *tls;			/* the session to read from; NULL: none */
 	int			fd;				/* -1: none, or lost */
 	char		where[288];		/* host:port, for texts */
 
@@ -196,21 +173,26 @@ struct Broker
 	BrokerError why;			/* lost: the first reason */
 	bool		blocked;		/* by connection.blocked */
 
-	Channel		channels[3];	/* 0 is never used */
-	uint64_t	published;		/* on this publishing channel: the last tag */
-	Assembler	content;		/* basic.return, or basic.deliver, of the
-								 * publishing channel */
-	BrokerDelivery *delivery;	/* that content's, if it is a delivery */
-	bool		consumes;		/* on this channel, something was consumed */
-	uint64_t	delivery_tag;	/* on this channel: the last delivery's */
-	size_t		delivered;		/* bytes of deliveries not yet fetched */
+	Channels	channels;		/* empty before the login */
+	EventQueue	events;			/* not yet fetched */
+
+	/* Calls that wait for their answer */
+	int			calls;			/* the channel for them; 0: none yet */
+	uint32_t	messages;		/* the last answer's counts */
+	uint32_t	consumers;
+
+	/* Consuming */
+	int			consuming;		/* the channel that does; 0: none */
+	bool		consumes;		/* on it, something was consumed */
+	BrokerDelivery *delivery;	/* that is being received on it */
+	uint64_t	delivery_tag;	/* on it: the last delivery's */
 
 	/* Writing */
 	bool		corked;
 	bool		mid_message;	/* a content is half sent */
+	bool		write_failed;	/* no use in writing any more */
 	size_t		frame_max;		/* negotiated */
-	size_t		credit_max;		/* see refill_credit() */
-	size_t		credit;			/* may be written without asking the kernel */
+	Credit		credit;			/* see refill_credit() */
 
 	/* Heartbeats */
 	int			heartbeat;		/* negotiated, in seconds; 0: none */
@@ -221,15 +203,8 @@ struct Broker
 	int64_t		last_read_ms;	/* when heartbeats were last served */
 	int			reads;			/* since interrupts were last served */
 	size_t		frame_left;		/* of the frame the library is being given */
-	size_t		inbox_first;	/* inbox[inbox_first .. inbox_last - 1] is */
-	size_t		inbox_last;		/* received and not given to it yet */
-	unsigned char inbox[INBOX_SIZE];
-
-	/* Events not yet fetched: events[first .. last - 1] */
-	BrokerEvent *events;
-	size_t		first;
-	size_t		last;
-	size_t		capacity;
+	int			frame_channel;	/* of that frame, or of the last one */
+	FrameBuffer received;
 
 	/* Room for the table being sent */
 	amqp_table_entry_t *entries;
@@ -248,12 +223,10 @@ static bool lose(Broker *broker, int code, const char *format,...)
 static bool lose_status(Broker *broker, const char *what, int status);
 static bool lose_write(Broker *broker, int status);
 static const char *hint(const Broker *broker);
-static void set_error(BrokerError *error, int code, const char *format,...)
-			__attribute__((format(printf, 3, 4)));
 static BrokerResult fail_lost(const Broker *broker, BrokerError *error);
-static BrokerResult fail_channel(const Broker *broker, int channel, BrokerError *error);
-static void copy_text(char *to, size_t size, amqp_bytes_t from);
-static void copy_reason(const Broker *broker, char *to, int code, amqp_bytes_t from);
+static BrokerResult fail_channel(Broker *broker, int number, BrokerError *error);
+static void set_reason(const Broker *broker, BrokerError *why, int code, amqp_bytes_t text,
+					   int class_id, int method_id);
 
 /* Connecting */
 static Broker *new_broker(const BrokerAddress *address, const BrokerOptions *options);
@@ -280,49 +253,40 @@ static bool open_vhost(Broker *broker, const char *vhost, int64_t deadline);
 static void explain_login_failure(Broker *broker, const BrokerAddress *address);
 static void explain_vhost_failure(Broker *broker, const BrokerAddress *address);
 
-/* Channels and calls */
-static bool open_channel(Broker *broker, int channel, int64_t deadline);
-static bool open_publishing_channel(Broker *broker, int64_t deadline);
-static BrokerResult call_declare(Broker *broker, amqp_queue_declare_t *declare,
-								 const amqp_queue_declare_ok_t **ok, BrokerError *error);
-static BrokerResult call_topology(Broker *broker, amqp_method_number_t request,
-								  void *arguments, amqp_method_number_t reply,
-								  const void **answer, BrokerError *error);
-static const void *call(Broker *broker, int channel, amqp_method_number_t request,
-						void *arguments, amqp_method_number_t reply, int64_t deadline);
-static const void *await_reply(Broker *broker, int channel,
-							   amqp_method_number_t reply, int64_t deadline);
+/* Channels */
+static bool send_open(Broker *broker, int channel);
+static void pay_debts(Broker *broker);
+static bool send_request(Broker *broker, int channel, const BrokerRequest *request);
+static bool send_queue_request(Broker *broker, int channel, const BrokerRequest *request);
+static bool send_exchange_request(Broker *broker, int channel, const BrokerRequest *request);
+
+/* Calls that wait for their answer */
+static bool open_and_wait(Broker *broker, int *channel, ChannelUse use, int64_t deadline);
+static bool call_on(Broker *broker, int channel, amqp_method_number_t method, void *arguments,
+					int64_t deadline);
+static bool await_channel(Broker *broker, int channel, int64_t deadline);
+static const void *await_reply(Broker *broker, amqp_method_number_t reply, int64_t deadline);
+static bool wait_for_frames(Broker *broker, int64_t deadline);
 
 /* Publishing */
-static BrokerResult check_message(const Broker *broker, const BrokerMessage *message,
-								  size_t *header_size, BrokerError *error);
-static bool check_short(const char *what, const char *text, size_t max,
-						BrokerError *error);
-static size_t properties_size(const BrokerMessage *message);
 static void fill_properties(const BrokerMessage *message, amqp_basic_properties_t *properties);
-static bool send_content_header(Broker *broker, const BrokerMessage *message,
+static bool send_content_header(Broker *broker, int channel, const BrokerMessage *message,
 								size_t size, long timeout_ms);
-static bool send_content_body(Broker *broker, const char *body, size_t len,
+static bool send_content_body(Broker *broker, int channel, const char *body, size_t len,
 							  long timeout_ms);
 
 /* Consuming */
 static BrokerResult settle_delivery(Broker *broker, amqp_method_number_t method, void *arguments,
 									long timeout_ms, BrokerError *error);
-static void drop_deliveries(Broker *broker);
 static bool begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver);
 static bool take_properties(Broker *broker, const amqp_basic_properties_t *properties);
-static void delivery_assembled(Broker *broker);
-static void *keep(BrokerDelivery *delivery, size_t size);
-static char *keep_text(BrokerDelivery *delivery, amqp_bytes_t bytes);
+static void delivery_assembled(Broker *broker, Channel *channel);
 static BrokerField *keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth);
 static BrokerField *keep_array(BrokerDelivery *delivery, const amqp_array_t *array, int depth);
 static bool keep_value(BrokerDelivery *delivery, BrokerField *field,
 					   const amqp_field_value_t *value, int depth);
 
 /* Tables */
-static size_t table_size(const BrokerField *fields, int nfields);
-static size_t field_size(const BrokerField *field);
-static bool check_table(const BrokerField *fields, int nfields, BrokerError *error);
 static bool fill_table(Broker *broker, const BrokerField *fields, int nfields,
 					   amqp_table_t *table);
 static void fill_entry(const BrokerField *field, amqp_table_entry_t *entry);
@@ -335,32 +299,40 @@ static bool send_method(Broker *broker, int channel, amqp_method_number_t id,
 static bool send_frame(Broker *broker, const amqp_frame_t *frame, size_t size,
 					   long timeout_ms);
 static bool wait_for_room(Broker *broker, size_t size, long timeout_ms);
-static bool take_credit(Broker *broker, size_t size);
+static bool write_frame(Broker *broker, const amqp_frame_t *frame);
+static bool write_method(Broker *broker, int channel, amqp_method_number_t id, void *arguments);
+static bool take_room_now(Broker *broker, size_t size);
 static void refill_credit(Broker *broker);
 
 /* Reading */
+static void nothing_to_fetch(Broker *broker, BrokerEvent *event);
 static bool read_frame(Broker *broker, amqp_frame_t *frame);
-static int	read_library(Broker *broker, amqp_frame_t *frame);
-static int	read_inbox(Broker *broker, amqp_frame_t *frame);
-static int	decode_inbox(Broker *broker, amqp_frame_t *frame);
-static bool begin_frame(Broker *broker);
-static int	fill_inbox(Broker *broker);
+static int	receive_frame(Broker *broker, amqp_frame_t *frame);
+static int	decode_received(Broker *broker, amqp_frame_t *frame);
+static bool begin_frame(Broker *broker, const FrameHead *head);
+static int	receive(Broker *broker);
 static void serve_heartbeats(Broker *broker);
 static void drain(Broker *broker);
 static void dispatch(Broker *broker, const amqp_frame_t *frame);
 static void dispatch_connection(Broker *broker, const amqp_frame_t *frame);
-static void dispatch_publishing(Broker *broker, const amqp_frame_t *frame);
-static void dispatch_delivery(Broker *broker, const amqp_basic_deliver_t *deliver);
-static void dispatch_method(Broker *broker, const amqp_frame_t *frame);
-static void dispatch_topology(Broker *broker, const amqp_frame_t *frame);
+static void dispatch_channel(Broker *broker, const amqp_frame_t *frame);
+static void dispatch_content(Broker *broker, const amqp_frame_t *frame);
+static bool dispatch_content_method(Broker *broker, int number, const amqp_method_t *method);
+static void dispatch_method(Broker *broker, int number, const amqp_method_t *method);
+static void dispatch_delivery(Broker *broker, Channel *channel, const amqp_basic_deliver_t *deliver);
+static void dispatch_return(Broker *broker, int number, const amqp_basic_return_t *returned);
+static void dispatch_other(Broker *broker, int number, const amqp_method_t *method);
+static void channel_opened(Broker *broker, int number);
+static void channel_answered(Broker *broker, int number, const amqp_method_t *method);
 static void connection_closed(Broker *broker, const amqp_connection_close_t *close);
 static void connection_blocked(Broker *broker, const amqp_connection_blocked_t *blocked);
 static void connection_unblocked(Broker *broker);
-static void channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close);
-static void confirmed(Broker *broker, BrokerEventType type, uint64_t tag, bool multiple);
-static AssembleResult content_header(Broker *broker, const amqp_frame_t *frame);
-static void content_assembled(Broker *broker, AssembleResult result);
-static BrokerEvent *push_event(Broker *broker, BrokerEventType type);
+static void channel_closed(Broker *broker, int number, const amqp_channel_close_t *close);
+static void confirmed(Broker *broker, int number, BrokerEventType type, uint64_t tag, bool multiple);
+static bool is_delivery(const Broker *broker, const Channel *channel);
+static AssembleResult content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame);
+static void content_assembled(Broker *broker, int number, AssembleResult result);
+static BrokerEvent *push_event(Broker *broker, BrokerEventType type, int channel);
 static bool pop_event(Broker *broker, BrokerEvent *event);
 static bool is_method(const amqp_frame_t *frame, int channel, amqp_method_number_t id);
 
@@ -380,7 +352,7 @@ broker_connect(const BrokerAddress *address, const char *password,
 
 	if (broker == NULL)
 	{
-		set_error(error, 0, "out of memory");
+		error_set(error, 0, "out of memory");
 		return NULL;
 	}
 	if (password == NULL)
@@ -388,10 +360,11 @@ broker_connect(const BrokerAddress *address, const char *password,
 
 	if (open_socket(broker, address, deadline) &&
 		log_in(broker, address, password, deadline) &&
-		open_publishing_channel(broker, deadline))
+		(!options->consumer ||
+		 open_and_wait(broker, &broker->consuming, CHANNEL_CONSUMES, deadline)))
 		return broker;
 
-	*error = broker->lost ? broker->why : broker->channels[CHANNEL_PUBLISHING].why;
+	(void) fail_channel(broker, broker->consuming, error);
 	broker_close(broker, false);
 	return NULL;
 }
@@ -411,10 +384,9 @@ broker_close(Broker *broker, bool polite)
 		shutdown(fd, SHUT_RDWR);
 	amqp_destroy_connection(broker->conn);
 
-	assemble_reset(&broker->content);
 	broker_free_delivery(broker->delivery);
-	drop_deliveries(broker);
-	free(broker->events);
+	channels_destroy(&broker->channels);
+	events_destroy(&broker->events);
 	free(broker->entries);
 	free(broker);
 }
@@ -496,12 +468,10 @@ lose(Broker *broker, int code, const char *format,...)
 	if (broker->lost)
 		return false;
 	broker->lost = true;
-	broker->why.code = code;
 	va_start(args, format);
-	vsnprintf(broker->why.text, sizeof(broker->why.text), format, args);
+	error_set_args(&broker->why, code, format, args);
 	va_end(args);
 
-	/* The library may have closed the socket itself (heartbeat timeout). */
 	fd = amqp_get_sockfd(broker->conn);
 	announce(broker, -1);
 	if (fd >= 0)
@@ -538,6 +508,7 @@ lose_write(Broker *broker, int status)
 {
 	int			saved_errno = errno;
 
+	broker->write_failed = true;
 	if (status == AMQP_STATUS_SOCKET_ERROR || status == AMQP_STATUS_SSL_ERROR)
 		drain(broker);
 	errno = saved_errno;
@@ -551,17 +522,6 @@ hint(const Broker *broker)
 	return broker->greeted ? "" : " (does the port expect TLS?)";
 }
 
-static void
-set_error(BrokerError *error, int code, const char *format,...)
-{
-	va_list		args;
-
-	error->code = code;
-	va_start(args, format);
-	vsnprintf(error->text, sizeof(error->text), format, args);
-	va_end(args);
-}
-
 static BrokerResult
 fail_lost(const Broker *broker, BrokerError *error)
 {
@@ -571,34 +531,29 @@ fail_lost(const Broker *broker, BrokerError *error)
 
 /* Why a channel did not do what it should. */
 static BrokerResult
-fail_channel(const Broker *broker, int channel, BrokerError *error)
+fail_channel(Broker *broker, int number, BrokerError *error)
 {
+	const Channel *channel = channels_get(&broker->channels, number);
+
 	if (broker->lost)
 		return fail_lost(broker, error);
-	*error = broker->channels[channel].why;
+	if (channel != NULL && channel->why != NULL)
+		*error = *channel->why;
+	else
+		error_set(error, 0, "channel %d is not open", number);
 	return BROKER_REFUSED;
 }
 
-/* The peer's text for our logs: whatever its bytes, plain ASCII comes out. */
+/* Why the broker closed something, in its words if it has any. */
 static void
-copy_text(char *to, size_t size, amqp_bytes_t from)
+set_reason(const Broker *broker, BrokerError *why, int code, amqp_bytes_t text,
+		   int class_id, int method_id)
 {
-	const unsigned char *bytes = from.bytes;
-	size_t		len = from.len < size - 1 ? from.len : size - 1;
-
-	for (size_t i = 0; i < len; i++)
-		to[i] = bytes[i] >= ' ' && bytes[i] < 0x7f ? (char) bytes[i] : '?';
-	to[len] = '\0';
-}
-
-/* The same into WHY_SIZE bytes; but it must say something. */
-static void
-copy_reason(const Broker *broker, char *to, int code, amqp_bytes_t from)
-{
-	if (from.len > 0)
-		copy_text(to, WHY_SIZE, from);
-	else
-		snprintf(to, WHY_SIZE, "closed by %s with code %d", broker->where, code);
+	error_set(why, code, "closed by %s with code %d", broker->where, code);
+	if (text.len > 0)
+		error_copy_text(why->text, sizeof(why->text), text.bytes, text.len);
+	why->class_id = class_id;
+	why->method_id = method_id;
 }
 
 
@@ -621,12 +576,10 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 		return NULL;
 	}
 	broker->options = options;
-	broker->tls = address->tls;
 	broker->fd = -1;
 	broker->frame_max = FRAME_MIN;
 	broker->last_read_ms = clock_ms();
 	broker->last_received_ms = broker->last_read_ms;
-	assemble_init(&broker->content, options->consumer, BROKER_MAX_BODY);
 	snprintf(broker->where, sizeof(broker->where), ipv6 ? "[%s]:%d" : "%s:%d",
 			 address->host, address->port);
 	return broker;
@@ -713,6 +666,7 @@ open_tls(Broker *broker, const BrokerAddress *address, const char *peer, int64_t
 		return refuse_tls(broker, status);
 
 	broker->greeted = true;
+	broker->tls = tls_session();
 	announce(broker, amqp_get_sockfd(broker->conn));
 	tune_socket(broker);
 	return true;
@@ -776,9 +730,7 @@ static void
 tune_socket(Broker *broker)
 {
 	tcp_set_user_timeout(broker->fd, USER_TIMEOUT_MS);
-	broker->credit_max = tcp_tune(broker->fd);
-	if (broker->credit_max > CREDIT_MAX)
-		broker->credit_max = CREDIT_MAX;
+	credit_init(&broker->credit, tcp_tune(broker->fd));
 }
 
 
@@ -816,7 +768,7 @@ authenticate(Broker *broker, const BrokerAddress *address, const char *password,
 	if (status != AMQP_STATUS_OK)
 		return lose_write(broker, status);
 
-	reply = await_reply(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_START_METHOD, deadline);
+	reply = await_reply(broker, AMQP_CONNECTION_START_METHOD, deadline);
 	if (reply == NULL || !check_start(broker, reply))
 		return false;
 	broker->greeted = true;
@@ -824,7 +776,7 @@ authenticate(Broker *broker, const BrokerAddress *address, const char *password,
 	if (!send_start_ok(broker, address->user, password, deadline))
 		return false;
 
-	reply = await_reply(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_TUNE_METHOD, deadline);
+	reply = await_reply(broker, AMQP_CONNECTION_TUNE_METHOD, deadline);
 	return reply != NULL && tune(broker, reply, deadline);
 }
 
@@ -928,6 +880,13 @@ send_start_ok(Broker *broker, const char *user, const char *password, int64_t de
 	return sent;
 }
 
+/* How many channels the connection needs at most, and at least. */
+static int
+channels_wanted(const BrokerOptions *options, int most)
+{
+	return (options->max_channels < most ? options->max_channels : most) + options->consumer + 1;
+}
+
 /*
  * Settles the limits.  The checks stand before amqp_tune_connection(): a
  * frame_max under the protocol's minimum would make the library write past
@@ -937,24 +896,26 @@ static bool
 tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 {
 	amqp_connection_tune_ok_t ok = {
-		.channel_max = CHANNEL_TOPOLOGY,
+		.channel_max = (uint16_t) channels_wanted(broker->options, CHANNELS_MAX),
 		.frame_max = FRAME_MAX,
 		.heartbeat = (uint16_t) broker->options->heartbeat_s,
 	};
 
-	if (proposed->channel_max != 0 && proposed->channel_max < CHANNEL_TOPOLOGY)
-		return lose(broker, 0, "%s allows only %d channel per connection, 2 are needed",
-					broker->where, proposed->channel_max);
+	if (proposed->channel_max != 0 && proposed->channel_max < channels_wanted(broker->options, 1))
+		return lose(broker, 0, "%s allows only %d channel per connection, %d are needed",
+					broker->where, proposed->channel_max, channels_wanted(broker->options, 1));
 	if (proposed->frame_max != 0 && proposed->frame_max < FRAME_MIN)
 		return lose(broker, 0, "%s proposes an invalid frame size", broker->where);
 
+	if (proposed->channel_max != 0 && proposed->channel_max < ok.channel_max)
+		ok.channel_max = proposed->channel_max;
 	if (proposed->frame_max != 0 && proposed->frame_max < ok.frame_max)
 		ok.frame_max = proposed->frame_max;
 	if (ok.heartbeat != 0 && proposed->heartbeat != 0 && proposed->heartbeat < ok.heartbeat)
 		ok.heartbeat = proposed->heartbeat;
 
-	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max,
-							 broker->tls ? ok.heartbeat : 0) != AMQP_STATUS_OK)
+	if (amqp_tune_connection(broker->conn, ok.channel_max, (int) ok.frame_max, 0) != AMQP_STATUS_OK ||
+		!channels_init(&broker->channels, ok.channel_max))
 		return lose(broker, 0, "out of memory");
 	broker->frame_max = ok.frame_max;
 	broker->heartbeat = ok.heartbeat;
@@ -968,15 +929,16 @@ open_vhost(Broker *broker, const char *vhost, int64_t deadline)
 	amqp_connection_open_t open = {0};
 
 	open.virtual_host = bytes_of(vhost);
-	return call(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_OPEN_METHOD, &open,
-				AMQP_CONNECTION_OPEN_OK_METHOD, deadline) != NULL;
+	return send_method(broker, CHANNEL_CONNECTION, AMQP_CONNECTION_OPEN_METHOD, &open,
+					   METHOD_SIZE, clock_left(deadline)) &&
+		await_reply(broker, AMQP_CONNECTION_OPEN_OK_METHOD, deadline) != NULL;
 }
 
 static void
 explain_login_failure(Broker *broker, const BrokerAddress *address)
 {
 	if (broker->why.code == AMQP_ACCESS_REFUSED)
-		set_error(&broker->why, AMQP_ACCESS_REFUSED,
+		error_set(&broker->why, AMQP_ACCESS_REFUSED,
 				  "authentication failed for user \"%s\" at %s",
 				  address->user, broker->where);
 }
@@ -989,295 +951,309 @@ explain_vhost_failure(Broker *broker, const BrokerAddress *address)
 
 	if (why.code == AMQP_NOT_ALLOWED || why.code == AMQP_ACCESS_REFUSED ||
 		why.code == AMQP_NOT_FOUND)
-		set_error(&broker->why, why.code,
+		error_set(&broker->why, why.code,
 				  "vhost \"%s\" at %s does not exist or user \"%s\" may not access it (%.200s)",
 				  address->vhost, broker->where, address->user, why.text);
 }
 
 
 /*
- * Channels and calls
+ * Channels
  */
 
-static bool
-open_channel(Broker *broker, int channel, int64_t deadline)
+int
+broker_open_channel(Broker *broker, bool confirms, BrokerError *error)
 {
-	Channel    *c = &broker->channels[channel];
-	amqp_channel_close_ok_t close_ok = {0};
-	amqp_channel_open_t open = {0};
-
-	if (c->state == CHANNEL_OPEN)
-		return true;
-	if (c->state == CHANNEL_REFUSED)
-	{
-		if (!send_method(broker, channel, AMQP_CHANNEL_CLOSE_OK_METHOD, &close_ok,
-						 METHOD_SIZE, clock_left(deadline)))
-			return false;
-		c->state = CHANNEL_DOWN;
-	}
-	if (call(broker, channel, AMQP_CHANNEL_OPEN_METHOD, &open,
-			 AMQP_CHANNEL_OPEN_OK_METHOD, deadline) == NULL)
-		return false;
-	c->state = CHANNEL_OPEN;
-	return true;
-}
-
-static bool
-open_publishing_channel(Broker *broker, int64_t deadline)
-{
-	amqp_confirm_select_t select = {0};
-
-	if (!open_channel(broker, CHANNEL_PUBLISHING, deadline))
-		return false;
-	return broker->options->consumer ||
-		call(broker, CHANNEL_PUBLISHING, AMQP_CONFIRM_SELECT_METHOD, &select,
-			 AMQP_CONFIRM_SELECT_OK_METHOD, deadline) != NULL;
-}
-
-/*
- * A channel that is still open is closed first; what was in flight on it is
- * unknown then, as after the broker's own channel.close.
- */
-BrokerResult
-broker_reopen(Broker *broker, BrokerError *error)
-{
-	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
-	Channel    *channel = &broker->channels[CHANNEL_PUBLISHING];
-	amqp_channel_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
+	int			channel;
 
 	if (broker->lost)
-		return fail_lost(broker, error);
-
-	if (channel->state == CHANNEL_OPEN &&
-		call(broker, CHANNEL_PUBLISHING, AMQP_CHANNEL_CLOSE_METHOD, &close,
-			 AMQP_CHANNEL_CLOSE_OK_METHOD, deadline) != NULL)
-		channel->state = CHANNEL_DOWN;
-
-	/* Tags of the old channel must not be taken for those of the new one. */
-	drop_deliveries(broker);
-	broker_free_delivery(broker->delivery);
-	broker->delivery = NULL;
-	broker->consumes = false;
-	broker->delivery_tag = 0;
-	for (size_t i = broker->first; i < broker->last; i++)
 	{
-		BrokerEventType type = broker->events[i].type;
-
-		if (type != BROKER_BLOCKED && type != BROKER_UNBLOCKED)
-			broker->events[i].type = BROKER_NOTHING;
+		(void) fail_lost(broker, error);
+		return 0;
 	}
-	broker->published = 0;
-	assemble_reset(&broker->content);
+	pay_debts(broker);
+	if (!take_room_now(broker, 2 * SMALL_METHOD_SIZE))
+	{
+		error_set(error, 0, "no room in the socket to %s for now", broker->where);
+		return 0;
+	}
+	channel = channels_open(&broker->channels, confirms ? CHANNEL_PUBLISHES : CHANNEL_REQUESTS);
+	if (channel == 0)
+		error_set(error, 0, "no channel to %s is free", broker->where);
+	else if (!send_open(broker, channel))
+	{
+		(void) fail_lost(broker, error);
+		return 0;
+	}
+	return channel;
+}
 
-	if (!open_publishing_channel(broker, deadline))
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+/* Only with credit for it. */
+static bool
+send_open(Broker *broker, int channel)
+{
+	amqp_channel_open_t open = {0};
+	amqp_confirm_select_t select = {0};
+
+	return write_method(broker, channel, AMQP_CHANNEL_OPEN_METHOD, &open) &&
+		(channels_get(&broker->channels, channel)->use != CHANNEL_PUBLISHES ||
+		 write_method(broker, channel, AMQP_CONFIRM_SELECT_METHOD, &select));
+}
+
+void
+broker_close_channel(Broker *broker, int channel)
+{
+	channels_close(&broker->channels, channel);
+	pay_debts(broker);
+}
+
+/* Writes the closes that channels owe, as far as there is room for them. */
+static void
+pay_debts(Broker *broker)
+{
+	amqp_channel_close_t close = {.reply_code = AMQP_REPLY_SUCCESS};
+	amqp_channel_close_ok_t close_ok = {0};
+	int			channel;
+
+	while ((channel = channels_debtor(&broker->channels)) != 0 &&
+		   take_room_now(broker, SMALL_METHOD_SIZE))
+	{
+		bool		ours = channels_get(&broker->channels, channel)->debt == CHANNEL_OWES_CLOSE;
+
+		channels_paid(&broker->channels);
+		(void) (ours ? write_method(broker, channel, AMQP_CHANNEL_CLOSE_METHOD, &close) :
+				write_method(broker, channel, AMQP_CHANNEL_CLOSE_OK_METHOD, &close_ok));
+	}
+}
+
+BrokerResult
+broker_request(Broker *broker, int channel, const BrokerRequest *request, BrokerError *error)
+{
+	const Channel *c = channels_get(&broker->channels, channel);
+
+	if (broker->lost || c == NULL || !channel_is_open(c) ||
+		(c->use != CHANNEL_REQUESTS && c->use != CHANNEL_CALLS))
+		return fail_channel(broker, channel, error);
+	if (!request_check(request, broker->frame_max, error))
+		return BROKER_TOO_LARGE;
+	if (c->state == CHANNEL_ASKED)
+	{
+		error_set(error, 0, "the request before is not answered yet");
+		return BROKER_BUSY;
+	}
+	if (!take_room_now(broker, request_size(request)))
+	{
+		error_set(error, 0, "no room in the socket to %s for now", broker->where);
+		return BROKER_BUSY;
+	}
+	if (!send_request(broker, channel, request))
+		return fail_lost(broker, error);
+	channels_ask(&broker->channels, channel, request_method(request->kind) + 1,
+				 request_method(request->kind) == AMQP_QUEUE_DECLARE_METHOD ? request->queue : NULL);
 	return BROKER_OK;
 }
 
-BrokerResult
-broker_declare_exchange(Broker *broker, const char *exchange, BrokerError *error)
+/* Only with credit for it. */
+static bool
+send_request(Broker *broker, int channel, const BrokerRequest *request)
+{
+	switch (request->kind)
+	{
+		case BROKER_DECLARE_EXCHANGE:
+		case BROKER_DELETE_EXCHANGE:
+			return send_exchange_request(broker, channel, request);
+		case BROKER_DECLARE_QUEUE:
+		case BROKER_INSPECT_QUEUE:
+		case BROKER_DELETE_QUEUE:
+		case BROKER_BIND_QUEUE:
+		case BROKER_UNBIND_QUEUE:
+			break;
+	}
+	return send_queue_request(broker, channel, request);
+}
+
+static bool
+send_exchange_request(Broker *broker, int channel, const BrokerRequest *request)
 {
 	amqp_exchange_declare_t declare = {
-		.exchange = bytes_of(exchange),
+		.exchange = bytes_of(request->exchange),
 		.type = bytes_of("fanout"),
 		.durable = 1,
 	};
-
-	if (!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	return call_topology(broker, AMQP_EXCHANGE_DECLARE_METHOD, &declare,
-						 AMQP_EXCHANGE_DECLARE_OK_METHOD, NULL, error);
-}
-
-BrokerResult
-broker_declare_queue(Broker *broker, const char *queue, const BrokerField *arguments,
-					 int narguments, BrokerError *error)
-{
-	amqp_queue_declare_t declare = {0};
-	const amqp_queue_declare_ok_t *ok;
-
-	declare.queue = bytes_of(queue);
-	declare.durable = 1;
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
-		!check_table(arguments, narguments, error))
-		return BROKER_TOO_LARGE;
-	if (table_size(arguments, narguments) + METHOD_SIZE > broker->frame_max)
-	{
-		set_error(error, 0, "queue arguments do not fit a frame of %zu bytes",
-				  broker->frame_max);
-		return BROKER_TOO_LARGE;
-	}
-	if (!fill_table(broker, arguments, narguments, &declare.arguments))
-		return fail_lost(broker, error);
-	return call_declare(broker, &declare, &ok, error);
-}
-
-BrokerResult
-broker_bind_queue(Broker *broker, const char *queue, const char *exchange,
-				  BrokerError *error)
-{
-	amqp_queue_bind_t bind = {0};
-
-	bind.queue = bytes_of(queue);
-	bind.exchange = bytes_of(exchange);
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	return call_topology(broker, AMQP_QUEUE_BIND_METHOD, &bind,
-						 AMQP_QUEUE_BIND_OK_METHOD, NULL, error);
-}
-
-BrokerResult
-broker_inspect_queue(Broker *broker, const char *queue, uint32_t *messages,
-					 uint32_t *consumers, BrokerError *error)
-{
-	amqp_queue_declare_t declare = {0};
-	const amqp_queue_declare_ok_t *ok;
-	BrokerResult result;
-
-	declare.queue = bytes_of(queue);
-	declare.passive = 1;
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	result = call_declare(broker, &declare, &ok, error);
-	if (result == BROKER_OK)
-	{
-		*messages = ok->message_count;
-		*consumers = ok->consumer_count;
-	}
-	return result;
-}
-
-BrokerResult
-broker_delete_queue(Broker *broker, const char *queue, bool if_unused, bool if_empty,
-					BrokerError *error)
-{
-	amqp_queue_delete_t delete = {
-		.queue = bytes_of(queue),
-		.if_unused = if_unused,
-		.if_empty = if_empty,
-	};
-
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	return call_topology(broker, AMQP_QUEUE_DELETE_METHOD, &delete,
-						 AMQP_QUEUE_DELETE_OK_METHOD, NULL, error);
-}
-
-BrokerResult
-broker_unbind_queue(Broker *broker, const char *queue, const char *exchange,
-					BrokerError *error)
-{
-	amqp_queue_unbind_t unbind = {0};
-
-	unbind.queue = bytes_of(queue);
-	unbind.exchange = bytes_of(exchange);
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	return call_topology(broker, AMQP_QUEUE_UNBIND_METHOD, &unbind,
-						 AMQP_QUEUE_UNBIND_OK_METHOD, NULL, error);
-}
-
-BrokerResult
-broker_delete_exchange(Broker *broker, const char *exchange, bool if_unused,
-					   BrokerError *error)
-{
 	amqp_exchange_delete_t delete = {
-		.exchange = bytes_of(exchange),
-		.if_unused = if_unused,
+		.exchange = declare.exchange,
+		.if_unused = request->if_unused,
 	};
 
-	if (!check_short("exchange name", exchange, BROKER_MAX_SHORTSTR, error))
-		return BROKER_TOO_LARGE;
-	return call_topology(broker, AMQP_EXCHANGE_DELETE_METHOD, &delete,
-						 AMQP_EXCHANGE_DELETE_OK_METHOD, NULL, error);
+	return write_method(broker, channel, request_method(request->kind),
+						request->kind == BROKER_DECLARE_EXCHANGE ? (void *) &declare : &delete);
 }
 
-/* declare-ok names the queue: an answer to an earlier question is noticed. */
-static BrokerResult
-call_declare(Broker *broker, amqp_queue_declare_t *declare,
-			 const amqp_queue_declare_ok_t **ok, BrokerError *error)
+static bool
+send_queue_request(Broker *broker, int channel, const BrokerRequest *request)
 {
-	const void *answer;
-	BrokerResult result = call_topology(broker, AMQP_QUEUE_DECLARE_METHOD, declare,
-										AMQP_QUEUE_DECLARE_OK_METHOD, &answer, error);
+	amqp_queue_declare_t declare = {
+		.queue = bytes_of(request->queue),
+		.passive = request->kind == BROKER_INSPECT_QUEUE,
+		.durable = request->kind == BROKER_DECLARE_QUEUE,
+	};
+	amqp_queue_delete_t delete = {
+		.queue = declare.queue,
+		.if_unused = request->if_unused,
+		.if_empty = request->if_empty,
+	};
+	amqp_queue_bind_t bind = {.queue = declare.queue,.exchange = bytes_of(request->exchange)};
+	amqp_queue_unbind_t unbind = {.queue = bind.queue,.exchange = bind.exchange};
+	void	   *arguments = &declare;
 
-	if (result != BROKER_OK)
-		return result;
-	*ok = answer;
-	if ((*ok)->queue.len == declare->queue.len &&
-		memcmp((*ok)->queue.bytes, declare->queue.bytes, declare->queue.len) == 0)
-		return BROKER_OK;
-	lose(broker, 0, "protocol violation by %s: another queue was declared than the one asked for",
-		 broker->where);
-	return fail_lost(broker, error);
+	if (request->kind == BROKER_DELETE_QUEUE)
+		arguments = &delete;
+	else if (request->kind == BROKER_BIND_QUEUE)
+		arguments = &bind;
+	else if (request->kind == BROKER_UNBIND_QUEUE)
+		arguments = &unbind;
+	return fill_table(broker, request->arguments, request->narguments, &declare.arguments) &&
+		write_method(broker, channel, request_method(request->kind), arguments);
 }
 
-/* One call on the topology channel, which is opened if it is not. */
-static BrokerResult
-call_topology(Broker *broker, amqp_method_number_t request, void *arguments,
-			  amqp_method_number_t reply, const void **answer, BrokerError *error)
+
+/*
+ * Calls that wait for their answer
+ */
+
+/*
+ * Runs on a channel for such calls, which is opened if it is not open, and ends
+ * with a refusal.
+ */
+BrokerResult
+broker_call(Broker *broker, const BrokerRequest *request, uint32_t *messages,
+			uint32_t *consumers, BrokerError *error)
 {
 	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
-	const void *decoded;
+	BrokerResult result;
 
 	if (broker->lost)
 		return fail_lost(broker, error);
+	if (!request_check(request, broker->frame_max, error))
+		return BROKER_TOO_LARGE;
 
 	/* A corked request would stay in the kernel for a while. */
 	broker_uncork(broker);
-	if (!open_channel(broker, CHANNEL_TOPOLOGY, deadline))
-		return fail_channel(broker, CHANNEL_TOPOLOGY, error);
-	decoded = call(broker, CHANNEL_TOPOLOGY, request, arguments, reply, deadline);
-	if (decoded == NULL)
-		return fail_channel(broker, CHANNEL_TOPOLOGY, error);
-	if (answer != NULL)
-		*answer = decoded;
-	return BROKER_OK;
+	if (open_and_wait(broker, &broker->calls, CHANNEL_CALLS, deadline) &&
+		wait_for_room(broker, request_size(request), clock_left(deadline)) &&
+		broker_request(broker, broker->calls, request, error) == BROKER_OK &&
+		await_channel(broker, broker->calls, deadline))
+	{
+		if (messages != NULL)
+			*messages = broker->messages;
+		if (consumers != NULL)
+			*consumers = broker->consumers;
+		return BROKER_OK;
+	}
+
+	result = fail_channel(broker, broker->calls, error);
+	broker_close_channel(broker, broker->calls);
+	broker->calls = 0;
+	return result;
 }
 
 /*
- * Sends a method and waits for its reply.  Returns the decoded reply, valid
- * until the next read, or NULL if the connection was lost or the channel
- * refused.
+ * Opens one of the connection's own channels, unless it is open.  Its number may
+ * be that of one that the broker closed, with close-ok not written yet.  Returns
+ * false if the connection is lost, or the channel was closed by the broker.
  */
-static const void *
-call(Broker *broker, int channel, amqp_method_number_t request, void *arguments,
-	 amqp_method_number_t reply, int64_t deadline)
+static bool
+open_and_wait(Broker *broker, int *channel, ChannelUse use, int64_t deadline)
 {
-	if (!send_method(broker, channel, request, arguments, METHOD_SIZE, clock_left(deadline)))
-		return NULL;
-	return await_reply(broker, channel, reply, deadline);
+	const Channel *c = channels_get(&broker->channels, *channel);
+
+	if (broker->lost)
+		return false;
+	if (c != NULL && c->state == CHANNEL_OPEN)
+		return true;
+	broker_close_channel(broker, *channel);
+	*channel = 0;
+	while (channels_debtor(&broker->channels) != 0 ||
+		   !credit_covers(&broker->credit, SMALL_METHOD_SIZE))
+	{
+		if (!wait_for_room(broker, SMALL_METHOD_SIZE, clock_left(deadline)))
+			return false;
+		pay_debts(broker);
+	}
+	*channel = channels_open(&broker->channels, use);
+	if (*channel == 0)
+		return lose(broker, 0, "out of memory");
+	return credit_take(&broker->credit, SMALL_METHOD_SIZE) && send_open(broker, *channel) &&
+		await_channel(broker, *channel, deadline);
 }
 
+/*
+ * Sends a method and waits for its answer, the method with the next number.
+ * Returns false if the connection was lost, or the channel refused.
+ */
+static bool
+call_on(Broker *broker, int channel, amqp_method_number_t method, void *arguments,
+		int64_t deadline)
+{
+	if (!send_method(broker, channel, method, arguments, METHOD_SIZE, clock_left(deadline)))
+		return false;
+	channels_ask(&broker->channels, channel, method + 1, NULL);
+	return await_channel(broker, channel, deadline);
+}
+
+/*
+ * Waits until a channel has its answer.  Returns false if the connection was
+ * lost, or the channel refused.
+ */
+static bool
+await_channel(Broker *broker, int channel, int64_t deadline)
+{
+	const Channel *c = channels_get(&broker->channels, channel);
+	amqp_frame_t frame;
+
+	while (!broker->lost && channel_awaits_answer(c))
+	{
+		if (clock_left(deadline) > 0 && read_frame(broker, &frame))
+			dispatch(broker, &frame);
+		else if (!wait_for_frames(broker, deadline))
+			return false;
+	}
+	return !broker->lost && c->state == CHANNEL_OPEN;
+}
+
+/*
+ * Waits for a method on the connection, during the login.  Returns it decoded,
+ * valid until the next read, or NULL if the connection was lost.
+ */
 static const void *
-await_reply(Broker *broker, int channel, amqp_method_number_t reply, int64_t deadline)
+await_reply(Broker *broker, amqp_method_number_t reply, int64_t deadline)
 {
 	amqp_frame_t frame;
 
-	for (;;)
+	do
 	{
-		while (read_frame(broker, &frame))
+		while (clock_left(deadline) > 0 && read_frame(broker, &frame))
 		{
-			if (is_method(&frame, channel, reply))
+			if (is_method(&frame, CHANNEL_CONNECTION, reply))
 				return frame.payload.method.decoded;
 			dispatch(broker, &frame);
-			if (broker->channels[channel].state == CHANNEL_REFUSED)
-				return NULL;
-			if (clock_left(deadline) == 0)
-				break;
 		}
-		if (broker->lost)
-			return NULL;
-		if (clock_left(deadline) == 0)
-		{
-			lose(broker, 0, "no reply from %s in time", broker->where);
-			return NULL;
-		}
-		broker->options->wait(broker->fd, false,
-							  clock_left(deadline) < READ_SLICE_MS ? clock_left(deadline) : READ_SLICE_MS);
-	}
+	} while (wait_for_frames(broker, deadline));
+	return NULL;
+}
+
+/* Waits a while for something to read; gives the connection up at the deadline. */
+static bool
+wait_for_frames(Broker *broker, int64_t deadline)
+{
+	long		left = clock_left(deadline);
+
+	if (broker->lost)
+		return false;
+	if (left == 0)
+		return lose(broker, 0, "no reply from %s in time", broker->where);
+	broker->options->wait(broker->fd, false, left < READ_SLICE_MS ? left : READ_SLICE_MS);
+	return true;
 }
 
 
@@ -1285,10 +1261,15 @@ await_reply(Broker *broker, int channel, amqp_method_number_t reply, int64_t dea
  * Publishing
  */
 
+/*
+ * The channel may be closed by the broker at each wait for room: each frame is
+ * written only if it is still open.
+ */
 BrokerResult
-broker_publish(Broker *broker, const BrokerMessage *message, long timeout_ms,
+broker_publish(Broker *broker, int channel, const BrokerMessage *message, long timeout_ms,
 			   BrokerError *error)
 {
+	Channel    *c = channels_get(&broker->channels, channel);
 	amqp_basic_publish_t publish = {
 		.exchange = bytes_of(message->exchange),
 		.routing_key = bytes_of(message->routing_key),
@@ -1297,36 +1278,34 @@ broker_publish(Broker *broker, const BrokerMessage *message, long timeout_ms,
 	size_t		header_size;
 	bool		sent;
 
-	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
-	if (check_message(broker, message, &header_size, error) != BROKER_OK)
+	if (broker->lost || c == NULL || c->state != CHANNEL_OPEN || c->use != CHANNEL_PUBLISHES)
+		return fail_channel(broker, channel, error);
+	if (!message_check(message, broker->frame_max, &header_size, error))
 		return BROKER_TOO_LARGE;
 
 	broker->mid_message = true;
-	sent = send_method(broker, CHANNEL_PUBLISHING, AMQP_BASIC_PUBLISH_METHOD, &publish,
+	sent = send_method(broker, channel, AMQP_BASIC_PUBLISH_METHOD, &publish,
 					   publish.exchange.len + publish.routing_key.len + 32, timeout_ms) &&
-		send_content_header(broker, message, header_size, timeout_ms) &&
-		send_content_body(broker, message->body, message->body_len, timeout_ms);
+		send_content_header(broker, channel, message, header_size, timeout_ms) &&
+		send_content_body(broker, channel, message->body, message->body_len, timeout_ms);
 	broker->mid_message = false;
 	if (!sent)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+		return fail_channel(broker, channel, error);
 
-	broker->published++;
+	c->published++;
 	return BROKER_OK;
 }
 
 bool
 broker_writable(Broker *broker, size_t bytes)
 {
-	size_t		need = bytes + METHOD_SIZE + 3 * WRITE_OVERHEAD;
+	size_t		need = bytes + METHOD_SIZE + 2 * WRITE_OVERHEAD;
 
 	if (broker->lost)
 		return false;
-	if (need > broker->credit_max)
-		need = broker->credit_max;
-	if (broker->credit < need)
+	if (!credit_covers(&broker->credit, need))
 		refill_credit(broker);
-	return broker->credit >= need;
+	return !broker->lost && credit_covers(&broker->credit, need);
 }
 
 void
@@ -1347,67 +1326,6 @@ broker_uncork(Broker *broker)
 	broker->corked = false;
 }
 
-/*
- * Everything the protocol would refuse, and the library only after it has
- * sent half of the message.  Sets the size of the content header's frame.
- */
-static BrokerResult
-check_message(const Broker *broker, const BrokerMessage *message, size_t *header_size,
-			  BrokerError *error)
-{
-	if (!check_short("exchange name", message->exchange, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("routing key", message->routing_key, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("message id", message->message_id, BROKER_MAX_MESSAGE_ID, error) ||
-		!check_short("content type", message->content_type, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("type", message->type, BROKER_MAX_SHORTSTR, error) ||
-		!check_table(message->headers, message->nheaders, error))
-		return BROKER_TOO_LARGE;
-
-	*header_size = FRAME_ENVELOPE + 12 + properties_size(message);
-	if (*header_size > broker->frame_max)
-	{
-		set_error(error, 0, "properties and headers need a frame of %zu bytes, the limit is %zu",
-				  *header_size, broker->frame_max);
-		return BROKER_TOO_LARGE;
-	}
-	if (message->body_len > BROKER_MAX_BODY)
-	{
-		set_error(error, 0, "body of %zu bytes is larger than %d bytes",
-				  message->body_len, BROKER_MAX_BODY);
-		return BROKER_TOO_LARGE;
-	}
-	return BROKER_OK;
-}
-
-/* text may be NULL: an absent property. */
-static bool
-check_short(const char *what, const char *text, size_t max, BrokerError *error)
-{
-	size_t		len = text ? strlen(text) : 0;
-
-	if (len <= max)
-		return true;
-	set_error(error, 0, "%s of %zu bytes is longer than %zu bytes", what, len, max);
-	return false;
-}
-
-/* Flags, then what fill_properties() sets. */
-static size_t
-properties_size(const BrokerMessage *message)
-{
-	size_t		size = 2;
-
-	size += 1 + strlen(message->content_type);
-	size += 4 + table_size(message->headers, message->nheaders);
-	size += 1;					/* delivery mode */
-	size += 1 + strlen(message->message_id);
-	size += 8;					/* timestamp */
-	if (message->type != NULL)
-		size += 1 + strlen(message->type);
-	size += 1 + strlen("pg_fanout");
-	return size;
-}
-
 /* All but the headers. */
 static void
 fill_properties(const BrokerMessage *message, amqp_basic_properties_t *properties)
@@ -1420,7 +1338,7 @@ fill_properties(const BrokerMessage *message, amqp_basic_properties_t *propertie
 	properties->delivery_mode = AMQP_DELIVERY_PERSISTENT;
 	properties->message_id = bytes_of(message->message_id);
 	properties->timestamp = message->timestamp;
-	properties->app_id = bytes_of("pg_fanout");
+	properties->app_id = bytes_of(MESSAGE_APP_ID);
 	if (message->type != NULL)
 	{
 		properties->_flags |= AMQP_BASIC_TYPE_FLAG;
@@ -1429,7 +1347,7 @@ fill_properties(const BrokerMessage *message, amqp_basic_properties_t *propertie
 }
 
 static bool
-send_content_header(Broker *broker, const BrokerMessage *message, size_t size,
+send_content_header(Broker *broker, int channel, const BrokerMessage *message, size_t size,
 					long timeout_ms)
 {
 	amqp_basic_properties_t properties;
@@ -1440,7 +1358,7 @@ send_content_header(Broker *broker, const BrokerMessage *message, size_t size,
 		return false;
 
 	frame.frame_type = AMQP_FRAME_HEADER;
-	frame.channel = CHANNEL_PUBLISHING;
+	frame.channel = (amqp_channel_t) channel;
 	frame.payload.properties.class_id = AMQP_BASIC_CLASS;
 	frame.payload.properties.body_size = message->body_len;
 	frame.payload.properties.decoded = &properties;
@@ -1452,17 +1370,13 @@ send_content_header(Broker *broker, const BrokerMessage *message, size_t size,
  * the message before it has all of it; then there is no use in the rest.
  */
 static bool
-send_content_body(Broker *broker, const char *body, size_t len, long timeout_ms)
+send_content_body(Broker *broker, int channel, const char *body, size_t len, long timeout_ms)
 {
-	size_t		piece = broker->frame_max;
+	size_t		piece = credit_largest(&broker->credit, broker->frame_max) - FRAME_ENVELOPE;
 	amqp_frame_t frame;
 
-	if (piece > broker->credit_max - WRITE_OVERHEAD)
-		piece = broker->credit_max - WRITE_OVERHEAD;
-	piece -= FRAME_ENVELOPE;
-
 	frame.frame_type = AMQP_FRAME_BODY;
-	frame.channel = CHANNEL_PUBLISHING;
+	frame.channel = (amqp_channel_t) channel;
 	while (len > 0)
 	{
 		size_t		now = len < piece ? len : piece;
@@ -1470,8 +1384,6 @@ send_content_body(Broker *broker, const char *body, size_t len, long timeout_ms)
 		frame.payload.body_fragment.bytes = (void *) body;
 		frame.payload.body_fragment.len = now;
 		if (!send_frame(broker, &frame, now + FRAME_ENVELOPE, timeout_ms))
-			return false;
-		if (broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
 			return false;
 		body += now;
 		len -= now;
@@ -1492,19 +1404,15 @@ broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
 	amqp_basic_qos_t qos = {.prefetch_count = prefetch};
 	amqp_basic_consume_t consume = {0};
 
-	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
-	if (!check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
-		!check_short("consumer tag", consumer_tag, BROKER_MAX_SHORTSTR, error))
+	if (!message_check_short("queue name", queue, BROKER_MAX_SHORTSTR, error) ||
+		!message_check_short("consumer tag", consumer_tag, BROKER_MAX_SHORTSTR, error))
 		return BROKER_TOO_LARGE;
 	broker->consumes = true;
 	consume.queue = bytes_of(queue);
 	consume.consumer_tag = bytes_of(consumer_tag);
-	if (call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_QOS_METHOD, &qos,
-			 AMQP_BASIC_QOS_OK_METHOD, deadline) == NULL ||
-		call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_CONSUME_METHOD, &consume,
-			 AMQP_BASIC_CONSUME_OK_METHOD, deadline) == NULL)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	if (!call_on(broker, broker->consuming, AMQP_BASIC_QOS_METHOD, &qos, deadline) ||
+		!call_on(broker, broker->consuming, AMQP_BASIC_CONSUME_METHOD, &consume, deadline))
+		return fail_channel(broker, broker->consuming, error);
 	return BROKER_OK;
 }
 
@@ -1514,12 +1422,9 @@ broker_cancel(Broker *broker, const char *consumer_tag, BrokerError *error)
 	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
 	amqp_basic_cancel_t cancel = {0};
 
-	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
 	cancel.consumer_tag = bytes_of(consumer_tag);
-	if (call(broker, CHANNEL_PUBLISHING, AMQP_BASIC_CANCEL_METHOD, &cancel,
-			 AMQP_BASIC_CANCEL_OK_METHOD, deadline) == NULL)
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	if (!call_on(broker, broker->consuming, AMQP_BASIC_CANCEL_METHOD, &cancel, deadline))
+		return fail_channel(broker, broker->consuming, error);
 	return BROKER_OK;
 }
 
@@ -1543,50 +1448,15 @@ static BrokerResult
 settle_delivery(Broker *broker, amqp_method_number_t method, void *arguments,
 				long timeout_ms, BrokerError *error)
 {
-	if (broker->lost || broker->channels[CHANNEL_PUBLISHING].state != CHANNEL_OPEN ||
-		!send_method(broker, CHANNEL_PUBLISHING, method, arguments, 64, timeout_ms))
-		return fail_channel(broker, CHANNEL_PUBLISHING, error);
+	if (!send_method(broker, broker->consuming, method, arguments, SMALL_METHOD_SIZE, timeout_ms))
+		return fail_channel(broker, broker->consuming, error);
 	return BROKER_OK;
-}
-
-/* One piece of a delivery's memory. */
-typedef struct BrokerBlock
-{
-	struct BrokerBlock *next;
-} BrokerBlock;
-
-void
-broker_free_delivery(BrokerDelivery *delivery)
-{
-	BrokerBlock *block;
-
-	if (delivery == NULL)
-		return;
-	while ((block = delivery->memory) != NULL)
-	{
-		delivery->memory = block->next;
-		free(block);
-	}
-	free(delivery->body);
-	free(delivery);
-}
-
-/* Those that nobody has fetched. */
-static void
-drop_deliveries(Broker *broker)
-{
-	for (size_t i = broker->first; i < broker->last; i++)
-	{
-		broker_free_delivery(broker->events[i].delivery);
-		broker->events[i].delivery = NULL;
-	}
-	broker->delivered = 0;
 }
 
 static bool
 begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver)
 {
-	BrokerDelivery *delivery = broker->options->consumer ? calloc(1, sizeof(BrokerDelivery)) : NULL;
+	BrokerDelivery *delivery = calloc(1, sizeof(BrokerDelivery));
 
 	broker_free_delivery(broker->delivery);
 	broker->delivery = delivery;
@@ -1608,13 +1478,13 @@ take_properties(Broker *broker, const amqp_basic_properties_t *properties)
 	delivery->has_timestamp = (flags & AMQP_BASIC_TIMESTAMP_FLAG) != 0;
 	delivery->timestamp = delivery->has_timestamp ? properties->timestamp : 0;
 	if ((flags & AMQP_BASIC_MESSAGE_ID_FLAG) &&
-		(delivery->message_id = keep_text(delivery, properties->message_id)) == NULL)
+		(delivery->message_id = delivery_keep_text(delivery, properties->message_id.bytes, properties->message_id.len)) == NULL)
 		return false;
 	if ((flags & AMQP_BASIC_CONTENT_TYPE_FLAG) &&
-		(delivery->content_type = keep_text(delivery, properties->content_type)) == NULL)
+		(delivery->content_type = delivery_keep_text(delivery, properties->content_type.bytes, properties->content_type.len)) == NULL)
 		return false;
 	if ((flags & AMQP_BASIC_TYPE_FLAG) &&
-		(delivery->type = keep_text(delivery, properties->type)) == NULL)
+		(delivery->type = delivery_keep_text(delivery, properties->type.bytes, properties->type.len)) == NULL)
 		return false;
 	if ((flags & AMQP_BASIC_HEADERS_FLAG) && properties->headers.num_entries > 0)
 	{
@@ -1625,62 +1495,27 @@ take_properties(Broker *broker, const amqp_basic_properties_t *properties)
 }
 
 static void
-delivery_assembled(Broker *broker)
+delivery_assembled(Broker *broker, Channel *channel)
 {
 	BrokerDelivery *delivery = broker->delivery;
-	BrokerEvent *event;
 
-	delivery->body_len = (size_t) broker->content.body_size;
+	delivery->body_len = (size_t) channel->content->body_size;
 	delivery->size += delivery->body_len;
-	delivery->body = assemble_take_body(&broker->content);
-	if (broker->delivered > DELIVERED_MAX)
-	{
+	delivery->body = assemble_take_body(channel->content);
+	if (events_push_delivery(&broker->events, broker->consuming, channel->life, delivery))
+		broker->delivery = NULL;
+	else
 		lose(broker, 0, "%s sends more than can be taken in", broker->where);
-		return;
-	}
-	event = push_event(broker, BROKER_DELIVERY);
-	if (event == NULL)
-		return;
-	event->delivery = delivery;
-	broker->delivered += delivery->size;
-	broker->delivery = NULL;
-}
-
-/* Memory that goes with the delivery; NULL if there is none. */
-static void *
-keep(BrokerDelivery *delivery, size_t size)
-{
-	BrokerBlock *block = malloc(sizeof(BrokerBlock) + size);
-
-	if (block == NULL)
-		return NULL;
-	block->next = delivery->memory;
-	delivery->memory = block;
-	delivery->size += sizeof(BrokerBlock) + size;
-	return block + 1;
-}
-
-static char *
-keep_text(BrokerDelivery *delivery, amqp_bytes_t bytes)
-{
-	char	   *copy = keep(delivery, bytes.len + 1);
-
-	if (copy == NULL)
-		return NULL;
-	if (bytes.len > 0)
-		memcpy(copy, bytes.bytes, bytes.len);
-	copy[bytes.len] = '\0';
-	return copy;
 }
 
 static BrokerField *
 keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth)
 {
-	BrokerField *fields = keep(delivery, (size_t) (table->num_entries + 1) * sizeof(BrokerField));
+	BrokerField *fields = delivery_keep(delivery, (size_t) (table->num_entries + 1) * sizeof(BrokerField));
 
 	for (int i = 0; i < table->num_entries && fields != NULL; i++)
 	{
-		fields[i].name = keep_text(delivery, table->entries[i].key);
+		fields[i].name = delivery_keep_text(delivery, table->entries[i].key.bytes, table->entries[i].key.len);
 		if (fields[i].name == NULL ||
 			!keep_value(delivery, &fields[i], &table->entries[i].value, depth))
 			return NULL;
@@ -1691,7 +1526,7 @@ keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth)
 static BrokerField *
 keep_array(BrokerDelivery *delivery, const amqp_array_t *array, int depth)
 {
-	BrokerField *fields = keep(delivery, (size_t) (array->num_entries + 1) * sizeof(BrokerField));
+	BrokerField *fields = delivery_keep(delivery, (size_t) (array->num_entries + 1) * sizeof(BrokerField));
 
 	for (int i = 0; i < array->num_entries && fields != NULL; i++)
 	{
@@ -1747,7 +1582,8 @@ keep_value(BrokerDelivery *delivery, BrokerField *field, const amqp_field_value_
 		case AMQP_FIELD_KIND_UTF8:
 		case AMQP_FIELD_KIND_BYTES:
 			field->type = BROKER_VALUE_STRING;
-			field->value.string.data = keep_text(delivery, value->value.bytes);
+			field->value.string.data = delivery_keep_text(delivery, value->value.bytes.bytes,
+														  value->value.bytes.len);
 			field->value.string.len = value->value.bytes.len;
 			return field->value.string.data != NULL;
 		default:
@@ -1777,49 +1613,6 @@ keep_value(BrokerDelivery *delivery, BrokerField *field, const amqp_field_value_
 /*
  * Tables (AMQP 0-9-1, section 4.2.5.5, with RabbitMQ's field types)
  */
-
-/* Encoded size without the leading length. */
-static size_t
-table_size(const BrokerField *fields, int nfields)
-{
-	size_t		size = 0;
-
-	for (int i = 0; i < nfields; i++)
-		size += 1 + strlen(fields[i].name) + 1 + field_size(&fields[i]);
-	return size;
-}
-
-static size_t
-field_size(const BrokerField *field)
-{
-	switch (field->type)
-	{
-		case BROKER_VALUE_NULL:
-			return 0;
-		case BROKER_VALUE_BOOL:
-			return 1;
-		case BROKER_VALUE_INT:
-		case BROKER_VALUE_DOUBLE:
-			return 8;
-		case BROKER_VALUE_STRING:
-			return 4 + field->value.string.len;
-		case BROKER_VALUE_TABLE:
-		case BROKER_VALUE_ARRAY:
-			break;				/* never sent */
-	}
-	return 0;
-}
-
-static bool
-check_table(const BrokerField *fields, int nfields, BrokerError *error)
-{
-	for (int i = 0; i < nfields; i++)
-	{
-		if (!check_short("name of a header", fields[i].name, BROKER_MAX_SHORTSTR, error))
-			return false;
-	}
-	return true;
-}
 
 /* Points into the caller's fields; valid until the next call. */
 static bool
@@ -1897,13 +1690,7 @@ true_entry(const char *key)
 
 
 /*
- * Writing
- *
- * While the kernel calls the socket writable, a third of its send buffer is
- * free.  So after one look, that much may be written without another: it is
- * the credit.  Every frame is charged its bytes and what the kernel books for
- * a write of its own.  A socket that is not writable still has room for the
- * heartbeats that the library writes on its own account while it reads TLS.
+ * Writing: a frame only when there is credit for it (credit.c)
  */
 
 static bool
@@ -1919,22 +1706,45 @@ send_method(Broker *broker, int channel, amqp_method_number_t id, void *argument
 	return send_frame(broker, &frame, size, timeout_ms);
 }
 
-/* Returns false if the connection is lost. */
+/*
+ * Writes a frame once there is room for it.  Returns false if the connection
+ * is lost, or the frame's channel is not open (any more).
+ */
 static bool
 send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_ms)
 {
-	int			status;
+	const Channel *channel = channels_get(&broker->channels, frame->channel);
 
-	if (!take_credit(broker, size) && !wait_for_room(broker, size, timeout_ms))
+	if (!wait_for_room(broker, size, timeout_ms) || !credit_take(&broker->credit, size))
 		return false;
+	if (frame->channel != CHANNEL_CONNECTION && (channel == NULL || !channel_is_open(channel)))
+		return false;
+	return write_frame(broker, frame);
+}
+
+/* The same of a method that there is credit for, whatever the channel's state. */
+static bool
+write_method(Broker *broker, int channel, amqp_method_number_t id, void *arguments)
+{
+	amqp_frame_t frame;
+
+	frame.frame_type = AMQP_FRAME_METHOD;
+	frame.channel = (amqp_channel_t) channel;
+	frame.payload.method.id = id;
+	frame.payload.method.decoded = arguments;
+	return write_frame(broker, &frame);
+}
+
+/* Only with credit for it. */
+static bool
+write_frame(Broker *broker, const amqp_frame_t *frame)
+{
+	int			status;
 
 	errno = 0;
 	status = amqp_send_frame(broker->conn, frame);
 	broker->last_sent_ms = clock_ms();
-	if (status == AMQP_STATUS_OK)
-		return true;
-
-	return lose_write(broker, status);
+	return status == AMQP_STATUS_OK || lose_write(broker, status);
 }
 
 /*
@@ -1944,15 +1754,19 @@ send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_
 static bool
 wait_for_room(Broker *broker, size_t size, long timeout_ms)
 {
-	int64_t		deadline = clock_ms() + timeout_ms;
+	int64_t		deadline;
 	int			unsent = INT_MAX;
 
+	if (!broker->lost && credit_covers(&broker->credit, size))
+		return true;
+	deadline = clock_ms() + timeout_ms;
 	for (;;)
 	{
 		refill_credit(broker);
+		pay_debts(broker);
 		if (broker->lost)
 			return false;
-		if (take_credit(broker, size))
+		if (credit_covers(&broker->credit, size))
 			return true;
 
 		if (tcp_unsent(broker->fd) < unsent)
@@ -1967,18 +1781,15 @@ wait_for_room(Broker *broker, size_t size, long timeout_ms)
 	}
 }
 
-/* A frame larger than all credit there is takes all of it. */
+/* Takes credit for a frame with a look at the socket, but never waits, and reads nothing. */
 static bool
-take_credit(Broker *broker, size_t size)
+take_room_now(Broker *broker, size_t size)
 {
-	size_t		need = size + WRITE_OVERHEAD;
-
-	if (need > broker->credit_max)
-		need = broker->credit_max;
-	if (broker->lost || broker->credit < need)
+	if (broker->lost || broker->write_failed)
 		return false;
-	broker->credit -= need;
-	return true;
+	if (!credit_covers(&broker->credit, size) && tcp_writable(broker->fd, NULL))
+		credit_refill(&broker->credit);
+	return credit_take(&broker->credit, size);
 }
 
 /* Looks at the socket; on the way, takes in what is there to read. */
@@ -1989,8 +1800,8 @@ refill_credit(Broker *broker)
 	bool		writable = tcp_writable(broker->fd, &readable);
 
 	if (writable)
-		broker->credit = broker->credit_max;
-	if (readable && (!writable || broker->delivered < DELIVERED_AHEAD))
+		credit_refill(&broker->credit);
+	if (readable && (!writable || broker->events.delivered < DELIVERED_AHEAD))
 		drain(broker);
 }
 
@@ -1998,7 +1809,7 @@ refill_credit(Broker *broker)
 /*
  * Reading
  *
- * A plain socket is read into the inbox, from which the library gets a frame at
+ * The socket is read into a buffer, from which the library gets a frame at
  * a time.  Nothing makes us wait: a frame that is not complete yet stays with
  * the library, its rest is read when it comes.
  */
@@ -2006,28 +1817,37 @@ refill_credit(Broker *broker)
 void
 broker_next_event(Broker *broker, BrokerEvent *event)
 {
-	amqp_frame_t frame;
 	int			frames = 0;
+	amqp_frame_t frame;
 
-	while (broker->first == broker->last && read_frame(broker, &frame))
+	while (!pop_event(broker, event))
 	{
-		dispatch(broker, &frame);
-		if (++frames > READS_AT_ONCE && broker->first == broker->last)
+		if (frames++ > READS_AT_ONCE)
 		{
 			event->type = BROKER_MORE;
 			return;
 		}
+		if (!read_frame(broker, &frame))
+		{
+			nothing_to_fetch(broker, event);
+			return;
+		}
+		dispatch(broker, &frame);
 	}
+}
 
-	if (pop_event(broker, event))
-		return;
+static void
+nothing_to_fetch(Broker *broker, BrokerEvent *event)
+{
+	pay_debts(broker);
+	event->channel = 0;
+	event->type = broker->lost ? BROKER_DISCONNECTED : BROKER_NOTHING;
 	if (!broker->lost)
-	{
-		event->type = BROKER_NOTHING;
 		return;
-	}
-	event->type = BROKER_DISCONNECTED;
 	event->code = broker->why.code;
+	event->class_id = broker->why.class_id;
+	event->method_id = broker->why.method_id;
+	event->delivery = NULL;
 	memcpy(event->text, broker->why.text, sizeof(event->text));
 }
 
@@ -2056,7 +1876,7 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 
 	amqp_maybe_release_buffers(broker->conn);
 	errno = 0;
-	status = broker->tls ? read_library(broker, frame) : read_inbox(broker, frame);
+	status = receive_frame(broker, frame);
 	if (status == AMQP_STATUS_OK)
 		return true;
 	if (status == AMQP_STATUS_TIMEOUT)
@@ -2068,105 +1888,103 @@ read_frame(Broker *broker, amqp_frame_t *frame)
 	return lose_status(broker, "read from", status);
 }
 
-static int
-read_library(Broker *broker, amqp_frame_t *frame)
-{
-	struct timeval no_wait = {0, 0};
-
-	return amqp_simple_wait_frame_noblock(broker->conn, frame, &no_wait);
-}
-
 /* Returns AMQP_STATUS_TIMEOUT if there is no complete frame yet. */
 static int
-read_inbox(Broker *broker, amqp_frame_t *frame)
+receive_frame(Broker *broker, amqp_frame_t *frame)
 {
 	int			status;
 
 	do
 	{
-		status = decode_inbox(broker, frame);
+		status = decode_received(broker, frame);
 		if (status != AMQP_STATUS_TIMEOUT)
 			return status;
-		status = fill_inbox(broker);
+		status = receive(broker);
 	} while (status == AMQP_STATUS_OK);
 	return status;
 }
 
 static int
-decode_inbox(Broker *broker, amqp_frame_t *frame)
+decode_received(Broker *broker, amqp_frame_t *frame)
 {
+	FrameBuffer *received = &broker->received;
+
 	for (;;)
 	{
-		size_t		have = broker->inbox_last - broker->inbox_first;
+		size_t		have = received->last - received->first;
 		amqp_bytes_t bytes;
 		int			taken;
 
-		if (have == 0 || (broker->frame_left == 0 && have < FRAME_HEAD))
-			return AMQP_STATUS_TIMEOUT;
-		if (broker->frame_left == 0 && !begin_frame(broker))
-			return AMQP_STATUS_BAD_AMQP_DATA;
+		if (broker->frame_left == 0)
+		{
+			FrameHead	head;
 
-		bytes.bytes = broker->inbox + broker->inbox_first;
+			if (!frames_head(received, &head))
+				return AMQP_STATUS_TIMEOUT;
+			if (!begin_frame(broker, &head))
+				return AMQP_STATUS_BAD_AMQP_DATA;
+		}
+		if (have == 0)
+			return AMQP_STATUS_TIMEOUT;
+
+		bytes.bytes = received->bytes + received->first;
 		bytes.len = have < broker->frame_left ? have : broker->frame_left;
 		taken = amqp_handle_input(broker->conn, bytes, frame);
 		if (taken <= 0)
 			return taken < 0 ? taken : AMQP_STATUS_BAD_AMQP_DATA;
-		broker->inbox_first += (size_t) taken;
+		received->first += (size_t) taken;
 		broker->frame_left -= (size_t) taken;
 		if (frame->frame_type != 0)
+		{
+			frame->channel = (amqp_channel_t) broker->frame_channel;
 			return AMQP_STATUS_OK;
+		}
 	}
 }
 
 /*
- * What the library would believe: it makes a pool of memory for every channel
- * it hears of, and skips what it does not know.
+ * Checks what the library would believe: it skips what it does not know.  Then
+ * keeps the channel's number from it: it makes a pool of memory for every
+ * channel that it hears of, and looks through all of them.
  */
 static bool
-begin_frame(Broker *broker)
+begin_frame(Broker *broker, const FrameHead *head)
 {
-	const unsigned char *head = broker->inbox + broker->inbox_first;
-	int			channel = head[1] << 8 | head[2];
-	size_t		size = (size_t) head[3] << 24 | (size_t) head[4] << 16 |
-		(size_t) head[5] << 8 | head[6];
-
-	if (memcmp(head, "AMQP", 4) == 0)
-	{
-		broker->frame_left = FRAME_ENVELOPE;
+	broker->frame_left = FRAME_ENVELOPE;
+	broker->frame_channel = CHANNEL_CONNECTION;
+	if (head->protocol)
 		return true;
-	}
-	if (head[0] != AMQP_FRAME_METHOD && head[0] != AMQP_FRAME_HEADER &&
-		head[0] != AMQP_FRAME_BODY && head[0] != AMQP_FRAME_HEARTBEAT)
+	if (head->type != AMQP_FRAME_METHOD && head->type != AMQP_FRAME_HEADER &&
+		head->type != AMQP_FRAME_BODY && head->type != AMQP_FRAME_HEARTBEAT)
 		return lose(broker, 0, "%s sent something that is not an AMQP 0-9-1 frame%s",
 					broker->where, hint(broker));
-	if (channel > CHANNEL_TOPOLOGY)
+	if (head->channel != CHANNEL_CONNECTION && channels_get(&broker->channels, head->channel) == NULL)
 		return lose(broker, 0, "protocol violation by %s: frame on unknown channel %d",
-					broker->where, channel);
-	if (size + FRAME_ENVELOPE > (size_t) amqp_get_frame_max(broker->conn))
+					broker->where, head->channel);
+	if (head->payload + FRAME_ENVELOPE > (size_t) amqp_get_frame_max(broker->conn))
 		return lose(broker, 0, "protocol violation by %s: frame of %zu bytes",
-					broker->where, size);
-	broker->frame_left = size + FRAME_ENVELOPE;
+					broker->where, head->payload);
+	broker->frame_left += head->payload;
+	broker->frame_channel = head->channel;
+	frames_hide_channel(&broker->received);
 	return true;
 }
 
-/* Moves what is left, less than the head of a frame, to the front. */
 static int
-fill_inbox(Broker *broker)
+receive(Broker *broker)
 {
-	size_t		have = broker->inbox_last - broker->inbox_first;
-	ssize_t		n;
+	size_t		room;
+	void	   *to = frames_room(&broker->received, &room);
+	ssize_t		n = broker->tls != NULL ? tls_read(broker->tls, to, room) :
+		recv(broker->fd, to, room, MSG_DONTWAIT);
 
-	memmove(broker->inbox, broker->inbox + broker->inbox_first, have);
-	broker->inbox_first = 0;
-	broker->inbox_last = have;
-
-	n = recv(broker->fd, broker->inbox + have, INBOX_SIZE - have, MSG_DONTWAIT);
 	if (n == 0)
 		return AMQP_STATUS_CONNECTION_CLOSED;
+	if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
+		return AMQP_STATUS_TIMEOUT;
 	if (n < 0)
-		return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ?
-			AMQP_STATUS_TIMEOUT : AMQP_STATUS_SOCKET_ERROR;
-	broker->inbox_last += (size_t) n;
+		return broker->tls != NULL ? AMQP_STATUS_SSL_ERROR : AMQP_STATUS_SOCKET_ERROR;
+	frames_add(&broker->received, (size_t) n);
 	broker->last_received_ms = clock_ms();
 	return AMQP_STATUS_OK;
 }
@@ -2183,7 +2001,7 @@ serve_heartbeats(Broker *broker)
 	int			status;
 
 	broker->last_read_ms = clock_ms();
-	if (broker->tls || interval == 0)
+	if (interval == 0)
 		return;
 	if (broker->last_read_ms - broker->last_received_ms > 2 * interval)
 	{
@@ -2211,34 +2029,24 @@ drain(Broker *broker)
 	while (frames++ < READS_AT_ONCE && read_frame(broker, &frame))
 	{
 		dispatch(broker, &frame);
-		if (broker->delivered >= DELIVERED_AHEAD)
+		if (broker->events.delivered >= DELIVERED_AHEAD)
 			break;
 	}
 }
 
-/* Takes note of a frame nobody waits for.  Never waits, never writes much. */
+/* Takes note of a frame.  Never waits, never writes much. */
 static void
 dispatch(Broker *broker, const amqp_frame_t *frame)
 {
 	if (frame->frame_type == AMQP_FRAME_HEARTBEAT)
 		return;
-
-	switch (frame->channel)
-	{
-		case CHANNEL_CONNECTION:
-			dispatch_connection(broker, frame);
-			break;
-		case CHANNEL_PUBLISHING:
-			dispatch_publishing(broker, frame);
-			break;
-		case CHANNEL_TOPOLOGY:
-			dispatch_topology(broker, frame);
-			break;
-		default:
-			lose(broker, 0, "protocol violation by %s: frame on unknown channel %d",
-				 broker->where, frame->channel);
-			break;
-	}
+	if (frame->channel == CHANNEL_CONNECTION)
+		dispatch_connection(broker, frame);
+	else if (channels_get(&broker->channels, frame->channel) == NULL)
+		lose(broker, 0, "protocol violation by %s: frame on unknown channel %d",
+			 broker->where, frame->channel);
+	else
+		dispatch_channel(broker, frame);
 }
 
 static void
@@ -2257,112 +2065,181 @@ dispatch_connection(Broker *broker, const amqp_frame_t *frame)
 			 broker->where);
 }
 
+/*
+ * Takes a frame of a channel that is open, or was.  Contents of one that is
+ * over are dropped: the broker may not have known it.
+ */
 static void
-dispatch_publishing(Broker *broker, const amqp_frame_t *frame)
+dispatch_channel(Broker *broker, const amqp_frame_t *frame)
 {
-	switch (frame->frame_type)
+	const Channel *channel = channels_get(&broker->channels, frame->channel);
+
+	if (frame->frame_type == AMQP_FRAME_METHOD)
+		dispatch_method(broker, frame->channel, &frame->payload.method);
+	else if (channel_awaits_answer(channel) || channel->state == CHANNEL_OPEN)
+		dispatch_content(broker, frame);
+}
+
+static void
+dispatch_content(Broker *broker, const amqp_frame_t *frame)
+{
+	Channel    *channel = channels_get(&broker->channels, frame->channel);
+	AssembleResult result;
+
+	if (channel->content == NULL)
+		lose(broker, 0, "protocol violation by %s: content on a channel for requests",
+			 broker->where);
+	else if (frame->frame_type == AMQP_FRAME_HEADER)
+		content_assembled(broker, frame->channel, content_header(broker, channel, frame));
+	else
 	{
-		case AMQP_FRAME_METHOD:
-			dispatch_method(broker, frame);
+		result = assemble_body(channel->content, frame->payload.body_fragment.bytes,
+							   frame->payload.body_fragment.len);
+		content_assembled(broker, frame->channel, result);
+	}
+}
+
+/*
+ * Takes a method with which a content begins, or one that comes in the middle of
+ * one.  Returns false if it has nothing to do with contents.
+ */
+static bool
+dispatch_content_method(Broker *broker, int number, const amqp_method_t *method)
+{
+	Channel    *channel = channels_get(&broker->channels, number);
+
+	if (channel->content == NULL || !channel_is_open(channel))
+		return false;
+	if (method->id == AMQP_BASIC_RETURN_METHOD)
+		dispatch_return(broker, number, method->decoded);
+	else if (method->id == AMQP_BASIC_DELIVER_METHOD && channel->use == CHANNEL_CONSUMES)
+		dispatch_delivery(broker, channel, method->decoded);
+	else if (assemble_other(channel->content) == ASSEMBLE_VIOLATION)
+		content_assembled(broker, number, ASSEMBLE_VIOLATION);
+	else
+		return false;
+	return true;
+}
+
+/* Takes a method: what it means depends on the channel's state. */
+static void
+dispatch_method(Broker *broker, int number, const amqp_method_t *method)
+{
+	if (dispatch_content_method(broker, number, method))
+		return;
+	switch (channels_method(&broker->channels, number, method->id))
+	{
+		case CHANNEL_NO_NEWS:
+			pay_debts(broker);
 			break;
-		case AMQP_FRAME_HEADER:
-			content_assembled(broker, content_header(broker, frame));
+		case CHANNEL_OPENED:
+			channel_opened(broker, number);
 			break;
-		case AMQP_FRAME_BODY:
-			content_assembled(broker,
-							  assemble_body(&broker->content,
-											frame->payload.body_fragment.bytes,
-											frame->payload.body_fragment.len));
+		case CHANNEL_ANSWERED:
+			channel_answered(broker, number, method);
+			break;
+		case CHANNEL_REFUSED:
+			channel_closed(broker, number, method->decoded);
+			break;
+		case CHANNEL_OTHER:
+			dispatch_other(broker, number, method);
+			break;
+		case CHANNEL_VIOLATION:
+			lose(broker, 0, "protocol violation by %s: unexpected method on channel %d, which is being opened",
+				 broker->where, number);
 			break;
 	}
 }
 
+static void
+dispatch_return(Broker *broker, int number, const amqp_basic_return_t *returned)
+{
+	Channel    *channel = channels_get(&broker->channels, number);
+
+	content_assembled(broker, number,
+					  assemble_method(channel->content, returned->reply_code,
+									  returned->reply_text.bytes, returned->reply_text.len));
+}
+
 /* Of a tag that is 0 or comes again, an ack would settle something else. */
 static void
-dispatch_delivery(Broker *broker, const amqp_basic_deliver_t *deliver)
+dispatch_delivery(Broker *broker, Channel *channel, const amqp_basic_deliver_t *deliver)
 {
-	AssembleResult result = assemble_method(&broker->content, 0, "", 0);
+	AssembleResult result = assemble_method(channel->content, 0, "", 0);
 
 	if (result != ASSEMBLE_VIOLATION &&
 		(!broker->consumes || deliver->delivery_tag <= broker->delivery_tag))
 	{
-		broker->content.problem = broker->consumes ?
+		channel->content->problem = broker->consumes ?
 			"a delivery tag is not greater than the one before it" :
 			"a delivery came before anything was consumed";
 		result = ASSEMBLE_VIOLATION;
 	}
 	if (result != ASSEMBLE_VIOLATION && !begin_delivery(broker, deliver))
 		lose(broker, 0, "out of memory");
-	content_assembled(broker, result);
+	content_assembled(broker, broker->consuming, result);
 }
 
+/* Takes a method of an open channel that nobody has asked for. */
 static void
-dispatch_method(Broker *broker, const amqp_frame_t *frame)
+dispatch_other(Broker *broker, int number, const amqp_method_t *method)
 {
-	const void *decoded = frame->payload.method.decoded;
+	const amqp_basic_ack_t *ack = method->decoded;
+	const amqp_basic_nack_t *nack = method->decoded;
+	ChannelUse	use = channels_get(&broker->channels, number)->use;
 
-	if (frame->payload.method.id == AMQP_BASIC_RETURN_METHOD)
-	{
-		const amqp_basic_return_t *returned = decoded;
-
-		content_assembled(broker,
-						  assemble_method(&broker->content, returned->reply_code,
-										  returned->reply_text.bytes,
-										  returned->reply_text.len));
-		return;
-	}
-
-	if (frame->payload.method.id == AMQP_BASIC_DELIVER_METHOD && broker->options->consumer)
-	{
-		dispatch_delivery(broker, decoded);
-		return;
-	}
-
-	if (assemble_other(&broker->content) == ASSEMBLE_VIOLATION)
-	{
-		content_assembled(broker, ASSEMBLE_VIOLATION);
-		return;
-	}
-	switch (frame->payload.method.id)
-	{
-		case AMQP_BASIC_ACK_METHOD:
-			{
-				const amqp_basic_ack_t *ack = decoded;
-
-				confirmed(broker, BROKER_ACK, ack->delivery_tag, ack->multiple);
-				break;
-			}
-		case AMQP_BASIC_NACK_METHOD:
-			{
-				const amqp_basic_nack_t *nack = decoded;
-
-				confirmed(broker, BROKER_NACK, nack->delivery_tag, nack->multiple);
-				break;
-			}
-		case AMQP_CHANNEL_CLOSE_METHOD:
-			channel_closed(broker, CHANNEL_PUBLISHING, decoded);
-			break;
-		case AMQP_CHANNEL_CLOSE_OK_METHOD:
-			/* broker_reopen()'s close crossed the broker's */
-			break;
-		case AMQP_BASIC_CANCEL_METHOD:
-			(void) push_event(broker, BROKER_CANCELLED);
-			break;
-		default:
-			lose(broker, 0, "protocol violation by %s: unexpected method on the publishing channel",
-				 broker->where);
-			break;
-	}
-}
-
-static void
-dispatch_topology(Broker *broker, const amqp_frame_t *frame)
-{
-	if (is_method(frame, CHANNEL_TOPOLOGY, AMQP_CHANNEL_CLOSE_METHOD))
-		channel_closed(broker, CHANNEL_TOPOLOGY, frame->payload.method.decoded);
+	if (method->id == AMQP_BASIC_ACK_METHOD && use == CHANNEL_PUBLISHES)
+		confirmed(broker, number, BROKER_ACK, ack->delivery_tag, ack->multiple);
+	else if (method->id == AMQP_BASIC_NACK_METHOD && use == CHANNEL_PUBLISHES)
+		confirmed(broker, number, BROKER_NACK, nack->delivery_tag, nack->multiple);
+	else if (method->id == AMQP_BASIC_CANCEL_METHOD && use == CHANNEL_CONSUMES)
+		(void) push_event(broker, BROKER_CANCELLED, number);
 	else
-		lose(broker, 0, "protocol violation by %s: unexpected frame on the topology channel",
-			 broker->where);
+		lose(broker, 0, "protocol violation by %s: unexpected method on channel %d",
+			 broker->where, number);
+}
+
+static void
+channel_opened(Broker *broker, int number)
+{
+	ChannelUse	use = channels_get(&broker->channels, number)->use;
+
+	if (use == CHANNEL_PUBLISHES || use == CHANNEL_REQUESTS)
+		(void) push_event(broker, BROKER_CHANNEL_OPENED, number);
+}
+
+/* Takes the answer to a request: to a declaration, it must be of that queue. */
+static void
+channel_answered(Broker *broker, int number, const amqp_method_t *method)
+{
+	const Channel *channel = channels_get(&broker->channels, number);
+	const amqp_queue_declare_ok_t *declared = method->decoded;
+	const		amqp_queue_delete_ok_t *deleted = method->decoded;
+	BrokerEvent *event;
+
+	broker->messages = broker->consumers = 0;
+	if (method->id == AMQP_QUEUE_DECLARE_OK_METHOD)
+	{
+		if (channel->queue != NULL &&
+			(declared->queue.len != strlen(channel->queue) ||
+			 memcmp(declared->queue.bytes, channel->queue, declared->queue.len) != 0))
+		{
+			lose(broker, 0, "protocol violation by %s: another queue was declared than the one asked for",
+				 broker->where);
+			return;
+		}
+		broker->messages = declared->message_count;
+		broker->consumers = declared->consumer_count;
+	}
+	else if (method->id == AMQP_QUEUE_DELETE_OK_METHOD)
+		broker->messages = deleted->message_count;
+	if (channel->use != CHANNEL_REQUESTS)
+		return;
+	event = push_event(broker, BROKER_REPLY, number);
+	if (event == NULL)
+		return;
+	event->messages = broker->messages;
+	event->consumers = broker->consumers;
 }
 
 /* close-ok is a courtesy: it is sent only if that takes no waiting. */
@@ -2370,24 +2247,26 @@ static void
 connection_closed(Broker *broker, const amqp_connection_close_t *close)
 {
 	amqp_connection_close_ok_t ok = {0};
-	char text[	WHY_SIZE];
-	int			code = close->reply_code;
+	BrokerError why;
 
-	copy_reason(broker, text, code, close->reply_text);
+	set_reason(broker, &why, close->reply_code, close->reply_text, close->class_id, close->method_id);
 	if (!broker->mid_message && tcp_writable(broker->fd, NULL))
 		amqp_send_method(broker->conn, CHANNEL_CONNECTION,
 						 AMQP_CONNECTION_CLOSE_OK_METHOD, &ok);
-	lose(broker, code, "%s", text);
+	if (broker->lost)
+		return;
+	(void) lose(broker, why.code, "%s", why.text);
+	broker->why = why;
 }
 
 static void
 connection_blocked(Broker *broker, const amqp_connection_blocked_t *blocked)
 {
-	BrokerEvent *event = push_event(broker, BROKER_BLOCKED);
+	BrokerEvent *event = push_event(broker, BROKER_BLOCKED, 0);
 
 	if (event == NULL)
 		return;
-	copy_text(event->text, sizeof(event->text), blocked->reason);
+	error_copy_text(event->text, sizeof(event->text), blocked->reason.bytes, blocked->reason.len);
 	broker->blocked = true;
 	tcp_set_user_timeout(broker->fd, 0);
 }
@@ -2395,29 +2274,31 @@ connection_blocked(Broker *broker, const amqp_connection_blocked_t *blocked)
 static void
 connection_unblocked(Broker *broker)
 {
-	if (push_event(broker, BROKER_UNBLOCKED) == NULL)
+	if (push_event(broker, BROKER_UNBLOCKED, 0) == NULL)
 		return;
 	broker->blocked = false;
 	tcp_set_user_timeout(broker->fd, USER_TIMEOUT_MS);
 }
 
+/* Takes note that the broker has closed a channel, and answers if there is room. */
 static void
-channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close)
+channel_closed(Broker *broker, int number, const amqp_channel_close_t *close)
 {
-	Channel    *c = &broker->channels[channel];
+	BrokerError why;
 	BrokerEvent *event;
 
-	c->state = CHANNEL_REFUSED;
-	c->why.code = close->reply_code;
-	copy_reason(broker, c->why.text, close->reply_code, close->reply_text);
-	if (channel != CHANNEL_PUBLISHING)
+	set_reason(broker, &why, close->reply_code, close->reply_text, close->class_id, close->method_id);
+	channels_set_reason(&broker->channels, number, &why);
+	pay_debts(broker);
+	if (number == broker->calls)
 		return;
-
-	event = push_event(broker, BROKER_CHANNEL_CLOSED);
+	event = push_event(broker, BROKER_CHANNEL_CLOSED, number);
 	if (event == NULL)
 		return;
-	event->code = c->why.code;
-	memcpy(event->text, c->why.text, sizeof(event->text));
+	event->code = why.code;
+	event->class_id = why.class_id;
+	event->method_id = why.method_id;
+	memcpy(event->text, why.text, sizeof(event->text));
 }
 
 /*
@@ -2425,124 +2306,107 @@ channel_closed(Broker *broker, int channel, const amqp_channel_close_t *close)
  * flight: by the time it is looked at there, the message may have been sent.
  */
 static void
-confirmed(Broker *broker, BrokerEventType type, uint64_t tag, bool multiple)
+confirmed(Broker *broker, int number, BrokerEventType type, uint64_t tag, bool multiple)
 {
 	BrokerEvent *event;
 
-	if (tag == 0 || tag > broker->published)
+	if (tag == 0 || tag > channels_get(&broker->channels, number)->published)
 	{
 		lose(broker, 0, "protocol violation by %s: a message was confirmed that was not sent",
 			 broker->where);
 		return;
 	}
-	event = push_event(broker, type);
+	event = push_event(broker, type, number);
 	if (event == NULL)
 		return;
 	event->tag = tag;
 	event->multiple = multiple;
 }
 
-static AssembleResult
-content_header(Broker *broker, const amqp_frame_t *frame)
+/* Is the content being received a delivery?  Else it is a return. */
+static bool
+is_delivery(const Broker *broker, const Channel *channel)
 {
+	return channel->use == CHANNEL_CONSUMES && broker->delivery != NULL;
+}
+
+static AssembleResult
+content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame)
+{
+	Assembler  *content = channel->content;
 	const amqp_basic_properties_t *properties = frame->payload.properties.decoded;
 	amqp_bytes_t id = amqp_empty_bytes;
 
 	/* Of another class, "decoded" would be of another type. */
 	if (frame->payload.properties.class_id != AMQP_BASIC_CLASS)
 	{
-		broker->content.problem = "a content header is of the wrong class";
+		content->problem = "a content header is of the wrong class";
 		return ASSEMBLE_VIOLATION;
 	}
-	if (broker->delivery != NULL && broker->content.state == ASSEMBLE_HEADER &&
+	if (is_delivery(broker, channel) && content->state == ASSEMBLE_HEADER &&
 		!take_properties(broker, properties))
 	{
-		broker->content.problem = "out of memory for its properties";
+		content->problem = "out of memory for its properties";
 		return ASSEMBLE_VIOLATION;
 	}
 	if (properties->_flags & AMQP_BASIC_MESSAGE_ID_FLAG)
 		id = properties->message_id;
-	return assemble_header(&broker->content, id.bytes, id.len,
-						   frame->payload.properties.body_size);
+	return assemble_header(content, id.bytes, id.len, frame->payload.properties.body_size);
 }
 
 static void
-content_assembled(Broker *broker, AssembleResult result)
+content_assembled(Broker *broker, int number, AssembleResult result)
 {
-	const Assembler *returned = &broker->content;
+	Channel    *channel = channels_get(&broker->channels, number);
+	const Assembler *returned = channel->content;
 	BrokerEvent *event;
 
 	if (result == ASSEMBLE_VIOLATION)
 		lose(broker, 0, "protocol violation by %s: %s", broker->where, returned->problem);
 	if (result != ASSEMBLE_DONE)
 		return;
-	if (broker->delivery != NULL)
+	if (is_delivery(broker, channel))
 	{
-		delivery_assembled(broker);
+		delivery_assembled(broker, channel);
 		return;
 	}
 
-	event = push_event(broker, BROKER_RETURN);
+	event = push_event(broker, BROKER_RETURN, number);
 	if (event == NULL)
 		return;
 	event->code = returned->code;
-	copy_text(event->text, sizeof(event->text), bytes_of(returned->text));
+	error_copy_text(event->text, sizeof(event->text), returned->text, strlen(returned->text));
 	snprintf(event->message_id, sizeof(event->message_id), "%.*s",
 			 BROKER_MAX_MESSAGE_ID, returned->message_id);
 }
 
 /* Returns the new event, or NULL with the connection given up. */
 static BrokerEvent *
-push_event(Broker *broker, BrokerEventType type)
+push_event(Broker *broker, BrokerEventType type, int channel)
 {
-	BrokerEvent *event;
+	uint32_t	life = channel != 0 ? channels_get(&broker->channels, channel)->life : 0;
+	BrokerEvent *event = events_push(&broker->events, type, channel, life);
 
-	if (broker->first == broker->last)
-		broker->first = broker->last = 0;
-	if (broker->last == broker->capacity)
-	{
-		size_t		capacity = broker->capacity ? 2 * broker->capacity : 64;
-		BrokerEvent *events = NULL;
-
-		if (capacity <= EVENTS_MAX)
-			events = realloc(broker->events, capacity * sizeof(BrokerEvent));
-		if (events == NULL)
-		{
-			lose(broker, 0, "%s sends more than can be taken in", broker->where);
-			return NULL;
-		}
-		broker->events = events;
-		broker->capacity = capacity;
-	}
-
-	event = &broker->events[broker->last++];
-	event->type = type;
-	event->tag = 0;
-	event->multiple = false;
-	event->code = 0;
-	event->message_id[0] = '\0';
-	event->delivery = NULL;
-	event->text[0] = '\0';
+	if (event == NULL)
+		lose(broker, 0, "%s sends more than can be taken in", broker->where);
 	return event;
 }
 
-/* broker_reopen() may have voided some. */
+/* Takes the next event out of the queue; those of channels that are over are dropped. */
 static bool
 pop_event(Broker *broker, BrokerEvent *event)
 {
-	while (broker->first < broker->last)
-	{
-		BrokerEvent *next = &broker->events[broker->first++];
+	uint32_t	life;
 
-		if (next->type == BROKER_NOTHING)
-			continue;
-		*event = *next;
-		if (next->delivery != NULL)
+	while (events_pop(&broker->events, event, &life))
+	{
+		if (event->channel == 0 || channels_get(&broker->channels, event->channel)->life == life)
 		{
-			broker->delivered -= next->delivery->size;
-			next->delivery = NULL;
+			if (event->type == BROKER_CHANNEL_CLOSED)
+				channels_told(&broker->channels, event->channel);
+			return true;
 		}
-		return true;
+		broker_free_delivery(event->delivery);
 	}
 	return false;
 }
@@ -2559,7 +2423,7 @@ bytes_of(const char *text)
 {
 	amqp_bytes_t bytes = {0};
 
-	bytes.len = strlen(text);
+	bytes.len = text !=NULL ? strlen(text) : 0;
 	bytes.bytes = (void *) text;
 
 	return bytes;

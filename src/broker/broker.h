@@ -17,17 +17,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The largest body RabbitMQ can be configured to take (max_message_size). */
-#define BROKER_MAX_BODY		(512 * 1024 * 1024)
-
-/* Longest AMQP short string: names of exchanges, queues, properties. */
-#define BROKER_MAX_SHORTSTR 255
-
-/* Longest message id: what a return brings back, BrokerEvent.message_id. */
-#define BROKER_MAX_MESSAGE_ID 63
-
-/* The reply code with which a login, a channel or a declaration is not allowed. */
-#define BROKER_ACCESS_REFUSED 403
+#include "broker/message.h"
+#include "broker/types.h"
 
 typedef struct Broker Broker;
 
@@ -53,7 +44,10 @@ typedef struct BrokerOptions
 	int			connect_timeout_ms; /* bounds connect + handshake + login */
 	int			rpc_timeout_ms; /* bounds the wait for a reply to a declare */
 	int			heartbeat_s;	/* 0 disables */
-	bool		consumer;		/* consumes, and does not publish */
+	bool		consumer;		/* opens a channel that consumes */
+	int			max_channels;	/* how many broker_open_channel() may open,
+								 * unless the broker allows fewer; those that
+								 * are being closed count */
 
 	/*
 	 * Waits until fd is readable (or writable) or timeout_ms has passed,
@@ -67,126 +61,6 @@ typedef struct BrokerOptions
 	void		(*fd_changed) (int fd);
 } BrokerOptions;
 
-typedef enum BrokerResult
-{
-	BROKER_OK,
-	BROKER_REFUSED,				/* the broker closed the channel: code, text */
-	BROKER_LOST,				/* the connection is gone; only broker_close()
-								 * may follow */
-	BROKER_TOO_LARGE,			/* the text says what is; nothing was sent */
-} BrokerResult;
-
-/* Why the last call failed; text never contains a password. */
-typedef struct BrokerError
-{
-	int			code;			/* AMQP reply code, 0 if none */
-	char text[	512];
-} BrokerError;
-
-typedef enum BrokerEventType
-{
-	BROKER_NOTHING,				/* no more frames for now */
-	BROKER_MORE,				/* frames that mean nothing, and more to come:
-								 * call again before sleeping */
-	BROKER_ACK,
-	BROKER_NACK,
-	BROKER_RETURN,				/* message_id, code, text */
-	BROKER_BLOCKED,				/* connection.blocked: text is the reason */
-	BROKER_UNBLOCKED,
-	BROKER_CHANNEL_CLOSED,		/* the publishing or consuming channel: code,
-								 * text; all that was in flight is unknown;
-								 * call broker_reopen() */
-	BROKER_DISCONNECTED,		/* code, text */
-	BROKER_DELIVERY,			/* delivery: the receiver frees it with
-								 * broker_free_delivery() */
-	BROKER_CANCELLED,			/* the broker ended the consumer: its queue is
-								 * gone, or moves */
-} BrokerEventType;
-
-typedef struct BrokerDelivery BrokerDelivery;
-
-typedef struct BrokerEvent
-{
-	BrokerEventType type;
-	uint64_t	tag;			/* ACK, NACK */
-	bool		multiple;		/* ACK, NACK: all outstanding up to tag */
-	int			code;
-	char		message_id[BROKER_MAX_MESSAGE_ID + 1];	/* RETURN */
-	BrokerDelivery *delivery;	/* DELIVERY, else NULL */
-	char text[	512];
-} BrokerEvent;
-
-/* A header or argument value. */
-typedef enum BrokerValueType
-{
-	BROKER_VALUE_NULL,
-	BROKER_VALUE_BOOL,
-	BROKER_VALUE_INT,			/* sent as a 64-bit signed integer */
-	BROKER_VALUE_DOUBLE,
-	BROKER_VALUE_STRING,
-	BROKER_VALUE_TABLE,			/* of a delivery only: fields with names */
-	BROKER_VALUE_ARRAY,			/* of a delivery only: fields without */
-} BrokerValueType;
-
-typedef struct BrokerField
-{
-	const char *name;
-	BrokerValueType type;
-	union
-	{
-		bool		boolean;
-		int64_t		integer;
-		double		real;
-		struct
-		{
-			const char *data;
-			size_t		len;
-		}			string;
-		struct
-		{
-			struct BrokerField *fields;
-			int			count;
-		}			nested;
-	}			value;
-} BrokerField;
-
-typedef struct BrokerMessage
-{
-	const char *exchange;
-	const char *routing_key;
-	const char *message_id;
-	const char *content_type;
-	const char *type;			/* NULL: property absent */
-	uint64_t	timestamp;		/* seconds since 1970 */
-	const BrokerField *headers;
-	int			nheaders;
-	const char *body;
-	size_t		body_len;
-} BrokerMessage;
-
-/*
- * One message delivered to a consumer.  The strings are the peer's bytes: they
- * need be valid in no encoding, but end with a NUL, and are cut at one that is
- * in them.  NULL: the property is absent.
- */
-struct BrokerDelivery
-{
-	uint64_t	tag;
-	bool		redelivered;
-	bool		has_timestamp;
-	uint64_t	timestamp;		/* seconds since 1970 */
-	const char *message_id;
-	const char *content_type;
-	const char *type;
-	BrokerField *headers;		/* names and strings as above, but with NULs
-								 * in strings; nothing is NULL */
-	int			nheaders;
-	char	   *body;			/* NULL if body_len is 0 */
-	size_t		body_len;
-	size_t		size;			/* of all of it in memory, about */
-	struct BrokerBlock *memory; /* private */
-};
-
 /*
  * Parses a comma-separated list of amqp:// and amqps:// URIs (RabbitMQ URI
  * specification: percent-decoding, default port 5672 or 5671, default user
@@ -199,11 +73,11 @@ extern BrokerAddress *broker_parse_uri(const char *uri, int *count, const char *
 extern void broker_free_addresses(BrokerAddress *addresses, int count);
 
 /*
- * Connects, logs in, opens the publishing channel in confirm mode.  The
- * password overrides the address's unless NULL.  Returns NULL with *error
- * filled on failure: at the latest after options->connect_timeout_ms.  All of
- * it waits through options->wait(), looking up the host's name included, but
- * for the TLS handshake (broker_handshake_fd()).
+ * Connects and logs in; opens the channel that consumes, if the options want
+ * one.  The password overrides the address's unless NULL.  Returns NULL with
+ * *error filled on failure: at the latest after options->connect_timeout_ms.
+ * All of it waits through options->wait(), looking up the host's name included,
+ * but for the TLS handshake (broker_handshake_fd()).
  * The options must outlive the connection; address and password need not.
  */
 extern Broker *broker_connect(const BrokerAddress *address, const char *password,
@@ -240,18 +114,48 @@ extern int	broker_major(const Broker *broker);
 extern long broker_next_heartbeat(const Broker *broker);
 
 /*
- * Hands one persistent, mandatory message to the socket.  BROKER_OK only
- * means that it was written: the confirm decides.  The delivery tag is the
- * count of messages published since broker_connect() or broker_reopen(),
- * beginning with 1.  Waits (interruptibly) for room in the socket's buffer
- * frame by frame, at most timeout_ms without a byte leaving the kernel, and
- * then the connection is given up as BROKER_LOST.  What the broker says
+ * Channels that the caller opens, each for one purpose, so that what happens to
+ * one of them concerns no other.  None of these three calls waits, for the
+ * socket or for an answer; a time limit for the answer is the caller's business,
+ * who gives up by broker_close_channel().  What was written in a corked socket
+ * stays there until it is uncorked.
+ *
+ * broker_open_channel() begins a channel, for publishing if it confirms, else
+ * for requests.  Returns its number, or 0 with *error filled: none is free, or
+ * the socket has no room now (code 0; try again later), or the connection is
+ * lost.  The channel can be used once BROKER_CHANNEL_OPENED has come.
+ *
+ * broker_close_channel() ends it, whatever it waits for.  No event of the
+ * channel is delivered after the call.  The number is free again after the
+ * broker's answer, and stays taken if none comes.  Of a channel that is over,
+ * or 0, it does nothing.
+ *
+ * broker_request() asks for a thing on a channel that is open for requests.
+ * The answer is the event BROKER_REPLY; a refusal is BROKER_CHANNEL_CLOSED of
+ * that channel, with the reason.  BROKER_BUSY: the one before is not answered
+ * yet, or the socket has no room.  BROKER_REFUSED: the channel is not open.
+ * A broker that has blocked the connection does not read it, and answers
+ * nothing: better ask broker_blocked() first.
+ */
+extern int	broker_open_channel(Broker *broker, bool confirms, BrokerError *error);
+extern void broker_close_channel(Broker *broker, int channel);
+extern BrokerResult broker_request(Broker *broker, int channel, const BrokerRequest *request,
+								   BrokerError *error);
+
+/*
+ * Hands one persistent, mandatory message to the socket, on a channel that
+ * confirms.  BROKER_OK only means that it was written: the confirm decides.
+ * The delivery tag is the count of messages published on that channel since it
+ * was opened, beginning with 1.  Waits (interruptibly) for room in the socket's
+ * buffer frame by frame, at most timeout_ms without a byte leaving the kernel,
+ * and then the connection is given up as BROKER_LOST.  What the broker says
  * meanwhile is kept for broker_next_event().
  *
- * BROKER_REFUSED: the publishing channel is closed, maybe in the middle of
- * this very message; BROKER_CHANNEL_CLOSED is, or was, among the events.
+ * BROKER_REFUSED: the channel is not open, or was closed by the broker, maybe
+ * in the middle of this very message; then BROKER_CHANNEL_CLOSED is among the
+ * events.
  */
-extern BrokerResult broker_publish(Broker *broker, const BrokerMessage *message,
+extern BrokerResult broker_publish(Broker *broker, int channel, const BrokerMessage *message,
 								   long timeout_ms, BrokerError *error);
 
 /*
@@ -277,16 +181,8 @@ extern void broker_uncork(Broker *broker);
 extern void broker_next_event(Broker *broker, BrokerEvent *event);
 
 /*
- * Opens the publishing channel again in confirm mode after
- * BROKER_CHANNEL_CLOSED, or at any time: a channel still open is closed first.
- * Delivery tags start at 1 again; confirms and returns not fetched yet are
- * dropped with the old channel.
- */
-extern BrokerResult broker_reopen(Broker *broker, BrokerError *error);
-
-/*
- * Consuming, on the channel that otherwise publishes; only for a connection
- * whose options say so.  Deliveries come as events.
+ * Consuming, on a channel that broker_connect() opens, if the options say so.
+ * Deliveries come as events.
  *
  * broker_consume() sets the prefetch (1 to 65535: deliveries that are neither
  * acked nor nacked at any time) of the consumer that it begins; one that was
@@ -305,16 +201,18 @@ extern BrokerResult broker_ack(Broker *broker, uint64_t tag, bool multiple, long
 							   BrokerError *error);
 extern BrokerResult broker_requeue(Broker *broker, uint64_t tag, long timeout_ms,
 								   BrokerError *error);
-extern void broker_free_delivery(BrokerDelivery *delivery);
 
 /*
- * Topology.  All run on a channel of their own, opened when needed, so that
- * a refusal (404, 403, 405, 406) never disturbs the messages in flight; they
- * wait for the reply interruptibly, at most rpc_timeout_ms (then
- * BROKER_LOST).  Events of the publishing channel that arrive meanwhile are
- * kept for broker_next_event().  A broker that has blocked the connection
- * does not read it, and answers nothing: better ask broker_blocked() first.
+ * Requests that are waited for: any of them by broker_call(), or each by name.
+ * All run on a channel of their own, opened when needed; a refusal (404, 403,
+ * 405, 406) is BROKER_REFUSED, and no event.  They wait for the reply
+ * interruptibly, at most rpc_timeout_ms (then BROKER_LOST).  Events of the other
+ * channels that arrive meanwhile are kept for broker_next_event().  messages and
+ * consumers may be NULL.  A broker that has blocked the connection does not read
+ * it, and answers nothing: better ask broker_blocked() first.
  */
+extern BrokerResult broker_call(Broker *broker, const BrokerRequest *request, uint32_t *messages,
+								uint32_t *consumers, BrokerError *error);
 extern BrokerResult broker_declare_exchange(Broker *broker, const char *exchange,
 											BrokerError *error);
 extern BrokerResult broker_declare_queue(Broker *broker, const char *queue,

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * tls.c
- *		What a TLS connection to a broker trusts, and why it was refused.
+ *		What a TLS connection to a broker trusts, why it was refused, and
+ *		reading from it.
  *
  * The AMQP library opens the connection, and could verify it; but it only
  * tells that a certificate is bad, not in which way, it does not compare
@@ -9,6 +10,10 @@
  * would ask on the terminal for the passphrase of a key.  So its SSL_CTX is
  * set up here, and OpenSSL verifies chain and host name within the handshake:
  * before a certificate of ours, or a password, has been shown.
+ *
+ * The library's own reading swallows heartbeats and unknown frames for as long
+ * as a peer sends them, and cannot be bounded; so it writes, and what is read is
+ * read here.
  *
  * Must never: fall back to trusting more than it was told; wait for anything.
  *
@@ -23,6 +28,8 @@
  *-------------------------------------------------------------------------
  */
 #include <arpa/inet.h>
+#include <errno.h>
+#include <limits.h>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
@@ -37,11 +44,14 @@ static long rejection = X509_V_OK;
 /* did a key ask for its passphrase? */
 static bool passphrase_wanted = false;
 
+/* of the last handshake */
+static SSL *last_session = NULL;
+
 /* whom the server is to be, "" for an address */
 static char server_name[256];
 
 static bool is_address(const char *host);
-static void name_server(const SSL *ssl, int where, int value);
+static void handshake_begins(const SSL *ssl, int where, int value);
 static int	remember_rejection(int ok, X509_STORE_CTX *store);
 static int	no_passphrase(char *buffer, int size, int for_writing, void *arg);
 static const char *or_unknown(const char *reason);
@@ -50,8 +60,9 @@ void
 tls_begin(void *context, const char *host)
 {
 	snprintf(server_name, sizeof(server_name), "%s", is_address(host) ? "" : host);
-	SSL_CTX_set_info_callback(context, name_server);
+	SSL_CTX_set_info_callback(context, handshake_begins);
 	SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
+	last_session = NULL;
 	rejection = X509_V_OK;
 	passphrase_wanted = false;
 	ERR_clear_error();
@@ -66,18 +77,54 @@ is_address(const char *host)
 }
 
 /*
- * Sets the name that the handshake tells the server.  The AMQP library has set
- * it to what it was told to connect to, which is an address; and addresses must
- * not be told (RFC 6066, section 3).
+ * Sets the name that the handshake tells the server, and keeps the session, which
+ * the AMQP library does not give away.  The library has set the name to what it
+ * was told to connect to, which is an address; and addresses must not be told
+ * (RFC 6066, section 3).
  */
 static void
-name_server(const SSL *ssl, int where, int value)
+handshake_begins(const SSL *ssl, int where, int value)
 {
 	const char *name = server_name[0] != '\0' ? server_name : NULL;
 
 	(void) value;
-	if (where & SSL_CB_HANDSHAKE_START)
-		SSL_set_tlsext_host_name((SSL *) ssl, name);
+	if ((where & SSL_CB_HANDSHAKE_START) == 0)
+		return;
+	last_session = (SSL *) ssl;
+	SSL_set_tlsext_host_name(last_session, name);
+}
+
+void *
+tls_session(void)
+{
+	return last_session;
+}
+
+/* The socket does not block, so neither does this. */
+ssize_t
+tls_read(void *session, void *buffer, size_t size)
+{
+	int			n;
+
+	ERR_clear_error();
+	errno = 0;
+	n = SSL_read(session, buffer, size < INT_MAX ? (int) size : INT_MAX);
+	if (n > 0)
+		return n;
+	switch (SSL_get_error(session, n))
+	{
+		case SSL_ERROR_ZERO_RETURN:
+			return 0;
+		case SSL_ERROR_WANT_READ:
+		case SSL_ERROR_WANT_WRITE:
+			errno = EAGAIN;
+			break;
+		default:
+			if (errno == EAGAIN)
+				errno = 0;
+			break;
+	}
+	return -1;
 }
 
 bool

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * tls.h
- *		What a TLS connection to a broker trusts, and why it was refused.
+ *		What a TLS connection to a broker trusts, why it was refused, and
+ *		reading from it.
  *
  * Pure: OpenSSL only, no rabbitmq-c, no PostgreSQL.  A context is the SSL_CTX
  * of a connection that is not open yet.
@@ -13,6 +14,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <sys/types.h>
 
 /*
  * To be called first: forgets what went wrong before, allows TLS 1.2 and later
@@ -42,6 +44,19 @@ extern bool tls_verify(void *context, const char *host);
  */
 extern bool tls_identify(void *context, const char *cert_file, const char *key_file,
 						 char *text, size_t text_size);
+
+/*
+ * The session of the handshake since tls_begin(), to read from; it lasts as long
+ * as the socket of the AMQP library's.
+ */
+extern void *tls_session(void);
+
+/*
+ * Reads what there is, without waiting.  Returns the number of bytes; 0: the
+ * peer has closed the session; -1: errno is EAGAIN if there is nothing, else
+ * tls_reason() or errno says what is wrong.
+ */
+extern ssize_t tls_read(void *session, void *buffer, size_t size);
 
 /*
  * Why the server's certificate was refused since tls_begin(), or NULL if it

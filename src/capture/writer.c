@@ -52,8 +52,8 @@
 #include "utils/snapmgr.h"
 
 #include "capture/writer.h"
+#include "server/insertion.h"
 #include "server/segment.h"
-#include "server/tables.h"
 
 /* A dozen pages, and little enough to stay in the processor's cache. */
 #define QUEUE_ROWS 128
@@ -80,7 +80,7 @@ writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
 {
 	HeapTuple	row = heap_form_tuple(desc, values, nulls);
 
-	segment_insert(tables_segment(segment), desc, &row, 1);
+	segment_append(segment, desc, &row, 1);
 }
 
 /* ---- the queue ---- */
@@ -103,7 +103,7 @@ flush_queue(void)
 		return;
 	flushing = true;
 	old_context = MemoryContextSwitchTo(queue.context);
-	segment_insert(tables_segment(queue.segment), queue.desc, queue.rows, queue.count);
+	segment_append(queue.segment, queue.desc, queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
 	forget_queue();
 }
@@ -139,7 +139,7 @@ writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
 		queue.rows[queue.count++] = row;
 	else
 	{
-		segment_insert(tables_segment(segment), desc, &row, 1);
+		segment_append(segment, desc, &row, 1);
 		heap_freetuple(row);
 	}
 }
@@ -214,6 +214,7 @@ xact_callback(XactEvent event, void *arg)
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_PREPARE:
 		case XACT_EVENT_ABORT:
+			insertion_end();
 			forget_queue();
 			committing = false;
 			break;

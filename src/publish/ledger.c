@@ -118,21 +118,28 @@ ledger_usable(void)
 
 /*
  * Records that the messages of a batch, from base to target, are settled up to
- * last_id: count of them since the last entry.  What became of them must be
- * recorded in the same transaction, opened by worker_begin().  Raises an error if
- * fanout.rotation does not say where the entry belongs.
+ * last_id: count of them since the last entry; unread is with respect to base.  What
+ * became of them must be recorded in the same transaction, opened by worker_begin().
+ * Raises an error if fanout.rotation does not say where the entry belongs.
  */
 void
-ledger_record_sent(Datum base, Datum target, int64 last_id, int count)
+ledger_record_sent(Datum base, Datum target, int64 last_id, int count, const Unread *unread)
 {
 	static CachedQuery query = {
-		"insert into fanout.sent (segment, base, target, last_id, count)"
-		" select current, $1, $2, $3, $4 from fanout.rotation"
+		"insert into fanout.sent (segment, base, target, last_id, count, files, unread)"
+		" select current, $1, $2, $3, $4, array[$5, $6, $7], array[$8, $9, $10] from fanout.rotation"
 	};
-	Oid			types[4] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID};
-	Datum		values[4] = {base, target, Int64GetDatum(last_id), Int32GetDatum(count)};
+	Oid			types[10] = {
+		PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID, INT4OID, OIDOID, OIDOID, OIDOID, INT8OID, INT8OID, INT8OID
+	};
+	Datum		values[10] = {base, target, Int64GetDatum(last_id), Int32GetDatum(count)};
 
-	query_execute(&query, 4, types, values, NULL);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		values[4 + i] = ObjectIdGetDatum(unread->files[i]);
+		values[4 + OUTBOX_SEGMENTS + i] = Int64GetDatum(unread->blocks[i]);
+	}
+	query_execute(&query, 10, types, values, NULL);
 	if (SPI_processed != 1)
 		tables_row_missing("rotation");
 }

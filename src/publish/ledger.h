@@ -11,6 +11,8 @@
 
 #include "postgres.h"
 
+#include "publish/scan.h"
+
 /*
  * Raises an error if the publisher cannot go on from what ledger, rotation and
  * outbox say.  Inside a transaction opened by worker_begin().
@@ -23,6 +25,6 @@ extern void ledger_check(void);
  */
 extern bool ledger_usable(void);
 
-extern void ledger_record_sent(Datum base, Datum target, int64 last_id, int count);
+extern void ledger_record_sent(Datum base, Datum target, int64 last_id, int count, const Unread *unread);
 
 #endif							/* PGF_LEDGER_H */

@@ -49,22 +49,26 @@ maintenance_current_segment(void)
 /*
  * Do all rows of the segment count as sent by an entry of the ledger that is
  * older than the retention?  That entry is the newest such one; what it has
- * passed is decided by the same rule as everywhere.  Only rows from its
- * base's xmin on can be unsent, so the index finds them.
+ * passed is decided by the same rule as everywhere.  Rows before the block from
+ * which on it has not read need not be looked at, unless some may be anywhere.
  */
 static bool
 segment_expired(int segment, int retention_s)
 {
-	char		sql[1024];
+	char		sql[2048];
 	bool		isnull;
 
 	snprintf(sql, sizeof(sql),
-			 "with l as (select * from fanout.sent"
-			 " where sent_at < now() - %d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
-			 " select exists (select from l) and not exists (select from l, fanout.outbox_%d o"
-			 " where o.xid >= pg_snapshot_xmin(l.base) and not pg_visible_in_snapshot(o.xid, l.base)"
-			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id))",
-			 retention_s, segment);
+			 "with l as (select s.*, case when s.files[%1$d + 1] = pg_relation_filenode('fanout.outbox_%1$d')"
+			 " and not exists (select from fanout.scattered c"
+			 " where c.segment = %1$d and not pg_visible_in_snapshot(c.xid, s.base))"
+			 " then format('(%%s,0)', s.unread[%1$d + 1])::tid else '(0,0)' end as first from fanout.sent s"
+			 " where sent_at < now() - %2$d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
+			 " select exists (select from l) and not exists (select from l, lateral ("
+			 " select from fanout.outbox_%1$d o"
+			 " where o.ctid >= l.first and not pg_visible_in_snapshot(o.xid, l.base)"
+			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o)",
+			 segment, retention_s);
 	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
 		elog(ERROR, "could not inspect segment %d", segment);
 	return DatumGetBool(query_value(0, 1, &isnull));
@@ -140,6 +144,21 @@ rotation_due(int retention_s)
 	return SPI_processed == 1 && DatumGetBool(query_value(0, 1, &isnull));
 }
 
+/* Entries that no entry of the ledger asks for that may still decide on a segment. */
+static void
+forget_scattered(int retention_s)
+{
+	static CachedQuery query = {
+		"delete from fanout.scattered where pg_visible_in_snapshot(xid,"
+		" (select base from fanout.sent where sent_at < now() - $1 * interval '1 s'"
+		" order by sent_at desc, sent_id desc limit 1))"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(retention_s)};
+
+	query_execute(&query, 1, types, values, NULL);
+}
+
 /*
  * Makes one step of rotation: empties segments whose rows have all been sent for
  * longer than the retention, those of the ledger with them, and makes the next
@@ -162,6 +181,7 @@ maintenance_rotate(int retention_s)
 		segment_empty(tables_segment((current + 1) % OUTBOX_SEGMENTS)) &&
 		rotation_due(retention_s))
 		current = advance_segment(current);
+	forget_scattered(retention_s);
 	return current;
 }
 

@@ -74,6 +74,9 @@
 #include "server/worker.h"
 
 #define MAX_CHUNKS 2
+
+/* One is being closed while the next one is opened. */
+#define PUBLISHING_CHANNELS 2
 #define DRAIN_MESSAGES 1000
 #define MAX_WINDOW 65535
 #define MAX_WINDOW_BYTES (16 * 1024 * 1024)
@@ -129,6 +132,9 @@ typedef struct Publisher
 
 	/* publishing */
 	Flight		flight;
+	int			channel;		/* the one on which all is published; 0: none */
+	bool		channel_open;
+	MonoTime	channel_asked_at;	/* when its opening was asked for */
 	Confirms	window;
 	int			window_limit;
 	size_t		window_bytes;
@@ -448,16 +454,27 @@ disconnected(BrokerEvent *event)
 	broker_failed(event->text);
 }
 
+/* Asks for a channel, after giving up the one before; it is open once an event says so. */
 static void
-reopen_channel(void)
+open_channel(void)
 {
 	BrokerError error;
 
+	broker_close_channel(pub.conn.broker, pub.channel);
+	pub.channel = broker_open_channel(pub.conn.broker, true, &error);
+	pub.channel_open = false;
+	pub.channel_asked_at = mono_now();
+	if (pub.channel == 0)
+		broker_failed(error.text);
+}
+
+static void
+reopen_channel(void)
+{
 	if (pub.log_in_anew)
 		return;					/* the next one is of another connection */
 	pub.renew_channel = false;
-	if (broker_reopen(pub.conn.broker, &error) != BROKER_OK)
-		broker_failed(error.text);
+	open_channel();
 }
 
 static bool
@@ -566,6 +583,9 @@ handle_event(BrokerEvent *event)
 {
 	switch (event->type)
 	{
+		case BROKER_CHANNEL_OPENED:
+			pub.channel_open = true;
+			break;
 		case BROKER_ACK:
 		case BROKER_NACK:
 			if (!confirms_settle(&pub.window, event->tag, event->multiple,
@@ -592,6 +612,7 @@ handle_event(BrokerEvent *event)
 			break;
 		case BROKER_NOTHING:
 		case BROKER_MORE:
+		case BROKER_REPLY:		/* to requests that nobody waits for */
 		case BROKER_DELIVERY:	/* these come to consumers only */
 		case BROKER_CANCELLED:
 			break;
@@ -624,7 +645,15 @@ check_confirm_timeout(void)
 {
 	Message    *oldest = confirms_oldest(&pub.window);
 
-	if (oldest == NULL || pub.conn.broker == NULL || broker_blocked(pub.conn.broker))
+	if (pub.conn.broker == NULL || broker_blocked(pub.conn.broker))
+		return;
+	if (!pub.channel_open &&
+		mono_exceeds(Max(pub.channel_asked_at, pub.unblocked_at), mono_now(), pgf_confirm_timeout))
+	{
+		broker_failed("the broker did not open a channel within pg_fanout.confirm_timeout");
+		return;
+	}
+	if (oldest == NULL)
 		return;
 	/* an alarm's time does not count: the broker did not read what we sent */
 	if (mono_exceeds(Max(oldest->published_at, pub.unblocked_at), mono_now(), pgf_confirm_timeout))
@@ -652,6 +681,8 @@ connect_broker(void)
 		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
 	topology_forget_confirmed();
 	pub.declare = true;
+	pub.channel = 0;
+	open_channel();
 }
 
 /* ---- recording stalls ---- */
@@ -970,7 +1001,7 @@ publish(Message *message, Topic *topic)
 	wire->exchange = message->queue ? "" : topic->exchange;
 	wire->routing_key = message->queue ? message->queue : "";
 	wire->content_type = topic->content_type;
-	result = broker_publish(pub.conn.broker, wire, PUBLISH_TIMEOUT_MS, &error);
+	result = broker_publish(pub.conn.broker, pub.channel, wire, PUBLISH_TIMEOUT_MS, &error);
 	if (result == BROKER_TOO_LARGE)
 	{
 		bury_message(message, error.text);
@@ -994,7 +1025,8 @@ publish(Message *message, Topic *topic)
 static bool
 window_open(void)
 {
-	if (pub.conn.broker == NULL || pub.declare || pub.renew_channel || broker_blocked(pub.conn.broker))
+	if (pub.conn.broker == NULL || !pub.channel_open || pub.declare || pub.renew_channel ||
+		broker_blocked(pub.conn.broker))
 		return false;
 	if (pub.window.outstanding == 0)
 		return true;
@@ -1179,7 +1211,7 @@ record_chunk(Chunk *chunk)
 	record_held(chunk);
 	record_dead(chunk);
 	ledger_record_sent(chunk->base, chunk->target, chunk->messages[chunk->count - 1]->id,
-					   chunk->before + chunk->count);
+					   chunk->before + chunk->count, &chunk->unread);
 	record_stalls();
 	worker_commit();
 
@@ -1621,7 +1653,7 @@ wait_for_work(void)
 			earlier(&timeout, now, retry);
 		if (alarm_untold())
 			earlier(&timeout, now, pub.alarm_log_at);
-		if (pub.window.outstanding > 0)
+		if (pub.window.outstanding > 0 || !pub.channel_open)
 			timeout = Min(timeout, 1000);
 		if (flight_has_ready(&pub.flight) && window_open())
 			earlier(&timeout, now, pub.refill_at);
@@ -1709,6 +1741,7 @@ start(void)
 	pub.more = true;
 	pub.maintenance_at = mono_later(1000);
 	connection_init(&pub.conn, "publisher", "pg_fanout publisher");
+	pub.conn.options.max_channels = PUBLISHING_CHANNELS;
 	use_settings();
 }
 

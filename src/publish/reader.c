@@ -10,7 +10,7 @@
  * draws the higher id, and no snapshot shows it without the earlier.  That is
  * all the order there is, and it needs no waiting for the oldest transaction:
  * one that is open for hours costs a single entry in the batch in which it
- * ends.
+ * ends.  Where the rows are is found out by scan.c.
  *
  * Must never: read more than the chunk being filled has room for, but for one
  * message that is larger; copy or move messages by a statement without looking
@@ -32,9 +32,11 @@
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
 #include "utils/portal.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "broker/broker.h"
@@ -46,56 +48,11 @@
 #include "server/query.h"
 #include "server/tables.h"
 
-#define PORTAL_NAME "pg_fanout_batch"
-
-/*
- * What is longer than this is not copied into the batch's cursor, since that is
- * materialized before its first row is seen, and FETCH_MAX rows are in memory
- * together.  It is read from the segment once a chunk has room for it.  Headers
- * are measured as they are stored; compressed, they may become 255 times as
- * large.
- */
-#define MAX_FETCHED 1000
-
-/* What readers select; place: where else to find what was not fetched. */
-#define MESSAGE_COLUMNS(place, contents) \
-	"id, xid, topic_id, message_id, type, queue, created_at, " place ", " \
-	"octet_length(key), pg_column_size(headers), octet_length(payload), " contents
-
-/* These of its columns are not read in their order; the first one is 1. */
-#define SEGMENT			8
-#define PLACE			9
-#define KEY_LENGTH		10
-#define HEADERS_LENGTH	11
-#define PAYLOAD_LENGTH	12
-#define KEY				13
-#define HEADERS			14
-
-#define IF_SHORT(column, length) \
-	"case when " length " <= " CppAsString2(MAX_FETCHED) " then " column " end"
-#define SHORT_CONTENTS \
-	IF_SHORT("key", "octet_length(key)") ", " \
-	IF_SHORT("headers", "pg_column_size(headers)") ", " \
-	IF_SHORT("payload", "octet_length(payload)")
-
-/* Most rows fetched at once; they are all in memory together. */
+/* Rows of fanout.held that are fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
 
 /* Message.segment of those in fanout.held */
 #define HELD OUTBOX_SEGMENTS
-
-/* Rows that were fetched from a portal, without what is longer than MAX_FETCHED. */
-typedef struct Rows
-{
-	TupleDesc	desc;
-	HeapTuple  *tuples;
-	int			count;
-	int			next;			/* the first one that is in no chunk yet */
-} Rows;
-
-/* Of the batch being walked: those that did not fit the last chunk. */
-static Rows kept;
-static MemoryContext kept_context = NULL;
 
 /* ---- snapshots ---- */
 
@@ -121,9 +78,11 @@ void
 reader_load_cursor(Cursor *cursor)
 {
 	static CachedQuery query = {
-		"select base, target, last_id, base::text = target::text"
+		"select base, target, last_id, base::text = target::text,"
+		" files[1], files[2], files[3], unread[1], unread[2], unread[3]"
 		" from fanout.sent order by sent_id desc limit 1"
 	};
+	Unread		unread;
 	bool		isnull;
 
 	ledger_check();
@@ -134,71 +93,66 @@ reader_load_cursor(Cursor *cursor)
 	if (!DatumGetBool(query_value(0, 4, &isnull)))
 		cursor->target = keep_snapshot(query_value(0, 2, &isnull), TopMemoryContext);
 	cursor->last_id = DatumGetInt64(query_value(0, 3, &isnull));
-	cursor->portal_open = false;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		unread.files[i] = DatumGetObjectId(query_value(0, 5 + i, &isnull));
+		unread.blocks[i] = DatumGetInt64(query_value(0, 5 + OUTBOX_SEGMENTS + i, &isnull));
+	}
+	scan_load(&unread);
+	scan_end(&cursor->scan);
+	cursor->open = false;
 }
 
-/* ---- reading ---- */
+/* ---- reading a row ---- */
+
+/* Columns of a row, NULL: (Datum) 0. */
+typedef struct Row
+{
+	Datum		values[OUTBOX_CREATED_AT + 1];	/* by their numbers */
+} Row;
+
+static void
+take_row(HeapTuple tuple, TupleDesc desc, Row *row)
+{
+	for (int i = 1; i <= OUTBOX_CREATED_AT; i++)
+	{
+		bool		isnull;
+
+		row->values[i] = heap_getattr(tuple, i, desc, &isnull);
+		if (isnull)
+			row->values[i] = (Datum) 0;
+	}
+}
 
 static char *
-text_or_null(HeapTuple tuple, TupleDesc desc, int column)
+text_or_null(Datum value)
 {
-	bool		isnull;
-	Datum		value = SPI_getbinval(tuple, desc, column, &isnull);
-
-	return isnull ? NULL : TextDatumGetCString(value);
+	return value == (Datum) 0 ? NULL : TextDatumGetCString(value);
 }
 
-/* NULL: 0 */
+/* Bytes of a value once it is read, found without reading it; NULL: 0. */
 static size_t
-length_or_zero(HeapTuple tuple, TupleDesc desc, int column)
+raw_size(Datum value)
 {
-	bool		isnull;
-	Datum		value = SPI_getbinval(tuple, desc, column, &isnull);
-
-	return isnull ? 0 : DatumGetInt32(value);
-}
-
-/*
- * Notes the sizes of what may be large.  Headers that were not fetched with the
- * row count for as much as they may become when they are read.
- */
-static void
-note_sizes(Message *message, HeapTuple tuple, TupleDesc desc)
-{
-	size_t		key_len = length_or_zero(tuple, desc, KEY_LENGTH);
-	size_t		headers_len = length_or_zero(tuple, desc, HEADERS_LENGTH);
-	size_t		room = (headers_len > 0) ? READER_MAX_HEADERS : 0;
-	bool		isnull;
-	Datum		headers = SPI_getbinval(tuple, desc, HEADERS, &isnull);
-
-	if (!isnull)
-		headers_len = room = toast_raw_datum_size(headers);
-	message->headers_len = key_len + headers_len;
-	message->payload_len = length_or_zero(tuple, desc, PAYLOAD_LENGTH);
-	message->bytes = reader_unsendable(message) ? 0 : key_len + room + message->payload_len;
+	return value == (Datum) 0 ? 0 : toast_raw_datum_size(value) - VARHDRSZ;
 }
 
 /* All but key, headers and payload, of which it notes the sizes.  In the current context. */
 static Message *
-read_message(HeapTuple tuple, TupleDesc desc)
+make_message(const Row *row)
 {
 	Message    *message = palloc0(sizeof(Message));
-	bool		isnull;
-	Datum		value;
 
-	message->id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
-	message->xid = DatumGetUInt64(SPI_getbinval(tuple, desc, 2, &isnull));
-	message->topic_id = DatumGetInt32(SPI_getbinval(tuple, desc, 3, &isnull));
-	msgid_format(DatumGetUUIDP(SPI_getbinval(tuple, desc, 4, &isnull)), message->message_id);
-	message->type = text_or_null(tuple, desc, 5);
-	message->queue = text_or_null(tuple, desc, 6);
-	message->created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 7, &isnull));
-	value = SPI_getbinval(tuple, desc, SEGMENT, &isnull);
-	message->segment = isnull ? HELD : DatumGetInt16(value);
-	value = SPI_getbinval(tuple, desc, PLACE, &isnull);
-	if (!isnull)
-		message->place = *(ItemPointer) DatumGetPointer(value);
-	note_sizes(message, tuple, desc);
+	message->id = DatumGetInt64(row->values[OUTBOX_ID]);
+	message->xid = DatumGetUInt64(row->values[OUTBOX_XID]);
+	message->topic_id = DatumGetInt32(row->values[OUTBOX_TOPIC_ID]);
+	msgid_format(DatumGetUUIDP(row->values[OUTBOX_MESSAGE_ID]), message->message_id);
+	message->type = text_or_null(row->values[OUTBOX_TYPE]);
+	message->queue = text_or_null(row->values[OUTBOX_QUEUE]);
+	message->created_at = DatumGetTimestampTz(row->values[OUTBOX_CREATED_AT]);
+	message->headers_len = raw_size(row->values[OUTBOX_KEY]) + raw_size(row->values[OUTBOX_HEADERS]);
+	message->payload_len = raw_size(row->values[OUTBOX_PAYLOAD]);
+	message->bytes = reader_unsendable(message) ? 0 : message->headers_len + message->payload_len;
 	return message;
 }
 
@@ -207,8 +161,6 @@ reader_unsendable(const Message *message)
 {
 	return message->payload_len > BROKER_MAX_BODY || message->headers_len > READER_MAX_HEADERS;
 }
-
-/* ---- key, headers and payload ---- */
 
 static void
 take_headers(Message *message, Datum value)
@@ -221,13 +173,17 @@ take_headers(Message *message, Datum value)
 	message->truncates = (op != NULL && strcmp(op, "t") == 0);
 }
 
-/* Without a second copy, which of a large one would cost as much again. */
+/*
+ * Reads key, headers and payload.  The payload without a second copy, which of a
+ * large one would cost as much again.
+ */
 static void
-take_payload(Message *message, Datum value)
+take_contents(Message *message, const Row *row)
 {
-	text	   *payload = (text *) PG_DETOAST_DATUM_COPY(value);
-
-	message->payload = VARDATA(payload);
+	message->key = text_or_null(row->values[OUTBOX_KEY]);
+	if (row->values[OUTBOX_HEADERS] != (Datum) 0)
+		take_headers(message, row->values[OUTBOX_HEADERS]);
+	message->payload = VARDATA(PG_DETOAST_DATUM_COPY(row->values[OUTBOX_PAYLOAD]));
 }
 
 void
@@ -241,133 +197,6 @@ reader_free_body(Message *message)
 		pfree(message->payload - VARHDRSZ);
 	message->wire.body = NULL;
 	message->payload = NULL;
-}
-
-/* Takes them from a row, which has them in columns from the first on. */
-static void
-take_contents(Message *message, HeapTuple tuple, TupleDesc desc, int first)
-{
-	bool		isnull;
-	Datum		value;
-
-	if (message->key == NULL)
-		message->key = text_or_null(tuple, desc, first);
-	value = SPI_getbinval(tuple, desc, first + 1, &isnull);
-	if (!isnull && message->headers == NULL)
-		take_headers(message, value);
-	value = SPI_getbinval(tuple, desc, first + 2, &isnull);
-	if (!isnull && message->payload == NULL)
-		take_payload(message, value);
-}
-
-/* Was one of them too long to be fetched with the row? */
-static bool
-is_incomplete(const Message *message, HeapTuple tuple, TupleDesc desc)
-{
-	return message->payload == NULL ||
-		(message->key == NULL && length_or_zero(tuple, desc, KEY_LENGTH) > 0) ||
-		(message->headers == NULL && length_or_zero(tuple, desc, HEADERS_LENGTH) > 0);
-}
-
-static bool
-is_left_in(const Message *message, int segment)
-{
-	return message->incomplete && message->segment == segment;
-}
-
-static Datum
-place_array(Datum *places, int count)
-{
-	return PointerGetDatum(construct_array(places, count, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
-}
-
-static Datum
-id_array(Datum *ids, int count)
-{
-	return PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-}
-
-/*
- * Takes what a message left in the table from a row of the last result.  If the
- * headers turn out to be too large, now that they can be measured, all is left.
- */
-static void
-complete(Message *message, int row)
-{
-	bool		isnull;
-	Datum		headers = query_value(row, 3, &isnull);
-
-	message->incomplete = false;
-	if (!isnull && message->headers == NULL)
-		message->headers_len = Max(message->headers_len, toast_raw_datum_size(headers));
-	if (!reader_unsendable(message))
-		take_contents(message, SPI_tuptable->vals[row], SPI_tuptable->tupdesc, 2);
-}
-
-/* The rows come in any order. */
-static void
-complete_all(Message **messages, int n)
-{
-	bool		isnull;
-
-	for (uint64 row = 0; row < SPI_processed; row++)
-	{
-		int64		id = DatumGetInt64(query_value(row, 1, &isnull));
-
-		for (int i = 0; i < n; i++)
-		{
-			if (messages[i]->id == id && messages[i]->incomplete)
-				complete(messages[i], row);
-		}
-	}
-}
-
-/*
- * Reads the rest of messages by their places in the heap, which stay while
- * nobody rewrites the table: VACUUM FULL or CLUSTER between two chunks of a
- * batch makes this fail, and the worker begins anew.
- */
-static void
-read_rest_in(int segment, Message **messages, int n)
-{
-	static CachedQuery queries[OUTBOX_SEGMENTS] = {
-		{"select id, key, headers, payload from fanout.outbox_0 where ctid = any ($1)"},
-		{"select id, key, headers, payload from fanout.outbox_1 where ctid = any ($1)"},
-		{"select id, key, headers, payload from fanout.outbox_2 where ctid = any ($1)"}
-	};
-	MemoryContext context = CurrentMemoryContext;
-	Oid			types[1] = {TIDARRAYOID};
-	Datum		values[1];
-	Datum		places[FETCH_MAX];
-	int			count = 0;
-
-	Assert(n <= FETCH_MAX);
-	for (int i = 0; i < n; i++)
-	{
-		if (is_left_in(messages[i], segment))
-			places[count++] = PointerGetDatum(&messages[i]->place);
-	}
-	if (count == 0)
-		return;
-	values[0] = place_array(places, count);
-	query_execute(&queries[segment], 1, types, values, NULL);
-	MemoryContextSwitchTo(context); /* SPI does not come back to it */
-	complete_all(messages, n);
-	SPI_freetuptable(SPI_tuptable);
-	for (int i = 0; i < n; i++)
-	{
-		if (is_left_in(messages[i], segment))
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("table \"fanout.outbox_%d\" was rewritten while it was read", segment)));
-	}
-}
-
-static void
-read_rest(Message **messages, int n)
-{
-	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
-		read_rest_in(segment, messages, n);
 }
 
 /* ---- chunks ---- */
@@ -393,124 +222,55 @@ fits(const Chunk *chunk, const Message *message, int limit)
 }
 
 /*
- * Moves rows into the chunk as long as they fit, which is known before their
- * bodies are read.  Returns whether all did.
+ * Makes a message of a row and adds it to the chunk, in the chunk's context, if it
+ * fits, which is known before its body is read.  Returns NULL if it does not.
  */
-static bool
-take_rows(Rows *rows, Chunk *chunk, int limit)
+static Message *
+add_message(Chunk *chunk, HeapTuple tuple, TupleDesc desc, int limit)
 {
 	MemoryContext oldcontext = MemoryContextSwitchTo(chunk->context);
-	int			first = chunk->count;
+	Message    *message;
+	Row			row;
 
-	for (; rows->next < rows->count; rows->next++)
+	take_row(tuple, desc, &row);
+	message = make_message(&row);
+	if (fits(chunk, message, limit))
 	{
-		Message    *message = read_message(rows->tuples[rows->next], rows->desc);
-
-		if (!fits(chunk, message, limit))
-			break;
 		if (!reader_unsendable(message))
-		{
-			take_contents(message, rows->tuples[rows->next], rows->desc, KEY);
-			message->incomplete = is_incomplete(message, rows->tuples[rows->next], rows->desc);
-		}
+			take_contents(message, &row);
 		message->chunk = chunk;
 		chunk->messages[chunk->count++] = message;
 		chunk->bytes += message->bytes;
 	}
-	read_rest(chunk->messages + first, chunk->count - first);
+	else
+		message = NULL;
 	MemoryContextSwitchTo(oldcontext);
-	return rows->next == rows->count;
+	return message;
 }
 
-/*
- * Fetches rows until the chunk is full, or the portal at its end: then it sets
- * chunk->last.  Returns the rows that did not fit, which a caller that goes on
- * with the same portal must keep.
- */
-static Rows
-fill_chunk(Portal portal, Chunk *chunk, int limit)
+/* Fills a chunk with the next rows of a batch; the last of the batch sets chunk->last. */
+static void
+fill_chunk(BatchScan *scan, Chunk *chunk)
 {
-	Rows		rows = {0};
+	const Entry *entry;
 
-	while (chunk->count < limit && chunk->bytes < CHUNK_BYTES)
+	while ((entry = scan_next(scan)) != NULL)
 	{
-		int			n = Min(FETCH_MAX, limit - chunk->count);
-		SPITupleTable *fetched;
+		TupleDesc	desc;
+		HeapTuple	tuple = scan_fetch(entry, &desc);
+		Message    *message = add_message(chunk, tuple, desc, CHUNK_MESSAGES);
 
-		SPI_cursor_fetch(portal, true, n);
-		fetched = SPI_tuptable;
-		rows = (Rows)
-		{
-			.desc = fetched->tupdesc,.tuples = fetched->vals,.count = SPI_processed
-		};
-		if (!take_rows(&rows, chunk, limit))
+		if (message == NULL)
 			break;
-		chunk->last = (rows.count < n);
-		rows = (Rows)
-		{
-			0
-		};
-		SPI_freetuptable(fetched);
-		if (chunk->last)
-			break;
+		message->segment = entry->segment;
+		message->place = tuple->t_self;
+		heap_freetuple(tuple);
+		scan->next++;
 	}
-	return rows;
+	chunk->last = (entry == NULL);
 }
 
-/* Copies rows that did not fit for the next chunk: less than FETCH_MAX. */
-static void
-keep_rows(const Rows *rows)
-{
-	MemoryContext oldcontext;
-
-	if (rows->next == rows->count)
-		return;
-	if (kept_context == NULL)
-		kept_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout rows", ALLOCSET_DEFAULT_SIZES);
-	oldcontext = MemoryContextSwitchTo(kept_context);
-	kept.desc = CreateTupleDescCopy(rows->desc);
-	kept.tuples = palloc((rows->count - rows->next) * sizeof(HeapTuple));
-	for (int i = rows->next; i < rows->count; i++)
-		kept.tuples[kept.count++] = heap_copytuple(rows->tuples[i]);
-	MemoryContextSwitchTo(oldcontext);
-}
-
-static void
-fill_batch_chunk(Portal portal, Chunk *chunk)
-{
-	Rows		rest;
-
-	if (!take_rows(&kept, chunk, CHUNK_MESSAGES))
-		return;
-	kept = (Rows)
-	{
-		0
-	};
-	if (kept_context != NULL)
-		MemoryContextReset(kept_context);
-	rest = fill_chunk(portal, chunk, CHUNK_MESSAGES);
-	keep_rows(&rest);
-}
-
-static Portal
-open_batch(const Cursor *cursor)
-{
-	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS("segment, place", SHORT_CONTENTS) " from ("
-		" select *, ctid as place from fanout.outbox"
-		" where xid >= pg_snapshot_xmax($1) and xid < pg_snapshot_xmax($2)"
-		" and pg_visible_in_snapshot(xid, $2)"
-		" union all"
-		" select *, ctid as place from fanout.outbox"
-		" where xid = any (array(select x from pg_snapshot_xip($1) x where pg_visible_in_snapshot(x, $2)))"
-		") o where id > $3 order by id"
-	};
-	Oid			types[3] = {PG_SNAPSHOTOID, PG_SNAPSHOTOID, INT8OID};
-	Datum		values[3] = {cursor->base, cursor->target, Int64GetDatum(cursor->last_id)};
-	SPIPlanPtr	plan = query_prepare(&query, 3, types, CURSOR_OPT_HOLD | CURSOR_OPT_NO_SCROLL);
-
-	return SPI_cursor_open(PORTAL_NAME, plan, values, NULL, false);
-}
+/* ---- batches ---- */
 
 /*
  * Makes sure that a crash cannot take back what is about to be published:
@@ -534,80 +294,106 @@ flush_wal(void)
 	XLogFlush(upto);
 }
 
-/*
- * Entries that became visible only now go too.  That is right: what they tell
- * of is read after this, with a newer snapshot still.
- */
-static void
-forget_topology_changes(void)
-{
-	static CachedQuery query = {"delete from fanout.topology_change"};
-
-	query_execute(&query, 0, NULL, NULL, NULL);
-}
-
-/* A pause must not wait for the end of a batch of millions. */
-static void
-look_for_topology_changes(bool *topology)
-{
-	static CachedQuery query = {"select exists (select from fanout.topology_change)"};
-	bool		isnull;
-
-	query_execute(&query, 0, NULL, NULL, NULL);
-	*topology = DatumGetBool(query_value(0, 1, &isnull));
-	if (*topology)
-		forget_topology_changes();
-}
-
 /* Takes the snapshot up to which a new batch reaches. */
 static void
-begin_batch(Cursor *cursor, bool *topology)
+take_target(Cursor *cursor)
+{
+	Datum		target = DirectFunctionCall1(pg_current_snapshot, (Datum) 0);
+
+	cursor->target = keep_snapshot(target, TopMemoryContext);
+	cursor->last_id = 0;
+}
+
+/*
+ * Looks whether topics or bindings were changed, and forgets that: what the entries
+ * tell of is read after this, with a newer snapshot still, so those that became
+ * visible only now may go too.  Finds out which segments may have rows of the batch
+ * anywhere.
+ */
+static void
+look_around(const Cursor *cursor, bool *topology, bool *anywhere)
 {
 	static CachedQuery query = {
-		"select pg_current_snapshot(), exists (select from fanout.topology_change)"
+		"select exists (select from fanout.topology_change),"
+		" (select coalesce(bit_or(1 << segment), 0) from fanout.scattered"
+		" where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1))"
 	};
+	static CachedQuery forget = {"delete from fanout.topology_change"};
+	Oid			types[1] = {PG_SNAPSHOTOID};
+	Datum		values[1] = {cursor->base};
 	bool		isnull;
+	int			segments;
 
-	query_execute(&query, 0, NULL, NULL, NULL);
-	cursor->target = keep_snapshot(query_value(0, 1, &isnull), TopMemoryContext);
-	cursor->last_id = 0;
-	*topology = DatumGetBool(query_value(0, 2, &isnull));
+	query_execute(&query, 1, types, values, NULL);
+	*topology = DatumGetBool(query_value(0, 1, &isnull));
+	segments = DatumGetInt32(query_value(0, 2, &isnull));
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		anywhere[i] = (segments & (1 << i)) != 0;
 	if (*topology)
-		forget_topology_changes();
+		query_execute(&forget, 0, NULL, NULL, NULL);
+}
+
+/*
+ * Finds the rows of a batch: a new one, or the rest of the one that the ledger was in
+ * the midst of.
+ */
+static void
+open_batch(Cursor *cursor, bool *topology)
+{
+	bool		anywhere[OUTBOX_SEGMENTS];
+
+	scan_begin();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	if (cursor->target == (Datum) 0)
+		take_target(cursor);
+	look_around(cursor, topology, anywhere);
+	scan_batch(&cursor->scan, cursor->base, cursor->target, cursor->last_id, anywhere);
+	PopActiveSnapshot();
+	cursor->open = true;
+}
+
+/* Goes on with a batch.  A pause must not wait for the end of one of millions. */
+static void
+continue_batch(Cursor *cursor, bool *topology)
+{
+	bool		anywhere[OUTBOX_SEGMENTS];
+
+	look_around(cursor, topology, anywhere);
+	scan_reopen(&cursor->scan);
 }
 
 static void
 end_batch(Cursor *cursor)
 {
+	scan_end(&cursor->scan);
 	drop_snapshot(&cursor->base);
 	cursor->base = cursor->target;
 	cursor->target = (Datum) 0;
+	cursor->open = false;
 }
 
+/*
+ * Returns the next chunk of the batch being walked, or else the first chunk of a new
+ * batch, as a child of parent.  Sets *topology if topics or bindings changed since the
+ * last call, in the new batch's target at least (and forgets that they did).  Returns
+ * NULL if there is nothing new; the base then moves up by itself.
+ */
 Chunk *
 reader_read(Cursor *cursor, MemoryContext parent, bool *topology)
 {
 	Chunk	   *chunk = make_chunk(parent, CHUNK_MESSAGES);
-	Portal		portal;
 
-	if (cursor->target == (Datum) 0)
-		begin_batch(cursor, topology);
+	if (cursor->open)
+		continue_batch(cursor, topology);
 	else
-		look_for_topology_changes(topology);
-	if (cursor->portal_open)
-		portal = SPI_cursor_find(PORTAL_NAME);
-	else
-		portal = open_batch(cursor);
-
-	fill_batch_chunk(portal, chunk);
+		open_batch(cursor, topology);
+	fill_chunk(&cursor->scan, chunk);
+	scan_close();
 	chunk->base = keep_snapshot(cursor->base, chunk->context);
 	chunk->target = keep_snapshot(cursor->target, chunk->context);
-	cursor->portal_open = !chunk->last;
+	chunk->unread = cursor->scan.unread;
 	if (chunk->last)
-	{
-		SPI_cursor_close(portal);
 		end_batch(cursor);
-	}
 	if (chunk->count == 0)
 	{
 		MemoryContextDelete(chunk->context);
@@ -618,6 +404,18 @@ reader_read(Cursor *cursor, MemoryContext parent, bool *topology)
 }
 
 /* ---- results ---- */
+
+static Datum
+place_array(Datum *places, int count)
+{
+	return PointerGetDatum(construct_array(places, count, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
+}
+
+static Datum
+id_array(Datum *ids, int count)
+{
+	return PointerGetDatum(construct_array(ids, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
 
 /* The columns of a message in fanout.outbox and fanout.held. */
 #define CONTENTS "message_id, type, key, headers, payload, queue, xid, created_at"
@@ -703,11 +501,40 @@ reader_bury(const Message *message, const char *topic, int attempts)
 
 /* ---- held messages ---- */
 
+/* Fills a chunk from a portal; sets chunk->last if that is at its end. */
+static void
+fill_held_chunk(Portal portal, Chunk *chunk, int limit)
+{
+	bool		full = false;
+
+	while (!full && !chunk->last)
+	{
+		SPITupleTable *fetched;
+		uint64		n;
+
+		SPI_cursor_fetch(portal, true, FETCH_MAX);
+		fetched = SPI_tuptable;
+		n = SPI_processed;
+		for (uint64 i = 0; i < n && !full; i++)
+		{
+			Message    *message = add_message(chunk, fetched->vals[i], fetched->tupdesc, limit);
+
+			if (message == NULL)
+				full = true;
+			else
+				message->segment = HELD;
+		}
+		chunk->last = !full && n < FETCH_MAX;
+		SPI_freetuptable(fetched);
+	}
+}
+
+/* Returns the first messages held for a topic, in order, at most limit; NULL if none. */
 Chunk *
 reader_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select " MESSAGE_COLUMNS("null::smallint, null::tid", "key, headers, payload")
+		"select null::smallint, id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at"
 		" from fanout.held where topic_id = $1 order by id"
 	};
 	Oid			types[1] = {INT4OID};
@@ -716,7 +543,7 @@ reader_read_held(int32 topic_id, int limit, MemoryContext parent)
 	Portal		portal = SPI_cursor_open(NULL, query_prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
 										 values, NULL, false);
 
-	(void) fill_chunk(portal, chunk, limit);
+	fill_held_chunk(portal, chunk, limit);
 	SPI_cursor_close(portal);
 	if (chunk->count == 0)
 	{

@@ -17,6 +17,7 @@
 
 #include "broker/broker.h"
 #include "publish/flight.h"
+#include "publish/scan.h"
 #include "server/monotime.h"
 
 typedef enum MessageState
@@ -52,7 +53,6 @@ typedef struct Message
 	bool		truncates;		/* TRUNCATE: orders with all keys */
 
 	/* reader.c's own */
-	bool		incomplete;		/* something of it has to be read still */
 	size_t		bytes;			/* that it counts for in its chunk */
 
 	/* publisher's own, see wire.h and publisher.c */
@@ -81,6 +81,7 @@ typedef struct Chunk
 	bool		last;			/* of its batch, or of the topic's held ones */
 	Datum		base;			/* pg_snapshot; 0 for held messages */
 	Datum		target;
+	Unread		unread;			/* with respect to base */
 	uint64		flush_ticket;	/* flush() served when this is recorded */
 	bool		drops_behind;	/* what is to be dropped may go then */
 	struct Chunk *next;
@@ -96,7 +97,8 @@ typedef struct Cursor
 								 * read */
 	Datum		target;			/* batch being walked; 0: none */
 	int64		last_id;		/* read in target up to here */
-	bool		portal_open;	/* the rest waits in a WITH HOLD cursor */
+	bool		open;			/* the rows of that batch were found */
+	BatchScan	scan;
 } Cursor;
 
 #define CHUNK_MESSAGES	5000

@@ -17,6 +17,9 @@
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "postmaster/autovacuum.h"
+#include "replication/walsender.h"
+#include "storage/proc.h"
 #include "utils/acl.h"
 #include "utils/guc.h"
 #include "utils/guc_tables.h"
@@ -32,6 +35,31 @@
 #else
 #define PGF_HAVE_SHMEM_REQUEST_HOOK 0
 #endif
+
+/*
+ * 15: MaxBackends is known when shared memory is requested.  Before, it is this
+ * (InitializeMaxBackends() in postinit.c).
+ */
+static inline int
+pgf_max_backends(void)
+{
+#if PG_VERSION_NUM >= 150000
+	return MaxBackends;
+#else
+	return MaxConnections + autovacuum_max_workers + 1 + max_worker_processes + max_wal_senders;
+#endif
+}
+
+/* 17: the number is not a field of PGPROC any more; that of a backend is below MaxBackends */
+static inline int
+pgf_my_proc_number(void)
+{
+#if PG_VERSION_NUM >= 170000
+	return MyProcNumber;
+#else
+	return MyProc->pgprocno;
+#endif
+}
 
 /* 15: a prefix can be reserved */
 #if PG_VERSION_NUM < 150000

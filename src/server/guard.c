@@ -30,14 +30,15 @@
  * - A user's trigger that such a worker fires calls functions of pg_fanout: what
  *	 they write is this server's own.  It is told by the depth of triggers.
  *
- * - Somebody inserts into the outbox by hand: allowed if the row carries the
- *	 transaction that inserts it.  With another one it would never be sent, or
- *	 count as sent.
+ * - Somebody inserts into the outbox by hand, or updates a row there: allowed if the
+ *	 row carries the transaction that does it.  With another one it would never be
+ *	 sent, or count as sent.  The publisher is told that such a row may be anywhere
+ *	 (fanout.scattered).
  *
  * The outbox, the ledger and the inbox are written without the executor (see
  * segment.c), so these triggers cost nothing there.
  *
- * Nothing here reads a table or takes a lock.
+ * Nothing here reads a table, or takes a lock but for fanout.scattered.
  *
  *-------------------------------------------------------------------------
  */
@@ -54,6 +55,8 @@
 #include "utils/xid8.h"
 
 #include "server/guard.h"
+#include "server/segment.h"
+#include "server/tables.h"
 
 PG_FUNCTION_INFO_V1(pgf_guard);
 
@@ -77,11 +80,11 @@ check_truncate(Relation rel)
 }
 
 /*
- * Raises an error unless the row carries the transaction that inserts it.
- * column is the column that says so.
+ * Raises an error unless the row carries the transaction that writes it.  column is
+ * the column that says so.
  */
 static void
-check_transaction(TriggerData *trigdata, const char *column)
+check_transaction(TriggerData *trigdata, HeapTuple row, const char *column)
 {
 	TupleDesc	desc = RelationGetDescr(trigdata->tg_relation);
 	FullTransactionId xid = InvalidFullTransactionId;
@@ -93,7 +96,7 @@ check_transaction(TriggerData *trigdata, const char *column)
 
 		if (strcmp(NameStr(TupleDescAttr(desc, i)->attname), column) != 0)
 			continue;
-		value = heap_getattr(trigdata->tg_trigtuple, i + 1, desc, &isnull);
+		value = heap_getattr(row, i + 1, desc, &isnull);
 		if (!isnull)
 			xid = DatumGetFullTransactionId(value);
 	}
@@ -107,20 +110,37 @@ check_transaction(TriggerData *trigdata, const char *column)
 				 errhint("Use fanout.publish() to write a message.")));
 }
 
+/* A row that INSERT or UPDATE brings goes wherever there is room. */
+static void
+note_place(Relation rel)
+{
+	for (int segment = 0; segment < OUTBOX_SEGMENTS; segment++)
+	{
+		if (RelationGetRelid(rel) == tables_segment(segment))
+			segment_scattered(segment);
+	}
+}
+
 /* Returns the row as it was, or NULL: it is passed over. */
 static HeapTuple
 check_row(TriggerData *trigdata)
 {
+	HeapTuple	row = TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event) ?
+		trigdata->tg_newtuple : trigdata->tg_trigtuple;
+
 	if (guard_is_replicated())
 		return NULL;
-	if (TRIGGER_FIRED_BY_INSERT(trigdata->tg_event) && trigdata->tg_trigger->tgnargs > 0)
-		check_transaction(trigdata, trigdata->tg_trigger->tgargs[0]);
-	return TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event) ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	if (!TRIGGER_FIRED_BY_DELETE(trigdata->tg_event) && trigdata->tg_trigger->tgnargs > 0)
+	{
+		check_transaction(trigdata, row, trigdata->tg_trigger->tgargs[0]);
+		note_place(trigdata->tg_relation);
+	}
+	return row;
 }
 
 /*
- * The trigger function fanout.guard([column]).  column names the column of an
- * inserted row that has to be the inserting transaction.
+ * The trigger function fanout.guard([column]).  column names the column of a
+ * row that has to be the transaction that inserts or updates it.
  */
 Datum
 pgf_guard(PG_FUNCTION_ARGS)

@@ -30,10 +30,11 @@
 #include "access/genam.h"
 #include "access/heapam.h"
 #include "access/table.h"
-#include "access/tableam.h"
 #include "access/xact.h"
+#include "access/tableam.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_am.h"
+#include "catalog/pg_type.h"
 #include "catalog/pg_index.h"
 #include "catalog/pg_trigger.h"
 #include "commands/trigger.h"
@@ -45,8 +46,11 @@
 #include "storage/lmgr.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
+#include "utils/xid8.h"
 
+#include "server/insertion.h"
 #include "server/segment.h"
+#include "server/tables.h"
 
 #define GUARD "pg_fanout_guard"
 
@@ -109,7 +113,7 @@ is_plain_table(Relation rel)
 	TupleConstr *constr = RelationGetDescr(rel)->constr;
 	TriggerDesc *triggers = rel->trigdesc;
 
-	if (rel->rd_rel->relam != HEAP_TABLE_AM_OID ||
+	if (rel->rd_rel->relam != HEAP_TABLE_AM_OID || rel->rd_rel->relpersistence != RELPERSISTENCE_PERMANENT ||
 		(constr != NULL && (constr->num_check > 0 || constr->has_generated_stored)))
 		return false;
 	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
@@ -120,7 +124,10 @@ is_plain_table(Relation rel)
 	return true;
 }
 
-/* Has a column been made NOT NULL for which a row has no value? */
+/*
+ * Has a column been made NOT NULL for which a row has no value?  Most rows of the
+ * outbox have NULLs somewhere, and captured rows are many: their bitmaps tell.
+ */
 static bool
 lacks_value(Relation rel, HeapTuple *rows, int n)
 {
@@ -132,7 +139,10 @@ lacks_value(Relation rel, HeapTuple *rows, int n)
 			continue;
 		for (int r = 0; r < n; r++)
 		{
-			if (heap_attisnull(rows[r], i + 1, desc))
+			HeapTupleHeader row = rows[r]->t_data;
+
+			if (i >= HeapTupleHeaderGetNatts(row) ? !TupleDescAttr(desc, i)->atthasmissing :
+				(HeapTupleHasNulls(rows[r]) && att_isnull(i, row->t_bits)))
 				return true;
 		}
 	}
@@ -150,14 +160,15 @@ is_plain_index(Relation index)
 
 /* ---- the fast way: a plain table and plain indexes ---- */
 
+/* options: HEAP_INSERT_xxx */
 static void
-insert_heap(Relation rel, TupleDesc desc, HeapTuple *rows, int n)
+insert_heap(Relation rel, TupleDesc desc, HeapTuple *rows, int n, int options)
 {
 	TupleTableSlot **slots;
 
 	if (n == 1)
 	{
-		simple_heap_insert(rel, rows[0]);
+		heap_insert(rel, rows[0], GetCurrentCommandId(true), options, NULL);
 		return;
 	}
 	/* slots that own their rows: others would be copied */
@@ -167,7 +178,21 @@ insert_heap(Relation rel, TupleDesc desc, HeapTuple *rows, int n)
 		slots[i] = MakeTupleTableSlot(desc, &TTSOpsHeapTuple);
 		ExecStoreHeapTuple(rows[i], slots[i], true);
 	}
-	heap_multi_insert(rel, slots, n, GetCurrentCommandId(true), 0, NULL);
+	heap_multi_insert(rel, slots, n, GetCurrentCommandId(true), options, NULL);
+}
+
+/*
+ * Inserts rows into the block that is the last one of the table by then, or into
+ * new ones: never into one that this session used before, nor into one that has
+ * room again.  The reader relies on that (insertion.c).
+ */
+static void
+append_heap(Relation rel, int number, TupleDesc desc, HeapTuple *rows, int n)
+{
+	insertion_begin(rel, number);
+	RelationSetTargetBlock(rel, InvalidBlockNumber);
+	insert_heap(rel, desc, rows, n, HEAP_INSERT_SKIP_FSM);
+	insertion_end();
 }
 
 static void
@@ -198,7 +223,7 @@ insert_entries(Relation rel, Relation index, HeapTuple *rows, int n)
 
 /* The triggers are a copy, which lasts as long as the statement. */
 static void
-leave_out_guard(ResultRelInfo * info)
+leave_out_guard(ResultRelInfo *info)
 {
 	TriggerDesc *triggers = info->ri_TrigDesc;
 
@@ -210,7 +235,7 @@ leave_out_guard(ResultRelInfo * info)
 }
 
 static void
-insert_by_executor(EState * estate, ResultRelInfo * info, TupleTableSlot * slot, HeapTuple row)
+insert_by_executor(EState *estate, ResultRelInfo *info, TupleTableSlot *slot, HeapTuple row)
 {
 	ExecForceStoreHeapTuple(row, slot, false);
 	ItemPointerSetInvalid(&slot->tts_tid);
@@ -275,21 +300,24 @@ open_indexes(Relation rel, Relation *indexes, List *oids)
 	return plain;
 }
 
-void
-segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n)
+/*
+ * Inserts rows in the fast way if the table and its indexes allow it, and returns
+ * whether they did.  number: append to that segment of the outbox; -1: anywhere.
+ */
+static bool
+insert_rows(Relation rel, int number, TupleDesc desc, HeapTuple *rows, int n)
 {
-	Relation	rel = table_open(segment, RowExclusiveLock);
 	List	   *oids = RelationGetIndexList(rel);
 	int			nindexes = list_length(oids);
 	Relation   *indexes = palloc((nindexes + 1) * sizeof(Relation));
-	bool		plain = open_indexes(rel, indexes, oids) && is_plain_table(rel);
+	bool		plain = open_indexes(rel, indexes, oids) && is_plain_table(rel) && !lacks_value(rel, rows, n);
 
-	check_columns(rel, desc);
-	plain = plain && !lacks_value(rel, rows, n);
-	if (plain && n > 0)
-		insert_heap(rel, desc, rows, n);
-	else if (n > 0)
+	if (!plain)
 		insert_all_by_executor(rel, rows, n);
+	else if (number >= 0)
+		append_heap(rel, number, desc, rows, n);
+	else
+		insert_heap(rel, desc, rows, n, 0);
 	for (int i = 0; i < nindexes; i++)
 	{
 		if (plain)
@@ -298,7 +326,56 @@ segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n)
 	}
 	pfree(indexes);
 	list_free(oids);
+	return plain;
+}
+
+void
+segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n)
+{
+	Relation	rel = table_open(segment, RowExclusiveLock);
+
+	check_columns(rel, desc);
+	if (n > 0)
+		(void) insert_rows(rel, -1, desc, rows, n);
 	table_close(rel, NoLock);
+}
+
+void
+segment_append(int number, TupleDesc desc, HeapTuple *rows, int n)
+{
+	Relation	rel = table_open(tables_segment(number), RowExclusiveLock);
+	bool		appended;
+
+	check_columns(rel, desc);
+	appended = insert_rows(rel, number, desc, rows, n);
+	table_close(rel, NoLock);
+	if (!appended)
+		segment_scattered(number);
+}
+
+/* One row of each subtransaction is enough. */
+void
+segment_scattered(int number)
+{
+	static uint64 noted_xid = 0;
+	static SubTransactionId noted_subid[OUTBOX_SEGMENTS];
+	FullTransactionId xid = GetTopFullTransactionId();
+	TupleDesc	desc;
+	Datum		values[2] = {FullTransactionIdGetDatum(xid), Int16GetDatum(number)};
+	bool		nulls[2] = {false, false};
+	HeapTuple	row;
+
+	if (noted_xid != U64FromFullTransactionId(xid))
+		memset(noted_subid, 0, sizeof(noted_subid));
+	noted_xid = U64FromFullTransactionId(xid);
+	if (noted_subid[number] == GetCurrentSubTransactionId())
+		return;
+	desc = CreateTemplateTupleDesc(2);
+	TupleDescInitEntry(desc, 1, NULL, XID8OID, -1, 0);
+	TupleDescInitEntry(desc, 2, NULL, INT2OID, -1, 0);
+	row = heap_form_tuple(desc, values, nulls);
+	segment_insert(tables_scattered(), desc, &row, 1);
+	noted_subid[number] = GetCurrentSubTransactionId();
 }
 
 /* ---- emptying ---- */

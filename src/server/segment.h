@@ -28,6 +28,21 @@ extern bool segment_empty(Oid segment);
 extern void segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n);
 
 /*
+ * The same for a segment of the outbox, by its number, and at least one row: appends
+ * them behind what is there, as the reader relies on (insertion.c).  Where it cannot,
+ * because a superuser has added something to the table, it says so; see
+ * segment_scattered().
+ */
+extern void segment_append(int number, TupleDesc desc, HeapTuple *rows, int n);
+
+/*
+ * Records that the current transaction puts rows into a segment of the outbox in
+ * another way, so that they may be anywhere in it and the reader has to read all of
+ * it.
+ */
+extern void segment_scattered(int number);
+
+/*
  * Takes ACCESS EXCLUSIVE until the transaction ends; false, without waiting,
  * if anybody has any lock on it.
  */

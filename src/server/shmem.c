@@ -70,6 +70,7 @@
 #define RESTART_DELAY_MAX	60000
 
 PgfShared  *pgf_shared = NULL;
+Announcement *shmem_announcements = NULL;
 
 static shmem_startup_hook_type next_shmem_startup = NULL;
 #if PGF_HAVE_SHMEM_REQUEST_HOOK
@@ -79,6 +80,7 @@ static shmem_request_hook_type next_shmem_request = NULL;
 static void request_shmem(void);
 static void startup_shmem(void);
 static Size shmem_size(void);
+static Size announcements_size(void);
 static void init_shared(PgfShared *shared);
 static void init_slot(DatabaseSlot *slot);
 static void reset_slot(DatabaseSlot *slot);
@@ -122,7 +124,7 @@ request_shmem(void)
 	if (next_shmem_request)
 		next_shmem_request();
 #endif
-	RequestAddinShmemSpace(shmem_size());
+	RequestAddinShmemSpace(add_size(shmem_size(), announcements_size()));
 	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
 }
 
@@ -138,6 +140,9 @@ startup_shmem(void)
 	pgf_shared = ShmemInitStruct("pg_fanout", shmem_size(), &found);
 	if (!found)
 		init_shared(pgf_shared);
+	shmem_announcements = ShmemInitStruct("pg_fanout insertions", announcements_size(), &found);
+	for (int i = 0; i < pgf_max_backends() && !found; i++)
+		pg_atomic_init_u64(&shmem_announcements[i].place, 0);
 	LWLockRelease(AddinShmemInitLock);
 }
 
@@ -153,6 +158,12 @@ shmem_size(void)
 {
 	return add_size(database_slots_size(),
 					mul_size(pgf_max_subscriptions, sizeof(SubscriptionSlot)));
+}
+
+static Size
+announcements_size(void)
+{
+	return mul_size(pgf_max_backends(), sizeof(Announcement));
 }
 
 static void
@@ -188,6 +199,8 @@ init_slot(DatabaseSlot *slot)
 	pg_atomic_init_u32(&slot->ids_follow_clock, 0);
 	pg_atomic_init_u32(&slot->subscriptions_dirty, 0);
 	pg_atomic_init_u32(&slot->current_segment, 0);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		pg_atomic_init_u32(&slot->written[i], 0);
 	pg_atomic_init_u64(&slot->flush_requested, 0);
 	pg_atomic_init_u64(&slot->flush_done, 0);
 	pg_atomic_init_u64(&slot->verify_requested, 0);

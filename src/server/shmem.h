@@ -26,6 +26,7 @@
 #include "storage/spin.h"
 
 #include "server/monotime.h"
+#include "server/tables.h"
 
 typedef enum SlotState
 {
@@ -88,6 +89,17 @@ typedef struct WorkerSlot
 	WorkerStatus status;
 } WorkerSlot;
 
+/*
+ * What one session inserts into the outbox, see insertion.c: the table's oid and a
+ * block, 0: nothing.  Tables of other databases may have the same oid; a floor then
+ * waits for somebody else's insertion, for a moment.
+ */
+typedef union Announcement
+{
+	pg_atomic_uint64 place;
+	char		line[PG_CACHE_LINE_SIZE];	/* sessions must not share one */
+} Announcement;
+
 typedef struct DatabaseSlot
 {
 	WorkerSlot	worker;			/* the publisher */
@@ -98,6 +110,7 @@ typedef struct DatabaseSlot
 	pg_atomic_uint32 dirty;		/* something was committed since the last read */
 	pg_atomic_uint32 subscriptions_dirty;	/* subscriptions were changed */
 	pg_atomic_uint32 current_segment;	/* of the ring of outbox segments */
+	pg_atomic_uint32 written[OUTBOX_SEGMENTS];	/* marks, see insertion.c */
 	pg_atomic_uint32 ids_follow_clock;	/* the outbox's sequence was moved on
 										 * since the server started */
 	pg_atomic_uint64 flush_requested;	/* tickets drawn by flush() */
@@ -166,6 +179,9 @@ typedef struct PgfShared
 } PgfShared;
 
 extern PgfShared *pgf_shared;	/* NULL: the library is not preloaded */
+
+/* One for each backend, by its number; NULL without shared memory. */
+extern Announcement *shmem_announcements;
 
 extern void shmem_init(void);	/* installs the hooks, from _PG_init */
 

@@ -25,6 +25,7 @@
 static Oid	segment_relid[OUTBOX_SEGMENTS];
 static Oid	sequence_relid;
 static Oid	topology_change_relid;
+static Oid	scattered_relid;
 
 /* ---- invalidation ---- */
 
@@ -34,6 +35,7 @@ forget_oids(void)
 	memset(segment_relid, 0, sizeof(segment_relid));
 	sequence_relid = InvalidOid;
 	topology_change_relid = InvalidOid;
+	scattered_relid = InvalidOid;
 }
 
 static bool
@@ -44,7 +46,7 @@ is_known(Oid relid)
 		if (relid == segment_relid[i])
 			return true;
 	}
-	return relid == sequence_relid || relid == topology_change_relid;
+	return relid == sequence_relid || relid == topology_change_relid || relid == scattered_relid;
 }
 
 static void
@@ -132,6 +134,17 @@ tables_topology_change(void)
 		topology_change_relid = tables_oid("topology_change");
 	}
 	return topology_change_relid;
+}
+
+Oid
+tables_scattered(void)
+{
+	if (!OidIsValid(scattered_relid))
+	{
+		watch_relations();
+		scattered_relid = tables_oid("scattered");
+	}
+	return scattered_relid;
 }
 
 /* ---- contents ---- */

@@ -19,6 +19,7 @@ extern Oid	tables_oid(const char *name);
 extern Oid	tables_segment(int segment);
 extern Oid	tables_outbox_sequence(void);
 extern Oid	tables_topology_change(void);
+extern Oid	tables_scattered(void);
 
 pg_noreturn extern void tables_row_missing(const char *name);
 

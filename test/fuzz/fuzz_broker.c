@@ -4,7 +4,7 @@
  *		broker.c and rabbitmq-c against a broker that the fuzzer directs.
  *
  * The input is the script of a conversation.  Some of its bytes say what the
- * client does (publish, declare, reopen, fetch events), and whenever that waits,
+ * client does (open and close channels, publish, ask, fetch events), and whenever that waits,
  * the next ones say what the broker says: an honest answer, frames of every
  * kind in any order, frames cut short or with a wrong end, plain bytes, nothing.
  * Behind the end of the script the broker is honest.  Both ends live in this
@@ -17,11 +17,14 @@
  * anything to say:
  *
  * - every call ends within its timeout;
- * - the confirms that come out are those that went in, in that order, and none
- *   of them is for a message that was not published by then;
+ * - what does not wait takes no time;
+ * - the confirms that come out are those that went in on that channel since it
+ *   was opened, in that order, and none of them is for a message that was not
+ *   published by then; nothing comes out of a channel that was closed;
  * - no delivery comes out but as it went in, in that order, by a tag of its own;
  *   only such are acked or given back;
- * - what the client writes is well-formed, whatever it reads;
+ * - what the client writes is well-formed, whatever it reads; on a channel that
+ *   it has closed, or whose closing it has confirmed, it writes nothing more;
  * - a connection that is lost stays lost, and no socket is left behind.
  *
  *-------------------------------------------------------------------------
@@ -56,6 +59,9 @@ static const bool consumes = false;
 #define STREAM_MAX		(1024 * 1024)
 #define FRAME_LIMIT		65536
 #define HELD_MAX		64
+#define CHANNELS		3		/* that the client opens */
+#define FIRST			(consumes ? 2 : 1)	/* of their numbers */
+#define LAST			(FIRST + CHANNELS)	/* the connection's own, for calls */
 
 typedef struct Stream
 {
@@ -63,16 +69,17 @@ typedef struct Stream
 	size_t		first;			/* bytes before it are frames that were seen */
 	size_t		last;
 	bool		broken;			/* no more frames can be told apart */
-}			Stream;
+} Stream;
 
-/* A confirm that the broker has sent. */
+/* A confirm that the broker has sent, or that a channel is open. */
 typedef struct Claim
 {
-	int			channel_life;	/* how often the channel had been opened */
+	int			channel;
+	bool		opened;
 	uint64_t	tag;
 	bool		multiple;
 	bool		nack;
-}			Claim;
+} Claim;
 
 /* What the client waits for an answer to. */
 typedef struct Request
@@ -80,7 +87,7 @@ typedef struct Request
 	int			channel;
 	uint32_t	reply;			/* method */
 	uint8_t		name[256];		/* of a queue or a consumer, as a short string */
-}			Request;
+} Request;
 
 static Tape tape;
 static int64_t now;
@@ -100,7 +107,16 @@ static int	nclaims;
 static uint64_t begun[CLAIMS_MAX];	/* tags of deliveries */
 static int	nbegun;
 static uint64_t next_tag;		/* of a delivery, if the broker is honest */
-static int	channel_life;		/* of the publishing channel */
+static bool header_seen;
+
+/* What the broker has heard of each channel */
+static enum
+{
+	HEARD_NOTHING,				/* or close-ok */
+	HEARD_OPEN,
+	HEARD_CLOSE,
+}			heard_of[CHANNELS + 3];
+static int	talk_of;			/* the channel of what follows, less 1 */
 static size_t cut;				/* of the next frame */
 static bool wrong_end;
 static uint8_t last_frame[FRAME_LIMIT + 8];
@@ -108,11 +124,19 @@ static size_t last_len;
 
 /* The client's side */
 static Broker *broker;
-static Confirms window;
-static void *ring[WINDOW];
-static uint64_t published;
-static int	my_life;			/* channel_life when it was opened for us */
-static int	next_claim;
+static struct
+{
+	enum
+	{
+		NOT_MINE, ASKED_FOR, MINE
+	}			state;
+	bool		confirms;
+	int			asked;			/* requests of which no answer was fetched */
+	Confirms	window;
+	void	   *ring[WINDOW];
+	uint64_t	published;
+	int			next_claim;
+}			mine[CHANNELS + 3];
 static int	next_begun;
 static uint64_t last_tag;		/* of the last delivery */
 static BrokerDelivery *held[HELD_MAX];
@@ -207,19 +231,30 @@ clock_left(int64_t deadline)
  */
 
 static void
-note_confirm(const uint8_t * payload, size_t len)
+note_confirm(int channel, const uint8_t * payload, size_t len)
 {
 	bool		nack = payload[3] == 120;
 	Claim	   *claim = &claims[nclaims];
 
 	if (len < 13 || payload[1] != 60 || (payload[3] != 80 && !nack) || nclaims == CLAIMS_MAX)
 		return;
-	claim->channel_life = channel_life;
+	claim->channel = channel;
+	claim->opened = false;
 	claim->tag = 0;
 	for (int i = 4; i < 12; i++)
 		claim->tag = claim->tag << 8 | payload[i];
 	claim->multiple = payload[12] & 1;
 	claim->nack = nack;
+	nclaims++;
+}
+
+static void
+note_opening(int channel, const uint8_t * payload, size_t len)
+{
+	if (len < 4 || payload[1] != 20 || payload[3] != 11 || nclaims == CLAIMS_MAX)
+		return;
+	claims[nclaims].channel = channel;
+	claims[nclaims].opened = true;
 	nclaims++;
 }
 
@@ -238,7 +273,7 @@ note_delivery(const uint8_t * payload, size_t len)
 
 /* Finds the next whole frame in a stream, as the other side will. */
 static const uint8_t *
-next_frame(Stream * stream, size_t *len)
+next_frame(Stream *stream, size_t *len)
 {
 	const		uint8_t *frame = stream->bytes + stream->first;
 	size_t		have = stream->last - stream->first;
@@ -280,10 +315,12 @@ say(const void *bytes, size_t len)
 	unsent += len;
 	while ((frame = next_frame(&said, &frame_len)) != NULL)
 	{
-		if (frame[0] == 1 && frame[1] == 0 && frame[2] == 1 && frame[7] == 0)
+		if (frame[0] == 1 && frame[1] == 0 && frame[7] == 0)
 		{
-			note_confirm(frame + 7, frame_len - 8);
-			note_delivery(frame + 7, frame_len - 8);
+			note_confirm(frame[2], frame + 7, frame_len - 8);
+			note_opening(frame[2], frame + 7, frame_len - 8);
+			if (frame[2] == 1)
+				note_delivery(frame + 7, frame_len - 8);
 		}
 	}
 }
@@ -311,7 +348,7 @@ typedef struct Payload
 {
 	uint8_t		bytes[FRAME_LIMIT];
 	size_t		len;
-}			Payload;
+} Payload;
 
 static Payload payload;
 
@@ -395,7 +432,7 @@ say_tune(uint32_t channel_max, uint32_t frame_max, uint32_t heartbeat)
 }
 
 static void
-say_reply(const Request * request)
+say_reply(const Request *request)
 {
 	int			class = (int) (request->reply >> 16);
 	int			method = (int) (request->reply & 0xffff);
@@ -433,26 +470,26 @@ answer_honestly(void)
 }
 
 static void
-say_confirm(int method)
+say_confirm(int channel, int method)
 {
 	uint8_t		how = tape_byte(&tape);
-	uint64_t	tag = how < 250 ? published - (how >> 1) % 16 : tape_number(&tape, 2);
+	uint64_t	tag = how < 250 ? mine[channel].published - (how >> 1) % 16 : tape_number(&tape, 2);
 
 	begin_method(60, method);
 	put_number(how == 255 ? UINT64_MAX - tag : tag, 8);
 	put_number(how & 1, 1);
-	put_method(1);
+	put_method(channel);
 }
 
 static void
-say_return(void)
+say_return(int channel)
 {
 	begin_method(60, 50);
 	put_number(312, 2);
 	put_number(8, 1);
 	put_bytes("NO_ROUTE", 8);
 	put_number(0, 2);
-	put_method(1);
+	put_method(channel);
 }
 
 static void
@@ -470,21 +507,19 @@ say_deliver(int channel)
 	put_method(channel);
 }
 
-/* A basic.return; or to a consumer, a delivery. */
-static void say_return(void);
-
+/* A basic.return; or on the channel that consumes, a delivery. */
 static void
-begin_content(void)
+begin_content(int channel)
 {
-	if (consumes)
-		say_deliver(1);
+	if (consumes && channel == 1 && tape_byte(&tape) % 8 != 0)
+		say_deliver(channel);
 	else
-		say_return();
+		say_return(channel);
 }
 
 /* Every property that is looked at, and headers that are whatever they are. */
 static void
-say_properties(uint64_t size)
+say_properties(int channel, uint64_t size)
 {
 	size_t		len = tape_byte(&tape);
 	size_t		got;
@@ -502,11 +537,11 @@ say_properties(uint64_t size)
 	put_number(1, 8);
 	put_number(1, 1);
 	put_bytes("t", 1);
-	say_frame(2, 1, payload.bytes, payload.len);
+	say_frame(2, channel, payload.bytes, payload.len);
 }
 
 static void
-say_header(int class, uint64_t size)
+say_header(int channel, int class, uint64_t size)
 {
 	size_t		id_len = tape_byte(&tape);
 
@@ -515,15 +550,15 @@ say_header(int class, uint64_t size)
 	put_number(0x80, 2);
 	put_number(id_len, 1);
 	put_run(id_len);
-	say_frame(2, 1, payload.bytes, payload.len);
+	say_frame(2, channel, payload.bytes, payload.len);
 }
 
 static void
-say_body(size_t len)
+say_body(int channel, size_t len)
 {
 	payload.len = 0;
 	put_run(len);
-	say_frame(3, 1, payload.bytes, payload.len);
+	say_frame(3, channel, payload.bytes, payload.len);
 }
 
 static void
@@ -571,7 +606,8 @@ speak(void)
 	};
 	uint8_t		op = tape_ended(&tape) ? 0 : tape_byte(&tape);
 	int			more = op / 32;
-	Request		request = {.channel = more % 3};
+	Request		request = {.channel = more % (LAST + 1)};
+	int			channel = 1 + talk_of;
 	size_t		got;
 	const		uint8_t *bytes;
 
@@ -587,40 +623,40 @@ speak(void)
 			return false;
 		case 4:
 		case 5:
-			say_confirm(80);
+			say_confirm(channel, 80);
 			break;
 		case 6:
-			say_confirm(120);
+			say_confirm(channel, 120);
 			break;
 		case 7:
-			begin_content();
+			begin_content(channel);
 			if (consumes && more % 2)
-				say_properties((uint64_t) more);
+				say_properties(channel, (uint64_t) more);
 			else
-				say_header(60, (uint64_t) more);
+				say_header(channel, 60, (uint64_t) more);
 			if (more > 0)
-				say_body((size_t) more);
+				say_body(channel, (size_t) more);
 			break;
 		case 8:
-			begin_content();
+			begin_content(channel);
 			break;
 		case 9:
-			say_header(more == 7 ? 10 : 60, tape_byte(&tape));
+			say_header(channel, more == 7 ? 10 : 60, tape_byte(&tape));
 			break;
 		case 10:
-			say_header(60, (uint64_t) tape_number(&tape, 4) << (8 * more % 40));
+			say_header(channel, 60, (uint64_t) tape_number(&tape, 4) << (8 * more % 40));
 			break;
 		case 11:
-			say_body(tape_byte(&tape));
+			say_body(channel, tape_byte(&tape));
 			break;
 		case 12:
-			say_body(tape_number(&tape, 2) % (FRAME_LIMIT - 8));
+			say_body(channel, tape_number(&tape, 2) % (FRAME_LIMIT - 8));
 			break;
 		case 13:
-			say_close(1, 20, 40, codes[more]);
+			say_close(channel, 20, 40, codes[more]);
 			break;
 		case 14:
-			say_close(2, 20, 40, codes[more]);
+			say_close(LAST, 20, 40, codes[more]);
 			break;
 		case 15:
 			say_close(0, 10, 50, codes[more]);
@@ -667,6 +703,8 @@ speak(void)
 			say_reply(&request);
 			break;
 		case 27:
+			if (more == 0)
+				talk_of = tape_byte(&tape) % LAST;
 			for (int n = more == 7 ? 2000 : more; n > 0; n--)
 				say(last_frame, last_len);
 			break;
@@ -737,19 +775,39 @@ hear_consuming(const uint8_t * method, int id, size_t len)
 	memcpy(requests[nrequests - 1].name, name, name[0] + (size_t) 1);
 }
 
+/* A channel is opened once, and silent once it is closed by either side. */
+static void
+note_life(int channel, int class, int id)
+{
+	if (class == 20 && id == 10)
+	{
+		CHECK(heard_of[channel] != HEARD_OPEN);
+		heard_of[channel] = HEARD_OPEN;
+	}
+	else if (class == 20 && id == 41)
+	{
+		CHECK(heard_of[channel] != HEARD_NOTHING);
+		if (heard_of[channel] == HEARD_OPEN)
+			heard_of[channel] = HEARD_NOTHING;
+	}
+	else
+	{
+		CHECK(heard_of[channel] == HEARD_OPEN);
+		if (class == 20 && id == 40)
+			heard_of[channel] = HEARD_CLOSE;
+	}
+}
+
 static void
 hear_method(int channel, const uint8_t * method, size_t len)
 {
 	int			class = method[0] << 8 | method[1];
 	int			id = method[2] << 8 | method[3];
 
+	if (channel != 0)
+		note_life(channel, class, id);
 	if (class == 10 && id == 11)
 		expect_answer(0, 10, 30);
-	else if (class == 20 && id == 10)
-	{
-		channel_life += channel == 1;
-		expect_answer(channel, 20, 11);
-	}
 	else if (class == 50 && id == 10)
 	{
 		expect_answer(channel, 50, 11);
@@ -758,7 +816,7 @@ hear_method(int channel, const uint8_t * method, size_t len)
 	}
 	else if (class == 10 && id == 31)
 		return;
-	else if (class == 60 && consumes)
+	else if (class == 60 && consumes && channel == 1)
 		hear_consuming(method, id, len);
 	else if (id % 10 == 0 && class != 60)
 		expect_answer(channel, class, id + 1);
@@ -766,36 +824,36 @@ hear_method(int channel, const uint8_t * method, size_t len)
 		CHECK((class == 60 && id == 40) || id == 41 || id == 51);
 }
 
-/* Contents must come in order, and whole, unless the connection is lost. */
+/* Contents must come in order, and whole, unless the connection or channel is lost. */
 static void
-check_content(int type, const uint8_t * bytes, size_t len)
+check_content(int channel, int type, const uint8_t * bytes, size_t len)
 {
-	static int	expect = 1;
-	static uint64_t left;
+	static int	expect[CHANNELS + 3];
+	static uint64_t left[CHANNELS + 3];
 
 	if (bytes == NULL)
-		expect = 1;
+		expect[channel] = 1;
 	else if (type == 1)
 	{
 		bool		publish = bytes[1] == 60 && bytes[3] == 40;
 
-		/* the broker's closing of the channel ends a content early */
-		CHECK(expect == 1 || bytes[1] == 20);
-		expect = publish ? 2 : 1;
+		/* the closing of the channel ends a content early */
+		CHECK(expect[channel] == 1 || bytes[1] == 20);
+		expect[channel] = publish ? 2 : 1;
 	}
 	else if (type == 2)
 	{
-		CHECK(expect == 2 && len >= 14);
-		left = 0;
+		CHECK(expect[channel] == 2 && len >= 14);
+		left[channel] = 0;
 		for (int i = 4; i < 12; i++)
-			left = left << 8 | bytes[i];
-		expect = left > 0 ? 3 : 1;
+			left[channel] = left[channel] << 8 | bytes[i];
+		expect[channel] = left[channel] > 0 ? 3 : 1;
 	}
 	else
 	{
-		CHECK(expect == 3 && len > 0 && len <= left);
-		left -= len;
-		expect = left > 0 ? 3 : 1;
+		CHECK(expect[channel] == 3 && len > 0 && len <= left[channel]);
+		left[channel] -= len;
+		expect[channel] = left[channel] > 0 ? 3 : 1;
 	}
 }
 
@@ -810,9 +868,9 @@ hear_frames(void)
 		int			channel = frame[1] << 8 | frame[2];
 
 		CHECK((frame[0] >= 1 && frame[0] <= 3) || (frame[0] == 8 && channel == 0));
-		CHECK(channel <= 2);
-		if (channel == 1)
-			check_content(frame[0], frame + 7, len - 8);
+		CHECK(channel <= LAST);
+		if (channel != 0)
+			check_content(channel, frame[0], frame + 7, len - 8);
 		if (frame[0] == 1)
 			hear_method(channel, frame + 7, len - 8);
 	}
@@ -825,14 +883,8 @@ hear_frames(void)
 static void
 hear(void)
 {
-	static bool header_seen;
 	ssize_t		n;
 
-	if (channel_life < 0)
-	{
-		channel_life = 0;
-		header_seen = false;
-	}
 	while ((n = recv(there, heard.bytes + heard.last, STREAM_MAX - heard.last, 0)) > 0)
 	{
 		heard.last += (size_t) n;
@@ -906,6 +958,7 @@ static BrokerOptions options = {
 	.connect_timeout_ms = CONNECT_TIMEOUT,
 	.rpc_timeout_ms = RPC_TIMEOUT,
 	.heartbeat_s = 10,
+	.max_channels = CHANNELS,
 #ifdef CONSUMES
 	.consumer = true,
 #endif
@@ -919,7 +972,7 @@ check_result(BrokerResult result, const BrokerError *error)
 	if (result == BROKER_OK)
 		return;
 	CHECK(memchr(error->text, '\0', sizeof(error->text)) != NULL);
-	CHECK(strstr(error->text, "s3cret") == NULL);
+	CHECK(strstr(error->text, "s3cret") == NULL && error->text[0] != '\0');
 	if (result == BROKER_LOST)
 		CHECK(broker_fd(broker) == -1 && announced == -1);
 	over = over || result == BROKER_LOST;
@@ -931,28 +984,40 @@ settled(void *item, void *arg)
 	(void) item, (void) arg;
 }
 
-/* The next confirm that the broker gave since the channel was opened. */
-static const Claim *
-expected_claim(void)
+/*
+ * The next confirm that the broker gave on the channel, if it is this one; or the
+ * next after it said that the channel is open, for what comes before was dropped.
+ */
+static void
+find_claim(const BrokerEvent *event)
 {
-	while (next_claim < nclaims && claims[next_claim].channel_life != my_life)
-		next_claim++;
-	CHECK(next_claim < nclaims || nclaims == CLAIMS_MAX);
-	return &claims[next_claim++];
+	int		   *next = &mine[event->channel].next_claim;
+
+	for (;; ++*next)
+	{
+		const Claim *claim = &claims[*next];
+
+		CHECK(*next < nclaims);
+		if (claim->channel != event->channel || claim->opened)
+			continue;
+		if (claim->tag == event->tag && claim->multiple == event->multiple &&
+			claim->nack == (event->type == BROKER_NACK))
+			break;
+		while (*next < nclaims && !(claims[*next].channel == event->channel && claims[*next].opened))
+			++* next;
+	}
+	++*next;
 }
 
 static void
 take_confirm(const BrokerEvent *event)
 {
-	const		Claim *claim;
-
-	CHECK(event->tag >= 1 && event->tag <= published);
-	if (nclaims == CLAIMS_MAX)
-		return;
-	claim = expected_claim();
-	CHECK(claim->tag == event->tag && claim->multiple == event->multiple &&
-		  claim->nack == (event->type == BROKER_NACK));
-	over = over || !confirms_settle(&window, event->tag, event->multiple, settled, NULL);
+	CHECK(event->channel >= FIRST && event->channel < LAST);
+	CHECK(mine[event->channel].state == MINE && mine[event->channel].confirms);
+	CHECK(event->tag >= 1 && event->tag <= mine[event->channel].published);
+	if (nclaims < CLAIMS_MAX)
+		find_claim(event);
+	over = over || !confirms_settle(&mine[event->channel].window, event->tag, event->multiple, settled, NULL);
 }
 
 static void
@@ -962,32 +1027,73 @@ drop_held(void)
 		broker_free_delivery(held[--nheld]);
 }
 
+/* The caller is told that a channel can be used. */
 static void
-channel_opened(void)
+channel_opened(int channel)
 {
-	published = 0;
-	last_tag = 0;
-	drop_held();
-	confirms_init(&window, ring, WINDOW);
-	my_life = channel_life;
-	next_claim = 0;
+	int		   *next = &mine[channel].next_claim;
+
+	CHECK(channel >= FIRST && channel < LAST && mine[channel].state == ASKED_FOR);
+	mine[channel].state = MINE;
+	while (*next < nclaims && !(claims[*next].channel == channel && claims[*next].opened))
+		++* next;
+	CHECK(*next < nclaims || nclaims == CLAIMS_MAX);
 }
 
 static void
-reopen(void)
+open_channel(bool confirms)
 {
 	BrokerError error = {0};
-	BrokerResult result = broker_reopen(broker, &error);
+	int64_t		begin = now;
+	int			channel = broker_open_channel(broker, confirms, &error);
 
+	CHECK(now == begin);
+	if (channel == 0)
+	{
+		over = over || broker_fd(broker) == -1;
+		return;
+	}
+	CHECK(channel >= FIRST && channel < LAST && mine[channel].state == NOT_MINE);
+	mine[channel].state = ASKED_FOR;
+	mine[channel].confirms = confirms;
+	mine[channel].asked = 0;
+	mine[channel].published = 0;
+	confirms_init(&mine[channel].window, mine[channel].ring, WINDOW);
+}
+
+static void
+close_channel(int channel)
+{
+	int64_t		begin = now;
+
+	broker_close_channel(broker, channel);
+	CHECK(now == begin);
+	mine[channel].state = NOT_MINE;
+}
+
+static void
+ask(int channel, int kind)
+{
+	static const BrokerField argument = {.name = "x-expires",.type = BROKER_VALUE_INT,.value.integer = 1};
+	BrokerRequest request = {
+		.kind = (BrokerRequestKind) (kind % 7),.queue = "q",.exchange = "x",
+		.arguments = &argument,.narguments = kind % 7 == BROKER_DECLARE_QUEUE,
+	};
+	BrokerError error = {0};
+	int64_t		begin = now;
+	BrokerResult result = broker_request(broker, channel, &request, &error);
+
+	CHECK(now == begin);
 	check_result(result, &error);
-	if (result == BROKER_OK)
-		channel_opened();
-	else
-		over = true;			/* as the publisher does */
+	CHECK(result != BROKER_TOO_LARGE);
+	if (result != BROKER_OK)
+		return;
+	CHECK(mine[channel].state != NOT_MINE && !mine[channel].confirms);
+	mine[channel].asked++;
 }
 
 static size_t
-read_fields(const BrokerField * fields, int count, int depth)
+read_fields(const BrokerField *fields, int count, int depth)
 {
 	size_t		bytes = 0;
 
@@ -1004,7 +1110,7 @@ read_fields(const BrokerField * fields, int count, int depth)
 }
 
 static void
-take_delivery(BrokerDelivery * delivery)
+take_delivery(BrokerDelivery *delivery)
 {
 	size_t		bytes;
 
@@ -1036,11 +1142,27 @@ take_event(void)
 			take_confirm(&event);
 			break;
 		case BROKER_RETURN:
+			CHECK((consumes && event.channel == 1) ||
+				  (mine[event.channel].state == MINE && mine[event.channel].confirms));
 			CHECK(memchr(event.message_id, '\0', sizeof(event.message_id)) != NULL);
 			CHECK(memchr(event.text, '\0', sizeof(event.text)) != NULL);
 			break;
+		case BROKER_CHANNEL_OPENED:
+			channel_opened(event.channel);
+			break;
+		case BROKER_REPLY:
+			CHECK(mine[event.channel].state == MINE && mine[event.channel].asked > 0);
+			mine[event.channel].asked--;
+			break;
 		case BROKER_CHANNEL_CLOSED:
-			reopen();
+			if (consumes && event.channel == 1)
+			{
+				over = true;	/* as the consumer does */
+				break;
+			}
+			CHECK(mine[event.channel].state != NOT_MINE);
+			mine[event.channel].state = NOT_MINE;
+			open_channel(mine[event.channel].confirms);
 			break;
 		case BROKER_DISCONNECTED:
 			CHECK(broker_fd(broker) == -1 && announced == -1);
@@ -1065,7 +1187,7 @@ take_event(void)
 }
 
 static void
-publish(void)
+publish(int channel)
 {
 	static const char body[200000];
 	static const BrokerField headers[] = {
@@ -1081,14 +1203,16 @@ publish(void)
 	BrokerError error = {0};
 	BrokerResult result;
 
-	if (confirms_full(&window))
+	if (mine[channel].state != NOT_MINE && confirms_full(&mine[channel].window))
 		return;
-	result = broker_publish(broker, &message, PUBLISH_TIMEOUT, &error);
+	result = broker_publish(broker, channel, &message, PUBLISH_TIMEOUT, &error);
 	check_result(result, &error);
 	CHECK(result != BROKER_TOO_LARGE);
-	(void) confirms_add(&window, &message);
-	if (result == BROKER_OK)
-		published++;
+	if (result != BROKER_OK)
+		return;
+	CHECK(mine[channel].state != NOT_MINE && mine[channel].confirms);
+	(void) confirms_add(&mine[channel].window, &message);
+	mine[channel].published++;
 }
 
 static void
@@ -1149,7 +1273,7 @@ call(int which)
 			check_result(broker_delete_queue(broker, "q", true, true, &error), &error);
 			break;
 		case 5:
-			reopen();
+			check_result(broker_unbind_queue(broker, "q", "x", &error), &error);
 			break;
 	}
 	CHECK(now - begin <= 2 * RPC_TIMEOUT + 100);
@@ -1159,6 +1283,7 @@ static void
 step(void)
 {
 	uint8_t		op = tape_byte(&tape);
+	int			channel = FIRST + op / 16 % CHANNELS;
 
 	switch (op % 16)
 	{
@@ -1166,10 +1291,10 @@ step(void)
 		case 1:
 		case 2:
 		case 3:
-			if (consumes)
+			if (consumes && op / 16 < 14)
 				consume(op % 16);
 			else
-				publish();
+				publish(channel);
 			break;
 		case 4:
 		case 5:
@@ -1191,10 +1316,20 @@ step(void)
 			call(op % 16 - 9);
 			break;
 		case 13:
-			call(4 + op / 16 % 2);
+			if (op / 16 % 2 == 0)
+				call(4 + op / 32 % 2);
+			else if (mine[FIRST + op / 32 % CHANNELS].state != NOT_MINE)
+				close_channel(FIRST + op / 32 % CHANNELS);
+			else
+				open_channel(op / 128);
 			break;
 		case 14:
-			broker_cork(broker);
+			if (op / 16 < 4)
+				broker_cork(broker);
+			else if (op / 16 < 8)
+				open_channel(op / 16 % 2);
+			else
+				ask(channel, tape_byte(&tape));
 			break;
 		case 15:
 			broker_uncork(broker);
@@ -1213,13 +1348,18 @@ begin_conversation(void)
 	heard.first = heard.last = 0;
 	said.first = said.last = unsent = 0;
 	heard.broken = said.broken = false;
-	nrequests = nclaims = next_claim = nbegun = next_begun = 0;
+	nrequests = nclaims = nbegun = next_begun = 0;
+	memset(mine, 0, sizeof(mine));
+	memset(heard_of, 0, sizeof(heard_of));
+	header_seen = false;
+	talk_of = 0;
+	last_tag = 0;
 	next_tag = 1;
 	nsettled = 0;
-	channel_life = -1;
 	cut = last_len = 0;
 	wrong_end = over = false;
-	check_content(0, NULL, 0);
+	for (int channel = 0; channel <= LAST; channel++)
+		check_content(channel, 0, NULL, 0);
 }
 
 static void
@@ -1236,7 +1376,7 @@ connect_broker(void)
 	if (broker == NULL)
 		CHECK(announced == -1 && strstr(error.text, "s3cret") == NULL && error.text[0] != '\0');
 	else
-		channel_opened();
+		open_channel(true);
 }
 
 int
@@ -1258,6 +1398,9 @@ LLVMFuzzerTestOneInput(const uint8_t * data, size_t size)
 		tape.end = honest + sizeof(honest);
 		connect_broker();
 		CHECK(broker != NULL);
+		(void) wait_socket(here, false, 1);
+		(void) take_event();
+		CHECK(mine[FIRST].state == MINE);
 		tape = script;
 	}
 	else

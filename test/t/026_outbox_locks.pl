@@ -104,7 +104,9 @@ sql("create tablespace place location '$place'");
 to_each_segment(
 	'VACUUM FULL, CLUSTER',
 	'vacuum full fanout.%s',
-	'cluster fanout.%s using %s_xid_idx');
+	'create index %s_id_idx on fanout.%s (id)',
+	'cluster fanout.%s using %s_id_idx',
+	'drop index fanout.%s_id_idx');
 to_each_segment(
 	'VACUUM FREEZE, REINDEX, REINDEX CONCURRENTLY',
 	'vacuum (freeze, analyze) fanout.%s',

@@ -208,6 +208,9 @@ $node->psql('postgres', q(
 	stderr => \$stderr);
 like($stderr, qr/row for table "fanout.outbox_0" is not of this transaction.*HINT:  Use fanout.publish\(\)/s,
 	'a row of another transaction cannot be put into the outbox');
+($stdout, $stderr) = ('', '');
+$node->psql('postgres', q(update fanout.outbox set payload = '2'), stderr => \$stderr);
+like($stderr, qr/row for table "fanout.outbox_0" is not of this transaction/, 'nor is a message changed that was written');
 query($node, q(
 	insert into fanout.outbox select 0, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id, gen_random_uuid(),
 		null, 'by hand', null, '1', null, now() from fanout.topic where topic = 'exchange_user'));

@@ -38,6 +38,7 @@ static BrokerAddress *address;
 static long longest_wait;		/* between two calls of wait_socket, ms */
 static int64_t last_wait;
 static int	announced = -1;
+static int	channel;			/* the one that the checks publish on */
 
 static int64_t
 now_ms(void)
@@ -72,24 +73,11 @@ static BrokerOptions options = {
 	.connect_timeout_ms = 5000,
 	.rpc_timeout_ms = 5000,
 	.heartbeat_s = 60,
+	.max_channels = 2000,
 	.tls_verify = true,
 	.wait = wait_socket,
 	.fd_changed = fd_changed,
 };
-
-static Broker *
-must_connect(void)
-{
-	BrokerError error;
-	Broker	   *broker = broker_connect(address, NULL, &options, &error);
-
-	if (broker == NULL)
-	{
-		printf("Bail out! %s\n", error.text);
-		exit(1);
-	}
-	return broker;
-}
 
 /* Waits for the next event, at most so long. */
 static BrokerEvent
@@ -105,6 +93,32 @@ next_event(Broker *broker, long timeout_ms)
 			return event;
 		wait_socket(broker_fd(broker), false, 50);
 	}
+}
+
+/* Opens a channel for publishing; gives up the one before, whatever its state. */
+static bool
+reopen(Broker *broker)
+{
+	BrokerError error;
+
+	broker_close_channel(broker, channel);
+	channel = broker_open_channel(broker, true, &error);
+	return channel != 0 && next_event(broker, 5000).type == BROKER_CHANNEL_OPENED;
+}
+
+static Broker *
+must_connect(void)
+{
+	BrokerError error;
+	Broker	   *broker = broker_connect(address, NULL, &options, &error);
+
+	channel = 0;
+	if (broker == NULL || !reopen(broker))
+	{
+		printf("Bail out! %s\n", broker == NULL ? error.text : "no channel");
+		exit(1);
+	}
+	return broker;
 }
 
 static BrokerResult
@@ -131,7 +145,7 @@ publish(Broker *broker, const char *exchange, const char *id, const char *body,
 		.body_len = len,
 	};
 
-	return broker_publish(broker, &message, 3000, error);
+	return broker_publish(broker, channel, &message, 3000, error);
 }
 
 static void
@@ -213,7 +227,7 @@ check_confirms(void)
 	ok(publish_many(broker, 5000, 1000, "{}", 2) == 5000, "every message is confirmed once");
 	ok(broker_inspect_queue(broker, QUEUE, &messages, &consumers, &error) == BROKER_OK &&
 	   messages == 5000 && consumers == 0, "the queue holds them all");
-	ok(broker_reopen(broker, &error) == BROKER_OK && publish_many(broker, 3, 3, "", 0) == 3,
+	ok(reopen(broker) && publish_many(broker, 3, 3, "", 0) == 3,
 	   "empty bodies are sent");
 	tear_down(broker);
 }
@@ -275,22 +289,97 @@ check_missing_exchange(void)
 	event = next_event(broker, 5000);
 	ok(event.type == BROKER_CHANNEL_CLOSED && event.code == 404,
 	   "a missing exchange closes the channel: %s", event.text);
-	ok(publish(broker, EXCHANGE, "id", "{}", 2, &error) == BROKER_REFUSED && error.code == 404,
+	ok(publish(broker, EXCHANGE, "id", "{}", 2, &error) == BROKER_REFUSED,
 	   "publishing on the closed channel is refused");
-	ok(broker_reopen(broker, &error) == BROKER_OK, "the channel is opened again");
+	ok(reopen(broker), "the channel is opened again");
 	publish(broker, EXCHANGE, "id", "{}", 2, &error);
 	event = next_event(broker, 5000);
 	ok(event.type == BROKER_ACK && event.tag == 1, "delivery tags begin at 1 again");
 
 	publish(broker, "pgf_probe_none", "id", "{}", 2, &error);
 	usleep(200000);
-	ok(broker_reopen(broker, &error) == BROKER_OK,
-	   "reopening crosses a close that was not read yet: %s", error.text);
+	ok(reopen(broker),
+	   "reopening crosses a close that was not read yet");
 	publish(broker, EXCHANGE, "id", "{}", 2, &error);
-	ok(broker_reopen(broker, &error) == BROKER_OK, "an open channel can be reopened");
+	ok(reopen(broker), "an open channel can be reopened");
 	publish(broker, EXCHANGE, "id", "{}", 2, &error);
 	event = next_event(broker, 5000);
 	ok(event.type == BROKER_ACK && event.tag == 1, "the old channel's confirms are dropped");
+	tear_down(broker);
+}
+
+/* What happens to one channel concerns no other. */
+static void
+check_channels(void)
+{
+	Broker	   *broker = must_connect();
+	BrokerField argument = {.name = "x-max-length",.type = BROKER_VALUE_INT,.value.integer = 7};
+	BrokerRequest request = {.kind = BROKER_DECLARE_QUEUE,.queue = QUEUE};
+	BrokerError error;
+	BrokerEvent event;
+	int			first = channel;
+	int			second;
+	int			asking;
+	int			acks = 0;
+
+	set_up(broker, NULL, 0);
+	channel = 0;
+	ok(reopen(broker), "a second channel is opened");
+	second = channel;
+	asking = broker_open_channel(broker, false, &error);
+	ok(next_event(broker, 5000).channel == asking, "a third one, for requests");
+	for (int i = 0; i < 100; i++)
+	{
+		channel = i % 2 == 0 ? first : second;
+		publish(broker, channel == second && i > 50 ? "pgf_probe_none" : EXCHANGE, "id", "{}", 2, &error);
+	}
+	request.arguments = &argument;
+	request.narguments = 1;
+	ok(broker_request(broker, asking, &request, &error) == BROKER_OK, "a request nobody waits for");
+	for (int closed = 0; closed < 2 || acks < 50;)
+	{
+		event = next_event(broker, 5000);
+		if (event.type == BROKER_CHANNEL_CLOSED && event.channel == asking)
+			closed += event.code == 406 && broker_blames_request(event.class_id, event.method_id, BROKER_DECLARE_QUEUE);
+		else if (event.type == BROKER_CHANNEL_CLOSED && event.channel == second)
+			closed += event.code == 404 && broker_blames_publish(event.class_id, event.method_id);
+		else if (event.type == BROKER_ACK && event.channel == first)
+			acks = (int) event.tag > acks ? (int) event.tag : acks;
+		else if (event.type != BROKER_ACK)
+			break;
+	}
+	ok(event.type != BROKER_DISCONNECTED && acks == 50, "the channel that is not refused has all its confirms (%d)", acks);
+	request.narguments = 0;
+	asking = broker_open_channel(broker, false, &error);
+	ok(next_event(broker, 5000).type == BROKER_CHANNEL_OPENED &&
+	   broker_request(broker, asking, &request, &error) == BROKER_OK, "another channel asks");
+	event = next_event(broker, 5000);
+	ok(event.type == BROKER_REPLY && event.channel == asking && event.messages > 0,
+	   "and is answered with the queue's counts (%u)", event.messages);
+	channel = first;
+	for (int i = 0; i < 50; i++)
+	{
+		ok(reopen(broker), "a channel is opened while the one before is being closed (%d)", channel);
+		publish(broker, i % 2 ? EXCHANGE : "pgf_probe_none", "id", "{}", 2, &error);
+	}
+	tear_down(broker);
+}
+
+static void
+check_many_channels(void)
+{
+	Broker	   *broker = must_connect();
+	BrokerError error;
+	int			opened = 1;
+	int64_t		start = now_ms();
+
+	set_up(broker, NULL, 0);
+	while (opened < options.max_channels && (channel = broker_open_channel(broker, true, &error)) != 0 &&
+		   next_event(broker, 5000).type == BROKER_CHANNEL_OPENED)
+		opened++;
+	ok(opened == options.max_channels, "%d channels are opened (%ld ms): %s", opened, (long) (now_ms() - start), error.text);
+	ok(broker_open_channel(broker, true, &error) == 0, "and no more: %s", error.text);
+	ok(publish_many(broker, 1000, 100, "{}", 2) == 1000, "the last one publishes");
 	tear_down(broker);
 }
 
@@ -343,11 +432,11 @@ check_too_large(void)
 	memset(big, 'x', len);
 	big[len] = '\0';
 	set_up(broker, NULL, 0);
-	ok(broker_publish(broker, &message, 1000, &error) == BROKER_TOO_LARGE,
+	ok(broker_publish(broker, channel, &message, 1000, &error) == BROKER_TOO_LARGE,
 	   "headers over a frame are refused: %s", error.text);
 	for (header.value.string.len = 65300; header.value.string.len < 65600; header.value.string.len++)
 	{
-		BrokerResult result = broker_publish(broker, &message, 1000, &error);
+		BrokerResult result = broker_publish(broker, channel, &message, 1000, &error);
 
 		if (result == BROKER_OK)
 			sent++;
@@ -359,14 +448,14 @@ check_too_large(void)
 	   "every size up to the frame's limit is taken, none beyond (%s)", error.text);
 	message.nheaders = 0;
 	message.routing_key = big;
-	ok(broker_publish(broker, &message, 1000, &error) == BROKER_TOO_LARGE,
+	ok(broker_publish(broker, channel, &message, 1000, &error) == BROKER_TOO_LARGE,
 	   "a long routing key is refused: %s", error.text);
 	message.routing_key = "";
 	message.message_id = "0123456789012345678901234567890123456789012345678901234567890123";
-	ok(broker_publish(broker, &message, 1000, &error) == BROKER_TOO_LARGE,
+	ok(broker_publish(broker, channel, &message, 1000, &error) == BROKER_TOO_LARGE,
 	   "a long message id is refused: %s", error.text);
 	message.message_id = "id";
-	ok(broker_publish(broker, &message, 1000, &error) == BROKER_OK, "the connection still works");
+	ok(broker_publish(broker, channel, &message, 1000, &error) == BROKER_OK, "the connection still works");
 	sent++;
 	for (uint64_t highest = 0; highest < sent;)
 	{
@@ -427,7 +516,7 @@ check_over_limit(void)
 	   "a body over the broker's limit does not cost the connection (%d %s)", result, error.text);
 	event = next_event(broker, 20000);
 	ok(event.type == BROKER_CHANNEL_CLOSED && event.code == 406, "but the channel: %s", event.text);
-	ok(broker_reopen(broker, &error) == BROKER_OK, "which can be opened again");
+	ok(reopen(broker), "which can be opened again");
 	free(body);
 	tear_down(broker);
 }
@@ -548,6 +637,7 @@ freeze(int signal)
 
 	if (pid != NULL)
 		kill(atoi(pid), signal);
+	usleep(50000);				/* each of its threads has to notice */
 }
 
 static void
@@ -757,6 +847,8 @@ static const struct
 	{"return", check_return},
 	{"nack", check_nack},
 	{"missing_exchange", check_missing_exchange},
+	{"channels", check_channels},
+	{"many_channels", check_many_channels},
 	{"topology", check_topology},
 	{"too_large", check_too_large},
 	{"big_body", check_big_body},

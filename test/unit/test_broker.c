@@ -10,81 +10,26 @@
  *
  *-------------------------------------------------------------------------
  */
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "broker/broker.h"
+#include "fake_broker.h"
 #include "tap.h"
-
-#define CONNECT_TIMEOUT 1000
-#define RPC_TIMEOUT		1000
 
 /* What a broker that never stops may cost us: a queue full of events. */
 #define MEMORY_KB		(250 * 1024)
 
 #define MANY_ACKS		100000
 
-/* Steps of the server at which a script is asked. */
-enum
-{
-	AT_START,
-	AT_TUNE,
-	AT_OPEN_OK,
-	AT_CHANNEL_OPEN_OK,
-	AT_SELECT_OK,
-	AT_CONNECTED,
-};
-
-/* Returns true if it has done the step in its own way. */
-typedef bool (*Script) (int fd, int step);
-
-static int	announced = -1;
-static long longest_wait;
-static int64_t last_wait;
-
 /* What the scripts do, set before the fork. */
 static int	bad_step;
 static const void *bad_bytes;
 static size_t bad_len;
 static unsigned seed;
-
-static int64_t
-now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-static bool
-wait_socket(int fd, bool for_write, long timeout_ms)
-{
-	struct pollfd p = {.fd = fd,.events = for_write ? POLLOUT : POLLIN};
-	bool		ready;
-
-	if (last_wait != 0 && now_ms() - last_wait > longest_wait)
-		longest_wait = (long) (now_ms() - last_wait);
-	ready = poll(&p, 1, (int) timeout_ms) > 0;
-	last_wait = now_ms();
-	return ready;
-}
-
-static void
-fd_changed(int fd)
-{
-	announced = fd;
-}
 
 static void
 shut_down(int signal)
@@ -96,138 +41,6 @@ shut_down(int signal)
 	(void) signal;
 	if (fd >= 0)
 		shutdown(fd, SHUT_RDWR);
-}
-
-static const BrokerOptions options = {
-	.connection_name = "test_broker",
-	.connect_timeout_ms = CONNECT_TIMEOUT,
-	.rpc_timeout_ms = RPC_TIMEOUT,
-	.heartbeat_s = 30,
-	.wait = wait_socket,
-	.fd_changed = fd_changed,
-};
-
-
-/*
- * The server's side.  It ends silently whenever the client is gone.
- */
-
-static void
-put(int fd, const void *bytes, size_t len)
-{
-	const char *p = bytes;
-
-	while (len > 0)
-	{
-		ssize_t		n = send(fd, p, len, MSG_NOSIGNAL);
-
-		if (n <= 0)
-			_exit(0);
-		p += n;
-		len -= (size_t) n;
-	}
-}
-
-static size_t
-make_frame(unsigned char *to, int type, int channel, const void *payload, size_t len)
-{
-	to[0] = (unsigned char) type;
-	to[1] = (unsigned char) (channel >> 8);
-	to[2] = (unsigned char) channel;
-	to[3] = (unsigned char) (len >> 24);
-	to[4] = (unsigned char) (len >> 16);
-	to[5] = (unsigned char) (len >> 8);
-	to[6] = (unsigned char) len;
-	memcpy(to + 7, payload, len);
-	to[7 + len] = 0xCE;
-	return len + 8;
-}
-
-static void
-put_frame(int fd, int type, int channel, const void *payload, size_t len)
-{
-	static unsigned char frame[70000];
-
-	put(fd, frame, make_frame(frame, type, channel, payload, len));
-}
-
-static void
-get(int fd, void *bytes, size_t len)
-{
-	char	   *p = bytes;
-
-	while (len > 0)
-	{
-		ssize_t		n = recv(fd, p, len, 0);
-
-		if (n <= 0)
-			_exit(0);
-		p += n;
-		len -= (size_t) n;
-	}
-}
-
-static void
-skip_frame(int fd)
-{
-	unsigned char head[7];
-	char		payload[70000];
-	size_t		len;
-
-	get(fd, head, 7);
-	len = ((size_t) head[3] << 24) + ((size_t) head[4] << 16) + ((size_t) head[5] << 8) + head[6];
-	get(fd, payload, len + 1);
-}
-
-static void
-skip_message(int fd)
-{
-	for (int i = 0; i < 3; i++)
-		skip_frame(fd);
-}
-
-static const unsigned char start[] = {
-	0, 10, 0, 10, 0, 9, 0, 0, 0, 0,
-	0, 0, 0, 14, 'A', 'M', 'Q', 'P', 'L', 'A', 'I', 'N', ' ', 'P', 'L', 'A', 'I', 'N',
-	0, 0, 0, 5, 'e', 'n', '_', 'U', 'S',
-};
-static const unsigned char tune[] = {0, 10, 0, 30, 7, 255, 0, 2, 0, 0, 0, 60};
-static const unsigned char open_ok[] = {0, 10, 0, 41, 0};
-static const unsigned char channel_open_ok[] = {0, 20, 0, 11, 0, 0, 0, 0};
-static const unsigned char select_ok[] = {0, 85, 0, 11};
-static const unsigned char ack[] = {0, 60, 0, 80, 0, 0, 0, 0, 0, 0, 0, 1, 0};
-static const unsigned char ack_all[] = {0, 60, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 1};
-static const unsigned char returned[] = {0, 60, 0, 50, 1, 56, 2, 'N', 'O', 1, 'x', 0};
-static const unsigned char header_id[] = {
-	0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0x80, 2, 'i', 'd',
-};
-
-/* One connection, then the process ends. */
-static void
-serve(int listener, Script script)
-{
-	int			fd = accept(listener, NULL, NULL);
-	char		header[8];
-
-	get(fd, header, 8);
-	if (!script(fd, AT_START))
-		put_frame(fd, 1, 0, start, sizeof(start));
-	skip_frame(fd);
-	if (!script(fd, AT_TUNE))
-		put_frame(fd, 1, 0, tune, sizeof(tune));
-	skip_frame(fd);
-	skip_frame(fd);
-	if (!script(fd, AT_OPEN_OK))
-		put_frame(fd, 1, 0, open_ok, sizeof(open_ok));
-	skip_frame(fd);
-	if (!script(fd, AT_CHANNEL_OPEN_OK))
-		put_frame(fd, 1, 1, channel_open_ok, sizeof(channel_open_ok));
-	skip_frame(fd);
-	if (!script(fd, AT_SELECT_OK))
-		put_frame(fd, 1, 1, select_ok, sizeof(select_ok));
-	script(fd, AT_CONNECTED);
-	for (;;)
-		skip_frame(fd);
 }
 
 static bool
@@ -306,50 +119,6 @@ script_fuzz(int fd, int step)
  * The client's side
  */
 
-/* Forks a server; returns its process and where it listens. */
-static pid_t
-start_server(Script script, BrokerAddress *address)
-{
-	struct sockaddr_in in = {.sin_family = AF_INET};
-	socklen_t	len = sizeof(in);
-	int			listener = socket(AF_INET, SOCK_STREAM, 0);
-	pid_t		pid;
-
-	in.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (bind(listener, (struct sockaddr *) &in, sizeof(in)) < 0 || listen(listener, 5) < 0 ||
-		getsockname(listener, (struct sockaddr *) &in, &len) < 0)
-		abort();
-	pid = fork();
-	if (pid == 0)
-		serve(listener, script);
-	close(listener);
-
-	address->host = "127.0.0.1";
-	address->port = ntohs(in.sin_port);
-	address->user = "guest";
-	address->password = "s3cret";
-	address->vhost = "/";
-	address->tls = false;
-	return pid;
-}
-
-static void
-stop_server(pid_t pid)
-{
-	kill(pid, SIGKILL);
-	waitpid(pid, NULL, 0);
-}
-
-static Broker *
-connect_to(Script script, pid_t *pid, BrokerError *error)
-{
-	BrokerAddress address;
-
-	*pid = start_server(script, &address);
-	error->text[0] = '\0';
-	return broker_connect(&address, NULL, &options, error);
-}
-
 /* A login that must fail, in time, with a reason that contains text. */
 static void
 bad_login(const char *what, const char *text)
@@ -357,7 +126,7 @@ bad_login(const char *what, const char *text)
 	BrokerError error;
 	int64_t		begin = now_ms();
 	pid_t		pid;
-	Broker	   *broker = connect_to(script_bytes, &pid, &error);
+	Broker	   *broker = log_in_to(script_bytes, &pid, &error);
 
 	ok(broker == NULL && strstr(error.text, text) != NULL && announced == -1 &&
 	   now_ms() - begin < CONNECT_TIMEOUT + 4000 && strstr(error.text, "s3cret") == NULL,
@@ -390,22 +159,26 @@ test_login(void)
 	unsigned char bytes[sizeof(tune)];
 	unsigned char other[sizeof(start)];
 
-	for (int step = AT_START; step <= AT_SELECT_OK; step++)
-		bad_login_bytes(step, "", 0, "silence", "no reply");
-	for (int step = AT_START; step <= AT_SELECT_OK; step++)
+	options.consumer = true;	/* a channel is part of its login */
+	for (int step = AT_START; step <= AT_CHANNEL_OPEN_OK; step++)
 	{
 		BrokerError error;
 		pid_t		pid;
 		Broker	   *broker;
 
+		if (step == AT_LOGGED_IN)
+			continue;
+		bad_login_bytes(step, "", 0, "silence", "no reply");
 		bad_step = step;
-		broker = connect_to(script_close, &pid, &error);
+		broker = log_in_to(script_close, &pid, &error);
 		ok(broker == NULL && announced == -1, "login: closed: %s", error.text);
 		stop_server(pid);
-	}
-	for (int step = AT_START; step <= AT_SELECT_OK; step++)
 		bad_login_bytes(step, "HTTP/1.1 400 Bad Request\r\n\r\nHTTP/1.1 400 Bad Request\r\n\r\n", 56,
 						"another protocol", "not an AMQP 0-9-1 frame");
+	}
+	bad_login_bytes(AT_CHANNEL_OPEN_OK, "\1\0\1\0\0\0\14\0\24\0\50\001\224\001x\0\0\0\0\316", 20,
+					"channel refused", "x");
+	options.consumer = false;
 	bad_login_bytes(AT_START, "AMQP\0\1\0\0", 8, "AMQP 1.0", "does not speak AMQP 0-9-1");
 	bad_login_bytes(AT_START, "\x15\x03\x03\x00\x02\x02\x28\x00\x00\x00\x00", 11, "a TLS alert", "not an AMQP 0-9-1 frame");
 
@@ -496,7 +269,10 @@ test_frames(void)
 	bad_frame(1, 1, ack_all, sizeof(ack_all), "ack of everything", "confirmed that was not sent");
 	bad_frame(1, 1, "\0\172\0\172", 4, "unknown method", "read from");
 	bad_frame(1, 1, select_ok, sizeof(select_ok), "reply nobody asked for", "unexpected method");
-	bad_frame(1, 2, ack, sizeof(ack), "ack on the topology channel", "topology channel");
+	bad_frame(1, 2, ack, sizeof(ack), "ack on a channel that was not opened", "unknown channel 2");
+	bad_frame(1, 1, close_ok, sizeof(close_ok), "close-ok nobody asked for", "unexpected method");
+	bad_frame(1, 1, declare_ok, sizeof(declare_ok), "declare-ok nobody asked for", "unexpected method");
+	bad_frame(1, 1, deliver, sizeof(deliver), "delivery to a publisher", "unexpected method");
 	bad_frame(1, 0, ack, sizeof(ack), "ack on the connection", "unexpected frame");
 	bad_frame(3, 0, "x", 1, "body on the connection", "unexpected frame");
 	bad_frame(1, 1, ack, 9, "ack cut short", "read from");
@@ -575,7 +351,7 @@ test_floods(void)
 	static const char zeros[60000];
 
 	flood(8, 0, "", 0, "flood of heartbeats");
-	flood(8, 2, zeros, sizeof(zeros), "flood of large heartbeats on a channel");
+	flood(8, 1, zeros, sizeof(zeros), "flood of large heartbeats on a channel");
 	flood(99, 1, zeros, sizeof(zeros), "flood of unknown frames");
 	flood(1, 0, "\0\012\0\075", 4, "flood of unblocked");
 	flood(1, 1, "\0\024\0\051", 4, "flood of close-ok");
@@ -614,7 +390,7 @@ publish_small(Broker *broker)
 		.body = "abc",.body_len = 3,
 	};
 
-	return broker_publish(broker, &message, 3000, &error) == BROKER_OK;
+	return broker_publish(broker, 1, &message, 3000, &error) == BROKER_OK;
 }
 
 /* Writing does not deadlock with a broker that cannot get rid of its acks. */
@@ -634,7 +410,7 @@ test_acks_first(void)
 	int			acks = 0;
 
 	ok(publish_small(broker), "a small body is written");
-	ok(broker_publish(broker, &message, 3000, &error) == BROKER_OK,
+	ok(broker_publish(broker, 1, &message, 3000, &error) == BROKER_OK,
 	   "a large body is written to a broker that writes first: %s", error.text);
 	for (int64_t deadline = now_ms() + 5000; acks < MANY_ACKS && now_ms() < deadline;)
 	{

@@ -1,0 +1,717 @@
+/*-------------------------------------------------------------------------
+ *
+ * scan.c
+ *		Finds the rows of a batch in the segments of the outbox.
+ *
+ * A batch is what became visible between two snapshots, base and target.  There is
+ * no index to find it by.  Rows are appended, so those written after the last batch
+ * lie at the end of their segment, and what else belongs to a batch was written
+ * before by transactions that were still running.  Their rows are seen when the
+ * blocks are read, and it is noted which blocks these are:
+ *
+ *		|........................|......X..Y...X....|............|
+ *		0                    unread   (X, Y run)   floor        end
+ *
+ * - "floor" of each segment: everything behind it is read by the next batch.
+ *
+ * - "pending": for each transaction that was running when its rows were seen, the
+ *	 blocks that these are in.  They are read again once it has ended.
+ *
+ * - "unread": the first block of either.  The ledger keeps it, so that another
+ *	 publisher can begin there, knowing nothing of what is pending.
+ *
+ * Only coverage depends on this: which rows a batch has is decided by their
+ * transaction (column xid) and the two snapshots.  So reading a block too often does
+ * no harm, and no row is in two batches.
+ *
+ * The floor must not be behind
+ *
+ * - the block that was the last one before the target snapshot was taken, since more
+ *	 rows go there;
+ *
+ * - a block that a session has announced to write to (insertion.c);
+ *
+ * - the last block with a committed row.  VACUUM cuts off blocks at the end that have
+ *	 none, and the file may then grow again with rows that were not read.
+ *
+ * Segments that nobody has written to since they were read are left alone.
+ *
+ * Rows that did not come by way of segment_append() may be anywhere in a segment;
+ * fanout.scattered tells of them, and the whole segment is read once.  So it is when
+ * it is stored in another file than before: VACUUM FULL, CLUSTER, TRUNCATE.
+ *
+ * A batch is read in passes if it has more than MAX_ENTRIES rows: the first pass
+ * keeps the lowest ids, the next one those above.  Only the first one moves the floor
+ * and notes what is pending.
+ *
+ * Memory: 16 MB of entries at most, and 120 bytes for each transaction that has
+ * written to the outbox and not ended, which max_connections and
+ * max_prepared_transactions bound.
+ *
+ * Must never: read a row without its segment locked (ACCESS SHARE), since nobody may
+ * rewrite the table meanwhile; wait for a transaction.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/transam.h"
+#include "catalog/pg_am.h"
+#include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/fmgrprotos.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/xid8.h"
+
+#include "publish/scan.h"
+#include "server/insertion.h"
+#include "server/tables.h"
+#include "server/worker.h"
+
+/* Entries in memory: of a larger batch, at least three quarters of them. */
+#define MAX_ENTRIES (1024 * 1024)
+
+/* Room for so many entries is kept between batches. */
+#define KEPT_ENTRIES 16384
+
+/* Ranges of blocks that are told apart, of one transaction in one segment. */
+#define MAX_EXTENTS 4
+
+/* Blocks between two rows of one extent. */
+#define MAX_GAP 16
+
+/* A range of at least so many blocks goes through a ring of buffers. */
+#define BULK_BLOCKS 1024
+
+typedef struct Extent
+{
+	BlockNumber first;
+	BlockNumber last;
+} Extent;
+
+typedef struct Pending
+{
+	uint64		xid;			/* hash key */
+	int			count[OUTBOX_SEGMENTS];
+	Extent		extents[OUTBOX_SEGMENTS][MAX_EXTENTS];
+} Pending;
+
+/* One segment, as it was read the last time. */
+typedef struct Place
+{
+	Oid			file;
+	BlockNumber floor;
+	bool		busy;			/* insertions were under way */
+} Place;
+
+/* What scan_begin() has seen. */
+typedef struct Start
+{
+	bool		written;
+	BlockNumber blocks;
+	BlockNumber announced;
+} Start;
+
+static Place places[OUTBOX_SEGMENTS];
+static HTAB *pending = NULL;
+static Start starts[OUTBOX_SEGMENTS];
+
+/* The segments, locked and open in the current transaction. */
+static Relation segments[OUTBOX_SEGMENTS];
+
+/* The block of the last row that was fetched: the next one is mostly there, too. */
+static Buffer fetched = InvalidBuffer;
+
+/* The pass over the ranges of a batch. */
+typedef struct Pass
+{
+	BatchScan  *scan;
+	int64		after_id;		/* rows with ids up to here are passed over */
+	int64		cut_id;			/* and those from here on, 0: none */
+	bool		first;			/* notes what is pending */
+	Snapshot	snapshot;		/* taken after target */
+	uint64		xid;			/* the answers of the last row: */
+	bool		in_base;
+	bool		in_target;
+	Pending    *pending;		/* its entry, NULL: not looked up */
+	BlockNumber committed[OUTBOX_SEGMENTS]; /* the last block with a row */
+} Pass;
+
+/* ---- segments ---- */
+
+static void
+open_segments(void)
+{
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		segments[i] = table_open(tables_segment(i), AccessShareLock);
+		if (segments[i]->rd_rel->relam != HEAP_TABLE_AM_OID)
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("table \"fanout.%s\" is not a heap", RelationGetRelationName(segments[i])),
+					 errhint("Change its access method back with ALTER TABLE ... SET ACCESS METHOD heap.")));
+	}
+}
+
+static bool
+sees(Datum snapshot, uint64 xid)
+{
+	return DatumGetBool(DirectFunctionCall2(pg_visible_in_snapshot,
+											FullTransactionIdGetDatum(FullTransactionIdFromU64(xid)),
+											snapshot));
+}
+
+/* ---- what is pending ---- */
+
+void
+scan_load(const Unread *unread)
+{
+	HASHCTL		ctl;
+
+	memset(&ctl, 0, sizeof(ctl));
+	ctl.keysize = sizeof(uint64);
+	ctl.entrysize = sizeof(Pending);
+	ctl.hcxt = TopMemoryContext;
+	if (pending != NULL)
+		hash_destroy(pending);
+	pending = hash_create("pg_fanout pending transactions", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		places[i].file = unread->files[i];
+		places[i].floor = unread->blocks[i];
+		places[i].busy = true;
+	}
+}
+
+static BlockNumber
+distance(const Extent *extent, BlockNumber block)
+{
+	if (block < extent->first)
+		return extent->first - block;
+	return block > extent->last ? block - extent->last : 0;
+}
+
+/* Adds a block to the nearest extent, or makes it one of its own. */
+static void
+add_block(Pending *entry, int segment, BlockNumber block)
+{
+	Extent	   *extents = entry->extents[segment];
+	int			n = entry->count[segment];
+	int			nearest = 0;
+
+	for (int i = 1; i < n; i++)
+	{
+		if (distance(&extents[i], block) < distance(&extents[nearest], block))
+			nearest = i;
+	}
+	if (n == 0 || (n < MAX_EXTENTS && distance(&extents[nearest], block) > MAX_GAP))
+	{
+		extents[n].first = extents[n].last = block;
+		entry->count[segment]++;
+		return;
+	}
+	extents[nearest].first = Min(extents[nearest].first, block);
+	extents[nearest].last = Max(extents[nearest].last, block);
+}
+
+static void
+note_pending(Pass *pass, int segment, BlockNumber block)
+{
+	if (pass->pending == NULL)
+	{
+		bool		found;
+
+		pass->pending = hash_search(pending, &pass->xid, HASH_ENTER, &found);
+		if (!found)
+			memset(pass->pending->count, 0, sizeof(pass->pending->count));
+	}
+	add_block(pass->pending, segment, block);
+}
+
+/* Writes where what is not visible in the current base begins. */
+static void
+find_unread(Unread *unread)
+{
+	HASH_SEQ_STATUS all;
+	Pending    *entry;
+
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		unread->files[i] = places[i].file;
+		unread->blocks[i] = places[i].floor;
+	}
+	hash_seq_init(&all, pending);
+	while ((entry = hash_seq_search(&all)) != NULL)
+	{
+		for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		{
+			for (int j = 0; j < entry->count[i]; j++)
+				unread->blocks[i] = Min(unread->blocks[i], entry->extents[i][j].first);
+		}
+	}
+}
+
+/* ---- ranges ---- */
+
+static void
+add_range(BatchScan *scan, int segment, BlockNumber first, BlockNumber behind)
+{
+	BlockNumber blocks = RelationGetNumberOfBlocks(segments[segment]);
+	Range	   *range = &scan->ranges[scan->nranges];
+
+	range->segment = segment;
+	range->first = first;
+	range->behind = Min(behind, blocks);
+	if (range->first < range->behind)
+		scan->nranges++;
+}
+
+static int
+compare_ranges(const void *a, const void *b)
+{
+	const Range *left = a;
+	const Range *right = b;
+
+	if (left->segment != right->segment)
+		return left->segment - right->segment;
+	return left->first < right->first ? -1 : left->first > right->first;
+}
+
+/* Joins those that overlap: no row may be found twice. */
+static void
+join_ranges(BatchScan *scan)
+{
+	int			kept = 0;
+
+	qsort(scan->ranges, scan->nranges, sizeof(Range), compare_ranges);
+	for (int i = 1; i < scan->nranges; i++)
+	{
+		Range	   *last = &scan->ranges[kept];
+		Range	   *range = &scan->ranges[i];
+
+		if (range->segment == last->segment && range->first <= last->behind)
+			last->behind = Max(last->behind, range->behind);
+		else
+			scan->ranges[++kept] = *range;
+	}
+	if (scan->nranges > 0)
+		scan->nranges = kept + 1;
+}
+
+static void
+make_room(BatchScan *scan)
+{
+	long		n = hash_get_num_entries(pending) * OUTBOX_SEGMENTS * MAX_EXTENTS + OUTBOX_SEGMENTS;
+
+	scan->ranges = MemoryContextAlloc(TopMemoryContext, n * sizeof(Range));
+	scan->nranges = 0;
+}
+
+/* Has a transaction that has ended been rolled back?  Not if that is long forgotten. */
+static bool
+was_rolled_back(uint64 xid)
+{
+	LOCAL_FCINFO(fcinfo, 1);
+	FmgrInfo	flinfo;
+	Datum		status;
+
+	fmgr_info(F_PG_XACT_STATUS, &flinfo);
+	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
+	fcinfo->args[0].value = FullTransactionIdGetDatum(FullTransactionIdFromU64(xid));
+	fcinfo->args[0].isnull = false;
+	status = FunctionCallInvoke(fcinfo);
+	return !fcinfo->isnull && strcmp(TextDatumGetCString(status), "aborted") == 0;
+}
+
+/*
+ * Takes the blocks of transactions that have ended by the target snapshot.  Of
+ * those rolled back, nothing is to be read.
+ */
+static void
+add_pending(BatchScan *scan)
+{
+	HASH_SEQ_STATUS all;
+	Pending    *entry;
+
+	hash_seq_init(&all, pending);
+	while ((entry = hash_seq_search(&all)) != NULL)
+	{
+		bool		rolled_back;
+
+		if (!sees(scan->target, entry->xid))
+			continue;
+		rolled_back = was_rolled_back(entry->xid);
+		for (int i = 0; i < OUTBOX_SEGMENTS && !rolled_back; i++)
+		{
+			for (int j = 0; j < entry->count[i]; j++)
+				add_range(scan, i, entry->extents[i][j].first, entry->extents[i][j].last + 1);
+		}
+		hash_search(pending, &entry->xid, HASH_REMOVE, NULL);
+	}
+}
+
+/* ---- entries ---- */
+
+static int
+compare_entries(const void *a, const void *b)
+{
+	int64		left = ((const Entry *) a)->id;
+	int64		right = ((const Entry *) b)->id;
+
+	return left < right ? -1 : left > right;
+}
+
+/* There is no room for all rows of the batch: the highest ids are for another pass. */
+static void
+cut_entries(Pass *pass)
+{
+	BatchScan  *scan = pass->scan;
+
+	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
+	scan->count -= scan->count / 4;
+	pass->cut_id = scan->entries[scan->count - 1].id + 1;
+	scan->more = true;
+}
+
+static void
+add_entry(Pass *pass, int64 id, int segment, BlockNumber block, OffsetNumber offset)
+{
+	BatchScan  *scan = pass->scan;
+	Entry	   *entry;
+
+	if (scan->count == MAX_ENTRIES)
+		cut_entries(pass);
+	if (pass->cut_id != 0 && id >= pass->cut_id)
+		return;
+	if (scan->count == scan->room)
+	{
+		scan->room = Max(256, Min(2 * scan->room, MAX_ENTRIES));
+		scan->entries = scan->entries == NULL ?
+			MemoryContextAlloc(TopMemoryContext, scan->room * sizeof(Entry)) :
+			repalloc(scan->entries, scan->room * sizeof(Entry));
+	}
+	entry = &scan->entries[scan->count++];
+	entry->id = id;
+	entry->segment = segment;
+	entry->block = block;
+	entry->offset = offset;
+}
+
+/* ---- reading ---- */
+
+/* Rows of one transaction mostly come together. */
+static void
+look_at_xid(Pass *pass, uint64 xid)
+{
+	if (pass->xid == xid)
+		return;
+	pass->xid = xid;
+	pass->pending = NULL;
+	pass->in_base = sees(pass->scan->base, xid);
+	pass->in_target = pass->in_base || sees(pass->scan->target, xid);
+}
+
+/* With the buffer locked: decides what a row is to the batch. */
+static void
+read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
+{
+	TupleDesc	desc = RelationGetDescr(segments[segment]);
+	BlockNumber block = ItemPointerGetBlockNumber(&row->t_self);
+	bool		isnull;
+	int64		id;
+
+	look_at_xid(pass, DatumGetUInt64(heap_getattr(row, OUTBOX_XID, desc, &isnull)));
+	if (!pass->in_target)
+	{
+		if (pass->first)
+			note_pending(pass, segment, block);
+		return;
+	}
+	if (!HeapTupleSatisfiesVisibility(row, pass->snapshot, buffer))
+		return;					/* rolled back */
+	pass->committed[segment] = block;
+	if (pass->in_base)
+		return;
+	id = DatumGetInt64(heap_getattr(row, OUTBOX_ID, desc, &isnull));
+	if (id > pass->after_id)
+		add_entry(pass, id, segment, block, ItemPointerGetOffsetNumber(&row->t_self));
+}
+
+static void
+read_block(Pass *pass, int segment, BlockNumber block, BufferAccessStrategy strategy)
+{
+	Relation	rel = segments[segment];
+	Buffer		buffer = ReadBufferExtended(rel, MAIN_FORKNUM, block, RBM_NORMAL, strategy);
+	Page		page = BufferGetPage(buffer);
+	OffsetNumber last;
+
+	LockBuffer(buffer, BUFFER_LOCK_SHARE);
+	last = PageGetMaxOffsetNumber(page);
+	for (OffsetNumber offset = FirstOffsetNumber; offset <= last; offset++)
+	{
+		ItemId		item = PageGetItemId(page, offset);
+		HeapTupleData row;
+
+		if (!ItemIdIsNormal(item))
+			continue;
+		row.t_data = (HeapTupleHeader) PageGetItem(page, item);
+		row.t_len = ItemIdGetLength(item);
+		row.t_tableOid = RelationGetRelid(rel);
+		ItemPointerSet(&row.t_self, block, offset);
+		read_row(pass, segment, &row, buffer);
+	}
+	UnlockReleaseBuffer(buffer);
+}
+
+static void
+read_range(Pass *pass, const Range *range)
+{
+	BufferAccessStrategy strategy = range->behind - range->first < BULK_BLOCKS ? NULL :
+		GetAccessStrategy(BAS_BULKREAD);
+
+	for (BlockNumber block = range->first; block < range->behind; block++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		read_block(pass, range->segment, block, strategy);
+	}
+	if (strategy != NULL)
+		FreeAccessStrategy(strategy);
+}
+
+/* Reads all ranges of the batch; what is found replaces the entries. */
+static void
+read_ranges(Pass *pass)
+{
+	BatchScan  *scan = pass->scan;
+
+	scan->count = scan->next = 0;
+	scan->more = false;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		pass->committed[i] = InvalidBlockNumber;
+	PushActiveSnapshot(GetTransactionSnapshot());
+	pass->snapshot = GetActiveSnapshot();
+	for (int i = 0; i < scan->nranges; i++)
+		read_range(pass, &scan->ranges[i]);
+	PopActiveSnapshot();
+	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
+}
+
+/* ---- batches ---- */
+
+/*
+ * To be called before the target snapshot of a batch is taken: sees what has been
+ * written, and what is just being written.
+ */
+void
+scan_begin(void)
+{
+	Oid			relids[OUTBOX_SEGMENTS];
+	BlockNumber oldest[OUTBOX_SEGMENTS];
+
+	open_segments();
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		starts[i].written = insertion_take(worker_slot, i);
+		starts[i].blocks = RelationGetNumberOfBlocks(segments[i]);
+		relids[i] = RelationGetRelid(segments[i]);
+	}
+	insertion_oldest(relids, oldest, OUTBOX_SEGMENTS);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		starts[i].announced = oldest[i];
+}
+
+static BlockNumber
+last_block(BlockNumber blocks)
+{
+	return blocks > 0 ? blocks - 1 : 0;
+}
+
+/* Begins at the first block of a segment that is stored in another file now. */
+static void
+follow_file(int segment)
+{
+	Oid			file = segments[segment]->rd_rel->relfilenode;
+
+	if (places[segment].file == file && places[segment].floor <= last_block(starts[segment].blocks))
+		return;
+	places[segment].file = file;
+	places[segment].floor = 0;
+	places[segment].busy = true;
+}
+
+/* Once the target snapshot was taken: may it show a row of the segment not read yet? */
+static bool
+must_read(int segment)
+{
+	return starts[segment].written || insertion_marked(worker_slot, segment) ||
+		places[segment].busy || starts[segment].announced != InvalidBlockNumber;
+}
+
+static void
+move_floor(const Pass *pass, int segment)
+{
+	const Start *start = &starts[segment];
+	BlockNumber floor = last_block(start->blocks);
+
+	places[segment].busy = (start->announced != InvalidBlockNumber);
+	if (pass->committed[segment] == InvalidBlockNumber)
+		return;
+	floor = Min(floor, pass->committed[segment]);
+	floor = Min(floor, start->announced);
+	places[segment].floor = Max(places[segment].floor, floor);
+}
+
+/* Decides which blocks may have rows of the batch; read: the segments to be read. */
+static void
+choose_ranges(BatchScan *scan, const bool *read, const bool *anywhere)
+{
+	make_room(scan);
+	add_pending(scan);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (anywhere[i])
+			add_range(scan, i, 0, InvalidBlockNumber);
+		else if (read[i])
+			add_range(scan, i, places[i].floor, InvalidBlockNumber);
+	}
+	join_ranges(scan);
+}
+
+/*
+ * Finds the rows of a batch whose ids are above after_id.  To be called after
+ * scan_begin() and after target was taken.  anywhere: for each segment, whether it may have rows of this batch anywhere.  base
+ * and target must stay until scan_end().
+ */
+void
+scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere)
+{
+	Pass		pass = {.scan = scan,.after_id = after_id,.first = true};
+	bool		read[OUTBOX_SEGMENTS];
+
+	scan->base = base;
+	scan->target = target;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		follow_file(i);
+		read[i] = must_read(i);
+	}
+	find_unread(&scan->unread);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (anywhere[i])
+			scan->unread.blocks[i] = 0;
+	}
+	choose_ranges(scan, read, anywhere);
+	read_ranges(&pass);
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (read[i])
+			move_floor(&pass, i);
+	}
+}
+
+/*
+ * Opens the segments for scan_next() and scan_fetch() in another transaction.  Raises
+ * an error (55000) if one is stored in another file now: its rows are elsewhere.
+ */
+void
+scan_reopen(const BatchScan *scan)
+{
+	open_segments();
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (segments[i]->rd_rel->relfilenode != scan->unread.files[i])
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("table \"fanout.%s\" was rewritten while it was read", RelationGetRelationName(segments[i]))));
+	}
+}
+
+/*
+ * Returns the next row of the batch without taking it: the caller does that by
+ * incrementing scan->next.  NULL: there are no more.  With the segments open.
+ */
+const Entry *
+scan_next(BatchScan *scan)
+{
+	Pass		pass = {.scan = scan};
+
+	if (scan->next == scan->count && scan->more)
+	{
+		pass.after_id = scan->entries[scan->count - 1].id;
+		read_ranges(&pass);
+	}
+	return scan->next < scan->count ? &scan->entries[scan->next] : NULL;
+}
+
+/*
+ * Copies a row into the current context.  Raises an error (55000) if it is not there
+ * any more.  With the segments open.
+ */
+HeapTuple
+scan_fetch(const Entry *entry, TupleDesc *desc)
+{
+	Relation	rel = segments[entry->segment];
+	Page		page;
+	HeapTuple	copy = NULL;
+	bool		isnull;
+
+	*desc = RelationGetDescr(rel);
+	fetched = ReleaseAndReadBuffer(fetched, rel, entry->block);
+	page = BufferGetPage(fetched);
+	LockBuffer(fetched, BUFFER_LOCK_SHARE);
+	if (entry->offset <= PageGetMaxOffsetNumber(page) &&
+		ItemIdIsNormal(PageGetItemId(page, entry->offset)))
+	{
+		HeapTupleData row;
+
+		row.t_data = (HeapTupleHeader) PageGetItem(page, PageGetItemId(page, entry->offset));
+		row.t_len = ItemIdGetLength(PageGetItemId(page, entry->offset));
+		row.t_tableOid = RelationGetRelid(rel);
+		ItemPointerSet(&row.t_self, entry->block, entry->offset);
+		copy = heap_copytuple(&row);
+	}
+	LockBuffer(fetched, BUFFER_LOCK_UNLOCK);
+	if (copy == NULL || DatumGetInt64(heap_getattr(copy, OUTBOX_ID, *desc, &isnull)) != entry->id)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("a row of table \"fanout.%s\" was removed while it was read", RelationGetRelationName(rel))));
+	return copy;
+}
+
+/* Closes the segments.  Their locks are kept until the transaction ends. */
+void
+scan_close(void)
+{
+	if (BufferIsValid(fetched))
+		ReleaseBuffer(fetched);
+	fetched = InvalidBuffer;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+		table_close(segments[i], NoLock);
+}
+
+/* Forgets the batch.  Its memory for entries is kept if it is small. */
+void
+scan_end(BatchScan *scan)
+{
+	if (scan->ranges != NULL)
+		pfree(scan->ranges);
+	scan->ranges = NULL;
+	scan->nranges = 0;
+	if (scan->room > KEPT_ENTRIES)
+	{
+		pfree(scan->entries);
+		scan->entries = NULL;
+		scan->room = 0;
+	}
+	scan->count = scan->next = 0;
+	scan->more = false;
+}

@@ -1,0 +1,86 @@
+/*-------------------------------------------------------------------------
+ *
+ * scan.h
+ *		Finds the rows of a batch in the segments of the outbox.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_SCAN_H
+#define PGF_SCAN_H
+
+#include "postgres.h"
+
+#include "access/htup.h"
+#include "access/tupdesc.h"
+#include "storage/block.h"
+#include "storage/off.h"
+
+#include "server/tables.h"
+
+/* Columns of fanout.outbox. */
+#define OUTBOX_ID			2
+#define OUTBOX_XID			3
+#define OUTBOX_TOPIC_ID		4
+#define OUTBOX_MESSAGE_ID	5
+#define OUTBOX_TYPE			6
+#define OUTBOX_KEY			7
+#define OUTBOX_HEADERS		8
+#define OUTBOX_PAYLOAD		9
+#define OUTBOX_QUEUE		10
+#define OUTBOX_CREATED_AT	11
+
+/*
+ * For each segment: as long as it is stored in that file (pg_class.relfilenode), all
+ * rows that are ever committed and not visible in some base lie in this block or
+ * behind it.
+ */
+typedef struct Unread
+{
+	Oid			files[OUTBOX_SEGMENTS];
+	BlockNumber blocks[OUTBOX_SEGMENTS];
+} Unread;
+
+/* A row of a batch: where it is. */
+typedef struct Entry
+{
+	int64		id;
+	BlockNumber block;
+	OffsetNumber offset;
+	uint16		segment;
+} Entry;
+
+/* Blocks to be read. */
+typedef struct Range
+{
+	int			segment;
+	BlockNumber first;
+	BlockNumber behind;			/* the first one that is not read */
+} Range;
+
+/* A batch: the rows that base does not show and target does. */
+typedef struct BatchScan
+{
+	Datum		base;			/* pg_snapshots, the caller's */
+	Datum		target;
+	Unread		unread;			/* with respect to base */
+	Range	   *ranges;			/* where its rows are */
+	int			nranges;
+	Entry	   *entries;		/* found and not taken yet, in order of id */
+	int			count;
+	int			next;
+	int			room;
+	bool		more;			/* there are rows behind the entries: ids
+								 * above the last of them */
+} BatchScan;
+
+/* One at a time. */
+extern void scan_load(const Unread *unread);
+extern void scan_begin(void);
+extern void scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere);
+extern void scan_reopen(const BatchScan *scan);
+extern const Entry *scan_next(BatchScan *scan);
+extern HeapTuple scan_fetch(const Entry *entry, TupleDesc *desc);
+extern void scan_close(void);
+extern void scan_end(BatchScan *scan);
+
+#endif							/* PGF_SCAN_H */
