@@ -2246,75 +2246,6 @@ comment on function fanout.subscription_handler(fanout.subscription) is
 'internal: the handler of a subscription; NULL: there is none of that name';
 revoke all on function fanout.subscription_handler(fanout.subscription) from public;
 
--- Triggers of the table, and whatever else its owner puts on it, run as the role
--- that subscribed.  So whoever can put something on it must be able to become that
--- role anyway.  The same of its partitions.
-create function fanout.untrusted_writer(role regrole, target oid) returns text
-language sql stable
-set search_path = pg_catalog, pg_temp
-as $$
-    with recursive tables as (
-        select target as relation
-        union
-        select i.inhrelid from pg_inherits i join tables t on i.inhparent = t.relation
-    )
-    select format('%s %s', case when c.relowner = w.oid then 'the owner of table' else 'who may create triggers on table' end, c.oid::regclass)
-           || format(', %s', case when w.oid = 0 then 'everybody' else w.oid::regrole::text end)
-    from tables t join pg_class c on c.oid = t.relation,
-         lateral (select c.relowner union select a.grantee from aclexplode(c.relacl) a where a.privilege_type = 'TRIGGER') w(oid)
-    where w.oid = 0 or not pg_has_role(w.oid, untrusted_writer.role, 'member')
-    limit 1
-$$;
-comment on function fanout.untrusted_writer(regrole, oid) is
-'internal: who may put code on a table that would run with the rights of a role which he has not got; NULL: nobody';
-revoke all on function fanout.untrusted_writer(regrole, oid) from public;
-
-create function fanout.check_sync_owner(role regrole, target regclass) returns void
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    writer text := fanout.untrusted_writer(check_sync_owner.role, check_sync_owner.target);
-begin
-    if writer is not null then
-        raise exception 'role % cannot keep table % in sync', check_sync_owner.role, check_sync_owner.target
-            using errcode = 'insufficient_privilege',
-                  detail = pg_catalog.format('Triggers would run as %s, and %s, is no member of it.', check_sync_owner.role, writer),
-                  hint = 'Call fanout.sync_table() as the owner of the table.';
-    end if;
-end
-$$;
-comment on function fanout.check_sync_owner(regrole, regclass) is
-'internal: raises an error if the table''s triggers would run with rights that whoever makes them has not got';
-revoke all on function fanout.check_sync_owner(regrole, regclass) from public;
-
--- With the rights of pg_fanout, since views for monitoring call it.
-create function fanout.target_problem(s fanout.subscription) returns text
-language plpgsql stable security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    relation oid;
-begin
-    if s.handler <> 'fanout.sync_messages' then
-        return null;
-    end if;
-    select t.target into relation from fanout.sync_target t where t.subscription_id = s.subscription_id;
-    if not exists (select from pg_class c where c.oid = relation) then
-        return 'the table of this subscription does not exist any more';
-    elsif not (has_table_privilege(s.role, relation, 'SELECT') and has_table_privilege(s.role, relation, 'INSERT')
-               and has_table_privilege(s.role, relation, 'UPDATE') and has_table_privilege(s.role, relation, 'DELETE')) then
-        return format('permission denied for table %s', relation::regclass);
-    elsif fanout.untrusted_writer(s.role, relation) is not null then
-        return format('triggers would run as %s, and %s, is no member of it', s.role, fanout.untrusted_writer(s.role, relation));
-    end if;
-    return null;
-end
-$$;
-comment on function fanout.target_problem(fanout.subscription) is
-'internal: why the table of a subscription of fanout.sync_table() cannot be written; NULL: it can, or it is another subscription';
-revoke all on function fanout.target_problem(fanout.subscription) from public;
-
 -- Another owner: what has its name now need not be what was meant.
 create function fanout.handler_problem(s fanout.subscription) returns text
 language sql stable
@@ -2328,7 +2259,6 @@ as $$
             then format('permission denied for schema %s', p.pronamespace::regnamespace)
         when not has_function_privilege(s.role, p.oid, 'execute')
             then format('permission denied for function %s', s.handler)
-        else fanout.target_problem(s)
         end
     from (select fanout.subscription_handler(s) as handler) h left join pg_proc p on p.oid = h.handler
 $$;
@@ -2670,26 +2600,56 @@ revoke all on function fanout.skip(text, text, uuid) from public;
 create table fanout.sync_target (
     subscription_id integer  primary key,
     target          regclass not null,
-    key             text[]   not null,
-    columns         jsonb,
+    target_oid      oid      not null,
+    source_schema   text,
+    source_table    text,
+    unknown_columns text     not null,
+    ignored_columns text[]   not null default '{}',
     floor           bigint   not null default 0
 ) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
-comment on column fanout.sync_target.key is 'columns of the target that a unique index is on';
-comment on column fanout.sync_target.columns is 'remote name: local name, of those columns that have different ones';
+comment on column fanout.sync_target.target_oid is 'the target when attribute numbers were noted: another one in a database that was restored from a dump';
+comment on column fanout.sync_target.source_schema is 'of the table that it is a copy of; NULL: no message has come yet';
+comment on column fanout.sync_target.unknown_columns is 'ignore or error';
+comment on column fanout.sync_target.ignored_columns is 'those of the latest message that the target does not have';
 comment on column fanout.sync_target.floor is 'sequence of the newest TRUNCATE';
 revoke all on fanout.sync_target from public;
 select pg_extension_config_dump('fanout.sync_target', '');
 
+create table fanout.sync_column (
+    subscription_id integer  not null,
+    attnum          smallint not null,
+    local           text     not null,
+    remote          text,
+    mapped          boolean  not null,
+    key_position    smallint,
+    seen            boolean  not null default false,
+    missing         boolean  not null default false,
+    primary key (subscription_id, attnum)
+) using heap;
+comment on table fanout.sync_column is 'internal: columns of the targets of fanout.sync_table(), but for generated ones';
+comment on column fanout.sync_column.local is 'its name when it was last looked at; attnum tells which column it is';
+comment on column fanout.sync_column.remote is 'its name in messages; NULL: no message sets it';
+comment on column fanout.sync_column.mapped is 'was it named in "columns" of fanout.sync_table()?';
+comment on column fanout.sync_column.key_position is 'NULL: not of the key';
+comment on column fanout.sync_column.seen is 'has a message had it?';
+comment on column fanout.sync_column.missing is 'and the latest one has not?';
+revoke all on fanout.sync_column from public;
+select pg_extension_config_dump('fanout.sync_column', '');
+
 create table fanout.sync_row (
-    subscription_id integer     not null,
-    key             text        not null,
-    sequence        bigint      not null,
+    subscription_id integer not null,
+    hash            uuid    not null,
+    sequence        bigint  not null,
+    taken_by        bigint,
     deleted_at      timestamptz,
-    primary key (subscription_id, key)
+    -- the hash first: plans are made when the table is empty, and use this alone
+    primary key (hash, subscription_id)
 ) using heap with (fillfactor = 50);
 create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
+comment on column fanout.sync_row.hash is 'of the key''s values';
+comment on column fanout.sync_row.taken_by is 'the transaction at the source that put the row where another one was';
 comment on column fanout.sync_row.deleted_at is 'not NULL: the row is deleted; forgotten after pg_fanout.inbox_retention';
 revoke all on fanout.sync_row from public;
 
@@ -2697,8 +2657,23 @@ create function fanout.sync_messages(messages fanout.message[]) returns void
 language c volatile strict
 as 'MODULE_PATHNAME', 'pgf_sync_messages';
 comment on function fanout.sync_messages(fanout.message[]) is
-'the handler of subscriptions made by fanout.sync_table(): applies messages to the table. Errors: 22023 a message that cannot be applied, 42704 not such a subscription, 42501 of another role, 42P01 the table is gone, and those of the table';
+'the handler of subscriptions made by fanout.sync_table(): applies messages to the table, one after the other. Errors: 22023 a message that cannot be applied, 42703 one with a column that is refused, 23505 another subscription has the row, 42704 not such a subscription, 42501 of another role, or no right to act as the table''s owner, 42P01 the table is gone, 55000 it cannot be kept equal any more, 40001 its schema was renamed meanwhile, and those of the table';
 revoke all on function fanout.sync_messages(fanout.message[]) from public;
+
+create function fanout.is_sync_key(i pg_index) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select i.indisunique and i.indimmediate and i.indisvalid and not i.indisexclusion
+           and i.indpred is null and i.indexprs is null and i.indnkeyatts = i.indnatts
+           and not exists (select from unnest(i.indkey, i.indcollation, i.indclass) k(attnum, coll, class)
+                           join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+                           join pg_opclass o on o.oid = k.class
+                           where not a.attnotnull or a.attgenerated <> '' or k.coll <> a.attcollation or not o.opcdefault)
+$$;
+comment on function fanout.is_sync_key(pg_index) is
+'internal: does the index tell rows apart by each value of its columns, as their types compare?';
+revoke all on function fanout.is_sync_key(pg_index) from public;
 
 create function fanout.sync_key(target regclass, key text[]) returns text[]
 language plpgsql stable
@@ -2711,57 +2686,184 @@ begin
                  join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by k.n)
     into found_key
     from pg_index i
-    where i.indrelid = sync_key.target and i.indisunique and i.indimmediate and i.indisvalid
-      and i.indpred is null and i.indexprs is null and i.indnkeyatts = i.indnatts
+    where i.indrelid = sync_key.target and fanout.is_sync_key(i)
       and case when sync_key.key is null then i.indisprimary
                else array(select a.attname::text from unnest(i.indkey) k(attnum)
                           join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by 1)
                     = array(select k from unnest(sync_key.key) k order by 1) end
     limit 1;
     if found_key is null and sync_key.key is null then
-        raise exception 'table % has no primary key', sync_key.target
+        raise exception 'table % has no primary key by which rows can be found', sync_key.target
             using errcode = 'invalid_parameter_value',
+                  detail = 'It must be neither deferrable nor WITHOUT OVERLAPS.',
                   hint = 'Name the columns of a unique index in "key".';
     elsif found_key is null then
-        raise exception 'table % has no unique index on (%)', sync_key.target, array_to_string(sync_key.key, ', ')
+        raise exception 'table % has no unique index on (%) by which rows can be found',
+                        sync_key.target, array_to_string(sync_key.key, ', ')
             using errcode = 'invalid_parameter_value',
-                  hint = 'Create one, neither partial nor deferrable: it tells which row a message is about.';
+                  detail = 'Its columns must be NOT NULL and not generated; it must be neither partial nor deferrable, and compare as the columns'' types do.',
+                  hint = 'Create one: it tells which row a message is about.';
     end if;
-    return coalesce(sync_key.key, found_key);
+    return found_key;
 end
 $$;
 comment on function fanout.sync_key(regclass, text[]) is
 'internal: the key by which rows of a table are found, that given or its primary key; raises an error unless a unique index is on it';
 revoke all on function fanout.sync_key(regclass, text[]) from public;
 
-create function fanout.check_sync_target(role regrole, target regclass) returns void
+-- What keeps a role from keeping a table in sync; key: attribute numbers.
+create function fanout.sync_obstacle(role oid, target oid, key smallint[], out code text, out problem text, out hint text)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    missing text;
+    c pg_class;
+    owner pg_roles;
+    name text := sync_obstacle.target::regclass::text;
+    wrong text;
 begin
-    if check_sync_target.target is null then
-        raise exception 'target must not be null'
-            using errcode = 'null_value_not_allowed';
-    elsif not exists (select from pg_class c where c.oid = check_sync_target.target
-                      and c.relkind in ('r', 'p') and c.relpersistence <> 't') then
-        raise exception '% is not an ordinary or partitioned table', check_sync_target.target
-            using errcode = 'wrong_object_type';
+    select * into c from pg_class where oid = sync_obstacle.target;
+    if not found then
+        code := 'undefined_table';
+        problem := 'the table of this subscription does not exist any more';
+        hint := 'Call fanout.unsubscribe(), and fanout.sync_table() with another table.';
+        return;
     end if;
-    select string_agg(p, ', ') into missing
+    code := 'wrong_object_type';
+    if c.relkind not in ('r', 'p') or c.relpersistence = 't' then
+        problem := format('%s is not an ordinary or partitioned table', name);
+        return;
+    elsif exists (select from pg_class p where p.relpersistence = 'u'
+                  and (p.oid = c.oid or p.oid in (select relid from pg_partition_tree(c.oid)))) then
+        problem := format('table %s is unlogged, so a crash would empty it for good', name);
+        hint := 'Use ALTER TABLE ... SET LOGGED.';
+        return;
+    elsif exists (select from pg_rewrite w where w.ev_class = c.oid) then
+        problem := format('table %s has rules, which change what is written', name);
+        return;
+    end if;
+    code := 'insufficient_privilege';
+    select * into owner from pg_roles where oid = c.relowner;
+    select string_agg(p, ', ') into wrong
     from unnest(array['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p
-    where not has_table_privilege(check_sync_target.role, check_sync_target.target, p);
-    if missing is not null then
-        raise exception 'permission denied for table %', check_sync_target.target
-            using errcode = 'insufficient_privilege',
-                  detail = pg_catalog.format('Role %s lacks %s.', check_sync_target.role, missing);
+    where not has_table_privilege(owner.oid, c.oid, p);
+    if not pg_has_role(sync_obstacle.role, owner.oid,
+                       case when current_setting('server_version_num')::integer >= 160000 then 'SET' else 'MEMBER' end) then
+        problem := format('permission denied to act as the owner of table %s', name);
+        hint := format('Rows are written as their table''s owner. Subscribe as %1$I, or as a role that %1$I is granted to.', owner.rolname);
+        return;
+    elsif wrong is not null then
+        problem := format('the owner of table %s lacks %s on it', name, wrong);
+        return;
+    elsif not has_schema_privilege(owner.oid, c.relnamespace, 'usage') then
+        problem := format('the owner of table %s lacks USAGE on its schema', name);
+        return;
+    elsif c.relrowsecurity and c.relforcerowsecurity and not owner.rolsuper and not owner.rolbypassrls then
+        problem := format('row security applies to the owner of table %s', name);
+        hint := 'It would hide rows from the copy. Use ALTER TABLE ... NO FORCE ROW LEVEL SECURITY.';
+        return;
     end if;
+    code := 'invalid_parameter_value';
+    if not exists (select from pg_index i where i.indrelid = c.oid and fanout.is_sync_key(i)
+                   and array(select k from unnest(i.indkey) k order by 1) = array(select k from unnest(sync_obstacle.key) k order by 1)) then
+        problem := format('table %s has no unique index any more by which rows can be found', name);
+        hint := 'Create it again: not partial, not deferrable, on columns that are NOT NULL.';
+        return;
+    end if;
+    select quote_ident(n.conname) into wrong from pg_constraint n
+    where n.conrelid = c.oid and n.contype in ('u', 'x', 'p') and n.condeferrable limit 1;
+    if found then
+        problem := format('constraint %s of table %s is unique and deferrable', wrong, name);
+        hint := 'Rows that are valid only together come in messages of their own. Leave it to the source, and use an index that is not unique here.';
+        return;
+    end if;
+    code := null;
 end
 $$;
-comment on function fanout.check_sync_target(regrole, regclass) is
-'internal: raises an error unless the role may keep the table in sync';
-revoke all on function fanout.check_sync_target(regrole, regclass) from public;
+comment on function fanout.sync_obstacle(oid, oid, smallint[]) is
+'internal: why a role cannot keep a table equal to a remote one; NULL: it can';
+revoke all on function fanout.sync_obstacle(oid, oid, smallint[]) from public;
+
+create function fanout.sync_problem(subscription_id integer) returns text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select o.problem
+    from fanout.subscription s
+         join fanout.sync_target t using (subscription_id),
+         lateral (select case when t.target_oid = t.target::oid
+                              then array(select k.attnum from fanout.sync_column k
+                                         where k.subscription_id = t.subscription_id and k.key_position is not null)
+                              else array(select a.attnum from fanout.sync_column k
+                                         join pg_attribute a on a.attrelid = t.target and a.attname = k.local and a.attnum > 0
+                                         where k.subscription_id = t.subscription_id and k.key_position is not null) end) key(attnums),
+         lateral fanout.sync_obstacle(s.role::oid, t.target::oid, key.attnums) o
+    where s.subscription_id = sync_problem.subscription_id
+      and exists (select from pg_roles r where r.oid = s.role)
+$$;
+comment on function fanout.sync_problem(integer) is
+'internal: why a subscription of fanout.sync_table() cannot be consumed; NULL: it can, or is another one';
+revoke all on function fanout.sync_problem(integer) from public;
+
+-- A column is the one that it was when it was first seen, whatever its name is
+-- now.  One that was added since is known by its own name, unless another
+-- column has that already.
+create function fanout.sync_refresh_columns(subscription_id integer)
+returns table (attnum smallint, remote text, key_position smallint, seen boolean)
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    t fanout.sync_target;
+    kept fanout.sync_column[];
+begin
+    select * into strict t from fanout.sync_target s where s.subscription_id = sync_refresh_columns.subscription_id;
+    if t.target_oid <> t.target::oid then
+        -- restored from a dump: attribute numbers are others, names are not
+        select array_agg(k) into kept from fanout.sync_column k where k.subscription_id = t.subscription_id;
+        delete from fanout.sync_column k where k.subscription_id = t.subscription_id;
+        insert into fanout.sync_column
+        select t.subscription_id, a.attnum, k.local, k.remote, k.mapped, k.key_position, k.seen, k.missing
+        from unnest(kept) k join pg_attribute a on a.attrelid = t.target and a.attname = k.local and a.attnum > 0;
+        update fanout.sync_target s set target_oid = t.target where s.subscription_id = t.subscription_id;
+    end if;
+    delete from fanout.sync_column k
+    where k.subscription_id = t.subscription_id
+      and not exists (select from pg_attribute a where a.attrelid = t.target and a.attnum = k.attnum and not a.attisdropped and a.attgenerated = '');
+    update fanout.sync_column k set local = a.attname
+    from pg_attribute a
+    where k.subscription_id = t.subscription_id and a.attrelid = t.target and a.attnum = k.attnum and k.local <> a.attname;
+    insert into fanout.sync_column (subscription_id, attnum, local, remote, mapped)
+    select t.subscription_id, a.attnum, a.attname, case when not exists (select from fanout.sync_column k
+               where k.subscription_id = t.subscription_id and k.remote = a.attname) then a.attname end, false
+    from pg_attribute a
+    where a.attrelid = t.target and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+      and not exists (select from fanout.sync_column k where k.subscription_id = t.subscription_id and k.attnum = a.attnum);
+    return query select k.attnum, k.remote, k.key_position, k.seen from fanout.sync_column k
+    where k.subscription_id = t.subscription_id order by k.attnum;
+end
+$$;
+comment on function fanout.sync_refresh_columns(integer) is
+'internal: the columns of a target, after what was altered was noted';
+revoke all on function fanout.sync_refresh_columns(integer) from public;
+
+create function fanout.sync_set_columns(subscription_id integer, attnums smallint[], remotes text[], ignored text[]) returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    update fanout.sync_column k
+    set seen = k.seen or n.remote is not null, missing = k.seen and n.remote is null, remote = coalesce(n.remote, k.remote)
+    from fanout.sync_column o left join unnest(sync_set_columns.attnums, sync_set_columns.remotes) n(attnum, remote) on n.attnum = o.attnum
+    where o.subscription_id = sync_set_columns.subscription_id and k.subscription_id = o.subscription_id and k.attnum = o.attnum
+      and (k.seen or n.remote is not null, k.seen and n.remote is null, coalesce(n.remote, k.remote))
+          is distinct from (k.seen, k.missing, k.remote);
+    update fanout.sync_target t set ignored_columns = sync_set_columns.ignored
+    where t.subscription_id = sync_set_columns.subscription_id and t.ignored_columns <> sync_set_columns.ignored;
+$$;
+comment on function fanout.sync_set_columns(integer, smallint[], text[], text[]) is
+'internal: notes which columns the latest message set, and which of its columns the target does not have';
+revoke all on function fanout.sync_set_columns(integer, smallint[], text[], text[]) from public;
 
 create function fanout.check_sync_columns(target regclass, columns jsonb) returns void
 language plpgsql stable
@@ -2787,6 +2889,12 @@ begin
             using errcode = 'undefined_column';
     end if;
     select e.value into wrong from jsonb_each_text(check_sync_columns.columns) e
+    join pg_attribute a on a.attrelid = check_sync_columns.target and a.attname = e.value and a.attgenerated <> '' limit 1;
+    if found then
+        raise exception 'column "%" of table % is generated', wrong, check_sync_columns.target
+            using errcode = 'invalid_parameter_value';
+    end if;
+    select e.value into wrong from jsonb_each_text(check_sync_columns.columns) e
     group by e.value having count(*) > 1 limit 1;
     if found then
         raise exception 'column "%" is named twice', wrong
@@ -2798,9 +2906,139 @@ comment on function fanout.check_sync_columns(regclass, jsonb) is
 'internal: raises an error unless the renames of fanout.sync_table() fit the table';
 revoke all on function fanout.check_sync_columns(regclass, jsonb) from public;
 
+create function fanout.sync_mapping(subscription_id integer) returns jsonb
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select jsonb_object_agg(k.remote, coalesce(a.attname, k.local))
+    from fanout.sync_column k
+         join fanout.sync_target t using (subscription_id)
+         left join pg_attribute a on a.attrelid = t.target and a.attnum = k.attnum and t.target_oid = t.target::oid
+    where k.subscription_id = sync_mapping.subscription_id and k.mapped
+$$;
+comment on function fanout.sync_mapping(integer) is
+'internal: "columns" as fanout.sync_table() takes it, by the names of now';
+revoke all on function fanout.sync_mapping(integer) from public;
+
+create function fanout.sync_key_columns(subscription_id integer) returns text[]
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select array_agg(coalesce(a.attname, k.local)::text order by k.key_position)
+    from fanout.sync_column k
+         join fanout.sync_target t using (subscription_id)
+         left join pg_attribute a on a.attrelid = t.target and a.attnum = k.attnum and t.target_oid = t.target::oid
+    where k.subscription_id = sync_key_columns.subscription_id and k.key_position is not null
+$$;
+comment on function fanout.sync_key_columns(integer) is
+'internal: the key of a target, by the names of now';
+revoke all on function fanout.sync_key_columns(integer) from public;
+
+create function fanout.check_sync_source(source text, out source_schema text, out source_table text)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    names text[];
+begin
+    if check_sync_source.source is null then
+        return;
+    end if;
+    begin
+        names := parse_ident(check_sync_source.source);
+    exception when invalid_parameter_value then
+        names := '{}';
+    end;
+    if cardinality(names) <> 2 then
+        raise exception 'source "%" is not a table''s name with its schema', check_sync_source.source
+            using errcode = 'invalid_parameter_value',
+                  hint = 'For example public.users.';
+    end if;
+    source_schema := names[1];
+    source_table := names[2];
+end
+$$;
+comment on function fanout.check_sync_source(text) is
+'internal: takes the name of a source table apart; raises an error if it is none';
+revoke all on function fanout.check_sync_source(text) from public;
+
+create function fanout.add_sync_target(id integer, target regclass, key text[], columns jsonb,
+                                       source_schema text, source_table text, unknown_columns text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old fanout.sync_target;
+begin
+    select * into old from fanout.sync_target t where t.subscription_id = add_sync_target.id;
+    -- another table knows nothing of what the one before was told
+    if old.target is distinct from add_sync_target.target
+       or fanout.sync_key_columns(add_sync_target.id) is distinct from add_sync_target.key then
+        delete from fanout.sync_row r where r.subscription_id = add_sync_target.id;
+        delete from fanout.sync_target t where t.subscription_id = add_sync_target.id;
+    end if;
+    delete from fanout.sync_column k where k.subscription_id = add_sync_target.id;
+    insert into fanout.sync_target as t (subscription_id, target, target_oid, source_schema, source_table, unknown_columns)
+    values (add_sync_target.id, add_sync_target.target, add_sync_target.target, add_sync_target.source_schema,
+            add_sync_target.source_table, add_sync_target.unknown_columns)
+    on conflict (subscription_id) do update
+        set source_schema = excluded.source_schema, source_table = excluded.source_table,
+            unknown_columns = excluded.unknown_columns, ignored_columns = '{}', target_oid = excluded.target_oid;
+    insert into fanout.sync_column (subscription_id, attnum, local, remote, mapped)
+    select add_sync_target.id, a.attnum, a.attname, e.key, true
+    from jsonb_each_text(add_sync_target.columns) e
+         join pg_attribute a on a.attrelid = add_sync_target.target and a.attname = e.value and a.attnum > 0;
+    perform fanout.sync_refresh_columns(add_sync_target.id);
+    update fanout.sync_column k set key_position = array_position(add_sync_target.key, k.local)
+    where k.subscription_id = add_sync_target.id;
+end
+$$;
+comment on function fanout.add_sync_target(integer, regclass, text[], jsonb, text, text, text) is
+'internal: notes what fanout.sync_table() was given for a new subscription';
+revoke all on function fanout.add_sync_target(integer, regclass, text[], jsonb, text, text, text) from public;
+
+create function fanout.check_sync_sharers(id integer, target regclass, key text[]) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    other fanout.subscription;
+begin
+    select s.* into other from fanout.sync_target t join fanout.subscription s using (subscription_id)
+    where t.target = check_sync_sharers.target and s.active and s.subscription_id <> check_sync_sharers.id
+      and fanout.sync_key_columns(s.subscription_id) is distinct from check_sync_sharers.key
+    limit 1;
+    if found then
+        raise exception 'table % is kept by another key for consumer group "%" of topic "%"',
+                        check_sync_sharers.target, other.consumer_group, other.topic
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Subscriptions that keep one table must use the same key.';
+    end if;
+end
+$$;
+comment on function fanout.check_sync_sharers(integer, regclass, text[]) is
+'internal: raises an error if another subscription keeps the table by another key';
+revoke all on function fanout.check_sync_sharers(integer, regclass, text[]) from public;
+
+create function fanout.raise_obstacle(code text, problem text, hint text) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if raise_obstacle.hint is null then
+        raise exception '%', raise_obstacle.problem using errcode = raise_obstacle.code;
+    end if;
+    raise exception '%', raise_obstacle.problem using errcode = raise_obstacle.code, hint = raise_obstacle.hint;
+end
+$$;
+comment on function fanout.raise_obstacle(text, text, text) is 'internal: raises what fanout.sync_obstacle() found';
+revoke all on function fanout.raise_obstacle(text, text, text) from public;
+
 create function fanout.add_sync_table(role regrole, topic text, consumer_group text, target regclass, key text[],
-                                      columns jsonb, prefetch integer, max_attempts integer, retry_delay interval,
-                                      max_retry_delay interval, handler_timeout interval)
+                                      columns jsonb, source text, unknown_columns text, prefetch integer,
+                                      max_attempts integer, retry_delay interval, max_retry_delay interval,
+                                      handler_timeout interval)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -2809,15 +3047,31 @@ as $$
 declare
     was_active boolean;
     id integer;
+    key_columns text[];
+    given record;
+    obstacle record;
     old fanout.sync_target;
-    new fanout.sync_target;
 begin
-    perform fanout.check_sync_target(add_sync_table.role, add_sync_table.target);
-    perform fanout.check_sync_owner(add_sync_table.role, add_sync_table.target);
+    if add_sync_table.target is null then
+        raise exception 'target must not be null'
+            using errcode = 'null_value_not_allowed';
+    elsif add_sync_table.unknown_columns is null or add_sync_table.unknown_columns not in ('ignore', 'error') then
+        raise exception 'unknown_columns must be "ignore" or "error"'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    -- what is wrong with the table comes before what is wrong with its key
+    select * into obstacle from fanout.sync_obstacle(add_sync_table.role, add_sync_table.target, '{}');
+    if obstacle.code <> 'invalid_parameter_value' then
+        perform fanout.raise_obstacle(obstacle.code, obstacle.problem, obstacle.hint);
+    end if;
     perform fanout.check_sync_columns(add_sync_table.target, add_sync_table.columns);
-    new.target := add_sync_table.target;
-    new.key := fanout.sync_key(add_sync_table.target, add_sync_table.key);
-    new.columns := add_sync_table.columns;
+    select * into given from fanout.check_sync_source(add_sync_table.source);
+    key_columns := fanout.sync_key(add_sync_table.target, add_sync_table.key);
+    select * into obstacle from fanout.sync_obstacle(add_sync_table.role, add_sync_table.target,
+        array(select a.attnum from pg_attribute a where a.attrelid = add_sync_table.target and a.attname = any (key_columns)));
+    if obstacle.code is not null then
+        perform fanout.raise_obstacle(obstacle.code, obstacle.problem, obstacle.hint);
+    end if;
 
     was_active := exists (select from fanout.subscription s where s.topic = add_sync_table.topic
                           and s.consumer_group = add_sync_table.consumer_group and s.active);
@@ -2828,42 +3082,41 @@ begin
                                     add_sync_table.handler_timeout);
     select s.subscription_id into strict id from fanout.subscription s
     where s.topic = add_sync_table.topic and s.consumer_group = add_sync_table.consumer_group;
-    select * into old from fanout.sync_target t where t.subscription_id = id;
-    if was_active then
-        perform fanout.raise_difference(
-            pg_catalog.format('subscription of consumer group "%s" to topic "%s"',
-                              add_sync_table.consumer_group, add_sync_table.topic),
-            array_remove(array[
-                fanout.difference('target', old.target::text, new.target::text),
-                fanout.difference('key', old.key::text, new.key::text),
-                fanout.difference('columns', old.columns::text, new.columns::text)], null));
+    perform fanout.check_sync_sharers(id, add_sync_table.target, key_columns);
+    if not was_active then
+        perform fanout.add_sync_target(id, add_sync_table.target, key_columns, add_sync_table.columns,
+                                       given.source_schema, given.source_table, add_sync_table.unknown_columns);
         return;
     end if;
-    -- another table knows nothing of what the one before was told
-    if old is distinct from row(id, new.target, new.key, old.columns, old.floor)::fanout.sync_target then
-        delete from fanout.sync_row r where r.subscription_id = id;
-        delete from fanout.sync_target t where t.subscription_id = id;
-    end if;
-    insert into fanout.sync_target as t (subscription_id, target, key, columns)
-    values (id, new.target, new.key, new.columns)
-    on conflict (subscription_id) do update set columns = excluded.columns;
+    select * into strict old from fanout.sync_target t where t.subscription_id = id;
+    perform fanout.raise_difference(
+        pg_catalog.format('subscription of consumer group "%s" to topic "%s"',
+                          add_sync_table.consumer_group, add_sync_table.topic),
+        array_remove(array[
+            fanout.difference('target', old.target::text, add_sync_table.target::text),
+            fanout.difference('key', fanout.sync_key_columns(id)::text, key_columns::text),
+            fanout.difference('columns', fanout.sync_mapping(id)::text, nullif(add_sync_table.columns, '{}')::text),
+            case when given.source_table is not null
+                 then fanout.difference('source', old.source_schema || '.' || old.source_table,
+                                        given.source_schema || '.' || given.source_table) end,
+            fanout.difference('unknown_columns', old.unknown_columns, add_sync_table.unknown_columns)], null));
 end
 $$;
-comment on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) is
+comment on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) is
 'internal: what fanout.sync_table() does with the rights of pg_fanout';
-revoke all on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) from public;
+revoke all on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) from public;
 
 create function fanout.sync_table(topic text, consumer_group text, target regclass, key text[] default null,
-                                  columns jsonb default null, prefetch integer default 1000,
+                                  columns jsonb default null, source text default null,
+                                  unknown_columns text default 'ignore', prefetch integer default 1000,
                                   max_attempts integer default 10, retry_delay interval default '1 s',
                                   max_retry_delay interval default '5 min', handler_timeout interval default '30 s')
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_sync_table';
-comment on function fanout.sync_table(text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) is
-'subscribes with a handler that keeps a table equal to the remote one, from bodies of format debezium, row or cloudevents: rows are inserted, updated, deleted, all of them at a TRUNCATE; never is something older written over something newer. target: the table; key: its columns that identify a row, in the order of the message''s key, with a unique index; NULL: the primary key; columns: {"remote name": "local name"} where names differ; NULL: nowhere. Columns that the table does not have are ignored, those that a message does not have are left alone. The others as in fanout.subscribe(). Errors: those of subscribe(), 42809 not a table, 42703 unknown column, 22023 no such unique index';
-revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval) from public;
-
+comment on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) is
+'subscribes with a handler that keeps a table equal to the remote one: rows are inserted, updated, deleted, all of them at a TRUNCATE; never is something older written over something newer. target: the table; key: its columns that identify a row, with a unique index; NULL: the primary key; columns: {"remote name": "local name"} where names differ; NULL: nowhere; source: the remote table, schema.table; NULL: that of the first message; unknown_columns: what becomes of a message with a column that the table does not have: ignore: the column is left out, error: the message fails. The others as in fanout.subscribe(). Errors: those of subscribe(), 42809 a table that cannot be kept, 42703 unknown column, 22023 no such unique index, a deferrable unique constraint, or a wrong source, 42501 no right to act as the table''s owner';
+revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -3052,8 +3305,16 @@ create view fanout.subscriptions as
 select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
        s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end as handler,
        s.role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
-       s.on_failure, s.wait_for, s.max_wait, s.subscribed_at
+       s.on_failure, s.wait_for, s.max_wait,
+       s.subscribed_at, t.target, fanout.sync_key_columns(s.subscription_id) as key,
+       fanout.sync_mapping(s.subscription_id) as columns,
+       case when t.source_table is not null then format('%I.%I', t.source_schema, t.source_table) end as source,
+       t.unknown_columns, t.ignored_columns,
+       case when t.target is not null
+            then array(select k.remote from fanout.sync_column k
+                       where k.subscription_id = s.subscription_id and k.missing order by k.attnum) end as missing_columns
 from fanout.subscription s
+     left join fanout.sync_target t using (subscription_id)
 where s.active;
 comment on view fanout.subscriptions is 'subscriptions of this database, made by fanout.subscribe()';
 comment on column fanout.subscriptions.topic is 'the topic';
@@ -3071,11 +3332,18 @@ comment on column fanout.subscriptions.on_failure is 'where a message waits that
 comment on column fanout.subscriptions.wait_for is 'SQLSTATEs with which a message is kept waiting before its attempts count';
 comment on column fanout.subscriptions.max_wait is 'for so long';
 comment on column fanout.subscriptions.subscribed_at is 'since when';
+comment on column fanout.subscriptions.target is 'the table that fanout.sync_table() keeps; NULL, as all that follow: there is another handler';
+comment on column fanout.subscriptions.key is 'its columns that tell rows apart';
+comment on column fanout.subscriptions.columns is 'remote name: local name, as given to fanout.sync_table(); NULL: nothing was';
+comment on column fanout.subscriptions.source is 'the remote table that it is a copy of; NULL: no message has come yet';
+comment on column fanout.subscriptions.unknown_columns is 'what becomes of a message with a column that the table does not have: ignore or error';
+comment on column fanout.subscriptions.ignored_columns is 'columns of the latest message that the table does not have';
+comment on column fanout.subscriptions.missing_columns is 'columns that messages have had, and the latest one has not, by their remote names';
 revoke all on fanout.subscriptions from public;
 
 create function fanout.subscription_status(out subscription_id integer, out pid integer, out state text,
     out since timestamptz, out connected_to text, out connected_at timestamptz,
-    out delivered bigint, out applied bigint, out skipped bigint, out stale bigint, out failed bigint, out dead bigint,
+    out delivered bigint, out applied bigint, out skipped bigint, out stale bigint, out own bigint, out ignored bigint, out failed bigint, out dead bigint,
     out waiting integer, out lag bigint, out reconnects bigint, out last_error text, out last_error_at timestamptz)
 returns setof record
 language c volatile strict
@@ -3088,12 +3356,13 @@ select s.topic, s.consumer_group, w.pid,
        case when s.paused then 'paused' when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
        w.since, w.connected_to, w.connected_at,
        coalesce(w.delivered, 0) as delivered, coalesce(w.applied, 0) as applied,
-       coalesce(w.skipped, 0) as skipped, coalesce(w.stale, 0) as stale, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
+       coalesce(w.skipped, 0) as skipped, coalesce(w.stale, 0) as stale,
+       coalesce(w.own, 0) as own, coalesce(w.ignored, 0) as ignored, coalesce(w.failed, 0) as failed, coalesce(w.dead, 0) as dead,
        coalesce(w.waiting, 0) as waiting, w.lag, coalesce(w.reconnects, 0) as reconnects,
        coalesce(p.problem, w.last_error) as last_error, w.last_error_at
 from fanout.subscription s
      left join fanout.subscription_status() w using (subscription_id),
-     lateral (select coalesce(fanout.subscription_problem(s), fanout.handler_problem(s))) p(problem)
+     lateral (select coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id))) p(problem)
 where s.active;
 comment on view fanout.stat_subscriptions is
 'what the worker of each subscription is doing. Counters begin when it is first started, at the earliest when the server starts';
@@ -3109,6 +3378,8 @@ comment on column fanout.stat_subscriptions.delivered is 'messages delivered, re
 comment on column fanout.stat_subscriptions.applied is 'messages whose handler has succeeded and committed';
 comment on column fanout.stat_subscriptions.skipped is 'repeats of messages that were applied, or given up, before';
 comment on column fanout.stat_subscriptions.stale is 'changes that sync_table() did not write because something newer had been applied';
+comment on column fanout.stat_subscriptions.own is 'messages that sync_table() left out because their change had come through this very table';
+comment on column fanout.stat_subscriptions.ignored is 'messages that sync_table() left out because they are of another table or no captured changes, and rows that a trigger of the table left out';
 comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
 comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
 comment on column fanout.stat_subscriptions.waiting is 'messages in the waiting room: those that failed, and those of the same keys behind them';
@@ -3608,7 +3879,7 @@ as $$
     select format('subscription of "%s" to "%s" gets newer messages', s.consumer_group, s.topic), false,
            format('%s changes were older than what had been applied, and not written', s.stale),
            'Repeats are older, and harmless. If rows stay as they are, the sequence of the source went back: unsubscribe, and sync_table() into a new table.'
-    from fanout.stat_subscriptions s where s.stale > 0
+    from fanout.stat_subscriptions s where s.stale > s.skipped
     union all
     select format('subscription of "%s" to "%s" has no dead letters', d.consumer_group, d.topic), false,
            format('%s in fanout.dead_letter', count(*)),
@@ -3741,7 +4012,7 @@ grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_pub
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
-    fanout.target_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
+    fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;

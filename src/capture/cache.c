@@ -73,6 +73,7 @@ typedef struct TopicEntry
 } TopicEntry;
 
 const char *const capture_op_code[CAPTURE_OPS] = {"c", "u", "d", "t"};
+const char *const topic_format_name[] = {"debezium", "row", "cloudevents"};
 
 static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "delete", "truncate"};
 
@@ -571,23 +572,31 @@ put_header(JsonbParseState **state, const char *name, const char *value)
 	pushJsonbValue(state, WJB_VALUE, &v);
 }
 
+static void
+put_optional(JsonbParseState **state, const char *name, const char *value)
+{
+	if (value != NULL)
+		put_header(state, name, value);
+}
+
 Jsonb *
-cache_headers(const char *op, const char *schema, const char *table, const char *old_key)
+cache_headers(const ChangeHeaders *headers)
 {
 	JsonbParseState *state = NULL;
 
 	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
-	put_header(&state, "op", op);
-	put_header(&state, "schema", schema);
-	put_header(&state, "table", table);
-	if (old_key != NULL)
-		put_header(&state, "old_key", old_key);
+	put_header(&state, "op", headers->op);
+	put_header(&state, "schema", headers->schema);
+	put_header(&state, "table", headers->table);
+	put_header(&state, "format", headers->format);
+	put_optional(&state, "old_key", headers->old_key);
+	put_optional(&state, "key_columns", headers->key_columns);
+	put_optional(&state, "via", headers->via);
 	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
 }
 
-/* A segment of a URI's path: all but RFC 3986's unreserved characters is escaped. */
-static void
-append_segment(StringInfo out, const char *name)
+void
+cache_append_segment(StringInfo out, const char *name)
 {
 	const char *utf8 = name;
 
@@ -613,9 +622,9 @@ uri_of(const char *database, const char *schema, const char *table)
 	StringInfoData json;
 
 	initStringInfo(&path);
-	append_segment(&path, database);
-	append_segment(&path, schema);
-	append_segment(&path, table);
+	cache_append_segment(&path, database);
+	cache_append_segment(&path, schema);
+	cache_append_segment(&path, table);
 	initStringInfo(&json);
 	escape_json(&json, path.data);
 	return json.data;
@@ -629,6 +638,9 @@ describe_entity(CaptureInfo *info, Relation entity)
 	char	   *table = RelationGetRelationName(entity);
 	char	   *database = get_database_name(MyDatabaseId);
 	StringInfoData source;
+	ChangeHeaders headers = {
+		.schema = schema,.table = table,.format = topic_format_name[info->topic.format]
+	};
 
 	initStringInfo(&source);
 	appendStringInfoString(&source, "{\"connector\":\"pg_fanout\",\"version\":\"" PG_FANOUT_VERSION "\",\"db\":");
@@ -644,7 +656,8 @@ describe_entity(CaptureInfo *info, Relation entity)
 	for (int op = 0; op < CAPTURE_OPS; op++)
 	{
 		info->type[op] = psprintf("%s.%s.%s", schema, table, operation_name[op]);
-		info->headers[op] = cache_headers(capture_op_code[op], schema, table, NULL);
+		headers.op = capture_op_code[op];
+		info->headers[op] = cache_headers(&headers);
 	}
 }
 
@@ -670,6 +683,22 @@ keep_attnums(const ColumnList *list, MemoryContext context)
 	return attnums;
 }
 
+/* The names of the key's columns as a JSON array, in the context. */
+static char *
+name_columns(const ColumnList *list, TupleDesc desc, MemoryContext context)
+{
+	StringInfoData names;
+
+	initStringInfo(&names);
+	for (int i = 0; i < list->count; i++)
+	{
+		appendStringInfoChar(&names, i == 0 ? '[' : ',');
+		escape_json(&names, NameStr(TupleDescAttr(desc, list->attnums[i] - 1)->attname));
+	}
+	appendStringInfoChar(&names, ']');
+	return MemoryContextStrdup(context, names.data);
+}
+
 /*
  * Plans message and key.  Called in a scratch context: the lists of a wide table
  * are large, and the cache lives as long as the session.
@@ -690,6 +719,7 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	columns = message_columns(columns, exclude, desc);
 	info->row = rowjson_plan(desc, columns->attnums, columns->count, info->context);
 	info->nkeys = key->count;
+	info->key_columns = name_columns(key, desc, info->context);
 	info->keys = keep_attnums(key, info->context);
 	info->key = rowjson_plan(desc, key->attnums, key->count, info->context);
 }

@@ -66,6 +66,7 @@ typedef struct CaptureInfo
 	RowJson    *key;			/* the key's columns */
 	char	   *source;			/* constant part of Debezium's "source" */
 	char	   *uri;			/* CloudEvents' source */
+	char	   *key_columns;	/* names of the key's columns, a JSON array */
 	char	   *type[CAPTURE_OPS];	/* AMQP type */
 	Jsonb	   *headers[CAPTURE_OPS];
 } CaptureInfo;
@@ -81,11 +82,28 @@ extern CaptureInfo *cache_of_trigger(TriggerData *trigdata);
 /* The topic of that name; raises an error (42704) if it does not exist. */
 extern TopicInfo cache_topic(const char *topic);
 
-/* Headers of a captured change; old_key is NULL unless the key changed. */
-extern Jsonb *cache_headers(const char *op, const char *schema, const char *table,
-							const char *old_key);
+/* The headers of a captured change; NULL: it does not have that one. */
+typedef struct ChangeHeaders
+{
+	const char *op;
+	const char *schema;
+	const char *table;
+	const char *format;
+	const char *old_key;		/* only if the key changed */
+	const char *key_columns;	/* the same: their names, a JSON array */
+	const char *via;
+} ChangeHeaders;
+
+extern Jsonb *cache_headers(const ChangeHeaders *headers);
+
+/*
+ * Appends a slash and a name, in UTF-8, with all but RFC 3986's unreserved
+ * characters escaped.
+ */
+extern void cache_append_segment(StringInfo out, const char *name);
 
 extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
+extern const char *const topic_format_name[];	/* by TopicFormat */
 
 /* The option's value among the arguments of a capture trigger; NULL: not given. */
 extern const char *cache_option(char **args, int nargs, const char *name);

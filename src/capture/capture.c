@@ -38,6 +38,7 @@
 #include "capture/nesting.h"
 #include "capture/outbox.h"
 #include "capture/rowjson.h"
+#include "capture/via.h"
 
 PG_FUNCTION_INFO_V1(pgf_capture_trigger);
 PG_FUNCTION_INFO_V1(pgf_publish);
@@ -236,27 +237,31 @@ render(StringInfo body, Change *change)
 
 /*
  * A changed key is a message of the new key that must not overtake messages
- * of the old one: the publisher learns of it by the header "old_key".
+ * of the old one: the publisher learns of it by the header "old_key".  What is
+ * written while a message is handled tells the way that it has come.
  */
 static Jsonb *
 change_headers(const Change *change)
 {
 	CaptureInfo *info = change->info;
-	char	   *old_key;
+	ChangeHeaders headers = {
+		.op = capture_op_code[change->op],.format = topic_format_name[info->topic.format],.via = via_current()
+	};
 	Relation	entity;
-	Jsonb	   *headers;
+	Jsonb	   *result;
 
-	if (!change->key_changed)
+	if (change->key_changed)
+		headers.old_key = render_key(info, change->old_row, change->desc);
+	if (headers.old_key == NULL && headers.via == NULL)
 		return info->headers[change->op];
-	old_key = render_key(info, change->old_row, change->desc);
-	if (old_key == NULL)
-		return info->headers[change->op];
+	if (headers.old_key != NULL)
+		headers.key_columns = info->key_columns;
 	entity = RelationIdGetRelation(info->entity);
-	headers = cache_headers(capture_op_code[change->op],
-							get_namespace_name(RelationGetNamespace(entity)),
-							RelationGetRelationName(entity), old_key);
+	headers.schema = get_namespace_name(RelationGetNamespace(entity));
+	headers.table = RelationGetRelationName(entity);
+	result = cache_headers(&headers);
 	RelationClose(entity);
-	return headers;
+	return result;
 }
 
 static CaptureOp
@@ -432,7 +437,9 @@ utf8_length(const char *s)
 static bool
 reserved_header(const char *name, int len)
 {
-	static const char *const reserved[] = {"op", "schema", "table", "key", "old_key", "sequence", "xid"};
+	static const char *const reserved[] = {
+		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via"
+	};
 
 	for (int i = 0; i < lengthof(reserved); i++)
 	{

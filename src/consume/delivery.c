@@ -31,6 +31,8 @@
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
+#include "capture/headers.h"
+#include "capture/via.h"
 #include "consume/delivery.h"
 #include "server/compat.h"
 
@@ -84,8 +86,8 @@ optional_text(const char *utf8)
 /* ---- JSON ---- */
 
 /*
- * What jsonb_in() refuses is data (class 22), or beyond its limits (54); it
- * holds nothing but memory when it raises that.
+ * What jsonb_in() refuses is data (class 22), beyond its limits (54), or a
+ * character that the encoding does not have (0A, in SQL_ASCII); it holds nothing but memory when it raises that.
  */
 static Datum
 parse_json(char *text, bool *isnull)
@@ -102,7 +104,8 @@ parse_json(char *text, bool *isnull)
 	{
 		int			category = ERRCODE_TO_CATEGORY(geterrcode());
 
-		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED &&
+			category != ERRCODE_FEATURE_NOT_SUPPORTED)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(oldcontext);
 		FlushErrorState();
@@ -111,6 +114,25 @@ parse_json(char *text, bool *isnull)
 	PG_END_TRY();
 	*isnull = failed;
 	return result;
+}
+
+/*
+ * Returns the way that the message's change has come, see via.h, in the current
+ * context; NULL: it does not tell.
+ */
+char *
+delivery_via(const MessageValues *message)
+{
+	Jsonb	   *headers;
+	char	   *via;
+
+	if (message->nulls[MESSAGE_HEADERS])
+		return NULL;
+	headers = DatumGetJsonbP(message->values[MESSAGE_HEADERS]);
+	via = headers_string(headers, "via");
+	if (via == NULL)
+		return NULL;
+	return via_of_message(via, headers_string(headers, "schema"), headers_string(headers, "table"));
 }
 
 /*

@@ -109,6 +109,7 @@ extern bool delivery_of_stream(const BrokerDelivery *wire);
 extern void delivery_values(const Delivery *delivery, const char *topic,
 							const char *consumer_group, MessageValues *message);
 extern void delivery_body(const MessageValues *message, Datum *values, char *nulls);
+extern char *delivery_via(const MessageValues *message);
 extern Datum delivery_json(const char *bytes, size_t len, bool *isnull);
 extern char *delivery_text(const char *utf8, size_t len);
 

@@ -53,6 +53,7 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "capture/via.h"
 #include "consume/handler.h"
 #include "server/worker.h"
 
@@ -71,9 +72,11 @@
 static TimeoutId handler_timer;
 static TimeoutId grace_timer;
 static volatile sig_atomic_t timed_out = false;
-static int	call_timeout;		/* of the timers that run, in milliseconds */
+static int	call_timeout = 0;	/* of the call that runs, in milliseconds; 0:
+								 * none does */
 static bool running = false;
 static bool refresh = true;		/* the subscription has to be read anew */
+static Oid	sync_target = InvalidOid;	/* see sync_table(); InvalidOid: none */
 static FmgrInfo handler_function;
 static TupleDesc message_desc;
 static MemoryContext call_context;	/* what the handler is given, and leaves */
@@ -85,6 +88,14 @@ static void
 something_changed(Datum arg, int cache, uint32 hash)
 {
 	refresh = true;
+}
+
+/* Of the table that sync_table() keeps; others are no business of a handler's. */
+static void
+table_changed(Datum arg, Oid relid)
+{
+	if (OidIsValid(sync_target) && (relid == sync_target || relid == InvalidOid))
+		refresh = true;
 }
 
 static void
@@ -108,6 +119,7 @@ handler_init(void)
 
 	for (int i = 0; i < lengthof(caches); i++)
 		CacheRegisterSyscacheCallback(caches[i], something_changed, (Datum) 0);
+	CacheRegisterRelcacheCallback(table_changed, (Datum) 0);
 	handler_timer = RegisterTimeout(USER_TIMEOUT, handler_late);
 	grace_timer = RegisterTimeout(USER_TIMEOUT, handler_deaf);
 	call_context = AllocSetContextCreate(TopMemoryContext, "pg_fanout call", 0, CALL_MEMORY, ALLOCSET_DEFAULT_MAXSIZE);
@@ -124,9 +136,13 @@ handler_running(void)
 static bool
 read_anew(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 {
+	bool		found;
+
 	MemoryContextReset(context);
 	refresh = false;
-	return subscription_load(subscription_id, context, row);
+	found = subscription_load(subscription_id, context, row);
+	sync_target = found ? row->sync_target : InvalidOid;
+	return found;
 }
 
 /*
@@ -154,7 +170,10 @@ message_datum(MessageValues *message)
 	return HeapTupleGetDatum(heap_form_tuple(message_desc, message->values, message->nulls));
 }
 
-/* In the current memory context; what it took to make it is let go. */
+/*
+ * In the current memory context; what it took to make it is let go.  What is written
+ * from now on may come of it.
+ */
 static Datum
 delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 {
@@ -163,6 +182,7 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	via_add(delivery_via(&message));
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
 }
@@ -174,13 +194,19 @@ array_datum(const SubscriptionRow *row, Datum *elements, int n)
 }
 
 static void
+enable_timers(void)
+{
+	enable_timeout_after(handler_timer, call_timeout);
+	enable_timeout_after(grace_timer, call_timeout + GRACE_MS);
+}
+
+static void
 start_timer(int timeout_ms)
 {
 	timed_out = false;
 	call_timeout = timeout_ms;
 	worker_allow_cancel(true);
-	enable_timeout_after(handler_timer, timeout_ms);
-	enable_timeout_after(grace_timer, timeout_ms + GRACE_MS);
+	enable_timers();
 }
 
 static void
@@ -188,7 +214,23 @@ stop_timer(void)
 {
 	disable_timeout(handler_timer, false);
 	disable_timeout(grace_timer, false);
+	call_timeout = 0;
 	worker_allow_cancel(false);
+}
+
+/*
+ * For a handler of ours that has much to do: from now on, the call that runs has its
+ * whole time again.  Nothing, if no worker called it.
+ */
+void
+handler_more_time(void)
+{
+	CHECK_FOR_INTERRUPTS();
+	if (call_timeout == 0)
+		return;
+	disable_timeout(handler_timer, false);
+	disable_timeout(grace_timer, false);
+	enable_timers();
 }
 
 static void
@@ -244,6 +286,7 @@ handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeo
 	for (int i = 0; i < n; i++)
 		messages[i] = delivery_datum(row, deliveries[i]);
 	call(row->batch ? array_datum(row, messages, n) : messages[0], timeout_ms, others);
+	via_set(NULL);
 	MemoryContextSwitchTo(oldcontext);
 }
 
@@ -253,7 +296,9 @@ handler_call_message(const SubscriptionRow *row, MessageValues *values)
 {
 	Datum		message = message_datum(values);
 
+	via_add(delivery_via(values));
 	call(row->batch ? array_datum(row, &message, 1) : message, row->handler_timeout, false);
+	via_set(NULL);
 }
 
 /* ---- transactions ---- */

@@ -23,6 +23,7 @@ typedef enum HandlerState
 
 extern void handler_init(void);
 extern bool handler_running(void);
+extern void handler_more_time(void);
 extern bool handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext context);
 
 extern void handler_begin(void);

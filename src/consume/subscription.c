@@ -131,6 +131,7 @@ read_subscription(SubscriptionRow *row)
 	if (isnull)
 		row->origin = QUEUE_UNKNOWN;
 	row->drop_queue = DatumGetBool(query_value(0, 19, &isnull));
+	row->sync_target = DatumGetObjectId(query_value(0, 20, &isnull));
 	if (row->exchange == NULL || row->queue == NULL)
 		row->problem = pstrdup("its name cannot be converted to UTF-8");
 }
@@ -148,10 +149,11 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 		" (extract(epoch from handler_timeout) * 1000)::bigint,"
 		" coalesce(fanout.subscription_handler(s), 0), 'fanout.message'::regtype::oid,"
 		" case when batch then 'fanout.message[]'::regtype else 'fanout.message'::regtype end::oid,"
-		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s)),"
+		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id)),"
 		" on_failure = 'requeue', (select coalesce(string_agg(c || ' ', ''), '') from unnest(wait_for) c),"
-		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared"
-		", drop_queue from fanout.subscription s where subscription_id = $1 and (active and not paused or drop_queue)"
+		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared, drop_queue,"
+		" coalesce((select t.target::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
+		" from fanout.subscription s where subscription_id = $1 and (active and not paused or drop_queue)"
 	};
 	Caller		caller = become_owner();
 	Oid			types[1] = {INT4OID};

@@ -44,6 +44,7 @@ typedef struct SubscriptionRow
 	Oid			handler;		/* InvalidOid: see problem */
 	Oid			message_type;
 	Oid			argument_type;	/* that, or the array of it */
+	Oid			sync_target;	/* the table of sync_table(); InvalidOid: none */
 	char	   *problem;		/* why it cannot be consumed; NULL: it can */
 } SubscriptionRow;
 

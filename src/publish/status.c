@@ -38,7 +38,7 @@ PG_FUNCTION_INFO_V1(pgf_publisher_status);
 PG_FUNCTION_INFO_V1(pgf_subscription_status);
 
 #define STATUS_COLUMNS 14
-#define SUBSCRIPTION_COLUMNS 17
+#define SUBSCRIPTION_COLUMNS 19
 
 static const char *const state_name[] = {
 	[WORKER_STARTING] = "starting",
@@ -273,14 +273,16 @@ fill_subscription(SubscriptionSlot *slot, Datum *values, bool *nulls)
 	values[7] = Int64GetDatum(pg_atomic_read_u64(&slot->applied));
 	values[8] = Int64GetDatum(pg_atomic_read_u64(&slot->skipped));
 	values[9] = Int64GetDatum(pg_atomic_read_u64(&slot->stale));
-	values[10] = Int64GetDatum(pg_atomic_read_u64(&slot->failed));
-	values[11] = Int64GetDatum(pg_atomic_read_u64(&slot->dead));
-	values[12] = Int32GetDatum(pg_atomic_read_u32(&slot->waiting));
-	values[13] = Int64GetDatum((int64) lag - 1);
-	nulls[13] = (lag == 0);
-	values[14] = Int64GetDatum(pg_atomic_read_u64(&slot->reconnects));
-	set_text(&values[15], &nulls[15], status.last_error);
-	set_time(&values[16], &nulls[16], status.last_error_at);
+	values[10] = Int64GetDatum(pg_atomic_read_u64(&slot->own));
+	values[11] = Int64GetDatum(pg_atomic_read_u64(&slot->ignored));
+	values[12] = Int64GetDatum(pg_atomic_read_u64(&slot->failed));
+	values[13] = Int64GetDatum(pg_atomic_read_u64(&slot->dead));
+	values[14] = Int32GetDatum(pg_atomic_read_u32(&slot->waiting));
+	values[15] = Int64GetDatum((int64) lag - 1);
+	nulls[15] = (lag == 0);
+	values[16] = Int64GetDatum(pg_atomic_read_u64(&slot->reconnects));
+	set_text(&values[17], &nulls[17], status.last_error);
+	set_time(&values[18], &nulls[18], status.last_error_at);
 	return ours;
 }
 

@@ -21,13 +21,14 @@
 #include "utils/timestamp.h"
 
 #include "capture/outbox.h"
+#include "capture/via.h"
 #include "publish/wire.h"
 
 StaticAssertDecl(OUTBOX_MAX_TYPE == BROKER_MAX_SHORTSTR,
 				 "whatever type may be written to the outbox must go into a message");
 
 /* Our own headers, set by set_own_headers(). */
-#define OWN_HEADERS 3
+#define OWN_HEADERS 4
 
 const char *
 wire_utf8(const char *s, size_t len, size_t *utf8_len)
@@ -134,6 +135,34 @@ wire_fields(Jsonb *object, int extra, int *count)
 	return fields;
 }
 
+/*
+ * Adds this database to the way that a change has come, which is in the message
+ * if it was made while another one was handled; else it begins here.
+ */
+static void
+set_via(BrokerField *fields, int *count)
+{
+	BrokerField *field = NULL;
+	char	   *via;
+
+	for (int i = 0; i < *count; i++)
+	{
+		if (strcmp(fields[i].name, "via") == 0 && fields[i].type == BROKER_VALUE_STRING)
+			field = &fields[i];
+	}
+	if (field == NULL)
+	{
+		field = &fields[(*count)++];
+		field->name = "via";
+		field->type = BROKER_VALUE_STRING;
+		via = pstrdup(via_database());
+	}
+	else
+		via = psprintf("%.*s,%s", (int) field->value.string.len, field->value.string.data, via_database());
+	field->value.string.data = via;
+	field->value.string.len = strlen(via);
+}
+
 static bool
 set_own_headers(Message *message, BrokerField *fields, int *count)
 {
@@ -148,6 +177,7 @@ set_own_headers(Message *message, BrokerField *fields, int *count)
 	field->type = BROKER_VALUE_INT;
 	field->value.integer = (int64) message->xid;
 
+	set_via(fields, count);
 	if (message->key == NULL)
 		return true;
 	field = &fields[(*count)++];

@@ -104,6 +104,17 @@ pgf_owns_database(Oid database)
 #endif
 }
 
+/* 16: a membership may not let a role act as the other */
+static inline bool
+pgf_may_become(Oid member, Oid role)
+{
+#if PG_VERSION_NUM >= 160000
+	return member_can_set_role(member, role);
+#else
+	return is_member_of_role(member, role);
+#endif
+}
+
 /* 17: an extension's wait events have names */
 typedef enum PgfWait
 {

@@ -27,8 +27,11 @@ query_prepare(CachedQuery *query, int nargs, Oid *types, int options)
 void
 query_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)
 {
+	MemoryContext context = CurrentMemoryContext;
 	int			result = SPI_execute_plan(query_prepare(query, nargs, types, 0), values, nulls, false, 0);
 
+	/* SPI leaves its own as the current one */
+	MemoryContextSwitchTo(context);
 	if (result < 0)
 		elog(ERROR, "could not execute \"%s\": %s", query->sql, SPI_result_code_string(result));
 }

@@ -224,6 +224,8 @@ init_subscription(SubscriptionSlot *slot)
 	pg_atomic_init_u64(&slot->applied, 0);
 	pg_atomic_init_u64(&slot->skipped, 0);
 	pg_atomic_init_u64(&slot->stale, 0);
+	pg_atomic_init_u64(&slot->own, 0);
+	pg_atomic_init_u64(&slot->ignored, 0);
 	pg_atomic_init_u64(&slot->failed, 0);
 	pg_atomic_init_u64(&slot->dead, 0);
 	pg_atomic_init_u64(&slot->reconnects, 0);
@@ -279,6 +281,8 @@ reset_subscription(SubscriptionSlot *slot)
 	pg_atomic_write_u64(&slot->applied, 0);
 	pg_atomic_write_u64(&slot->skipped, 0);
 	pg_atomic_write_u64(&slot->stale, 0);
+	pg_atomic_write_u64(&slot->own, 0);
+	pg_atomic_write_u64(&slot->ignored, 0);
 	pg_atomic_write_u64(&slot->failed, 0);
 	pg_atomic_write_u64(&slot->dead, 0);
 	pg_atomic_write_u64(&slot->reconnects, 0);

@@ -154,6 +154,8 @@ typedef struct SubscriptionSlot
 	pg_atomic_uint64 applied;
 	pg_atomic_uint64 skipped;
 	pg_atomic_uint64 stale;
+	pg_atomic_uint64 own;
+	pg_atomic_uint64 ignored;
 	pg_atomic_uint64 failed;
 	pg_atomic_uint64 dead;
 	pg_atomic_uint64 reconnects;

@@ -3,9 +3,10 @@
 //     node consumer.mjs URI QUEUE [--idle SECONDS] [--fail-once]
 //
 // An example to start from: manual acks, nack when processing failed, repeats
-// recognised by their message id, nothing older written over something newer.
-// The copy is in memory here.  A service has it in its database, and writes
-// what it has seen and what came of it in one transaction, before the ack.
+// recognised by their message id, nothing older written over something newer, keys
+// that change, TRUNCATE, and messages that can never be processed.  The copy is in
+// memory here.  A service has it in its database, and writes what it has seen and
+// what came of it in one transaction, before the ack.
 
 import { parseArgs } from 'node:util'
 import amqplib from 'amqplib'
@@ -19,21 +20,65 @@ const { values: options, positionals: [uri, queue] } = parseArgs({
 
 const inbox = new Set() // message ids
 const entity = new Map() // key -> { sequence, row }, row null if it was deleted
+let truncated = 0 // sequence of the newest TRUNCATE
+const bad = [] // what somebody has to look at
 const failed = new Set()
-const counts = { processed: 0, repeats: 0, failed: 0 }
+const counts = { processed: 0, repeats: 0, failed: 0, bad: 0 }
 
-// Returns false if it was a repeat.
-function process (message) {
-  const { messageId, headers } = message.properties
-  if (inbox.has(messageId)) return false
-  const body = JSON.parse(message.content)
-  // sequences fit a double up to 2^53
-  const known = entity.get(headers.key)
-  if (!known || known.sequence < headers.sequence) {
-    entity.set(headers.key, { sequence: headers.sequence, row: body.after })
+// A message that fails in the same way whenever it comes.
+class BadMessage extends Error {}
+
+// JSON.parse() rounds bigint and numeric beyond 2^53 (and 15 digits): a number that
+// a double does not hold as it stands becomes a string.
+function parseExactly (text) {
+  const exact = text.replace(/("(?:[^"\\]|\\.)*")|(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)/g,
+    (match, string, number) => string ?? (String(Number(number)) === number ? number : `"${number}"`))
+  try {
+    return JSON.parse(exact)
+  } catch (error) {
+    throw new BadMessage(error.message)
   }
+}
+
+// Of a deleted row the sequence stays, so that no late message revives it.
+function write (key, sequence, row) {
+  const known = entity.get(key)?.sequence ?? truncated
+  if (known < sequence) entity.set(key, { sequence, row })
+}
+
+function truncate (sequence) {
+  truncated = Math.max(truncated, sequence)
+  for (const [key, { sequence: known }] of entity) {
+    if (known < sequence) entity.delete(key)
+  }
+}
+
+// What has no op is no change of a row, but somebody's publish().
+function apply ({ op, key, old_key: oldKey, sequence }, content) {
+  if (op === undefined) return
+  if (op === 't') return truncate(sequence)
+  if (key === undefined || sequence === undefined) throw new BadMessage('a change without key or sequence')
+  const { after } = parseExactly(content.toString())
+  if (oldKey !== undefined) write(oldKey, sequence, null) // the row has left that key
+  write(key, sequence, after)
+}
+
+// Returns what it was.
+function process ({ content, properties: { messageId, headers } }) {
+  if (inbox.has(messageId)) return 'repeats'
+  apply(headers ?? {}, content)
   inbox.add(messageId)
-  return true
+  return 'processed'
+}
+
+function processOrPutAside (message) {
+  try {
+    return process(message)
+  } catch (error) {
+    if (!(error instanceof BadMessage)) throw error
+    bad.push({ reason: error.message, message })
+    return 'bad'
+  }
 }
 
 function handle (channel, message) {
@@ -42,7 +87,7 @@ function handle (channel, message) {
       failed.add(message.properties.messageId)
       throw new Error('on purpose')
     }
-    counts[process(message) ? 'processed' : 'repeats']++
+    counts[processOrPutAside(message)]++
     channel.ack(message)
   } catch {
     // a real service waits before it gives a message back

@@ -12,7 +12,7 @@ declare
     m fanout.message;
 begin
     for m in
-        select o.message_id, 'sync_types', 'g', o.type, o.key, o.id, o.headers, o.payload::jsonb, convert_to(o.payload, 'UTF8'),
+        select o.message_id, 'sync_types', 'g', o.type, o.key, o.id, o.headers, null, convert_to(o.payload, 'UTF8'),
                o.created_at, false, 1, 'application/json'
         from fanout.outbox o join fanout.topic using (topic_id) where topic = 'sync_types' order by o.id
     loop
@@ -124,7 +124,7 @@ create trigger look before insert on watched for each row execute function look(
 select fanout.sync_table('watched', 'g', 'watched');
 set datestyle = 'german';
 set search_path = sync_types, pg_catalog;
-select fanout.sync_messages(array[row(null, 'watched', 'g', null, '1', 1, '{}', '{"id": 1, "e": 2}', '', null, false, 1, null)]::fanout.message[]);
+select fanout.sync_messages(array[row(null, 'watched', 'g', null, '1', 1, '{"op": "c", "schema": "s", "table": "t", "format": "row"}', '{"id": 1, "e": 2}', '', null, false, 1, null)]::fanout.message[]);
 select * from watched;
 reset datestyle;
 set search_path = sync_types;
@@ -140,12 +140,12 @@ begin
     perform fanout.capture(t::regclass, t);
     perform fanout.sync_table(t, 'g', (t || '_copy')::regclass);
     execute format('insert into %1$I values (%2$L, 1); update %1$I set k = %3$L, v = 2', t, first, second);
-    perform fanout.sync_messages(array[row(o.message_id, t, 'g', o.type, o.key, o.id, o.headers, o.payload::jsonb, '', o.created_at, false, 1, null)::fanout.message])
+    perform fanout.sync_messages(array[row(o.message_id, t, 'g', o.type, o.key, o.id, o.headers, null, convert_to(o.payload, 'UTF8'), o.created_at, false, 1, null)::fanout.message])
     from (select o.* from fanout.outbox o join fanout.topic using (topic_id) where topic = t order by o.id) o;
     select array_agg(o.key order by o.id) into k from fanout.outbox o join fanout.topic using (topic_id) where topic = t;
     execute format('select %L || string_agg(x::text, $1) from %I x', k::text || ' ', t || '_copy') using ' ' into changed;
     execute format('delete from %I', t);
-    perform fanout.sync_messages(array[row(o.message_id, t, 'g', o.type, o.key, o.id, o.headers, o.payload::jsonb, '', o.created_at, false, 1, null)::fanout.message])
+    perform fanout.sync_messages(array[row(o.message_id, t, 'g', o.type, o.key, o.id, o.headers, null, convert_to(o.payload, 'UTF8'), o.created_at, false, 1, null)::fanout.message])
     from (select o.* from fanout.outbox o join fanout.topic using (topic_id) where topic = t order by o.id desc limit 1) o;
     execute format('select count(*) = 0 from %I', t || '_copy') into gone;
     return next;

@@ -199,23 +199,38 @@ PgFanout::poll(
 		b(q(select state = 'idle' from fanout.stat_subscriptions where topic = 'strict')) eq 't';
 	},
 	'the subscription of strict');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"key": "1"}', '{"id": 1}');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"sequence": 1}', '{"id": 1}');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"key": "1", "sequence": 1}', '[1]');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"key": "1", "sequence": 1}', '{"name": 1}');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"key": "1", "sequence": 1}', '{"id": "x"}');
-$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', '{"key": "1", "sequence": 2}', '{"id": 1, "name": "good"}');
+strict('{"id": 1}', sequence => 1, key => undef);
+strict('{"id": 1}', sequence => undef);
+strict('{"id": 1}', sequence => 1, format => undef);
+strict('{"id": 1}', sequence => 1, format => 'avro');
+strict('[1]', sequence => 1);
+strict('{"id": 1', sequence => 1);
+strict('{"name": 1}', sequence => 1);
+strict('{"id": null}', sequence => 1);
+strict('{"id": "x"}', sequence => 1, key => 'x');
+strict('{"id": 2, "name": "other key"}', sequence => 1);
+strict('{"id": 1}', sequence => 1, op => 'x');
+strict('{"id": 1, "name": "good"}', sequence => 2);
+strict('{"id": 1, "name": "no change"}', sequence => 3, op => undef);
+strict('{"id": 1, "name": "another table"}', sequence => 4, table => 'lax');
 PgFanout::poll(
 	sub {
-		b(q(select count(*) from copy.strict)) == 1
-		  && b(q(select count(*) from fanout.dead_letter where topic = 'strict')) == 5;
+		b(q(select ignored from fanout.stat_subscriptions where topic = 'strict')) == 2
+		  && b(q(select count(*) from fanout.dead_letter where topic = 'strict')) == 11;
 	},
 	'dead letters', 60);
-is(b(q(select name from copy.strict)), 'good', 'the message that can be applied is');
-is( b(q(select string_agg(distinct sqlstate || ' ' || split_part(reason, E'\n', 1), E'\n' order by sqlstate || ' ' || split_part(reason, E'\n', 1)) from fanout.dead_letter where topic = 'strict')),
-	q(22023 message cannot be applied: it has no header "key"
+is(b(q(select name from copy.strict)), 'good', 'the message that can be applied is; those of another table, and what is no captured change, are ignored');
+is(b(q(select source from fanout.subscriptions where topic = 'strict')), 'public.strict', 'the table of the first one is the source');
+is( b(q(select string_agg(sqlstate || ' ' || split_part(reason, E'\n', 1), E'\n' order by sqlstate || ' ' || split_part(reason, E'\n', 1)) from fanout.dead_letter where topic = 'strict')),
+	q(22023 message cannot be applied: it has no header "format"
+22023 message cannot be applied: it has no header "key"
 22023 message cannot be applied: it has no header "sequence"
 22023 message cannot be applied: its body has no row
+22023 message cannot be applied: its body has no row
+22023 message cannot be applied: its format "avro" is not known
+22023 message cannot be applied: its header "op" is "x"
+22023 message cannot be applied: its key is not made of the columns of the table's key
+22023 message cannot be applied: its key is not made of the columns of the table's key
 22023 message cannot be applied: its row has no column "id"
 22P02 invalid input syntax for type integer: "x"),
 	'the others say why not');
@@ -272,7 +287,8 @@ sub deliver
 {
 	my ($topic, $op, $key, $sequence, $row) = @_;
 	my $json = JSON::PP->new;
-	my %headers = (op => $op, sequence => $sequence + 0);
+	my %headers = (
+		op => $op, schema => 'public', table => $topic, format => 'debezium', sequence => $sequence + 0);
 	my %body = (
 		before => $op eq 'd' ? $row : undef,
 		after => $op eq 'd' ? undef : $row,
@@ -285,6 +301,17 @@ sub deliver
 		'--headers', $json->encode(\%headers),
 		'--message-id', a('select gen_random_uuid()'),
 		$json->encode(\%body));
+	return;
+}
+
+# A message as somebody may make it; undef: without that header.
+sub strict
+{
+	my ($body, %given) = @_;
+	my %headers = (op => 'c', schema => 'public', table => 'strict', format => 'row', key => '1', %given);
+
+	delete @headers{ grep { !defined $headers{$_} } keys %headers };
+	$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', JSON::PP->new->encode(\%headers), $body);
 	return;
 }
 

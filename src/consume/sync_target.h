@@ -1,0 +1,129 @@
+/*-------------------------------------------------------------------------
+ *
+ * sync_target.h
+ *		The table that a subscription of sync_table() writes: what it is, what
+ *		messages can set in it, and the statements that write it.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_SYNC_TARGET_H
+#define PGF_SYNC_TARGET_H
+
+#include "postgres.h"
+
+#include "executor/spi.h"
+#include "nodes/bitmapset.h"
+
+#include "capture/rowjson.h"
+#include "consume/jsonscan.h"
+#include "consume/readjson.h"
+#include "consume/sync_rows.h"
+#include "server/compat.h"
+
+/* Statements are kept for as many sets of columns. */
+#define MAX_STATEMENTS 16
+
+typedef struct SyncColumn
+{
+	AttrNumber	attnum;
+	char	   *remote;			/* its name in messages; NULL: it is in none */
+	char	   *name;			/* in the table */
+	char	   *local;			/* the same, quoted */
+	Oid			type;			/* not a domain, but the base of one */
+	JsonReader *reader;			/* of that type */
+	bool		is_key;
+	bool		identity;		/* GENERATED ALWAYS: no UPDATE can set it */
+	bool		seen;			/* a message has had it */
+} SyncColumn;
+
+/* The plans for rows that have one set of columns; NULL: not made yet. */
+typedef struct SyncStatements
+{
+	Bitmapset  *columns;		/* indexes of SyncTarget.columns */
+	SPIPlanPtr	update;
+	SPIPlanPtr	insert;
+	SPIPlanPtr	move;
+} SyncStatements;
+
+/* The members that the rows of the latest message had, in their order. */
+typedef struct SyncShape
+{
+	MemoryContext context;
+	int			count;
+	JsonSlice  *names;			/* as they stand in the body */
+	int		   *columns;		/* index of the column that each sets; -1:
+								 * none */
+	Bitmapset  *set;			/* all of these */
+} SyncShape;
+
+typedef struct SyncTarget
+{
+	MemoryContext context;
+	int32		subscription_id;
+	int32		version;
+	Oid			relid;
+	Oid			owner;
+	bool		partitioned;
+	bool		skips_updates;	/* a trigger may leave an UPDATE out */
+	char	   *schema;
+	char	   *table;
+	char	   *qualified;		/* both, quoted */
+	SyncColumn *columns;		/* those that are not generated */
+	int			ncolumns;
+	int		   *keys;			/* indexes of columns, in the key's order */
+	int			nkeys;
+	int			text_settings;	/* on which the texts of columns depend */
+	RowJson    *key_text;		/* of the key's columns */
+	TupleDesc	desc;
+
+	/* read anew for each batch */
+	int64		floor;			/* sequence of the newest TRUNCATE */
+	char	   *source_schema;	/* of the one table that it is a copy of;
+								 * NULL: */
+	char	   *source_table;	/* not known yet */
+	bool		refuses_unknown;
+	Datum		sharers;		/* integer[]: subscriptions that write into it */
+	bool		shared;			/* they are more than one */
+
+	SyncShape	shape;
+	SyncStatements statements[MAX_STATEMENTS];
+	int			nstatements;
+	SPIPlanPtr	delete_plan;
+	SPIPlanPtr	exists_plan;
+	SPIPlanPtr	occupied_plan;
+} SyncTarget;
+
+/* A row, or its key alone, in the target's types. */
+typedef struct SyncValues
+{
+	Bitmapset  *columns;		/* those that are set */
+	Datum	   *values;			/* by index of the column */
+	bool	   *nulls;
+	SyncHash	hash;			/* of the key */
+} SyncValues;
+
+/* sync_target.c */
+extern SyncTarget *sync_target_load(Datum topic, Datum consumer_group);
+extern void sync_target_check_name(const SyncTarget *target);
+extern void sync_target_set_source(SyncTarget *target, const char *schema, const char *table);
+extern void sync_target_set_floor(SyncTarget *target, int64 floor);
+extern void sync_target_set_shape(SyncTarget *target, const JsonSlice *row);
+extern void sync_target_key_slices(const SyncTarget *target, const JsonSlice *row, JsonSlice *slices);
+extern void sync_target_read_row(SyncTarget *target, const JsonSlice *row, SyncValues *values);
+extern void sync_target_read_key(const SyncTarget *target, const JsonSlice *slices, SyncValues *values);
+extern void sync_target_hash_key(const SyncTarget *target, const Datum *values, const bool *nulls, SyncHash *hash);
+extern Bitmapset *sync_target_key_set(const SyncTarget *target);
+pg_noreturn extern void sync_refuse(const char *what, const char *hint);
+
+/* sync_write.c */
+extern bool sync_write_exists(SyncTarget *target, const SyncValues *row);
+extern bool sync_write_occupied(SyncTarget *target, const SyncValues *row, const SyncValues *old_key);
+extern bool sync_write_update(SyncTarget *target, const SyncValues *row);
+extern bool sync_write_insert(SyncTarget *target, const SyncValues *row);
+extern bool sync_write_move(SyncTarget *target, const SyncValues *row, const SyncValues *old_key);
+extern void sync_write_delete(SyncTarget *target, const SyncValues *key);
+extern void sync_write_truncate(SyncTarget *target, int64 sequence, void (*between) (void));
+extern void sync_write_check_constraints(void);
+extern void sync_write_forget(SyncTarget *target);
+
+#endif							/* PGF_SYNC_TARGET_H */

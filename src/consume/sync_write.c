@@ -1,0 +1,594 @@
+/*-------------------------------------------------------------------------
+ *
+ * sync_write.c
+ *		The statements that write the table of a subscription of sync_table().
+ *
+ * A message is one statement on one row, found by the key: what the table's
+ * triggers, defaults, constraints and columns of its own see is what the
+ * source's statement would have shown them.  An insert or update is an UPDATE,
+ * and an INSERT only if there is no such row, so that an update of a row takes no
+ * number of a sequence here.  A changed key is an UPDATE of the key, which leaves
+ * the row's other columns, and other tables' rows that refer to it, where they
+ * are.
+ *
+ * Statements are made of names that were looked up in the catalogs; values are
+ * parameters of the columns' types.  Each plan is made once for a set of columns.
+ *
+ * It must never decide whether a message is to be applied (sync.c), and never run
+ * with other rights than those of the table's owner, whose triggers run here.
+ *
+ * Locks: those of its statements; ACCESS EXCLUSIVE for TRUNCATE, if it is free.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_operator.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "optimizer/cost.h"
+#include "storage/lmgr.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/plancache.h"
+#include "utils/resowner.h"
+#include "utils/syscache.h"
+#include "utils/typcache.h"
+
+#include "consume/inbox.h"
+#include "consume/sync_target.h"
+#include "server/query.h"
+
+/* Rows that are deleted between two looks at what is known of them. */
+#define PIECE 1000
+
+/* ---- texts of statements ---- */
+
+/* Inheritance is not followed: the copy is this table. */
+static void
+append_target(StringInfo sql, const SyncTarget *target)
+{
+	appendStringInfo(sql, "%s%s as t", target->partitioned ? "" : "only ", target->qualified);
+}
+
+/* The operator that a unique index uses, wherever its type was made. */
+static char *
+equality(Oid type)
+{
+	Oid			operator = lookup_type_cache(type, TYPECACHE_EQ_OPR)->eq_opr;
+	HeapTuple	tuple = SearchSysCache1(OPEROID, ObjectIdGetDatum(operator));
+	Form_pg_operator form;
+	char	   *name;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "no equality operator for type %u", type);
+	form = (Form_pg_operator) GETSTRUCT(tuple);
+	name = psprintf("operator(%s.%s)", quote_identifier(get_namespace_name(form->oprnamespace)),
+					NameStr(form->oprname));
+	ReleaseSysCache(tuple);
+	return name;
+}
+
+/* first: the number of the key's first parameter */
+static void
+append_key(StringInfo sql, const SyncTarget *target, int first)
+{
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		SyncColumn *key = &target->columns[target->keys[i]];
+
+		appendStringInfo(sql, "%st.%s %s $%d", i == 0 ? "" : " and ", key->local, equality(key->type), first + i);
+	}
+}
+
+/*
+ * Appends what an UPDATE sets: not the key, unless it changes.  A column that is
+ * GENERATED ALWAYS AS IDENTITY cannot be set; whether it has the value is
+ * returned.  Parameters are the row's columns in order.  False: it sets nothing.
+ */
+static bool
+append_set(StringInfo sql, const SyncTarget *target, Bitmapset *columns, bool with_key)
+{
+	const char *separator = " set ";
+	int			parameter = 0;
+
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+	{
+		SyncColumn *column = &target->columns[i];
+
+		parameter++;
+		if (column->identity || (column->is_key && !with_key))
+			continue;
+		appendStringInfo(sql, "%s%s = $%d", separator, column->local, parameter);
+		separator = ", ";
+	}
+	return separator[0] == ',';
+}
+
+static void
+append_returning(StringInfo sql, const SyncTarget *target, Bitmapset *columns, bool with_key)
+{
+	const char *separator = " returning ";
+	int			parameter = 0;
+
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+	{
+		SyncColumn *column = &target->columns[i];
+
+		parameter++;
+		if (!column->identity || (column->is_key && !with_key))
+			continue;
+		appendStringInfo(sql, "%st.%s is not distinct from $%d", separator, column->local, parameter);
+		separator = " and ";
+	}
+}
+
+static void
+append_columns(StringInfo sql, const SyncTarget *target, Bitmapset *columns)
+{
+	const char *separator = "";
+
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+	{
+		appendStringInfo(sql, "%s%s", separator, target->columns[i].local);
+		separator = ", ";
+	}
+}
+
+/* ---- plans ---- */
+
+/* parameters: the columns, then those of the key, if it is another one */
+static SPIPlanPtr
+prepare(const SyncTarget *target, const char *sql, Bitmapset *columns, bool key)
+{
+	Oid		   *types = palloc((target->ncolumns + target->nkeys + 1) * sizeof(Oid));
+	int			n = 0;
+	SPIPlanPtr	plan;
+
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+		types[n++] = target->columns[i].type;
+	for (int i = 0; key && i < target->nkeys; i++)
+		types[n++] = target->columns[target->keys[i]].type;
+	plan = SPI_prepare_cursor(sql, n, types, CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL || SPI_keepplan(plan) != 0)
+		elog(ERROR, "could not prepare \"%s\": %s", sql, SPI_result_code_string(SPI_result));
+	return plan;
+}
+
+/*
+ * Sees to it that a plan looks rows up by the key's index, because it may have been
+ * made when the table was empty, and is kept until the table is analyzed.  The
+ * setting is a variable that only the planner looks at; what the statement fires
+ * does not see it.
+ */
+static void
+plan_by_index(SPIPlanPtr plan)
+{
+	bool		session = enable_seqscan;
+	CachedPlan *cached = NULL;
+
+	PG_TRY();
+	{
+		enable_seqscan = false;
+		cached = SPI_plan_get_cached_plan(plan);
+	}
+	PG_FINALLY();
+	{
+		enable_seqscan = session;
+	}
+	PG_END_TRY();
+	if (cached != NULL)
+		ReleaseCachedPlan(cached, CurrentResourceOwner);
+}
+
+/* Runs it, and returns how many rows it found; the result is in SPI_tuptable. */
+static uint64
+execute(const SyncTarget *target, SPIPlanPtr plan, const SyncValues *row, const SyncValues *key)
+{
+	Datum	   *values = palloc((target->ncolumns + target->nkeys + 1) * sizeof(Datum));
+	char	   *nulls = palloc(target->ncolumns + target->nkeys + 1);
+	MemoryContext context = CurrentMemoryContext;
+	int			n = 0;
+	int			result;
+
+	for (int i = -1; row != NULL && (i = bms_next_member(row->columns, i)) >= 0;)
+	{
+		values[n] = row->values[i];
+		nulls[n++] = row->nulls[i] ? 'n' : ' ';
+	}
+	for (int i = 0; key != NULL && i < target->nkeys; i++)
+	{
+		values[n] = key->values[target->keys[i]];
+		nulls[n++] = ' ';
+	}
+	plan_by_index(plan);
+	result = SPI_execute_plan(plan, values, nulls, false, 0);
+	MemoryContextSwitchTo(context);
+	if (result < 0)
+		elog(ERROR, "could not write the table: %s", SPI_result_code_string(result));
+	pfree(values);
+	pfree(nulls);
+	return SPI_processed;
+}
+
+static SyncStatements *
+find_statements(SyncTarget *target, Bitmapset *columns)
+{
+	SyncStatements *statements;
+	MemoryContext oldcontext;
+
+	for (int i = 0; i < target->nstatements; i++)
+	{
+		if (bms_equal(target->statements[i].columns, columns))
+			return &target->statements[i];
+	}
+	/* more sets than that is a table that is altered all the time */
+	if (target->nstatements == MAX_STATEMENTS)
+		sync_write_forget(target);
+	oldcontext = MemoryContextSwitchTo(target->context);
+	statements = &target->statements[target->nstatements++];
+	memset(statements, 0, sizeof(*statements));
+	statements->columns = bms_copy(columns);
+	MemoryContextSwitchTo(oldcontext);
+	return statements;
+}
+
+static void
+free_plan(SPIPlanPtr *plan)
+{
+	if (*plan != NULL)
+		SPI_freeplan(*plan);
+	*plan = NULL;
+}
+
+/*
+ * sync_write_forget
+ *		Frees the plans of all statements on the table.
+ */
+void
+sync_write_forget(SyncTarget *target)
+{
+	for (int i = 0; i < target->nstatements; i++)
+	{
+		free_plan(&target->statements[i].update);
+		free_plan(&target->statements[i].insert);
+		free_plan(&target->statements[i].move);
+		bms_free(target->statements[i].columns);
+	}
+	target->nstatements = 0;
+	free_plan(&target->delete_plan);
+	free_plan(&target->exists_plan);
+	free_plan(&target->occupied_plan);
+}
+
+/* ---- is there a row? ---- */
+
+/*
+ * sync_write_exists
+ *		Tells whether there is a row of that key.
+ */
+bool
+sync_write_exists(SyncTarget *target, const SyncValues *row)
+{
+	if (target->exists_plan == NULL)
+	{
+		StringInfoData sql;
+
+		initStringInfo(&sql);
+		appendStringInfoString(&sql, "select from ");
+		append_target(&sql, target);
+		appendStringInfoString(&sql, " where ");
+		append_key(&sql, target, 1);
+		target->exists_plan = prepare(target, sql.data, NULL, true);
+	}
+	return execute(target, target->exists_plan, NULL, row) > 0;
+}
+
+/*
+ * sync_write_occupied
+ *		Tells whether a row of that key is there which is not the one of the old
+ *		key: two texts of a key may be equal to its type.
+ */
+bool
+sync_write_occupied(SyncTarget *target, const SyncValues *row, const SyncValues *old_key)
+{
+	SyncValues	key = *row;
+
+	key.columns = sync_target_key_set(target);
+	if (target->occupied_plan == NULL)
+	{
+		StringInfoData sql;
+		int			parameter = 0;
+
+		initStringInfo(&sql);
+		appendStringInfoString(&sql, "select from ");
+		append_target(&sql, target);
+		for (int i = -1; (i = bms_next_member(key.columns, i)) >= 0;)
+			appendStringInfo(&sql, "%st.%s %s $%d", parameter == 0 ? " where " : " and ", target->columns[i].local,
+							 equality(target->columns[i].type), parameter + 1),
+				parameter++;
+		appendStringInfoString(&sql, " and not (");
+		append_key(&sql, target, target->nkeys + 1);
+		appendStringInfoChar(&sql, ')');
+		target->occupied_plan = prepare(target, sql.data, key.columns, true);
+	}
+	return execute(target, target->occupied_plan, &key, old_key) > 0;
+}
+
+/* ---- rows ---- */
+
+/* An UPDATE returns whether columns that it could not set have their value. */
+static void
+check_identity(const SyncTarget *target)
+{
+	bool		isnull;
+
+	if (SPI_processed == 0 || SPI_tuptable == NULL || SPI_tuptable->tupdesc->natts == 0 ||
+		DatumGetBool(query_value(0, 1, &isnull)))
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_GENERATED_ALWAYS),
+			 errmsg("an identity column of table %s cannot follow the one of the source", target->qualified),
+			 errdetail("It is GENERATED ALWAYS, which no UPDATE can change."),
+			 errhint("Use ALTER TABLE ... ALTER COLUMN ... SET GENERATED BY DEFAULT.")));
+}
+
+static SPIPlanPtr
+prepare_update(SyncTarget *target, Bitmapset *columns, bool with_key)
+{
+	StringInfoData sql;
+
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "update ");
+	append_target(&sql, target);
+	if (!append_set(&sql, target, columns, with_key))
+		return NULL;
+	appendStringInfoString(&sql, " where ");
+	append_key(&sql, target, bms_num_members(columns) + 1);
+	append_returning(&sql, target, columns, with_key);
+	return prepare(target, sql.data, columns, true);
+}
+
+/*
+ * sync_write_update
+ *		Updates the row of that key; false: there is none, or a trigger left it out.
+ *
+ * If the row has nothing but its key, nothing is written.
+ */
+bool
+sync_write_update(SyncTarget *target, const SyncValues *row)
+{
+	SyncStatements *statements = find_statements(target, row->columns);
+	bool		found;
+
+	if (statements->update == NULL)
+		statements->update = prepare_update(target, row->columns, false);
+	if (statements->update == NULL)
+		return sync_write_exists(target, row);
+	found = execute(target, statements->update, row, row) > 0;
+	check_identity(target);
+	return found;
+}
+
+/*
+ * sync_write_move
+ *		Updates the row of the old key, its key among the rest; false as above.
+ */
+bool
+sync_write_move(SyncTarget *target, const SyncValues *row, const SyncValues *old_key)
+{
+	SyncStatements *statements = find_statements(target, row->columns);
+	bool		found;
+
+	if (statements->move == NULL)
+		statements->move = prepare_update(target, row->columns, true);
+	if (statements->move == NULL)
+		return false;
+	found = execute(target, statements->move, row, old_key) > 0;
+	check_identity(target);
+	return found;
+}
+
+/*
+ * sync_write_insert
+ *		Inserts the row; false: a trigger left it out.
+ */
+bool
+sync_write_insert(SyncTarget *target, const SyncValues *row)
+{
+	SyncStatements *statements = find_statements(target, row->columns);
+
+	if (statements->insert == NULL)
+	{
+		StringInfoData sql;
+		int			n = bms_num_members(row->columns);
+
+		initStringInfo(&sql);
+		appendStringInfo(&sql, "insert into %s (", target->qualified);
+		append_columns(&sql, target, row->columns);
+		/* what the source generated as an identity is the row's identity here */
+		appendStringInfoString(&sql, ") overriding system value values (");
+		for (int i = 1; i <= n; i++)
+			appendStringInfo(&sql, "%s$%d", i == 1 ? "" : ", ", i);
+		appendStringInfoChar(&sql, ')');
+		statements->insert = prepare(target, sql.data, row->columns, false);
+	}
+	return execute(target, statements->insert, row, NULL) > 0;
+}
+
+/*
+ * sync_write_delete
+ *		Deletes the row of that key, if there is one.
+ */
+void
+sync_write_delete(SyncTarget *target, const SyncValues *key)
+{
+	if (target->delete_plan == NULL)
+	{
+		StringInfoData sql;
+
+		initStringInfo(&sql);
+		appendStringInfoString(&sql, "delete from ");
+		append_target(&sql, target);
+		appendStringInfoString(&sql, " where ");
+		append_key(&sql, target, 1);
+		target->delete_plan = prepare(target, sql.data, NULL, true);
+	}
+	(void) execute(target, target->delete_plan, NULL, key);
+}
+
+/*
+ * sync_write_check_constraints
+ *		Checks the constraints that are deferred, and fires deferred triggers.
+ *
+ * At the end of the transaction this would be done with the rights of the role
+ * that subscribed, which are none of the table's owner's.
+ */
+void
+sync_write_check_constraints(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+
+	if (SPI_execute("set constraints all immediate", false, 0) != SPI_OK_UTILITY)
+		elog(ERROR, "could not check constraints");
+	MemoryContextSwitchTo(context);
+}
+
+/* ---- TRUNCATE ---- */
+
+/*
+ * Tells whether TRUNCATE does what deleting all rows would: nothing younger is
+ * there, nor a row of another subscription; no trigger looks at rows that are
+ * deleted, those of foreign keys included; and the owner may.
+ */
+static bool
+may_truncate(const SyncTarget *target, int64 sequence)
+{
+	static CachedQuery query = {
+		"select not exists (select from fanout.sync_row where subscription_id = $1 and sequence > $2 and deleted_at is null)"
+		" and pg_catalog.has_table_privilege($3, $4, 'truncate')"
+		" and not exists (select from pg_catalog.pg_trigger tr"
+		" where (tr.tgrelid = $4 or tr.tgrelid in (select relid from pg_catalog.pg_partition_tree($4)))"
+		" and tr.tgtype & 9 = 9 and tr.tgenabled <> 'D')"
+	};
+	Oid			types[] = {INT4OID, INT8OID, OIDOID, OIDOID};
+	Datum		values[] = {
+		Int32GetDatum(target->subscription_id), Int64GetDatum(sequence),
+		ObjectIdGetDatum(target->owner), ObjectIdGetDatum(target->relid)
+	};
+	Caller		caller = become_owner();
+	bool		isnull;
+	bool		result;
+
+	query_execute(&query, 4, types, values, NULL);
+	result = DatumGetBool(query_value(0, 1, &isnull));
+	become_caller(&caller);
+	return result && !target->shared;
+}
+
+/* Who reads the table may do so for hours: then rows are deleted instead. */
+static bool
+truncate_at_once(const SyncTarget *target)
+{
+	if (!ConditionalLockRelationOid(target->relid, AccessExclusiveLock))
+		return false;
+	if (SPI_execute(psprintf("truncate %s%s", target->partitioned ? "" : "only ", target->qualified),
+					false, 0) != SPI_OK_UTILITY)
+		elog(ERROR, "could not truncate the table");
+	return true;
+}
+
+/* Reads keys of a piece of the table out of the cursor's result. */
+static SyncValues *
+read_piece(const SyncTarget *target, int count, SyncHash *hashes)
+{
+	SyncValues *keys = palloc0((count + 1) * sizeof(SyncValues));
+
+	for (int i = 0; i < count; i++)
+	{
+		keys[i].values = palloc0(target->ncolumns * sizeof(Datum));
+		keys[i].nulls = palloc0(target->ncolumns * sizeof(bool));
+		for (int k = 0; k < target->nkeys; k++)
+			keys[i].values[target->keys[k]] = query_value(i, k + 1, &keys[i].nulls[target->keys[k]]);
+		sync_target_hash_key(target, keys[i].values, keys[i].nulls, &keys[i].hash);
+		hashes[i] = keys[i].hash;
+	}
+	return keys;
+}
+
+/*
+ * Deletes those rows of a piece that the TRUNCATE is newer than.  In a table
+ * that other subscriptions write, these are the rows that this one has written.
+ */
+static void
+delete_piece(SyncTarget *target, int count, int64 sequence)
+{
+	SyncHash   *hashes = palloc((count + 1) * sizeof(SyncHash));
+	SyncValues *keys = read_piece(target, count, hashes);
+
+	sync_rows_load(target->subscription_id, target->sharers, hashes, count);
+	for (int i = 0; i < count; i++)
+	{
+		SyncRow    *known = sync_rows_find(&hashes[i]);
+
+		if (known->live && known->sequence > sequence)
+			continue;
+		if (!target->shared || (known->live && !known->foreign))
+			sync_write_delete(target, &keys[i]);
+	}
+}
+
+static void
+delete_all(SyncTarget *target, int64 sequence, void (*between) (void))
+{
+	MemoryContext context = CurrentMemoryContext;
+	MemoryContext piece = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout sync piece", ALLOCSET_DEFAULT_SIZES);
+	StringInfoData sql;
+	Portal		cursor;
+	SPIPlanPtr	plan;
+
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "select ");
+	for (int i = 0; i < target->nkeys; i++)
+		appendStringInfo(&sql, "%st.%s", i == 0 ? "" : ", ", target->columns[target->keys[i]].local);
+	appendStringInfoString(&sql, " from ");
+	append_target(&sql, target);
+	plan = SPI_prepare(sql.data, 0, NULL);
+	cursor = SPI_cursor_open(NULL, plan, NULL, NULL, false);
+	for (;;)
+	{
+		SPITupleTable *rows;
+
+		SPI_cursor_fetch(cursor, true, PIECE);
+		rows = SPI_tuptable;
+		if (SPI_processed == 0)
+			break;
+		MemoryContextSwitchTo(piece);
+		delete_piece(target, SPI_processed, sequence);
+		MemoryContextSwitchTo(context);
+		SPI_freetuptable(rows);
+		MemoryContextReset(piece);
+		between();
+	}
+	SPI_cursor_close(cursor);
+	MemoryContextSwitchTo(context);
+}
+
+/*
+ * sync_write_truncate
+ *		Removes all rows that a TRUNCATE of the source removed: those of this
+ *		subscription of which nothing younger was applied.
+ *
+ * In pieces, if it takes deletes; between() is called after each.  What was
+ * loaded of rows is gone afterwards.
+ */
+void
+sync_write_truncate(SyncTarget *target, int64 sequence, void (*between) (void))
+{
+	if (!may_truncate(target, sequence) || !truncate_at_once(target))
+		delete_all(target, sequence, between);
+	sync_rows_forget(target->subscription_id, sequence, between);
+}
