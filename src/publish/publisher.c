@@ -61,6 +61,7 @@
 #include "broker/broker.h"
 #include "broker/confirms.h"
 #include "broker/connection.h"
+#include "publish/alert.h"
 #include "publish/flight.h"
 #include "publish/ledger.h"
 #include "publish/maintenance.h"
@@ -1671,6 +1672,7 @@ work(void)
 	any = retry_stalled() || any;
 	if (pub.record_at <= mono_now())
 		record_topology();
+	alert_send();
 	work_by_the_clock();
 	serve_flush();
 	/* what the clock asked to be declared must not wait for the next message */
