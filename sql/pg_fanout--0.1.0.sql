@@ -1508,8 +1508,7 @@ begin
         )
         select c.entity, c.topic, c.entity in (select relid from altered) as is_altered
         from fanout.capture c
-        where exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgqual is not null)
-          and (c.entity in (select relid from altered)
+        where (c.entity in (select relid from altered)
                or of_types and (
                    exists (select from pg_attribute a join pg_type y on y.oid = a.atttypid
                                 left join pg_type e on e.oid = y.typelem
