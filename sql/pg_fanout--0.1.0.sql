@@ -1025,6 +1025,16 @@ comment on function fanout.lock_capture(regclass) is
 'internal: makes transactions that capture the same table wait for each other';
 revoke all on function fanout.lock_capture(regclass) from public;
 
+create function fanout.qualified_name(relation oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = qualified_name.relation
+$$;
+comment on function fanout.qualified_name(oid) is 'internal: name of a table with its schema, whatever the search_path; NULL: it is gone';
+revoke all on function fanout.qualified_name(oid) from public;
+
 -- The options of a capture, in the form in which its triggers have them.
 create function fanout.capture_arguments(entity regclass, topic text, columns text[], exclude text[], key text[],
                                          "where" text, "when" text, old_row boolean)
@@ -1187,9 +1197,7 @@ declare
     arguments text[];
     statements text[];
     -- the caller's search path is another one
-    table_name text := (select format('%I.%I', n.nspname, r.relname)
-                        from pg_class r join pg_namespace n on n.oid = r.relnamespace
-                        where r.oid = capture_statements.entity);
+    table_name text := fanout.qualified_name(capture_statements.entity);
 begin
     if capture_statements.entity is null then
         raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
@@ -3129,6 +3137,175 @@ $$;
 comment on function fanout.activate(boolean, timestamptz) is
 'makes a copy of a database publish and consume, as a database of its own, or one whose ledger is empty or not of this server. publish_copied: of a database made from a template, also publish messages that its original had not sent when it was copied (the original is gone); since: if it is not known what was sent, publish only what was created since then (NULL: all that is still in the outbox, with the same message ids). Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Changes nothing if nothing is wrong. Errors: 55006 if the workers do not stop';
 revoke all on function fanout.activate(boolean, timestamptz) from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Everything that is declared, as SQL
+-- ---------------------------------------------------------------------------
+
+create function fanout.option(name text, value text, usual text) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when value is distinct from usual and value is not null
+                then format(', %I => %L', option.name, option.value) else '' end
+$$;
+comment on function fanout.option(text, text, text) is
+'internal: an argument of a call; nothing if it has its usual value';
+revoke all on function fanout.option(text, text, text) from public;
+
+create function fanout.declared_topics() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('select fanout.declare_topic(%L%s%s);', t.topic,
+                  fanout.option('format', t.format, 'debezium'),
+                  fanout.option('on_exhausted', t.on_exhausted, 'hold'))
+    from (select * from fanout.topic where not dropping order by topic) t
+    union all
+    select format('select fanout.declare_binding(%L, %L%s%s);', b.topic, b.consumer_group,
+                  fanout.option('queue_type', b.queue_type, 'quorum'),
+                  fanout.option('arguments', b.arguments::text, '{}'))
+    from (select t.topic, b.* from fanout.binding b join fanout.topic t using (topic_id)
+          where not t.dropping and b.drop_if_unused is null order by t.topic, b.consumer_group) b
+    union all
+    select format('select fanout.pause(%L);', t.topic)
+    from (select * from fanout.topic where paused and not dropping order by topic) t
+$$;
+comment on function fanout.declared_topics() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_topics() from public;
+
+create function fanout.declared_captures() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('select fanout.capture(%L, %L%s%s%s%s%s%s%s);', fanout.qualified_name(c.entity), c.topic,
+                  fanout.option('operations', c.operations::text, '{delete,insert,truncate,update}'),
+                  fanout.option('columns', c.columns::text, null),
+                  fanout.option('exclude', c.exclude::text, null),
+                  fanout.option('key', fanout.captured_columns(c.entity, o.name, 'key', o.arguments)::text, null),
+                  fanout.option('where', c."where", null),
+                  fanout.option('when', c."when", null),
+                  fanout.option('old_row', c.old_row::text, 'false'))
+    from (select * from fanout.captures order by fanout.qualified_name(entity), topic) c
+         join lateral fanout.captures_of(c.entity) o on o.topic = c.topic
+    union all
+    select format('alter table %s %s trigger %I;', fanout.qualified_name(l.entity),
+                  case l.tgenabled when 'A' then 'enable always' when 'R' then 'enable replica' else 'disable' end, l.name)
+    from (select l.*, t.tgenabled from fanout.capture_trigger_list l join pg_trigger t on t.oid = l.trigger
+          where t.tgenabled <> 'O' and not l.idle order by fanout.qualified_name(l.entity), l.name) l
+$$;
+comment on function fanout.declared_captures() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_captures() from public;
+
+-- As the role that subscribed, since it is the one that calls.
+create function fanout.declared_subscriptions() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select command
+    from fanout.subscription s left join fanout.sync_target t using (subscription_id), lateral unnest(array[
+        format('set role %s;', s.role),
+        case when t.subscription_id is null
+             then format('select fanout.subscribe(%L, %L, %L%s%s', s.topic, s.consumer_group,
+                         s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end,
+                         fanout.option('prefetch', s.prefetch::text, '100'),
+                         fanout.option('ordered', s.ordered::text, 'true'))
+             else format('select fanout.sync_table(%L, %L, %L%s%s%s', s.topic, s.consumer_group,
+                         fanout.qualified_name(t.target),
+                         fanout.option('key', t.key::text, null),
+                         fanout.option('columns', t.columns::text, null),
+                         fanout.option('prefetch', s.prefetch::text, '1000')) end
+        || format('%s%s%s%s);',
+                  fanout.option('max_attempts', s.max_attempts::text, '10'),
+                  fanout.option('retry_delay', s.retry_delay::text, interval '1 s'::text),
+                  fanout.option('max_retry_delay', s.max_retry_delay::text, interval '5 min'::text),
+                  fanout.option('handler_timeout', s.handler_timeout::text, interval '30 s'::text)),
+        'reset role;']) with ordinality c(command, place)
+    where s.active and exists (select from pg_roles r where r.oid = s.role)
+    order by s.topic, s.consumer_group, c.place
+$$;
+comment on function fanout.declared_subscriptions() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_subscriptions() from public;
+
+-- All rights on objects of the extension, as they are and as they were when it
+-- was created.
+create function fanout.rights() returns table (object text, owner oid, now aclitem[], at_first aclitem[])
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with object(classid, objid, subid, text, owner, acl, usual) as (
+        select 'pg_namespace'::regclass, n.oid, 0, format('schema %I', n.nspname), n.nspowner, n.nspacl, acldefault('n', n.nspowner)
+        from pg_namespace n
+        union all
+        select 'pg_proc'::regclass, p.oid, 0, format('function %s', p.oid::regprocedure), p.proowner, p.proacl, acldefault('f', p.proowner)
+        from pg_proc p
+        union all
+        select 'pg_type'::regclass, t.oid, 0, format('type %s', t.oid::regtype), t.typowner, t.typacl, acldefault('T', t.typowner)
+        from pg_type t
+        union all
+        select 'pg_class'::regclass, c.oid, 0, format('%s %s', case c.relkind when 'S' then 'sequence' else 'table' end, c.oid::regclass),
+               c.relowner, c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner)
+        from pg_class c
+        union all
+        select 'pg_class'::regclass, c.oid, a.attnum, format('(%I) on table %s', a.attname, c.oid::regclass),
+               c.relowner, a.attacl, null
+        from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+    )
+    select o.text, o.owner, coalesce(o.acl, o.usual), coalesce(i.initprivs, o.usual)
+    from object o
+         join pg_depend d on d.classid = o.classid and d.objid = o.objid and d.deptype = 'e'
+                         and d.refclassid = 'pg_extension'::regclass
+         join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_fanout'
+         left join pg_init_privs i on i.classoid = o.classid and i.objoid = o.objid and i.objsubid = o.subid
+$$;
+comment on function fanout.rights() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.rights() from public;
+
+create function fanout.declared_grants() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with granted as (
+        select r.object, a.grantee, a.privilege_type, a.is_grantable
+        from fanout.rights() r, aclexplode(r.now) a where a.grantee <> r.owner
+    ), initial as (
+        select r.object, a.grantee, a.privilege_type, a.is_grantable
+        from fanout.rights() r, aclexplode(r.at_first) a where a.grantee <> r.owner
+    ), change(place, command, preposition, object, grantee, privilege_type, ending) as (
+        select 1, 'revoke', 'from', object, grantee, privilege_type, ''
+        from (select object, grantee, privilege_type from initial
+              except select object, grantee, privilege_type from granted) i
+        union all
+        select 2, 'grant', 'to', object, grantee, privilege_type, case when is_grantable then ' with grant option' else '' end
+        from (table granted except table initial) g
+    )
+    select format('%s %s%s%s %s %s%s;', c.command, lower(c.privilege_type),
+                  case when c.object like '(%' then ' ' else ' on ' end, c.object, c.preposition,
+                  case when c.grantee = 0 then 'public' else c.grantee::regrole::text end, c.ending)
+    from change c
+    order by c.place, c.object, c.grantee::regrole::text, c.privilege_type
+$$;
+comment on function fanout.declared_grants() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_grants() from public;
+
+create function fanout.declarations() returns setof text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp set datestyle = 'ISO' set intervalstyle = 'postgres'
+as $$
+    select 'create extension if not exists pg_fanout;'
+    union all
+    select fanout.declared_topics()
+    union all
+    select fanout.declared_captures()
+    union all
+    select fanout.declared_grants()
+    union all
+    select fanout.declared_subscriptions()
+$$;
+comment on function fanout.declarations() is
+'everything that is declared in this database, as SQL for migrations and tests: topics, bindings, pauses, captures, grants on the objects of the extension, subscriptions; one command a row. Run in a database that has the same tables, functions and roles, it declares the same; run again, it changes nothing. Conditions of captures are as they were given, to be run with the search_path that they were given with; one that names a column which was renamed since fails. Subscriptions are declared as the roles that subscribed';
+revoke all on function fanout.declarations() from public;
 
 
 -- ---------------------------------------------------------------------------
