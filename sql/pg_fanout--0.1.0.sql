@@ -2595,7 +2595,8 @@ language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if not exists (select from fanout.topic) and not exists (select from fanout.subscription)
+    if not exists (select from fanout.topic where not dropping)
+       and not exists (select from fanout.subscription where active)
        and fanout.copy_problem() is not null
     then
         perform fanout.own_identity();
