@@ -94,7 +94,35 @@ comment on table fanout.binding is
 'internal: one row per consumer group of a topic, that is, per queue; see the view fanout.bindings';
 revoke all on fanout.binding from public;
 
+-- Which database these tables belong to.  CREATE EXTENSION writes a row, and a
+-- dump brings the row of the database that it was made from.  So a database
+-- whose only row is its own is no copy.
+create table fanout.identity (
+    system_identifier bigint not null,
+    database          oid    not null,
+    name              text   not null
+) using heap;
+alter table fanout.identity replica identity full;
+comment on table fanout.identity is
+'internal: the database that owns this extension''s tables, and those whose dumps were restored into it; see fanout.activate()';
+comment on column fanout.identity.system_identifier is 'of the server; 0: triggers of a dump came without their topics';
+comment on column fanout.identity.name is 'of the database when the row was written';
+revoke all on fanout.identity from public;
+
+create function fanout.this_database() returns fanout.identity
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select s.system_identifier, d.oid, d.datname::text
+    from pg_control_system() s, pg_database d where d.datname = current_database()
+$$;
+comment on function fanout.this_database() is 'internal: the row of this database in fanout.identity';
+revoke all on function fanout.this_database() from public;
+
+insert into fanout.identity select * from fanout.this_database();
+
 -- Definitions travel with pg_dump, messages do not.
+select pg_extension_config_dump('fanout.identity', '');
 select pg_extension_config_dump('fanout.topic_id_seq', '');
 select pg_extension_config_dump('fanout.topic', '');
 select pg_extension_config_dump('fanout.binding', '');
@@ -144,6 +172,7 @@ revoke all on sequence fanout.outbox_id_seq from public;
 
 create table fanout.outbox (
     segment    smallint    not null,
+    database   oid         not null,
     id         bigint      not null,
     xid        xid8        not null,
     topic_id   integer     not null,
@@ -157,6 +186,7 @@ create table fanout.outbox (
 ) partition by list (segment);
 comment on table fanout.outbox is
 'internal: messages, insert-only, in a ring of three segments; see the view fanout.outbox_status';
+comment on column fanout.outbox.database is 'where the row was written: a database made from a template has rows of the template';
 comment on column fanout.outbox.xid is 'top-level transaction that wrote the row';
 comment on column fanout.outbox.payload is 'the body, JSON, rendered when the row was written';
 comment on column fanout.outbox.queue is 'NULL: to the topic''s exchange; otherwise to this queue alone';
@@ -444,6 +474,7 @@ begin
 
     -- ON CONFLICT locks the row in any case, and the publisher would wait for it
     if fanout.keep_topic(declare_topic.topic) is null then
+        perform fanout.adopt_if_empty();
         insert into fanout.topic as t (topic, format, on_exhausted)
         values (declare_topic.topic, declare_topic.format, declare_topic.on_exhausted)
         on conflict (topic) do update
@@ -1010,6 +1041,16 @@ comment on function fanout.lock_capture(regclass) is
 'internal: makes transactions that capture the same table wait for each other';
 revoke all on function fanout.lock_capture(regclass) from public;
 
+create function fanout.qualified_name(relation oid) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('%I.%I', n.nspname, c.relname)
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = qualified_name.relation
+$$;
+comment on function fanout.qualified_name(oid) is 'internal: name of a table with its schema, whatever the search_path; NULL: it is gone';
+revoke all on function fanout.qualified_name(oid) from public;
+
 -- The options of a capture, in the form in which its triggers have them.
 create function fanout.capture_arguments(entity regclass, topic text, columns text[], exclude text[], key text[],
                                          "where" text, "when" text, old_row boolean)
@@ -1024,6 +1065,10 @@ as $$
            || case when "where" is not null then array['where', "where"] else '{}' end
            || case when "when" is not null then array['when', "when"] else '{}' end
            || case when old_row then array['old_row', 'true'] else '{}' end
+           -- for a dump of the schema alone, see declare_captured_topic()
+           || (select case when t.format <> 'debezium' then array['format', t.format] else '{}' end
+                      || case when t.on_exhausted <> 'hold' then array['on_exhausted', t.on_exhausted] else '{}' end
+               from fanout.topic t where t.topic = capture_arguments.topic)
 $$;
 comment on function fanout.capture_arguments(regclass, text, text[], text[], text[], text, text, boolean) is
 'internal: arguments of a capture''s triggers, but for those that differ between them';
@@ -1168,9 +1213,7 @@ declare
     arguments text[];
     statements text[];
     -- the caller's search path is another one
-    table_name text := (select format('%I.%I', n.nspname, r.relname)
-                        from pg_class r join pg_namespace n on n.oid = r.relnamespace
-                        where r.oid = capture_statements.entity);
+    table_name text := fanout.qualified_name(capture_statements.entity);
 begin
     if capture_statements.entity is null then
         raise exception 'entity must not be null' using errcode = 'null_value_not_allowed';
@@ -1261,6 +1304,14 @@ begin
             using errcode = 'invalid_parameter_value',
                   hint = 'Use fanout.capture() to create it.';
     end if;
+    if not exists (select from fanout.topic p where p.topic = t.topic and not p.dropping) then
+        -- the first write will declare it
+        perform fanout.check_name('topic', t.topic);
+        if not has_function_privilege(session_user, 'fanout.declare_topic(text, text, text)', 'execute') then
+            perform fanout.require_topic(t.topic);
+        end if;
+        perform fanout.note_copied_schema();
+    end if;
     -- one whose table is gone, and whose name this one has now
     delete from fanout.capture c
     where c.topic = t.topic and to_regclass(c.entity_name) = t.entity
@@ -1287,7 +1338,7 @@ begin
 end
 $$;
 comment on function fanout.bind_trigger(fanout.capture_trigger_list) is
-'internal: records the numbers of the columns that a capture trigger names. Errors: 22023 bad options, 42703 if a column does not exist';
+'internal: records the numbers of the columns that a capture trigger names. Errors: 22023 bad options, 42703 if a column does not exist, 42704 if the topic does not, and the user may not declare it';
 revoke all on function fanout.bind_trigger(fanout.capture_trigger_list) from public;
 
 create function fanout.capture_declared(entity regclass, topic text, operations text[], columns text[],
@@ -1524,8 +1575,7 @@ begin
         )
         select c.entity, c.topic, c.entity in (select relid from altered) as is_altered
         from fanout.capture c
-        where exists (select from pg_trigger g where g.tgrelid = c.entity and g.tgqual is not null)
-          and (c.entity in (select relid from altered)
+        where (c.entity in (select relid from altered)
                or of_types and (
                    exists (select from pg_attribute a join pg_type y on y.oid = a.atttypid
                                 left join pg_type e on e.oid = y.typelem
@@ -1637,6 +1687,12 @@ begin
                      and t.tgfoid = to_regprocedure('fanout.capture_trigger()'))
     then
         perform fanout.bind_new_triggers();
+    end if;
+    -- pg_restore --disable-triggers has filled it
+    if tg_tag = 'ALTER TABLE'
+       and exists (select from pg_event_trigger_ddl_commands() c where c.objid = to_regclass('fanout.identity'))
+    then
+        perform fanout.restart_workers();
     end if;
     if to_regclass('fanout.capture') is null then
         return;                     -- the schema was renamed while event triggers were off
@@ -2308,6 +2364,7 @@ begin
         raise notice 'topic "%" is not declared in this database', add_subscription.topic
             using detail = 'If the broker has no such exchange and queue, they are declared; fanout.check() tells.';
     end if;
+    perform fanout.adopt_if_empty();
 
     select pg_catalog.format('%I.%I', n.nspname, p.proname), p.proowner into new.handler, new.handler_owner
     from pg_proc p join pg_namespace n on n.oid = p.pronamespace
@@ -3120,6 +3177,202 @@ revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, te
 
 
 -- ---------------------------------------------------------------------------
+-- May this database publish and consume?
+-- ---------------------------------------------------------------------------
+
+-- Rows are appended, so the last block of a segment has its newest ones, and that
+-- is all that need be looked at.
+create function fanout.newest_transactions() returns setof xid8
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select xid from fanout.outbox_0
+    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_0') / current_setting('block_size')::bigint - 1, 0))::tid
+    union all
+    select xid from fanout.outbox_1
+    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_1') / current_setting('block_size')::bigint - 1, 0))::tid
+    union all
+    select xid from fanout.outbox_2
+    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_2') / current_setting('block_size')::bigint - 1, 0))::tid
+$$;
+comment on function fanout.newest_transactions() is 'internal: of the newest rows of the outbox''s segments';
+revoke all on function fanout.newest_transactions() from public;
+
+-- A snapshot of this server ends at its next transaction at the latest, and so
+-- does whatever is visible.
+create function fanout.ledger_problem() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with ledger as (
+        select * from fanout.sent order by sent_id desc limit 1
+    ), problem(place, text) as (
+        select 1, 'table "fanout.rotation" must have one row'
+        where (select count(*) from fanout.rotation) <> 1
+        union all
+        select 2, 'table "fanout.inbox_rotation" must have one row'
+        where (select count(*) from fanout.inbox_rotation) <> 1
+        union all
+        select 3, 'the ledger "fanout.sent" is empty'
+        where not exists (select from ledger)
+        union all
+        select 4, format('the ledger "fanout.sent" was not written by this server: it knows of transactions up to %s, and the next one is %s',
+                         greatest(pg_snapshot_xmax(l.base), pg_snapshot_xmax(l.target)), n.xid)
+        from ledger l, pg_snapshot_xmax(pg_current_snapshot()) n(xid)
+        where pg_snapshot_xmax(l.base) > n.xid or pg_snapshot_xmax(l.target) > n.xid
+        union all
+        select 5, format('table "fanout.outbox" has rows that this server did not write: of transactions up to %s, and the next one is %s',
+                         o.xid, n.xid)
+        from pg_snapshot_xmax(pg_current_snapshot()) n(xid),
+             (select max(xid) from fanout.newest_transactions() xid
+              where xid is distinct from pg_current_xact_id_if_assigned()) o(xid)
+        where o.xid >= n.xid
+    )
+    select text from problem order by place limit 1
+$$;
+comment on function fanout.ledger_problem() is
+'internal: why the publisher cannot go on from ledger, rotation and outbox; NULL: it can';
+revoke all on function fanout.ledger_problem() from public;
+
+-- pg_upgrade brings the files into another server, so that their row is the only
+-- one.  The database has the same oid there, or at least the same name (before
+-- PostgreSQL 15).  One made from a template has neither.
+create function fanout.copy_problem() returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with identity as (
+        select distinct i.*, i.system_identifier = d.system_identifier and i.database = d.database as own,
+               i.system_identifier not in (0, d.system_identifier)
+                   and (i.database = d.database or i.name = d.name) as upgraded
+        from fanout.identity i, fanout.this_database() d
+    )
+    select case
+        when count(*) = 0 then 'table "fanout.identity" is empty'
+        when bool_and(own) or count(*) = 1 and bool_and(upgraded) then null
+        when bool_and(own or system_identifier = 0) then 'it is a copy, restored from a dump of the schema alone'
+        else format('it is a copy of database "%s"',
+                    (array_agg(name order by system_identifier = 0, own) filter (where not own))[1])
+        end
+    from identity
+$$;
+comment on function fanout.copy_problem() is
+'internal: why this database counts as the copy of another one; NULL: it does not';
+revoke all on function fanout.copy_problem() from public;
+
+create function fanout.passive_reason() returns text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(case when not coalesce(current_setting('pg_fanout.enabled', true), 'on')::boolean
+                         then 'pg_fanout.enabled is off' end,
+                    fanout.copy_problem(), fanout.ledger_problem())
+$$;
+comment on function fanout.passive_reason() is
+'internal: why this database neither publishes nor consumes; NULL: it does';
+revoke all on function fanout.passive_reason() from public;
+
+
+create function fanout.stop_workers() returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_stop_workers';
+comment on function fanout.stop_workers() is
+'internal: stops the workers of this database, and keeps them out until the transaction ends. Errors: 55006 if they do not stop';
+revoke all on function fanout.stop_workers() from public;
+
+create function fanout.restart_workers() returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_restart_workers';
+comment on function fanout.restart_workers() is
+'internal: makes the workers of this database start again once this transaction has committed';
+revoke all on function fanout.restart_workers() from public;
+
+create function fanout.identity_changed() returns trigger
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform fanout.restart_workers();
+    return null;
+end
+$$;
+comment on function fanout.identity_changed() is
+'internal: statement trigger on the identity, so that a database that became a copy is passive at once';
+revoke all on function fanout.identity_changed() from public;
+
+create trigger identity_changed
+after insert or update or delete or truncate
+on fanout.identity
+for each statement execute function fanout.identity_changed();
+alter table fanout.identity enable always trigger identity_changed;
+
+create function fanout.own_identity() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    delete from fanout.identity;
+    insert into fanout.identity select * from fanout.this_database();
+$$;
+comment on function fanout.own_identity() is 'internal: makes this database one of its own';
+revoke all on function fanout.own_identity() from public;
+
+-- A copy of a database in which nothing was declared, as of a template that has
+-- the extension, has nothing that it could publish or consume twice.
+create function fanout.adopt_if_empty() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (select from fanout.topic where not dropping)
+       and not exists (select from fanout.subscription where active)
+       and fanout.copy_problem() is not null
+    then
+        perform fanout.own_identity();
+    end if;
+end
+$$;
+comment on function fanout.adopt_if_empty() is
+'internal: makes a copy a database of its own if nothing is declared in it yet';
+revoke all on function fanout.adopt_if_empty() from public;
+
+-- Triggers that came without their topics are those of a dump of the schema
+-- alone.  Where there are other topics, only a table was restored.
+create function fanout.note_copied_schema() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if not exists (select from fanout.topic) and fanout.copy_problem() is null then
+        insert into fanout.identity values (0, 0, '');
+    end if;
+end
+$$;
+comment on function fanout.note_copied_schema() is
+'internal: makes the database passive if a capture''s topic does not exist, and no other one either';
+revoke all on function fanout.note_copied_schema() from public;
+
+-- Writes must not fail because a dump of the schema alone has no topics, and
+-- what they write must not be lost.
+create function fanout.declare_captured_topic(topic text, format text, on_exhausted text) returns void
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform fanout.check_name('topic', declare_captured_topic.topic);
+    perform fanout.note_copied_schema();
+    insert into fanout.topic as t (topic, format, on_exhausted)
+    values (declare_captured_topic.topic, declare_captured_topic.format, declare_captured_topic.on_exhausted)
+    on conflict on constraint topic_topic_key do update
+        set format = excluded.format, on_exhausted = excluded.on_exhausted, dropping = false, paused = false
+        where t.dropping;
+end
+$$;
+comment on function fanout.declare_captured_topic(text, text, text) is
+'internal: declares the topic of a capture whose trigger was restored without it, when it fires';
+revoke all on function fanout.declare_captured_topic(text, text, text) from public;
+
+
+-- ---------------------------------------------------------------------------
 -- Views
 -- ---------------------------------------------------------------------------
 
@@ -3217,7 +3470,7 @@ comment on view fanout.stat_publisher is
 'the publisher of this database; one row, none if the library is not preloaded or no publisher was started yet. Counters begin when the server starts, or when the extension is created';
 comment on column fanout.stat_publisher.pid is 'process id; NULL: it is not running';
 comment on column fanout.stat_publisher.state is
-'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; paused: by fanout.pause(); stopped';
+'starting; connecting; idle: nothing to send; publishing; blocked: by the broker''s memory or disk alarm; disconnected: waits before it connects again; passive: the database neither publishes nor consumes, see last_error; stopped';
 comment on column fanout.stat_publisher.since is 'when it entered that state';
 comment on column fanout.stat_publisher.connected_to is 'host:port/vhost; NULL: not connected';
 comment on column fanout.stat_publisher.connected_at is 'since when; NULL: not connected';
@@ -3353,7 +3606,8 @@ revoke all on function fanout.subscription_status() from public;
 
 create view fanout.stat_subscriptions as
 select s.topic, s.consumer_group, w.pid,
-       case when s.paused then 'paused' when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
+       case when a.reason is not null then 'passive' when s.paused then 'paused'
+            when p.problem is not null then 'refused' else coalesce(w.state, 'stopped') end as state,
        w.since, w.connected_to, w.connected_at,
        coalesce(w.delivered, 0) as delivered, coalesce(w.applied, 0) as applied,
        coalesce(w.skipped, 0) as skipped, coalesce(w.stale, 0) as stale,
@@ -3362,7 +3616,8 @@ select s.topic, s.consumer_group, w.pid,
        coalesce(p.problem, w.last_error) as last_error, w.last_error_at
 from fanout.subscription s
      left join fanout.subscription_status() w using (subscription_id),
-     lateral (select coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id))) p(problem)
+     (select fanout.passive_reason() offset 0) a(reason),
+     lateral (select coalesce(a.reason, fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id))) p(problem)
 where s.active;
 comment on view fanout.stat_subscriptions is
 'what the worker of each subscription is doing. Counters begin when it is first started, at the earliest when the server starts';
@@ -3370,7 +3625,7 @@ comment on column fanout.stat_subscriptions.topic is 'the topic';
 comment on column fanout.stat_subscriptions.consumer_group is 'the consumer group';
 comment on column fanout.stat_subscriptions.pid is 'process id; NULL: it is not running';
 comment on column fanout.stat_subscriptions.state is
-'starting; connecting; idle: nothing to do; consuming; refused: the queue, the handler or the role cannot be used, see last_error; disconnected: waits before it connects again; stopped';
+'starting; connecting; idle: nothing to do; consuming; refused: the queue, the handler or the role cannot be used, see last_error; disconnected: waits before it connects again; passive: as the publisher, see last_error; stopped';
 comment on column fanout.stat_subscriptions.since is 'when it entered that state';
 comment on column fanout.stat_subscriptions.connected_to is 'host:port/vhost; NULL: not connected';
 comment on column fanout.stat_subscriptions.connected_at is 'since when; NULL: not connected';
@@ -3504,49 +3759,6 @@ execute function fanout.keep_schema();
 alter event trigger pg_fanout_keep_schema enable always;
 comment on event trigger pg_fanout_keep_schema is 'pg_fanout: refuses to rename the schema fanout';
 
--- A snapshot of this server ends at its next transaction at the latest, and so
--- does whatever is visible.
-create function fanout.ledger_problem() returns text
-language sql stable
-set search_path = pg_catalog, pg_temp
-as $$
-    with ledger as (
-        select * from fanout.sent order by sent_id desc limit 1
-    ), problem(place, text) as (
-        select 1, 'table "fanout.rotation" must have one row'
-        where (select count(*) from fanout.rotation) <> 1
-        union all
-        select 2, 'table "fanout.inbox_rotation" must have one row'
-        where (select count(*) from fanout.inbox_rotation) <> 1
-        union all
-        select 3, 'the ledger "fanout.sent" is empty'
-        where not exists (select from ledger)
-        union all
-        select 4, format('the ledger "fanout.sent" was not written by this server: it knows of transactions up to %s, and the next one is %s',
-                         greatest(pg_snapshot_xmax(l.base), pg_snapshot_xmax(l.target)), n.xid)
-        from ledger l, pg_snapshot_xmax(pg_current_snapshot()) n(xid)
-        where pg_snapshot_xmax(l.base) > n.xid or pg_snapshot_xmax(l.target) > n.xid
-        union all
-        select 5, format('table "fanout.outbox" has rows that this server did not write: of transactions up to %s, and the next one is %s',
-                         o.xid, n.xid)
-        from pg_snapshot_xmax(pg_current_snapshot()) n(xid),
-             (select xid from fanout.pending where xid is distinct from pg_current_xact_id_if_assigned()
-              order by xid desc limit 1) o(xid)
-        where o.xid >= n.xid
-    )
-    select text from problem order by place limit 1
-$$;
-comment on function fanout.ledger_problem() is
-'internal: why the publisher cannot go on from ledger, rotation and outbox; NULL: it can';
-revoke all on function fanout.ledger_problem() from public;
-
-create function fanout.stop_workers() returns void
-language c volatile
-as 'MODULE_PATHNAME', 'pgf_stop_workers';
-comment on function fanout.stop_workers() is
-'internal: stops the workers of this database, and keeps them out until the transaction ends. Errors: 55006 if they do not stop';
-revoke all on function fanout.stop_workers() from public;
-
 -- The inbox grows in one segment, and the one behind it is empty: that is how
 -- the place is found again.
 create function fanout.repair_rotations() returns void
@@ -3599,24 +3811,18 @@ revoke all on function fanout.adopt_rows() from public;
 
 -- All transactions before "first" have ended.  What they wrote counts as sent,
 -- and what later ones wrote, or are about to write, does not.
-create function fanout.repair_ledger(since timestamptz default null) returns text
-language plpgsql volatile security definer
+create function fanout.repair_ledger(since timestamptz) returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    problem text;
     adopted bigint;
     first xid8;
-    again bigint;
     passed bigint;
 begin
-    perform fanout.stop_workers();
-    lock table fanout.sent in access exclusive mode;
-    problem := coalesce(fanout.ledger_problem(), 'nothing was wrong with the ledger');
     perform fanout.repair_rotations();
     adopted := fanout.adopt_rows();
-
     first := least(pg_snapshot_xmin(pg_current_snapshot()),
                    (select o.xid from fanout.outbox o
                     where repair_ledger.since is null or o.created_at >= repair_ledger.since
@@ -3626,10 +3832,10 @@ begin
     select r.current, base, base, 0, 0
     from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);
 
-    select count(*) filter (where o.xid >= first), count(*) filter (where o.xid < first) into again, passed
-    from fanout.outbox o;
-    raise notice '% messages will be published, whether they were sent before or not', again
-        using detail = 'A repeated message has the same message id. Messages that were given up or purged are sent, too.';
+    select count(*) into passed from fanout.outbox o where o.xid < first;
+    raise notice 'it is not known which messages were sent'
+        using detail = format('All that are in the outbox%s will be published, those that were given up or purged, too. A repeated message has the same message id.',
+                              case when repair_ledger.since is not null then ' since then' else '' end);
     if adopted > 0 then
         raise notice '% of them were not written by this server', adopted
             using detail = 'They go to the topic that has the same number here, if there is one.';
@@ -3637,12 +3843,239 @@ begin
     if passed > 0 then
         raise notice '% older messages count as sent', passed;
     end if;
-    return format('%s; %s messages will be published', problem, again);
 end
 $$;
 comment on function fanout.repair_ledger(timestamptz) is
-'for when the publisher says that the ledger is empty or not of this server. Forgets what was sent, and has everything published again that is still in the outbox; with since, only what was created since then, and older messages count as sent. Messages may repeat, with the same message ids. Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Errors: 55006 if the workers do not stop';
+'internal: part of fanout.activate(); forgets what was sent';
 revoke all on function fanout.repair_ledger(timestamptz) from public;
+
+-- What came with the files of another database, and not by what was written here.
+create function fanout.forget_copied_messages() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    forgotten bigint;
+begin
+    select count(*) into forgotten
+    from fanout.outbox_status s
+         left join fanout.outbox o on o.id = s.id and o.database = (fanout.this_database()).database
+    where s.state in ('pending', 'held') and o.id is null;
+    delete from fanout.outbox o where o.database <> (fanout.this_database()).database;
+    delete from fanout.held;
+    if forgotten > 0 then
+        raise notice '% messages that came with the copy are forgotten', forgotten
+            using detail = 'The original has them, too, and publishes them.',
+                  hint = 'If it is gone, roll back, and use publish_copied => true.';
+    end if;
+end
+$$;
+comment on function fanout.forget_copied_messages() is 'internal: part of fanout.activate()';
+revoke all on function fanout.forget_copied_messages() from public;
+
+create function fanout.activate(publish_copied boolean default false, since timestamptz default null) returns text
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    reason text;
+    waiting bigint;
+begin
+    perform fanout.stop_workers();
+    lock table fanout.identity, fanout.sent in access exclusive mode;
+    reason := coalesce(fanout.copy_problem(), fanout.ledger_problem());
+    if reason is not null then
+        if fanout.copy_problem() is not null then
+            -- tables that were here before a dump was restored have a row of this database
+            if exists (select from fanout.identity)
+               and not exists (select from fanout.identity i, fanout.this_database() d
+                               where i.system_identifier = d.system_identifier and i.database = d.database)
+               and not coalesce(activate.publish_copied, false)
+            then
+                perform fanout.forget_copied_messages();
+            end if;
+            perform fanout.own_identity();
+        end if;
+        if fanout.ledger_problem() is not null then
+            perform fanout.repair_ledger(activate.since);
+        end if;
+    end if;
+    select count(*) into waiting from fanout.outbox_status s where s.state in ('pending', 'held');
+    return format('%s; %s messages will be published', coalesce(reason, 'it was active already'), waiting);
+end
+$$;
+comment on function fanout.activate(boolean, timestamptz) is
+'makes a copy of a database publish and consume, as a database of its own, or one whose ledger is empty or not of this server. publish_copied: of a database made from a template, also publish messages that its original had not sent when it was copied (the original is gone); since: if it is not known what was sent, publish only what was created since then (NULL: all that is still in the outbox, with the same message ids). Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Changes nothing if nothing is wrong. Errors: 55006 if the workers do not stop';
+revoke all on function fanout.activate(boolean, timestamptz) from public;
+
+
+-- ---------------------------------------------------------------------------
+-- Everything that is declared, as SQL
+-- ---------------------------------------------------------------------------
+
+create function fanout.option(name text, value text, usual text) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when value is distinct from usual and value is not null
+                then format(', %I => %L', option.name, option.value) else '' end
+$$;
+comment on function fanout.option(text, text, text) is
+'internal: an argument of a call; nothing if it has its usual value';
+revoke all on function fanout.option(text, text, text) from public;
+
+create function fanout.declared_topics() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('select fanout.declare_topic(%L%s%s);', t.topic,
+                  fanout.option('format', t.format, 'debezium'),
+                  fanout.option('on_exhausted', t.on_exhausted, 'hold'))
+    from (select * from fanout.topic where not dropping order by topic) t
+    union all
+    select format('select fanout.declare_binding(%L, %L%s%s);', b.topic, b.consumer_group,
+                  fanout.option('queue_type', b.queue_type, 'quorum'),
+                  fanout.option('arguments', b.arguments::text, '{}'))
+    from (select t.topic, b.* from fanout.binding b join fanout.topic t using (topic_id)
+          where not t.dropping and b.drop_if_unused is null order by t.topic, b.consumer_group) b
+    union all
+    select format('select fanout.pause(%L);', t.topic)
+    from (select * from fanout.topic where paused and not dropping order by topic) t
+$$;
+comment on function fanout.declared_topics() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_topics() from public;
+
+create function fanout.declared_captures() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('select fanout.capture(%L, %L%s%s%s%s%s%s%s);', fanout.qualified_name(c.entity), c.topic,
+                  fanout.option('operations', c.operations::text, '{delete,insert,truncate,update}'),
+                  fanout.option('columns', c.columns::text, null),
+                  fanout.option('exclude', c.exclude::text, null),
+                  fanout.option('key', fanout.captured_columns(c.entity, o.name, 'key', o.arguments)::text, null),
+                  fanout.option('where', c."where", null),
+                  fanout.option('when', c."when", null),
+                  fanout.option('old_row', c.old_row::text, 'false'))
+    from (select * from fanout.captures order by fanout.qualified_name(entity), topic) c
+         join lateral fanout.captures_of(c.entity) o on o.topic = c.topic
+    union all
+    select format('alter table %s %s trigger %I;', fanout.qualified_name(l.entity),
+                  case l.tgenabled when 'A' then 'enable always' when 'R' then 'enable replica' else 'disable' end, l.name)
+    from (select l.*, t.tgenabled from fanout.capture_trigger_list l join pg_trigger t on t.oid = l.trigger
+          where t.tgenabled <> 'O' and not l.idle order by fanout.qualified_name(l.entity), l.name) l
+$$;
+comment on function fanout.declared_captures() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_captures() from public;
+
+-- As the role that subscribed, since it is the one that calls.
+create function fanout.declared_subscriptions() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select command
+    from fanout.subscription s left join fanout.sync_target t using (subscription_id), lateral unnest(array[
+        format('set role %s;', s.role),
+        case when t.subscription_id is null
+             then format('select fanout.subscribe(%L, %L, %L%s%s', s.topic, s.consumer_group,
+                         s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end,
+                         fanout.option('prefetch', s.prefetch::text, '100'),
+                         fanout.option('ordered', s.ordered::text, 'true'))
+             else format('select fanout.sync_table(%L, %L, %L%s%s%s', s.topic, s.consumer_group,
+                         fanout.qualified_name(t.target),
+                         fanout.option('key', t.key::text, null),
+                         fanout.option('columns', t.columns::text, null),
+                         fanout.option('prefetch', s.prefetch::text, '1000')) end
+        || format('%s%s%s%s);',
+                  fanout.option('max_attempts', s.max_attempts::text, '10'),
+                  fanout.option('retry_delay', s.retry_delay::text, interval '1 s'::text),
+                  fanout.option('max_retry_delay', s.max_retry_delay::text, interval '5 min'::text),
+                  fanout.option('handler_timeout', s.handler_timeout::text, interval '30 s'::text)),
+        'reset role;']) with ordinality c(command, place)
+    where s.active and exists (select from pg_roles r where r.oid = s.role)
+    order by s.topic, s.consumer_group, c.place
+$$;
+comment on function fanout.declared_subscriptions() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_subscriptions() from public;
+
+-- All rights on objects of the extension, as they are and as they were when it
+-- was created.
+create function fanout.rights() returns table (object text, owner oid, now aclitem[], at_first aclitem[])
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with object(classid, objid, subid, text, owner, acl, usual) as (
+        select 'pg_namespace'::regclass, n.oid, 0, format('schema %I', n.nspname), n.nspowner, n.nspacl, acldefault('n', n.nspowner)
+        from pg_namespace n
+        union all
+        select 'pg_proc'::regclass, p.oid, 0, format('function %s', p.oid::regprocedure), p.proowner, p.proacl, acldefault('f', p.proowner)
+        from pg_proc p
+        union all
+        select 'pg_type'::regclass, t.oid, 0, format('type %s', t.oid::regtype), t.typowner, t.typacl, acldefault('T', t.typowner)
+        from pg_type t
+        union all
+        select 'pg_class'::regclass, c.oid, 0, format('%s %s', case c.relkind when 'S' then 'sequence' else 'table' end, c.oid::regclass),
+               c.relowner, c.relacl, acldefault(case c.relkind when 'S' then 's' else 'r' end::"char", c.relowner)
+        from pg_class c
+        union all
+        select 'pg_class'::regclass, c.oid, a.attnum, format('(%I) on table %s', a.attname, c.oid::regclass),
+               c.relowner, a.attacl, null
+        from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+    )
+    select o.text, o.owner, coalesce(o.acl, o.usual), coalesce(i.initprivs, o.usual)
+    from object o
+         join pg_depend d on d.classid = o.classid and d.objid = o.objid and d.deptype = 'e'
+                         and d.refclassid = 'pg_extension'::regclass
+         join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_fanout'
+         left join pg_init_privs i on i.classoid = o.classid and i.objoid = o.objid and i.objsubid = o.subid
+$$;
+comment on function fanout.rights() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.rights() from public;
+
+create function fanout.declared_grants() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with granted as (
+        select r.object, a.grantee, a.privilege_type, a.is_grantable
+        from fanout.rights() r, aclexplode(r.now) a where a.grantee <> r.owner
+    ), initial as (
+        select r.object, a.grantee, a.privilege_type, a.is_grantable
+        from fanout.rights() r, aclexplode(r.at_first) a where a.grantee <> r.owner
+    ), change(place, command, preposition, object, grantee, privilege_type, ending) as (
+        select 1, 'revoke', 'from', object, grantee, privilege_type, ''
+        from (select object, grantee, privilege_type from initial
+              except select object, grantee, privilege_type from granted) i
+        union all
+        select 2, 'grant', 'to', object, grantee, privilege_type, case when is_grantable then ' with grant option' else '' end
+        from (table granted except table initial) g
+    )
+    select format('%s %s%s%s %s %s%s;', c.command, lower(c.privilege_type),
+                  case when c.object like '(%' then ' ' else ' on ' end, c.object, c.preposition,
+                  case when c.grantee = 0 then 'public' else c.grantee::regrole::text end, c.ending)
+    from change c
+    order by c.place, c.object, c.grantee::regrole::text, c.privilege_type
+$$;
+comment on function fanout.declared_grants() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_grants() from public;
+
+create function fanout.declarations() returns setof text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp set datestyle = 'ISO' set intervalstyle = 'postgres'
+as $$
+    select 'create extension if not exists pg_fanout;'
+    union all
+    select fanout.declared_topics()
+    union all
+    select fanout.declared_captures()
+    union all
+    select fanout.declared_grants()
+    union all
+    select fanout.declared_subscriptions()
+$$;
+comment on function fanout.declarations() is
+'everything that is declared in this database, as SQL for migrations and tests: topics, bindings, pauses, captures, grants on the objects of the extension, subscriptions; one command a row. Run in a database that has the same tables, functions and roles, it declares the same; run again, it changes nothing. Conditions of captures are as they were given, to be run with the search_path that they were given with; one that names a column which was renamed since fails. Subscriptions are declared as the roles that subscribed';
+revoke all on function fanout.declarations() from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -3657,7 +4090,7 @@ declare
     p fanout.stat_publisher;
     verified boolean := false;
     installed text := (select extversion from pg_extension where extname = 'pg_fanout');
-    problem text := fanout.ledger_problem();
+    problem text := fanout.passive_reason();
 begin
     if fanout.preloaded() and problem is null then
         verified := fanout.verify('5 s');
@@ -3682,17 +4115,18 @@ begin
     hint := case when not ok then 'Look into the server log; raise max_worker_processes or pg_fanout.max_databases if it says so.' end;
     return next;
 
-    item := 'ledger usable';
+    item := 'database active';
     ok := problem is null;
-    detail := coalesce(problem, 'it is this server''s own');
-    hint := case when not ok then 'Use fanout.repair_ledger(); the publisher waits for it.' end;
+    detail := coalesce(problem, 'it publishes and consumes');
+    hint := case when problem = 'pg_fanout.enabled is off' then 'Set pg_fanout.enabled to on.'
+                 when not ok then 'Nothing is published or consumed until fanout.activate() is used.' end;
     return next;
 
     item := 'broker connected';
     ok := p.connected_to is not null;
     detail := case when ok then format('%s, since %s', p.connected_to, p.connected_at)
                    else coalesce(p.last_error, 'not connected') end;
-    hint := case when problem is not null and not ok then 'It connects once the ledger is usable.'
+    hint := case when problem is not null and not ok then 'It connects once the database is active.'
                  when not ok then 'Check pg_fanout.uri, pg_fanout.password_file and the tls settings; they are applied by reload.' end;
     return next;
 
@@ -3705,7 +4139,7 @@ begin
     item := 'topology verified';
     ok := verified;
     detail := case when ok then 'declared again just now'
-                   when problem is not null then 'the publisher waits for the ledger'
+                   when problem is not null then 'the database is passive'
                    else 'the publisher did not answer within 5 seconds' end;
     hint := case when not ok then 'What follows is what the broker said last.' end;
     return next;
@@ -3763,7 +4197,7 @@ returns table (severity integer, detail text, hint text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select 1, 'the topic does not exist: writes to the table fail', 'Declare the topic, or use fanout.uncapture().'
+    select 1, 'the topic does not exist; the first write to the table will declare it', 'Declare the topic, or use fanout.uncapture().'
     where not exists (select from fanout.topic t where t.topic = capture_problems.topic and not t.dropping)
     union all
     select 2, 'a condition fails for some rows, and with it writes to the table: ' || p,
@@ -3858,7 +4292,8 @@ as $$
                 when s.pid is null or s.connected_to is null or s.state = 'refused'
                 then format('%s: %s', s.state, coalesce(s.last_error, 'no worker was started'))
                 else format('pid %s, %s', s.pid, s.state) end,
-           case when s.state = 'paused' then 'Use fanout.resume() with its consumer group.'
+           case when s.state = 'passive' then 'See "database active".'
+                when s.state = 'paused' then 'Use fanout.resume() with its consumer group.'
                 when s.state = 'refused' then 'Put right what last_error says; it is tried again by itself.'
                 when s.pid is null then 'Look into the server log; raise max_worker_processes or pg_fanout.max_subscriptions if it says so.'
                 when s.connected_to is null then 'It connects as the publisher does; see above.' end
@@ -3899,6 +4334,7 @@ as $$
                   string_agg(format('ENABLE ALWAYS TRIGGER %I', t.tgname), ', ' order by t.tgname))
     from pg_trigger t join pg_class c on c.oid = t.tgrelid
     where t.tgfoid in ('fanout.guard()'::regprocedure, 'fanout.topology_changed()'::regprocedure,
+                       'fanout.identity_changed()'::regprocedure,
                        'fanout.subscriptions_changed()'::regprocedure)
       and t.tgenabled <> 'A'
     group by c.oid
@@ -4010,7 +4446,7 @@ revoke all on function fanout.check() from public;
 grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
-grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
+grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),

@@ -39,6 +39,7 @@
 #include "catalog/index.h"
 #include "catalog/indexing.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
@@ -236,11 +237,11 @@ read_topic(Relation rel, const char *topic, TopicInfo *info)
 	return found;
 }
 
-TopicInfo
-cache_topic(const char *topic)
+/* Finds a topic, in the cache or in its table.  Returns false if there is none. */
+static bool
+find_topic(const char *topic, TopicInfo *info)
 {
 	TopicEntry *entry;
-	TopicInfo	info;
 	Relation	rel;
 	bool		found;
 
@@ -249,7 +250,10 @@ cache_topic(const char *topic)
 	{
 		entry = hash_search(topics, topic, HASH_FIND, NULL);
 		if (entry != NULL)
-			return entry->info;
+		{
+			*info = entry->info;
+			return true;
+		}
 	}
 
 	/*
@@ -258,21 +262,32 @@ cache_topic(const char *topic)
 	 */
 	topic_relid = tables_oid("topic");
 	rel = table_open(topic_relid, AccessShareLock);
-	found = read_topic(rel, topic, &info);
+	found = read_topic(rel, topic, info);
 	table_close(rel, NoLock);
 	if (!found)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("topic \"%s\" does not exist", topic),
-				 errhint("Declare it first, with fanout.declare_topic() or fanout.declare_binding().")));
+		return false;
 
 	/* opening the table may have run the callbacks */
 	init_caches();
 	if (strlen(topic) < sizeof(entry->name))
 	{
 		entry = hash_search(topics, topic, HASH_ENTER, NULL);
-		entry->info = info;
+		entry->info = *info;
 	}
+	return true;
+}
+
+/* Returns what is known of a topic.  Raises an error (42704) if there is none. */
+TopicInfo
+cache_topic(const char *topic)
+{
+	TopicInfo	info;
+
+	if (!find_topic(topic, &info))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("topic \"%s\" does not exist", topic),
+				 errhint("Declare it first, with fanout.declare_topic() or fanout.declare_binding().")));
 	return info;
 }
 
@@ -763,6 +778,40 @@ is_counted(Trigger *trigger)
 	return cache_is_count(llast(make_ands_implicit(stringToNode(trigger->tgqual))));
 }
 
+/*
+ * Declares the topic of a trigger that came here without it, by a dump of the
+ * schema alone, as it was declared there.  By a function that runs with the
+ * rights of pg_fanout: whoever writes to the table has none.
+ */
+static void
+declare_topic(Trigger *trigger)
+{
+	const char *format = cache_option(trigger->tgargs, trigger->tgnargs, "format");
+	const char *on_exhausted = cache_option(trigger->tgargs, trigger->tgnargs, "on_exhausted");
+	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
+	Oid			function = GetSysCacheOid3(PROCNAMEARGSNSP, Anum_pg_proc_oid,
+										   CStringGetDatum("declare_captured_topic"),
+										   PointerGetDatum(buildoidvector(types, 3)),
+										   ObjectIdGetDatum(get_namespace_oid("fanout", false)));
+
+	OidFunctionCall3(function,
+					 CStringGetTextDatum(trigger->tgargs[0]),
+					 CStringGetTextDatum(format != NULL ? format : "debezium"),
+					 CStringGetTextDatum(on_exhausted != NULL ? on_exhausted : "hold"));
+}
+
+/* Returns the topic that a trigger names, which it declares if there is none. */
+static TopicInfo
+topic_of_trigger(Trigger *trigger)
+{
+	TopicInfo	info;
+
+	if (find_topic(trigger->tgargs[0], &info))
+		return info;
+	declare_topic(trigger);
+	return cache_topic(trigger->tgargs[0]);
+}
+
 static void
 plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trigger_name)
 {
@@ -803,7 +852,7 @@ build_capture(Relation rel, Trigger *trigger)
 				 errmsg("trigger \"%s\" names no topic", trigger->tgname),
 				 errhint("Use fanout.capture() to create it.")));
 	info->context = context;
-	info->topic = cache_topic(trigger->tgargs[0]);
+	info->topic = topic_of_trigger(trigger);
 	info->relid = RelationGetRelid(rel);
 	info->entity = captured_entity(trigger->tgoid, &trigger_name);
 	if (!OidIsValid(info->entity))

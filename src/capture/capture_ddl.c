@@ -63,6 +63,8 @@ PG_FUNCTION_INFO_V1(pgf_condition_is_never_true);
 PG_FUNCTION_INFO_V1(pgf_capture);
 PG_FUNCTION_INFO_V1(pgf_uncapture);
 
+static bool is_null(Node *node);
+
 Datum
 pgf_trigger_arguments(PG_FUNCTION_ARGS)
 {
@@ -828,8 +830,6 @@ pgf_condition_problem(PG_FUNCTION_ARGS)
 		PG_RETURN_NULL();
 	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }
-
-static bool is_null(Node *node);
 
 static bool
 any_is_null(List *args)

@@ -40,7 +40,7 @@
 #include "server/tables.h"
 #include "server/wakeup.h"
 
-#define OUTBOX_NATTS 11
+#define OUTBOX_NATTS 12
 
 /*
  * Microseconds that the sequence may lie behind the clock where a session cannot
@@ -142,7 +142,7 @@ TupleDesc
 outbox_descriptor(void)
 {
 	static const Oid types[OUTBOX_NATTS] = {
-		INT2OID, INT8OID, XID8OID, INT4OID, UUIDOID, TEXTOID,
+		INT2OID, OIDOID, INT8OID, XID8OID, INT4OID, UUIDOID, TEXTOID,
 		TEXTOID, JSONBOID, TEXTOID, TEXTOID, TIMESTAMPTZOID
 	};
 	static TupleDesc desc = NULL;
@@ -166,20 +166,21 @@ fill_row(const OutboxRow *row, int segment, Datum *values, bool *nulls)
 {
 	memset(nulls, false, OUTBOX_NATTS * sizeof(bool));
 	values[0] = Int16GetDatum(segment);
-	values[1] = Int64GetDatum(row->id);
-	values[2] = FullTransactionIdGetDatum(GetTopFullTransactionId());
-	values[3] = Int32GetDatum(row->topic_id);
-	values[4] = UUIDPGetDatum(&row->message_id);
-	values[5] = row->type ? CStringGetTextDatum(row->type) : (Datum) 0;
-	nulls[5] = (row->type == NULL);
-	values[6] = row->key ? CStringGetTextDatum(row->key) : (Datum) 0;
-	nulls[6] = (row->key == NULL);
-	values[7] = PointerGetDatum(row->headers);
-	nulls[7] = (row->headers == NULL);
-	values[8] = PointerGetDatum(cstring_to_text_with_len(row->payload, row->payload_len));
-	values[9] = (Datum) 0;
-	nulls[9] = true;
-	values[10] = TimestampTzGetDatum(row->created_at);
+	values[1] = ObjectIdGetDatum(MyDatabaseId);
+	values[2] = Int64GetDatum(row->id);
+	values[3] = FullTransactionIdGetDatum(GetTopFullTransactionId());
+	values[4] = Int32GetDatum(row->topic_id);
+	values[5] = UUIDPGetDatum(&row->message_id);
+	values[6] = row->type ? CStringGetTextDatum(row->type) : (Datum) 0;
+	nulls[6] = (row->type == NULL);
+	values[7] = row->key ? CStringGetTextDatum(row->key) : (Datum) 0;
+	nulls[7] = (row->key == NULL);
+	values[8] = PointerGetDatum(row->headers);
+	nulls[8] = (row->headers == NULL);
+	values[9] = PointerGetDatum(cstring_to_text_with_len(row->payload, row->payload_len));
+	values[10] = (Datum) 0;
+	nulls[10] = true;
+	values[11] = TimestampTzGetDatum(row->created_at);
 }
 
 /*

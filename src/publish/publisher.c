@@ -61,6 +61,7 @@
 #include "broker/broker.h"
 #include "broker/confirms.h"
 #include "broker/connection.h"
+#include "publish/alert.h"
 #include "publish/flight.h"
 #include "publish/ledger.h"
 #include "publish/maintenance.h"
@@ -89,7 +90,6 @@
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
-#define LEDGER_RECHECK_MS 10000
 
 /* How long a window that was full may wait for half of it to be confirmed. */
 #define REFILL_MS 200
@@ -1703,21 +1703,11 @@ work(void)
 	any = retry_stalled() || any;
 	if (pub.record_at <= mono_now())
 		record_topology();
+	alert_send();
 	work_by_the_clock();
 	serve_flush();
 	/* what the clock asked to be declared must not wait for the next message */
 	return any || may_declare() || may_publish() || may_renew_channel();
-}
-
-/* Waits until somebody has repaired the ledger, if it cannot be used. */
-static void
-await_ledger(void)
-{
-	while (!ledger_usable())
-	{
-		read_subscriptions();	/* they do not depend on it */
-		(void) worker_wait(-1, false, LEDGER_RECHECK_MS);
-	}
 }
 
 static void
@@ -1731,7 +1721,6 @@ start(void)
 	flight_init(&pub.flight, slots, nslots);
 	confirms_init(&pub.window, items, MAX_WINDOW);
 
-	await_ledger();
 	worker_begin();
 	reader_load_cursor(&pub.cursor);
 	pg_atomic_write_u32(&worker_slot->current_segment, maintenance_current_segment());

@@ -49,6 +49,7 @@ static const char *const state_name[] = {
 	[WORKER_BLOCKED] = "blocked",
 	[WORKER_REFUSED] = "refused",
 	[WORKER_DISCONNECTED] = "disconnected",
+	[WORKER_PASSIVE] = "passive",
 	[WORKER_STOPPED] = "stopped",
 };
 

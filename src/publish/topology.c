@@ -26,6 +26,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "publish/alert.h"
 #include "publish/reader.h"
 #include "publish/topology.h"
 #include "publish/wire.h"
@@ -880,19 +881,13 @@ topology_record(void)
 static void
 raise_alert(Topic *topic)
 {
-	Oid			types[3] = {TEXTOID, INT4OID, TEXTOID};
-	Datum		values[3] = {
-		CStringGetTextDatum(topic->name), Int32GetDatum(topic->attempts), CStringGetTextDatum(topic->reason)
-	};
-
 	ereport(WARNING,
 			(errmsg("topic \"%s\" was refused by the broker %d times", topic->name, topic->attempts),
 			 errdetail("The broker said: %s", topic->reason),
 			 topic->dead_letters ?
 			 errhint("The first message waiting goes to fanout.dead_letter.") :
 			 errhint("Its messages wait in order; see fanout.stat_topics and fanout.bindings.")));
-	execute("select pg_notify('pg_fanout_alert', json_build_object('topic', $1, 'attempts', $2, 'error', left($3, 1000))::text)",
-			3, types, values, NULL);
+	alert_queue(topic->name, topic->attempts, topic->reason);
 	topic->alert = false;
 }
 

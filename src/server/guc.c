@@ -23,6 +23,7 @@
 
 #define SECONDS_PER_YEAR	(365 * 24 * 3600)
 
+bool		pgf_enabled = true;
 int			pgf_confirm_timeout = 60000;
 int			pgf_max_in_flight = 2000;
 int			pgf_retry_interval = 5000;
@@ -33,6 +34,7 @@ int			pgf_consumer_memory = 64 * 1024;
 int			pgf_max_databases = 64;
 int			pgf_max_subscriptions = 32;
 
+static void define_switch(void);
 static void define_publishing_settings(void);
 static void define_consuming_settings(void);
 static void define_limits(void);
@@ -45,12 +47,25 @@ static void define_limits(void);
 void
 guc_define(bool preloading)
 {
+	define_switch();
 	define_publishing_settings();
 	define_consuming_settings();
 
 	/* Without the preload, these would pass for typing errors. */
 	if (preloading)
 		define_limits();
+}
+
+static void
+define_switch(void)
+{
+	DefineCustomBoolVariable("pg_fanout.enabled",
+							 "Publishes and consumes.",
+							 "Changes are captured in any case.",
+							 &pgf_enabled,
+							 pgf_enabled,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
 }
 
 static void

@@ -8,6 +8,7 @@
 #ifndef PGF_GUC_H
 #define PGF_GUC_H
 
+extern bool pgf_enabled;
 extern int	pgf_confirm_timeout;	/* ms */
 extern int	pgf_max_in_flight;	/* messages */
 extern int	pgf_retry_interval; /* ms */

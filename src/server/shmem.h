@@ -49,6 +49,8 @@ typedef enum WorkerState
 	WORKER_REFUSED,				/* connected, but the queue or the handler
 								 * cannot be used; waits before it tries again */
 	WORKER_DISCONNECTED,		/* waits before it tries to connect again */
+	WORKER_PASSIVE,				/* waits until the database may publish and
+								 * consume */
 	WORKER_STOPPED,
 } WorkerState;
 

@@ -156,5 +156,5 @@ tables_row_missing(const char *name)
 	ereport(ERROR,
 			(errcode(ERRCODE_DATA_CORRUPTED),
 			 errmsg("table \"fanout.%s\" must have one row", name),
-			 errhint("Use fanout.repair_ledger().")));
+			 errhint("Use fanout.activate().")));
 }

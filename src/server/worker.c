@@ -83,13 +83,16 @@
 #include "utils/timestamp.h"
 
 #include "server/compat.h"
+#include "server/guc.h"
 #include "server/monotime.h"
+#include "server/passive.h"
 #include "server/worker.h"
 
 #define EXTENSION_NAME		"pg_fanout"
 
 /* Milliseconds */
 #define VERSION_RECHECK		10000
+#define PASSIVE_RECHECK		10000
 #define HEALTHY_AFTER		60000
 
 /* What pg_extension says of us. */
@@ -114,6 +117,7 @@ static Subscription subscription;	/* of a consumer, as it was when we
 									 * started */
 static volatile sig_atomic_t may_cancel = false;
 static bool reloaded = false;
+static bool enabled;			/* pg_fanout.enabled, when we started */
 
 /*
  * The latch may have been reset since this round of work began, and what it
@@ -132,9 +136,13 @@ static void pin(const char *const(*settings)[2], int n);
 static void pin_commit(void);
 static void reset_session_user(void);
 static void handle_sigint(SIGNAL_ARGS);
+static pg_atomic_uint32 *dirty_flag(void);
 static void wait_for_extension(void);
 static bool extension_usable(bool *logged);
 static void note_version(const char *version, bool *logged);
+static void wait_until_active(void);
+static char *why_passive(void);
+static void note_passive(const char *reason, char **noted);
 static bool lock_extension(ExtensionRow *row);
 static void read_extension(ExtensionRow *row);
 static void check_stop(void);
@@ -155,7 +163,9 @@ worker_attach(Datum main_arg, const char *what)
 	BackgroundWorkerInitializeConnectionByOid(worker_self->database, subscription.role, 0);
 	set_name(what);
 	pin_settings();
+	enabled = pgf_enabled;
 	wait_for_extension();
+	wait_until_active();
 }
 
 /*
@@ -332,6 +342,12 @@ reset_session_user(void)
 
 /* The extension */
 
+static pg_atomic_uint32 *
+dirty_flag(void)
+{
+	return worker_slot ? &worker_slot->dirty : &worker_subscription->dirty;
+}
+
 /*
  * ALTER EXTENSION wakes us as a commit with messages does: clear, then look,
  * then wait unless it is set again.
@@ -339,7 +355,7 @@ reset_session_user(void)
 static void
 wait_for_extension(void)
 {
-	pg_atomic_uint32 *dirty = worker_slot ? &worker_slot->dirty : &worker_subscription->dirty;
+	pg_atomic_uint32 *dirty = dirty_flag();
 	bool		logged = false;
 
 	for (;;)
@@ -395,6 +411,67 @@ note_version(const char *version, bool *logged)
 			 errdetail("The extension has version %s, the loaded library has version %s.",
 					   version, PG_FANOUT_VERSION),
 			 errhint("Run ALTER EXTENSION pg_fanout UPDATE, or restart the server to load the library that is installed.")));
+}
+
+/*
+ * Waits while the database is passive (see passive.c).  What ends that restarts
+ * the worker; it looks again all the same, for somebody may repair a table by
+ * hand.  The publisher takes the consumers' slots back.
+ */
+static void
+wait_until_active(void)
+{
+	pg_atomic_uint32 *dirty = dirty_flag();
+	char	   *noted = NULL;
+	char	   *reason;
+
+	while (pg_atomic_exchange_u32(dirty, 0), (reason = why_passive()) != NULL)
+	{
+		note_passive(reason, &noted);
+		if (pg_atomic_read_u32(dirty) == 0)
+			(void) worker_wait(-1, false, PASSIVE_RECHECK);
+	}
+	if (noted != NULL)
+		worker_set_state(WORKER_STARTING);
+	pg_atomic_write_u32(dirty, 1);
+}
+
+static char *
+why_passive(void)
+{
+	char	   *reason;
+
+	worker_begin();
+	reason = passive_reason(TopMemoryContext);
+	worker_commit();
+	return reason;
+}
+
+/* Logs a reason that is another one than *noted, and takes it over. */
+static void
+note_passive(const char *reason, char **noted)
+{
+	bool		known = (*noted != NULL && strcmp(*noted, reason) == 0);
+
+	if (*noted != NULL)
+		pfree(*noted);
+	*noted = unconstify(char *, reason);
+	if (known)
+		return;
+	worker_set_error(reason);
+	worker_set_state(WORKER_PASSIVE);
+	if (worker_slot == NULL)
+		return;
+	(void) shmem_set_subscriptions(MyDatabaseId, NULL, 0);
+	shmem_wake_launcher(0);
+	StartTransactionCommand();
+	ereport(enabled ? WARNING : LOG,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("pg_fanout neither publishes nor consumes in database \"%s\"",
+					get_database_name(MyDatabaseId)),
+			 errdetail("%s.", reason),
+			 enabled ? errhint("Use fanout.activate().") : 0));
+	CommitTransactionCommand();
 }
 
 /*
@@ -560,6 +637,8 @@ worker_wait(int fd, bool for_write, long timeout_ms)
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
 		reloaded = true;
+		if (pgf_enabled != enabled)
+			worker_end(WORKER_RESTART);
 	}
 	return (events & socket_events) != 0;
 }

@@ -93,8 +93,8 @@ reset role;
 set role fanout_nobody;
 select attempt(c) from unnest(array[
     'select * from fanout.outbox', 'select * from fanout.outbox_0', 'select * from fanout.outbox_status',
-    'insert into fanout.outbox values (0, 1, ''3'', 1, gen_random_uuid(), null, null, null, ''1'', null, now())',
-    'insert into fanout.outbox_0 values (0, 1, ''3'', 1, gen_random_uuid(), null, null, null, ''1'', null, now())',
+    'insert into fanout.outbox values (0, 1, 1, ''3'', 1, gen_random_uuid(), null, null, null, ''1'', null, now())',
+    'insert into fanout.outbox_0 values (0, 1, 1, ''3'', 1, gen_random_uuid(), null, null, null, ''1'', null, now())',
     'delete from fanout.outbox', 'truncate fanout.outbox_1', 'lock table fanout.outbox in access exclusive mode',
     'update fanout.sent set last_id = 0', 'select nextval(''fanout.outbox_id_seq'')', 'select setval(''fanout.outbox_id_seq'', 1)',
     'select * from fanout.outbox_id_seq', 'select * from fanout.held', 'select * from fanout.dead_letter',

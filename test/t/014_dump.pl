@@ -1,4 +1,5 @@
-# pg_dump carries topics, bindings and captures, and no messages.
+# pg_dump carries topics, bindings and captures, and no messages.  What it is
+# restored into captures, and does nothing else until it is activated.
 
 use strict;
 use warnings;
@@ -125,9 +126,10 @@ $node->safe_psql('apart', $_)
   foreach map { /^Use (.*)\.$/ } split /\n/, $node->safe_psql('apart', 'select hint from fanout.check_guards()');
 is($node->safe_psql('apart', 'select count(*) from fanout.check_guards()'), 0, 'apart: and how to put that right');
 $node->safe_psql('apart', q(insert into users values (5555, 'at once', 'x')));
+check_passive('apart');
 PgFanout::flush($node, dbname => 'apart');
 is($node->safe_psql('apart', 'select state from fanout.outbox_status'), "sent\nsent",
-	'the running publisher knows the topics that came without their triggers');
+	'apart: the publisher knows the topics that came without their triggers');
 is_deeply(
 	[ map { $_->{body}->{after}->{name} } $broker->collect('exchange_user_a', expect => 1, idle => 0.3) ],
 	['at once'], 'apart: captures work');
@@ -168,6 +170,24 @@ sub check_state
 	return;
 }
 
+# Nothing is published, everything says so, and activate() changes it.
+sub check_passive
+{
+	my ($database) = @_;
+	my $reason = 'it is a copy of database "postgres"';
+
+	PgFanout::wait_for_publisher($node, 'passive', dbname => $database);
+	is($node->safe_psql($database, 'select last_error from fanout.stat_publisher'), $reason,
+		"$database: stat_publisher says that it is a copy");
+	is($node->safe_psql($database, q(select ok, detail from fanout.check() where item = 'database active')), "f|$reason",
+		"$database: so does check()");
+	is($node->safe_psql($database, q(select count(*) from fanout.outbox_status where state <> 'pending')), 0,
+		"$database: nothing is published");
+	like($node->safe_psql($database, 'select fanout.activate()'), qr/^\Q$reason\E; [1-9]\d* messages will be published$/,
+		"$database: it is activated");
+	return;
+}
+
 sub check_copy
 {
 	my ($database) = @_;
@@ -196,6 +216,7 @@ sub check_copy
 		update users set name = 'renamed' where id = 11;
 		insert into users values (7777, 'new', 'x');
 		insert into parts values (2, '2020-06-06')));
+	check_passive($database);
 	PgFanout::flush($node, dbname => $database);
 	foreach my $queue ('exchange_user_a', 'exchange_user_b')
 	{

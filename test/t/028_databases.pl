@@ -149,11 +149,12 @@ sub start_writer
 	return;
 }
 
-# Name, type, least and greatest value of each but uri, which is not shown.
+# Name, type, least and greatest value of each but uri, which is not shown, and
+# enabled, with which workers come and go.
 sub settings
 {
 	return sql(q(select name || ' ' || vartype || ' ' || coalesce(min_val, '') || ' ' || coalesce(max_val, '')
-		from pg_settings where name ~ '^pg_fanout\.' and name <> 'pg_fanout.uri' order by name));
+		from pg_settings where name ~ '^pg_fanout\.' and name not in ('pg_fanout.uri', 'pg_fanout.enabled') order by name));
 }
 
 # Each value in turn, in force at once; bad ones are refused.  max_databases

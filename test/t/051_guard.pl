@@ -141,7 +141,7 @@ refused('table "fanout.rotation" must have one row', 'delete from fanout.rotatio
 refused('table "fanout.inbox_rotation" must have one row', 'truncate fanout.inbox_rotation', 'no current segment of the inbox');
 refused('table "fanout.outbox" has rows that this server did not write', q(
 	alter table fanout.outbox_1 disable trigger pg_fanout_guard;
-	insert into fanout.outbox select 1, nextval('fanout.outbox_id_seq') + 1000000, '99999999', topic_id, gen_random_uuid(),
+	insert into fanout.outbox select 1, 0, nextval('fanout.outbox_id_seq') + 1000000, '99999999', topic_id, gen_random_uuid(),
 		null, 'foreign', null, '1', null, now() from fanout.topic where topic = 'exchange_user';
 	alter table fanout.outbox_1 enable always trigger pg_fanout_guard),
 	'rows of another server', 'foreign');
@@ -158,16 +158,16 @@ query($node, q(
 	end $$;
 	select fanout.declare_bindings('{"exchange_user": ["g"]}')));
 query($node, q(insert into users values (200001, 'after truncate')));
-wait_until('starting');
+wait_until('passive');
 like(query($node, 'select last_error from fanout.stat_publisher'), qr/must have one row/, 'TRUNCATE of all tables: the publisher waits');
-query($node, 'select fanout.repair_ledger()');
+query($node, 'select fanout.activate()');
 PgFanout::flush($node);
 ok((grep { $_ eq '200001' } keys_in_queue(1)), 'and goes on once the ledger is repaired');
 
 # repaired by hand
 wait_until('idle');
 query($node, q(delete from fanout.rotation; select pg_terminate_backend(pid) from fanout.stat_publisher));
-wait_until('starting');
+wait_until('passive');
 query($node, 'insert into fanout.rotation values (0, now())');
 wait_until('idle');
 pass('it goes on by itself if somebody else puts it right');
@@ -182,9 +182,11 @@ my $since = query($node, 'select clock_timestamp()');
 query($node, q(insert into users select i, 'after' from generate_series(300004, 300006) i));
 PgFanout::flush($node);
 keys_in_queue(6);
-$node->psql('postgres', "select fanout.repair_ledger(since => '$since')", stdout => \$stdout, stderr => \$stderr);
-is($stdout, 'nothing was wrong with the ledger; 3 messages will be published', 'repair_ledger() says what it does');
-like($stderr, qr/3 messages will be published.*\d+ older messages count as sent/s, 'and what may repeat');
+is(query($node, 'select fanout.activate()'), 'it was active already; 0 messages will be published', 'activate() changes nothing where nothing is wrong');
+query($node, 'truncate fanout.sent');
+$node->psql('postgres', "select fanout.activate(since => '$since')", stdout => \$stdout, stderr => \$stderr);
+is($stdout, 'the ledger "fanout.sent" is empty; 3 messages will be published', 'activate() says what it does');
+like($stderr, qr/it is not known which messages were sent.*\d+ older messages count as sent/s, 'and what may repeat');
 PgFanout::flush($node);
 is_deeply([ keys_in_queue(3) ], [ 300004 .. 300006 ], 'with "since", what is older counts as sent');
 
@@ -192,7 +194,7 @@ is_deeply([ keys_in_queue(3) ], [ 300004 .. 300006 ], 'with "since", what is old
 my $open = $node->background_psql('postgres');
 $open->query_until(qr/written/, q(begin; insert into users values (400001, 'open'); \echo written
 ));
-query($node, q(insert into users values (400002, 'closed'); truncate fanout.sent; select fanout.repair_ledger('infinity')));
+query($node, q(insert into users values (400002, 'closed'); truncate fanout.sent; select fanout.activate(since => 'infinity')));
 $open->query_until(qr/committed/, q(commit; \echo committed
 ));
 $open->quit;
@@ -203,7 +205,7 @@ ok((grep { $_ eq '400001' } keys_in_queue(1)), 'a transaction that is open durin
 
 ($stdout, $stderr) = ('', '');
 $node->psql('postgres', q(
-	insert into fanout.outbox select 0, nextval('fanout.outbox_id_seq'), '7', topic_id, gen_random_uuid(),
+	insert into fanout.outbox select 0, 0, nextval('fanout.outbox_id_seq'), '7', topic_id, gen_random_uuid(),
 		null, 'by hand', null, '1', null, now() from fanout.topic where topic = 'exchange_user'),
 	stderr => \$stderr);
 like($stderr, qr/row for table "fanout.outbox_0" is not of this transaction.*HINT:  Use fanout.publish\(\)/s,
@@ -212,7 +214,7 @@ like($stderr, qr/row for table "fanout.outbox_0" is not of this transaction.*HIN
 $node->psql('postgres', q(update fanout.outbox set payload = '2'), stderr => \$stderr);
 like($stderr, qr/row for table "fanout.outbox_0" is not of this transaction/, 'nor is a message changed that was written');
 query($node, q(
-	insert into fanout.outbox select 0, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id, gen_random_uuid(),
+	insert into fanout.outbox select 0, 0, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id, gen_random_uuid(),
 		null, 'by hand', null, '1', null, now() from fanout.topic where topic = 'exchange_user'));
 query($node, q(select fanout.publish('exchange_user', '1', 'wakes')));
 PgFanout::flush($node);
@@ -366,16 +368,16 @@ sub refused
 	PgFanout::flush($node);
 	query($node, "$sql; select pg_terminate_backend(pid) from fanout.stat_publisher");
 	query($node, "insert into users values (-$id, 'meanwhile')");
-	$node->wait_for_log(qr/pg_fanout publishes nothing from database "postgres"\n.*DETAIL:  \Q$problem\E.*\n.*HINT:  Use fanout.repair_ledger/, $log);
+	$node->wait_for_log(qr/pg_fanout neither publishes nor consumes in database "postgres"\n.*DETAIL:  \Q$problem\E.*\n.*HINT:  Use fanout.activate/, $log);
 	like(query($node, 'select last_error from fanout.stat_publisher'), qr/^\Q$problem\E/, "$what: last_error says so");
 	like(
-		query($node, q(select detail, hint from fanout.check_server() where item = 'ledger usable' and not ok)),
-		qr/^\Q$problem\E.*\|Use fanout.repair_ledger/, "$what: check() says so");
+		query($node, q(select detail, hint from fanout.check_server() where item = 'database active' and not ok)),
+		qr/^\Q$problem\E.*\|.*fanout.activate/, "$what: check() says so");
 	is(query($node, q(select fanout.flush('1 s'))), 'f', "$what: nothing is published");
 	is(query($node, "select state from fanout.outbox_status where key = '-$id'"), 'pending', "$what: outbox_status shows what waits");
 	ok(!(grep { $_ eq "-$id" } keys_in_queue(0)), "$what: and nothing has arrived");
 
-	query($node, 'select fanout.repair_ledger()');
+	query($node, 'select fanout.activate()');
 	PgFanout::flush($node);
 	$found{$_} = 1 foreach keys_in_queue(1);
 	ok(!(grep { !$found{$_} } "-$id", @also), "$what: everything is published once it is repaired");
