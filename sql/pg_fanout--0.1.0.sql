@@ -2414,8 +2414,9 @@ comment on function fanout.sync_obstacle(oid, oid, smallint[]) is
 'internal: why a role cannot keep a table equal to a remote one; NULL: it can';
 revoke all on function fanout.sync_obstacle(oid, oid, smallint[]) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_problem(subscription_id integer) returns text
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select o.problem
@@ -2536,8 +2537,9 @@ comment on function fanout.check_sync_columns(regclass, jsonb) is
 'internal: raises an error unless the renames of fanout.sync_table() fit the table';
 revoke all on function fanout.check_sync_columns(regclass, jsonb) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_mapping(subscription_id integer) returns jsonb
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select jsonb_object_agg(k.remote, coalesce(a.attname, k.local))
@@ -2550,8 +2552,9 @@ comment on function fanout.sync_mapping(integer) is
 'internal: "columns" as fanout.sync_table() takes it, by the names of now';
 revoke all on function fanout.sync_mapping(integer) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_key_columns(subscription_id integer) returns text[]
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select array_agg(coalesce(a.attname, k.local)::text order by k.key_position)
@@ -3621,7 +3624,8 @@ grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
-    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.preloaded(), fanout.library_version(),
+    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
+    fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;
 grant execute on function fanout.check() to pg_monitor;

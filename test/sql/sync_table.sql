@@ -27,6 +27,12 @@ select fanout.sync_table('users', 'b', 'users');
 select topic, consumer_group, queue, handler, prefetch, ordered from fanout.subscriptions;
 select target, key, columns, source, unknown_columns, ignored_columns, missing_columns from fanout.subscriptions;
 
+-- monitoring may look
+set role pg_monitor;
+select target, key, missing_columns from fanout.subscriptions;
+select count(*) from fanout.stat_subscriptions where topic = 'users';
+reset role;
+
 -- declared differently
 select fanout.sync_table('users', 'b', 'no_key');
 select fanout.sync_table('users', 'b', 'deferrable_key', key => '{n}');
