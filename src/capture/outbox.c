@@ -138,8 +138,8 @@ outbox_next_id(void)
 /* ---- rows ---- */
 
 /* Columns of fanout.outbox, made once per session. */
-static TupleDesc
-row_descriptor(void)
+TupleDesc
+outbox_descriptor(void)
 {
 	static const Oid types[OUTBOX_NATTS] = {
 		INT2OID, INT8OID, XID8OID, INT4OID, UUIDOID, TEXTOID,
@@ -197,9 +197,9 @@ outbox_insert(const OutboxRow *row, bool at_once)
 
 	fill_row(row, segment, values, nulls);
 	if (at_once)
-		writer_insert(segment, row_descriptor(), values, nulls);
+		writer_insert(segment, outbox_descriptor(), values, nulls);
 	else
-		writer_queue(segment, row_descriptor(), values, nulls);
+		writer_queue(segment, outbox_descriptor(), values, nulls);
 	wakeup_publisher_at_commit();
 }
 

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "access/tupdesc.h"
 #include "datatype/timestamp.h"
 #include "utils/jsonb.h"
 #include "utils/uuid.h"
@@ -30,6 +31,7 @@ typedef struct OutboxRow
 	TimestampTz created_at;
 } OutboxRow;
 
+extern TupleDesc outbox_descriptor(void);
 extern int64 outbox_next_id(void);
 extern void outbox_insert(const OutboxRow *row, bool at_once);
 extern void outbox_topology_changed(void);

@@ -230,7 +230,9 @@ subxact_callback(SubXactEvent event, SubTransactionId subid, SubTransactionId pa
 {
 	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
 		flush_queue();
-	else if (event == SUBXACT_EVENT_ABORT_SUB && (queue.count == 0 || queue.subid == subid))
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		insertion_end();
+	if (event == SUBXACT_EVENT_ABORT_SUB && (queue.count == 0 || queue.subid == subid))
 		forget_queue();
 }
 

@@ -16,8 +16,8 @@
  * message that is larger; copy or move messages by a statement without looking
  * how many it found (query_change()).
  *
- * Locks: none but those of the queries.  All segments are read, so that it never
- * matters which one a row went to.
+ * Locks: ACCESS SHARE on all segments while a transaction reads them, so that it
+ * never matters which one a row went to; and those of the queries.
  *
  *-------------------------------------------------------------------------
  */
@@ -341,13 +341,14 @@ static void
 open_batch(Cursor *cursor, bool *topology)
 {
 	bool		anywhere[OUTBOX_SEGMENTS];
+	bool		resumed = (cursor->target != (Datum) 0);
 
 	scan_begin();
 	PushActiveSnapshot(GetTransactionSnapshot());
-	if (cursor->target == (Datum) 0)
+	if (!resumed)
 		take_target(cursor);
 	look_around(cursor, topology, anywhere);
-	scan_batch(&cursor->scan, cursor->base, cursor->target, cursor->last_id, anywhere);
+	scan_batch(&cursor->scan, cursor->base, cursor->target, cursor->last_id, anywhere, resumed);
 	PopActiveSnapshot();
 	cursor->open = true;
 }

@@ -41,12 +41,14 @@
  * it is stored in another file than before: VACUUM FULL, CLUSTER, TRUNCATE.
  *
  * A batch is read in passes if it has more than MAX_ENTRIES rows: the first pass
- * keeps the lowest ids, the next one those above.  Only the first one moves the floor
- * and notes what is pending.
+ * keeps the lowest ids, the next one those above, and begins at the first block with
+ * a row that was left for it: ids follow blocks nearly always.  Only the first pass
+ * moves the floor and notes what is pending.
  *
- * Memory: 16 MB of entries at most, and 120 bytes for each transaction that has
- * written to the outbox and not ended, which max_connections and
- * max_prepared_transactions bound.
+ * Memory: 16 MB of entries at most; and 120 bytes for each transaction that target
+ * does not show and that has written to the outbox.  These are the ones that run,
+ * which max_connections and max_prepared_transactions bound, and those that end
+ * while the blocks are read.
  *
  * Must never: read a row without its segment locked (ACCESS SHARE), since nobody may
  * rewrite the table meanwhile; wait for a transaction.
@@ -58,11 +60,9 @@
 #include "access/heapam.h"
 #include "access/htup_details.h"
 #include "access/table.h"
-#include "access/transam.h"
 #include "catalog/pg_am.h"
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
-#include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/fmgrprotos.h"
 #include "utils/hsearch.h"
@@ -71,8 +71,10 @@
 #include "utils/snapmgr.h"
 #include "utils/xid8.h"
 
+#include "capture/outbox.h"
 #include "publish/scan.h"
 #include "server/insertion.h"
+#include "server/segment.h"
 #include "server/tables.h"
 #include "server/worker.h"
 
@@ -143,6 +145,8 @@ typedef struct Pass
 	bool		in_target;
 	Pending    *pending;		/* its entry, NULL: not looked up */
 	BlockNumber committed[OUTBOX_SEGMENTS]; /* the last block with a row */
+	BlockNumber cut[OUTBOX_SEGMENTS];	/* the first one with a row for the
+										 * next pass */
 } Pass;
 
 /* ---- segments ---- */
@@ -153,6 +157,7 @@ open_segments(void)
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
 		segments[i] = table_open(tables_segment(i), AccessShareLock);
+		segment_check_columns(segments[i], outbox_descriptor());
 		if (segments[i]->rd_rel->relam != HEAP_TABLE_AM_OID)
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -306,34 +311,28 @@ join_ranges(BatchScan *scan)
 		scan->nranges = kept + 1;
 }
 
+/* Allocates the ranges: one for each extent, and one for each segment. */
 static void
 make_room(BatchScan *scan)
 {
-	long		n = hash_get_num_entries(pending) * OUTBOX_SEGMENTS * MAX_EXTENTS + OUTBOX_SEGMENTS;
+	HASH_SEQ_STATUS all;
+	Pending    *entry;
+	Size		n = OUTBOX_SEGMENTS;
 
+	hash_seq_init(&all, pending);
+	while ((entry = hash_seq_search(&all)) != NULL)
+	{
+		for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+			n += entry->count[i];
+	}
 	scan->ranges = MemoryContextAlloc(TopMemoryContext, n * sizeof(Range));
 	scan->nranges = 0;
 }
 
-/* Has a transaction that has ended been rolled back?  Not if that is long forgotten. */
-static bool
-was_rolled_back(uint64 xid)
-{
-	LOCAL_FCINFO(fcinfo, 1);
-	FmgrInfo	flinfo;
-	Datum		status;
-
-	fmgr_info(F_PG_XACT_STATUS, &flinfo);
-	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
-	fcinfo->args[0].value = FullTransactionIdGetDatum(FullTransactionIdFromU64(xid));
-	fcinfo->args[0].isnull = false;
-	status = FunctionCallInvoke(fcinfo);
-	return !fcinfo->isnull && strcmp(TextDatumGetCString(status), "aborted") == 0;
-}
-
 /*
- * Takes the blocks of transactions that have ended by the target snapshot.  Of
- * those rolled back, nothing is to be read.
+ * Takes the blocks of transactions that have ended by the target snapshot.  Those of
+ * one that was rolled back are read for nothing, once: whether it was may be long
+ * forgotten (the commit log is truncated) when the broker was away for weeks.
  */
 static void
 add_pending(BatchScan *scan)
@@ -344,12 +343,9 @@ add_pending(BatchScan *scan)
 	hash_seq_init(&all, pending);
 	while ((entry = hash_seq_search(&all)) != NULL)
 	{
-		bool		rolled_back;
-
 		if (!sees(scan->target, entry->xid))
 			continue;
-		rolled_back = was_rolled_back(entry->xid);
-		for (int i = 0; i < OUTBOX_SEGMENTS && !rolled_back; i++)
+		for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 		{
 			for (int j = 0; j < entry->count[i]; j++)
 				add_range(scan, i, entry->extents[i][j].first, entry->extents[i][j].last + 1);
@@ -374,26 +370,35 @@ static void
 cut_entries(Pass *pass)
 {
 	BatchScan  *scan = pass->scan;
+	int			kept = scan->count - scan->count / 4;
 
 	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
-	scan->count -= scan->count / 4;
-	pass->cut_id = scan->entries[scan->count - 1].id + 1;
+	for (int i = kept; i < scan->count; i++)
+	{
+		const Entry *entry = &scan->entries[i];
+
+		pass->cut[entry->segment] = Min(pass->cut[entry->segment], entry->block);
+	}
+	scan->count = kept;
+	pass->cut_id = scan->entries[kept - 1].id + 1;
 	scan->more = true;
 }
 
+/* With a buffer locked: so the entries are cut later, if there are too many. */
 static void
-add_entry(Pass *pass, int64 id, int segment, BlockNumber block, OffsetNumber offset)
+add_entry(Pass *pass, int64 id, int segment, ItemPointer place)
 {
 	BatchScan  *scan = pass->scan;
 	Entry	   *entry;
 
-	if (scan->count == MAX_ENTRIES)
-		cut_entries(pass);
 	if (pass->cut_id != 0 && id >= pass->cut_id)
+	{
+		pass->cut[segment] = Min(pass->cut[segment], ItemPointerGetBlockNumber(place));
 		return;
+	}
 	if (scan->count == scan->room)
 	{
-		scan->room = Max(256, Min(2 * scan->room, MAX_ENTRIES));
+		scan->room = Max(256, Min(2 * scan->room, MAX_ENTRIES + MaxHeapTuplesPerPage));
 		scan->entries = scan->entries == NULL ?
 			MemoryContextAlloc(TopMemoryContext, scan->room * sizeof(Entry)) :
 			repalloc(scan->entries, scan->room * sizeof(Entry));
@@ -401,8 +406,8 @@ add_entry(Pass *pass, int64 id, int segment, BlockNumber block, OffsetNumber off
 	entry = &scan->entries[scan->count++];
 	entry->id = id;
 	entry->segment = segment;
-	entry->block = block;
-	entry->offset = offset;
+	entry->block = ItemPointerGetBlockNumber(place);
+	entry->offset = ItemPointerGetOffsetNumber(place);
 }
 
 /* ---- reading ---- */
@@ -440,9 +445,10 @@ read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 	pass->committed[segment] = block;
 	if (pass->in_base)
 		return;
+	pass->scan->has_rows[segment] = true;
 	id = DatumGetInt64(heap_getattr(row, OUTBOX_ID, desc, &isnull));
 	if (id > pass->after_id)
-		add_entry(pass, id, segment, block, ItemPointerGetOffsetNumber(&row->t_self));
+		add_entry(pass, id, segment, &row->t_self);
 }
 
 static void
@@ -469,6 +475,8 @@ read_block(Pass *pass, int segment, BlockNumber block, BufferAccessStrategy stra
 		read_row(pass, segment, &row, buffer);
 	}
 	UnlockReleaseBuffer(buffer);
+	if (pass->scan->count >= MAX_ENTRIES)
+		cut_entries(pass);
 }
 
 static void
@@ -486,6 +494,28 @@ read_range(Pass *pass, const Range *range)
 		FreeAccessStrategy(strategy);
 }
 
+/*
+ * Leaves out what the next pass need not read: segments that have no row of the
+ * batch, so that they may be emptied meanwhile, and blocks before the first row that
+ * was left for it.
+ */
+static void
+narrow_ranges(Pass *pass)
+{
+	BatchScan  *scan = pass->scan;
+	int			kept = 0;
+
+	for (int i = 0; i < scan->nranges; i++)
+	{
+		Range		range = scan->ranges[i];
+
+		range.first = Max(range.first, pass->cut[range.segment]);
+		if (scan->has_rows[range.segment] && range.first < range.behind)
+			scan->ranges[kept++] = range;
+	}
+	scan->nranges = kept;
+}
+
 /* Reads all ranges of the batch; what is found replaces the entries. */
 static void
 read_ranges(Pass *pass)
@@ -495,13 +525,14 @@ read_ranges(Pass *pass)
 	scan->count = scan->next = 0;
 	scan->more = false;
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-		pass->committed[i] = InvalidBlockNumber;
+		pass->committed[i] = pass->cut[i] = InvalidBlockNumber;
 	PushActiveSnapshot(GetTransactionSnapshot());
 	pass->snapshot = GetActiveSnapshot();
 	for (int i = 0; i < scan->nranges; i++)
 		read_range(pass, &scan->ranges[i]);
 	PopActiveSnapshot();
 	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
+	narrow_ranges(pass);
 }
 
 /* ---- batches ---- */
@@ -587,17 +618,22 @@ choose_ranges(BatchScan *scan, const bool *read, const bool *anywhere)
 
 /*
  * Finds the rows of a batch whose ids are above after_id.  To be called after
- * scan_begin() and after target was taken.  anywhere: for each segment, whether it may have rows of this batch anywhere.  base
- * and target must stay until scan_end().
+ * scan_begin() and after target was taken.  anywhere: for each segment, whether it
+ * may have rows of this batch anywhere.  base and target must stay until scan_end().
+ *
+ * resumed: target is an old one, from the ledger.  Then nothing is noted as pending,
+ * which would be all that has been committed since; the next batch reads it all from
+ * the same blocks on.
  */
 void
-scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere)
+scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere, bool resumed)
 {
-	Pass		pass = {.scan = scan,.after_id = after_id,.first = true};
+	Pass		pass = {.scan = scan,.after_id = after_id,.first = !resumed};
 	bool		read[OUTBOX_SEGMENTS];
 
 	scan->base = base;
 	scan->target = target;
+	memset(scan->has_rows, false, sizeof(scan->has_rows));
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
 		follow_file(i);
@@ -611,7 +647,7 @@ scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool
 	}
 	choose_ranges(scan, read, anywhere);
 	read_ranges(&pass);
-	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	for (int i = 0; i < OUTBOX_SEGMENTS && !resumed; i++)
 	{
 		if (read[i])
 			move_floor(&pass, i);
@@ -620,7 +656,8 @@ scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool
 
 /*
  * Opens the segments for scan_next() and scan_fetch() in another transaction.  Raises
- * an error (55000) if one is stored in another file now: its rows are elsewhere.
+ * an error (55000) if one that has rows of the batch is stored in another file now:
+ * they are elsewhere.
  */
 void
 scan_reopen(const BatchScan *scan)
@@ -628,7 +665,7 @@ scan_reopen(const BatchScan *scan)
 	open_segments();
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
-		if (segments[i]->rd_rel->relfilenode != scan->unread.files[i])
+		if (scan->has_rows[i] && segments[i]->rd_rel->relfilenode != scan->unread.files[i])
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("table \"fanout.%s\" was rewritten while it was read", RelationGetRelationName(segments[i]))));

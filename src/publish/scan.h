@@ -63,6 +63,7 @@ typedef struct BatchScan
 	Datum		base;			/* pg_snapshots, the caller's */
 	Datum		target;
 	Unread		unread;			/* with respect to base */
+	bool		has_rows[OUTBOX_SEGMENTS];
 	Range	   *ranges;			/* where its rows are */
 	int			nranges;
 	Entry	   *entries;		/* found and not taken yet, in order of id */
@@ -76,7 +77,8 @@ typedef struct BatchScan
 /* One at a time. */
 extern void scan_load(const Unread *unread);
 extern void scan_begin(void);
-extern void scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere);
+extern void scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere,
+					   bool resumed);
 extern void scan_reopen(const BatchScan *scan);
 extern const Entry *scan_next(BatchScan *scan);
 extern HeapTuple scan_fetch(const Entry *entry, TupleDesc *desc);

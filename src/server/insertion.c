@@ -41,8 +41,11 @@
  *
  * - The library is not preloaded: there is no shared memory, and no publisher.
  *
- * - The database has no slot yet: nothing is marked.  Its publisher reads all of
- *	 each segment when it starts, and sees the announcements.
+ * - The database has no slot yet, or gets another one: the slot is looked up after
+ *	 the announcement.  If there is none, or a slot is marked that is not the
+ *	 database's any more, the publisher of the new slot has yet to start.  It begins
+ *	 by reading each segment from where the ledger says, and either sees the
+ *	 announcement or finds the row in place.
  *
  * Must never: wait.  Locks: none; a session writes its own entry only.
  *
@@ -71,7 +74,7 @@ static bool announced = false;	/* by this session */
 void
 insertion_begin(Relation rel, int segment)
 {
-	DatabaseSlot *slot = shmem_my_slot();
+	DatabaseSlot *slot;
 	BlockNumber blocks;
 
 	if (shmem_announcements == NULL)
@@ -81,6 +84,7 @@ insertion_begin(Relation rel, int segment)
 	pg_atomic_write_u64(&shmem_announcements[pgf_my_proc_number()].place,
 						(uint64) RelationGetRelid(rel) << 32 | (blocks > 0 ? blocks - 1 : 0));
 	pg_memory_barrier();
+	slot = shmem_my_slot();		/* not before: see above */
 	if (slot == NULL || pg_atomic_read_u32(&slot->written[segment]) != 0)
 		return;
 	pg_atomic_write_u32(&slot->written[segment], 1);

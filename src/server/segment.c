@@ -79,8 +79,8 @@ segment_empty(Oid segment)
  * The rows were formed for a table as the install script makes it.  One that
  * lacks a column, or has another type there, would be filled with garbage.
  */
-static void
-check_columns(Relation rel, TupleDesc desc)
+void
+segment_check_columns(Relation rel, TupleDesc desc)
 {
 	TupleDesc	actual = RelationGetDescr(rel);
 
@@ -334,7 +334,7 @@ segment_insert(Oid segment, TupleDesc desc, HeapTuple *rows, int n)
 {
 	Relation	rel = table_open(segment, RowExclusiveLock);
 
-	check_columns(rel, desc);
+	segment_check_columns(rel, desc);
 	if (n > 0)
 		(void) insert_rows(rel, -1, desc, rows, n);
 	table_close(rel, NoLock);
@@ -346,7 +346,7 @@ segment_append(int number, TupleDesc desc, HeapTuple *rows, int n)
 	Relation	rel = table_open(tables_segment(number), RowExclusiveLock);
 	bool		appended;
 
-	check_columns(rel, desc);
+	segment_check_columns(rel, desc);
 	appended = insert_rows(rel, number, desc, rows, n);
 	table_close(rel, NoLock);
 	if (!appended)

@@ -12,9 +12,15 @@
 
 #include "access/htup.h"
 #include "access/tupdesc.h"
+#include "utils/relcache.h"
 
 /* fanout.<table>_<segment>.  InvalidOid if there is no such table. */
 extern Oid	segment_oid(const char *table, int segment);
+
+/*
+ * Raises an error (55000) unless the table's first columns have the types of desc.
+ */
+extern void segment_check_columns(Relation rel, TupleDesc desc);
 
 /* Has no row, dead or alive. */
 extern bool segment_empty(Oid segment);
