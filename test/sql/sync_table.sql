@@ -151,7 +151,7 @@ select sequence from fanout.sync_row;
 select target, key from fanout.subscriptions order by 1;
 
 -- what takes a table's place, and what is taken from it, keeps it from being written
-create function problem() returns text language sql return (select fanout.sync_problem(subscription_id) from fanout.subscription where topic = 't');
+create function problem() returns text language sql return (select fanout.sync_problem(subscription_id) from fanout.subscription where topic = 't' and consumer_group = 'b');
 set role sync_user;
 select fanout.sync_messages(array[message('t', 1, '{"id": 1}')]);
 alter table people drop constraint people_pkey;
