@@ -2841,6 +2841,7 @@ comment on function fanout.sync_obstacle(oid, oid, smallint[]) is
 'internal: why a role cannot keep a table equal to a remote one; NULL: it can';
 revoke all on function fanout.sync_obstacle(oid, oid, smallint[]) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_problem(subscription_id integer) returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -2963,6 +2964,7 @@ comment on function fanout.check_sync_columns(regclass, jsonb) is
 'internal: raises an error unless the renames of fanout.sync_table() fit the table';
 revoke all on function fanout.check_sync_columns(regclass, jsonb) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_mapping(subscription_id integer) returns jsonb
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -2977,6 +2979,7 @@ comment on function fanout.sync_mapping(integer) is
 'internal: "columns" as fanout.sync_table() takes it, by the names of now';
 revoke all on function fanout.sync_mapping(integer) from public;
 
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.sync_key_columns(subscription_id integer) returns text[]
 language sql stable security definer
 set search_path = pg_catalog, pg_temp

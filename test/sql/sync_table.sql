@@ -28,6 +28,12 @@ select fanout.sync_table('users', 'b', 'users');
 select topic, consumer_group, queue, handler, prefetch, ordered from fanout.subscriptions;
 select target, key, columns, source, unknown_columns, ignored_columns, missing_columns from fanout.subscriptions;
 
+-- monitoring may look
+set role pg_monitor;
+select target, key, missing_columns from fanout.subscriptions;
+select count(*) from fanout.stat_subscriptions where topic = 'users';
+reset role;
+
 -- declared differently
 select fanout.sync_table('users', 'b', 'no_key');
 select fanout.sync_table('users', 'b', 'deferrable_key', key => '{n}');
@@ -146,7 +152,7 @@ select sequence from fanout.sync_row;
 select target, key from fanout.subscriptions order by 1;
 
 -- what takes a table's place, and what is taken from it, keeps it from being written
-create function problem() returns text language sql return (select fanout.sync_problem(subscription_id) from fanout.subscription where topic = 't');
+create function problem() returns text language sql return (select fanout.sync_problem(subscription_id) from fanout.subscription where topic = 't' and consumer_group = 'b');
 set role sync_user;
 select fanout.sync_messages(array[message('t', 1, '{"id": 1}')]);
 alter table people drop constraint people_pkey;

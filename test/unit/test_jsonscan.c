@@ -51,6 +51,8 @@ is_json(const char *text, size_t len)
 	JsonSlice	value;
 	bool		result;
 
+	if (copy == NULL)
+		abort();
 	memcpy(copy, text, len);
 	result = jsonscan_text(copy, len, &value) && walk(&value, 100);
 	free(copy);
@@ -125,6 +127,8 @@ test_damage(void)
 	char	   *changed = strdup(text);
 	int			whole = 0;
 
+	if (changed == NULL)
+		abort();
 	for (size_t i = 0; i <= len; i++)
 		whole += is_json(text, i);
 	ok(whole == 1, "a text is malformed wherever it is cut");
@@ -149,6 +153,8 @@ test_depth(void)
 	char	   *text = malloc(len);
 	JsonSlice	value;
 
+	if (text == NULL)
+		abort();
 	memset(text, '[', len / 2);
 	memset(text +len / 2, ']', len / 2);
 	ok(jsonscan_text(text, len, &value) && value.len == len, "a million arrays in one another");
