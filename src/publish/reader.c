@@ -535,7 +535,7 @@ Chunk *
 reader_read_held(int32 topic_id, int limit, MemoryContext parent)
 {
 	static CachedQuery query = {
-		"select null::smallint, id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at"
+		"select null::smallint, null::oid, id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at"
 		" from fanout.held where topic_id = $1 order by id"
 	};
 	Oid			types[1] = {INT4OID};
