@@ -271,7 +271,7 @@ sub by_hand
 
 	return qq(
 		with r as (insert into t (v, seen) values ('by hand $n', false) returning id)
-		insert into fanout.outbox select $current, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id,
+		insert into fanout.outbox select $current, (select oid from pg_database where datname = current_database()), nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id,
 			gen_random_uuid(), 'by hand', null, null, json_build_object('after', json_build_object('id', r.id)), null, now()
 		from fanout.topic, r where topic = 't');
 }
