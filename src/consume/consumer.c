@@ -162,6 +162,8 @@ typedef struct Consumer
 	/* how batches are run */
 	int			careful;		/* batches to be run with savepoints */
 	int			ones;			/* deliveries to be applied in batches of one */
+	int			suspects;		/* deliveries that may have ended the process
+								 * before, at most */
 	int			singly;			/* tries from the waiting room to be made
 								 * singly, and recorded before */
 	Breaker		breaker;
@@ -595,7 +597,7 @@ static bool
 must_store(const Delivery *delivery)
 {
 	return delivery->wire->redelivered &&
-		(con.singly > 0 || (delivery->returned >= RETURNED_OFTEN && !con.row.requeue));
+		(con.suspects > 0 || (delivery->returned >= RETURNED_OFTEN && !con.row.requeue));
 }
 
 static int
@@ -682,6 +684,8 @@ handle_deliveries(void)
 	batch.n = take_batch(batch.deliveries, con.ones > 0 || was_open ? 1 : batch_limit(), store);
 	con.ones -= Min(con.ones, batch.n);
 	result = store ? apply_store(&con.row, &batch) : apply_batch(&con.row, &batch);
+	if (store && result == APPLY_COMMITTED)
+		con.suspects -= Min(con.suspects, batch.n);
 	if (result != APPLY_COMMITTED)
 		put_all_back(batch.deliveries, batch.n);
 	if (cannot_apply(result))
@@ -780,6 +784,8 @@ handle_due(void)
 		return true;
 	if (result == APPLY_UNDONE)
 		con.singly = batch.limit;
+	else if (waiting_room.count == 0 && con.suspects == 0)
+		con.singly = 0;
 	for (int i = 0; i < batch.n; i++)
 		report(batch.deliveries[i]);
 	learn(&batch);
@@ -868,6 +874,14 @@ gathered_all(void)
 
 /* ---- deliveries ---- */
 
+/* Once all that was delivered before has come, the process ended in none of the rest. */
+static void
+nothing_suspect(void)
+{
+	if (con.first == NULL || !must_store(con.first))
+		con.suspects = 0;
+}
+
 /* Takes over a delivery.  A stream keeps what is acked, and knows no nack. */
 static void
 delivered(BrokerDelivery *wire)
@@ -883,7 +897,10 @@ delivered(BrokerDelivery *wire)
 		return;
 	}
 	if (!wire->redelivered)
+	{
 		end_gathering();
+		nothing_suspect();
+	}
 	oldcontext = MemoryContextSwitchTo(con.deliveries);
 	delivery = delivery_new(wire, con.row.queue, con.row.ordered);
 	MemoryContextSwitchTo(oldcontext);
@@ -1191,7 +1208,7 @@ take_over(void)
 	worker_subscription->clean = false;
 	LWLockRelease(pgf_shared->lock);
 	pg_atomic_write_u32(&worker_subscription->waiting, 0);
-	con.singly = clean ? 0 : 2 * BATCH_MIN;
+	con.singly = con.suspects = clean ? 0 : 2 * BATCH_MIN;
 }
 
 static void
