@@ -183,8 +183,8 @@ sql( 'large', q(
 	insert into long_key values ('short', 51);
 	update long_key set id = repeat('k', 40000) where n = 51;
 	-- written by an earlier version: publish() refuses it
-	insert into fanout.outbox_0 (segment, id, xid, topic_id, message_id, headers, payload, created_at)
-	select 0, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id, gen_random_uuid(), '{"h": 1e400}', '0', now()
+	insert into fanout.outbox_0 (segment, database, id, xid, topic_id, message_id, headers, payload, created_at)
+	select 0, 0, nextval('fanout.outbox_id_seq'), pg_current_xact_id(), topic_id, gen_random_uuid(), '{"h": 1e400}', '0', now()
 	from fanout.topic where topic = 'large';
 	select fanout.publish('large', to_jsonb(i), 'k' || i) from generate_series(52, 100) i;
 	commit;));
