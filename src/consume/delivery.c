@@ -31,7 +31,6 @@
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
-#include "capture/via.h"
 #include "consume/delivery.h"
 #include "server/compat.h"
 
@@ -373,16 +372,6 @@ delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 		delivery_set_keys(delivery, key ? key->value.string.data : NULL, key ? key->value.string.len : 0,
 						  old_key ? old_key->value.string.data : NULL, old_key ? old_key->value.string.len : 0);
 	return delivery;
-}
-
-char *
-delivery_via(const Delivery *delivery)
-{
-	const BrokerDelivery *wire = delivery->wire;
-
-	return via_of_message(text_header(find_header(wire, "via", BROKER_VALUE_STRING)),
-						  text_header(find_header(wire, "schema", BROKER_VALUE_STRING)),
-						  text_header(find_header(wire, "table", BROKER_VALUE_STRING)));
 }
 
 void

@@ -115,9 +115,6 @@ extern void delivery_drop_body(Delivery *delivery);
 extern void delivery_values(const Delivery *delivery, const char *topic,
 							const char *consumer_group, MessageValues *message);
 
-/* The way that its change has come: via.h.  In the current context; NULL: it does not tell. */
-extern char *delivery_via(const Delivery *delivery);
-
 /* The bytes as jsonb, NULL if they are not JSON in UTF-8.  The same promise. */
 extern Datum delivery_json(const char *bytes, size_t len, bool *isnull);
 

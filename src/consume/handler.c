@@ -50,6 +50,7 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "capture/headers.h"
 #include "capture/via.h"
 #include "consume/handler.h"
 #include "server/worker.h"
@@ -175,6 +176,16 @@ message_datum(MessageValues *message)
 	return HeapTupleGetDatum(heap_form_tuple(message_desc, message->values, message->nulls));
 }
 
+/* What the handler writes carries the way that its messages have come: via.h. */
+static void
+note_via(const MessageValues *message)
+{
+	Jsonb	   *headers = message->nulls[MESSAGE_HEADERS] ? NULL : DatumGetJsonbP(message->values[MESSAGE_HEADERS]);
+
+	via_add(via_of_message(headers_string(headers, "via"), headers_string(headers, "schema"),
+						   headers_string(headers, "table")));
+}
+
 /* In the current memory context; what it took to make it is let go. */
 static Datum
 delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
@@ -184,6 +195,7 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	note_via(&message);
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
 }
@@ -266,10 +278,7 @@ call_on(const SubscriptionRow *row, Delivery **deliveries, int n)
 	forget_call();
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
-	{
 		messages[i] = delivery_datum(row, deliveries[i]);
-		via_add(delivery_via(deliveries[i]));
-	}
 	call(row, row->batch ? array_datum(row, messages, n) : messages[0]);
 	via_set(NULL);
 	MemoryContextSwitchTo(oldcontext);
@@ -560,7 +569,9 @@ redrive(SubscriptionRow *row, Redriven *redriven)
 	{
 		Datum		message = message_datum(&redriven->message);
 
+		note_via(&redriven->message);
 		call(row, row->batch ? array_datum(row, &message, 1) : message);
+		via_set(NULL);
 	}
 	commit(row);
 	return HANDLER_COMMITTED;
