@@ -7,6 +7,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
+use IPC::Run ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -70,6 +71,34 @@ insert into first values (1, 1);
 quiet($_, 'a') for qw(first second third);
 is(sql('a', q(select (select x from second) || ' ' || (select x from third))), '1 1', 'a chain of tables in one database');
 is(messages('first', 'a') . messages('third', 'a') . own('third', 'a'), '111', 'that comes back to its begin ends there');
+
+# README's way to write at both sides: each row at one side only
+
+sql($_, q(create table homes (id int, home text, name text, primary key (home, id)))) for 'a', 'b';
+sql('a', q(select fanout.declare_binding('homes_a', 'b'), fanout.capture('homes', 'homes_a', "where" => $$home = 'a'$$)));
+sql('b', q(select fanout.declare_binding('homes_b', 'a'), fanout.capture('homes', 'homes_b', "where" => $$home = 'b'$$)));
+sql('a', q(select fanout.sync_table('homes_b', 'a', 'homes')));
+sql('b', q(select fanout.sync_table('homes_a', 'b', 'homes')));
+my @writers = map {
+	my $home = $_;
+
+	IPC::Run::start(
+		[ 'psql', '-XqAt', '-d', $node->connstr($home), '-c', qq(
+do \$\$
+begin
+    for i in 1 .. 500 loop
+        insert into homes values (i % 50, '$home', 'v' || i) on conflict (home, id) do update set name = excluded.name;
+        delete from homes where home = '$home' and id = (i * 7) % 50 and i % 3 = 0;
+        commit;
+    end loop;
+end \$\$;
+) ], '<', \undef)
+} 'a', 'b';
+$_->finish or die 'a writer failed' for @writers;
+settled('homes_a', 'b', 'b');
+settled('homes_b', 'a', 'a');
+is(sql('a', 'select string_agg(h::text, chr(10) order by h) from homes h'), sql('b', 'select string_agg(h::text, chr(10) order by h) from homes h'),
+	'two databases that write at once, each its own rows, are equal');
 
 # By way of a handler that writes the table itself
 
