@@ -299,10 +299,14 @@ sub stop_load
 sub try_sql
 {
 	my ($self, $sql) = @_;
-	my ($status, $stdout) =
-	  $self->{node}->psql($self->{dbname}, $sql, on_error_die => 0);
+	my $stdout = '';
 
-	return $status == 0 ? $stdout : '';
+	# psql() would die of a pipe that psql has closed without reading it, as it
+	# does when it cannot connect
+	IPC::Run::run([ 'psql', '-XAtq', '-d', $self->{node}->connstr($self->{dbname}), '-c', $sql ],
+		'>', \$stdout, '2>', '/dev/null') or return '';
+	chomp $stdout;
+	return $stdout;
 }
 
 =pod
