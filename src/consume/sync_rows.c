@@ -220,13 +220,12 @@ sync_rows_forget(int32 subscription_id, int64 floor, void (*between) (void))
 		"delete from fanout.sync_row where subscription_id = $1 and sequence < $2 and hash between $3 and $4"
 	};
 	Oid			types[] = {INT4OID, INT8OID, UUIDOID, UUIDOID};
-	SyncHash	first;
-	SyncHash	last;
+	SyncHash	first = {0};
+	SyncHash	last = {0};
 	Datum		values[] = {
 		Int32GetDatum(subscription_id), Int64GetDatum(floor), UUIDPGetDatum(&first), UUIDPGetDatum(&last)
 	};
 
-	memset(&first, 0, sizeof(first));
 	memset(&last, 0xFF, sizeof(last));
 	for (int i = 0; i < SLICES; i++)
 	{

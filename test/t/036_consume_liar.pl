@@ -52,6 +52,7 @@ $node->safe_psql('postgres', q(
 select fanout.subscribe('t', 'g', 'apply(fanout.message)', retry_delay => '1 min')));
 
 my @lies = split(/\|/, $liar->command('list consumers'));
+PgFanout::poll(sub { sql('select pid from fanout.stat_subscriptions') }, 'a worker');
 my $pid = sql('select pid from fanout.stat_subscriptions');
 foreach my $lie (@lies)
 {
