@@ -3255,7 +3255,7 @@ as $$
         when bool_and(own) or count(*) = 1 and bool_and(upgraded) then null
         when bool_and(own or system_identifier = 0) then 'it is a copy, restored from a dump of the schema alone'
         else format('it is a copy of database "%s"',
-                    (array_agg(name order by system_identifier = 0, own) filter (where not own))[1])
+                    (array_agg(name order by system_identifier = 0, upgraded, name) filter (where not own))[1])
         end
     from identity
 $$;
@@ -3972,6 +3972,19 @@ comment on function fanout.declared_captures() is 'internal: part of fanout.decl
 revoke all on function fanout.declared_captures() from public;
 
 -- As the role that subscribed, since it is the one that calls.
+create function fanout.declared_topic_grants() returns setof text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('select fanout.grant_topic(%L, %L, %L%s);', g.topic, g.role, array[g.what]::text,
+                  fanout.option('consumer_group', g.consumer_group, null))
+    from fanout.topic_grant g
+    where exists (select from pg_roles r where r.oid = g.role)
+    order by g.role::text, g.topic, g.consumer_group, g.what
+$$;
+comment on function fanout.declared_topic_grants() is 'internal: part of fanout.declarations()';
+revoke all on function fanout.declared_topic_grants() from public;
+
 create function fanout.declared_subscriptions() returns setof text
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -3980,22 +3993,29 @@ as $$
     from fanout.subscription s left join fanout.sync_target t using (subscription_id), lateral unnest(array[
         format('set role %s;', s.role),
         case when t.subscription_id is null
-             then format('select fanout.subscribe(%L, %L, %L%s%s', s.topic, s.consumer_group,
+             then format('select fanout.subscribe(%L, %L, %L%s%s%s%s%s', s.topic, s.consumer_group,
                          s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end,
                          fanout.option('prefetch', s.prefetch::text, '100'),
-                         fanout.option('ordered', s.ordered::text, 'true'))
-             else format('select fanout.sync_table(%L, %L, %L%s%s%s', s.topic, s.consumer_group,
+                         fanout.option('ordered', s.ordered::text, 'true'),
+                         fanout.option('on_failure', s.on_failure, 'wait'),
+                         fanout.option('wait_for', s.wait_for::text, '{23503}'),
+                         fanout.option('max_wait', s.max_wait::text, interval '1 h'::text))
+             else format('select fanout.sync_table(%L, %L, %L%s%s%s%s%s', s.topic, s.consumer_group,
                          fanout.qualified_name(t.target),
-                         fanout.option('key', t.key::text, null),
-                         fanout.option('columns', t.columns::text, null),
+                         fanout.option('key', fanout.sync_key_columns(s.subscription_id)::text, null),
+                         fanout.option('columns', fanout.sync_mapping(s.subscription_id)::text, null),
+                         fanout.option('source', case when t.source_table is not null
+                                                      then format('%I.%I', t.source_schema, t.source_table) end, null),
+                         fanout.option('unknown_columns', t.unknown_columns, 'ignore'),
                          fanout.option('prefetch', s.prefetch::text, '1000')) end
         || format('%s%s%s%s);',
                   fanout.option('max_attempts', s.max_attempts::text, '10'),
                   fanout.option('retry_delay', s.retry_delay::text, interval '1 s'::text),
                   fanout.option('max_retry_delay', s.max_retry_delay::text, interval '5 min'::text),
                   fanout.option('handler_timeout', s.handler_timeout::text, interval '30 s'::text)),
+        case when s.paused then format('select fanout.pause(%L, %L);', s.topic, s.consumer_group) end,
         'reset role;']) with ordinality c(command, place)
-    where s.active and exists (select from pg_roles r where r.oid = s.role)
+    where s.active and command is not null and exists (select from pg_roles r where r.oid = s.role)
     order by s.topic, s.consumer_group, c.place
 $$;
 comment on function fanout.declared_subscriptions() is 'internal: part of fanout.declarations()';
@@ -4073,6 +4093,8 @@ as $$
     select fanout.declared_captures()
     union all
     select fanout.declared_grants()
+    union all
+    select fanout.declared_topic_grants()
     union all
     select fanout.declared_subscriptions()
 $$;

@@ -25,7 +25,7 @@ my $application = q(
 	create table copy_of_users (id int primary key, full_name text);
 	create type plan as enum ('free', 'paid');
 	create function f() returns int language sql immutable as 'select 1';
-	grant select, insert, update, delete on copy_of_users to "a role";
+	alter table copy_of_users owner to "a role";
 	grant usage on schema public to "a role";);
 my $handlers = q(
 	create function handle(m fanout.message) returns void language sql as '';
@@ -58,8 +58,9 @@ sql('original', q(
 	alter table parts enable always trigger pg_fanout_row_plain;
 	select fanout.subscribe('in', 'c', 'handle(fanout.message)');
 	grant usage on schema fanout to "a role", reader, capturer with grant option;
-	grant execute on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval),
-		fanout.sync_table(text, text, regclass, text[], jsonb, integer, integer, interval, interval, interval), fanout.sync_messages(fanout.message[]) to "a role";
+	grant execute on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval),
+		fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval), fanout.sync_messages(fanout.message[]) to "a role";
+	select fanout.grant_topic('in', '"a role"'), fanout.grant_topic('users', '"a role"', consumer_group => 'copy');
 	grant execute on function fanout.capture(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) to capturer with grant option;
 	grant select on fanout.topics to reader;
 	grant select (topic, pending) on fanout.stat_topics to reader, public;
@@ -117,14 +118,14 @@ sub state_of
 		bindings => "'declared_at', 'state', 'last_error'",
 		captures => "'none'",
 		subscriptions => "'subscribed_at'",
-		sync_target => "'subscription_id'");
+		sync_target => "'subscription_id', 'target_oid'");
 	my @states = map { "$_\n" . sql($database, "select to_jsonb(v) - array[$views{$_}] from fanout.$_ v where not to_jsonb(v) @> '{\"state\": \"dropping\"}' order by 1") } sort keys %views;
 
 	# rights, of all objects, with the names of roles
 	push @states, sql($database, q(
 		select object, a.grantee::regrole, a.privilege_type, a.is_grantable
 		from fanout.rights() r, aclexplode(r.now) a order by 1, 2, 3, 4));
-	push @states, sql($database, q(select l.name, tgenabled from fanout.capture_trigger_list l join pg_trigger t on t.oid = l.trigger order by 1));
+	push @states, sql($database, q(select l.name, tgenabled from fanout.capture_trigger_list l join pg_trigger t on t.oid = l.trigger order by 1, 2));
 	return join("\n", @states);
 }
 
