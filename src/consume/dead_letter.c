@@ -132,12 +132,10 @@ bool
 dead_letter_remove(int64 dead_id)
 {
 	static CachedQuery query = {"delete from fanout.dead_letter where dead_id = $1"};
-	Caller		caller = become_owner();
 	Oid			types[1] = {INT8OID};
 	Datum		values[1] = {Int64GetDatum(dead_id)};
 
-	query_execute(&query, 1, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 1, types, values, NULL);
 	return SPI_processed == 1;
 }
 
@@ -148,12 +146,10 @@ dead_letter_failed(int64 dead_id, const char *sqlstate, const char *error)
 	static CachedQuery query = {
 		"update fanout.dead_letter set reason = $2, sqlstate = $3, dead_at = clock_timestamp() where dead_id = $1"
 	};
-	Caller		caller = become_owner();
 	Oid			types[3] = {INT8OID, TEXTOID, TEXTOID};
 	Datum		values[3] = {
 		Int64GetDatum(dead_id), CStringGetTextDatum(error), CStringGetTextDatum(sqlstate)
 	};
 
-	query_execute(&query, 3, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 3, types, values, NULL);
 }

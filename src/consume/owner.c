@@ -83,3 +83,13 @@ become_caller(const Caller *caller)
 	AtEOXact_GUC(false, caller->settings);
 	SetUserIdAndSecContext(caller->user, caller->context);
 }
+
+/* Runs query_execute() with the rights and settings of become_owner(). */
+void
+owner_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)
+{
+	Caller		caller = become_owner();
+
+	query_execute(query, nargs, types, values, nulls);
+	become_caller(&caller);
+}

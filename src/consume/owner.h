@@ -10,6 +10,8 @@
 
 #include "postgres.h"
 
+#include "server/query.h"
+
 /* What become_caller() goes back to. */
 typedef struct Caller
 {
@@ -20,5 +22,6 @@ typedef struct Caller
 
 extern Caller become_owner(void);
 extern void become_caller(const Caller *caller);
+extern void owner_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls);
 
 #endif							/* PGF_OWNER_H */

@@ -182,12 +182,10 @@ subscription_is(int32 subscription_id, int32 version)
 	static CachedQuery query = {
 		"select from fanout.subscription where subscription_id = $1 and version = $2 and active and not paused"
 	};
-	Caller		caller = become_owner();
 	Oid			types[2] = {INT4OID, INT4OID};
 	Datum		values[2] = {Int32GetDatum(subscription_id), Int32GetDatum(version)};
 
-	query_execute(&query, 2, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 2, types, values, NULL);
 	return SPI_processed == 1;
 }
 
@@ -198,12 +196,10 @@ subscription_set_origin(int32 subscription_id, QueueOrigin origin)
 	static CachedQuery query = {
 		"update fanout.subscription set queue_declared = $2 where subscription_id = $1"
 	};
-	Caller		caller = become_owner();
 	Oid			types[2] = {INT4OID, BOOLOID};
 	Datum		values[2] = {Int32GetDatum(subscription_id), BoolGetDatum(origin == QUEUE_OWN)};
 
-	query_execute(&query, 2, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 2, types, values, NULL);
 }
 
 /* Remembers that a subscription that has ended has no queue any more. */
@@ -213,12 +209,10 @@ subscription_queue_dropped(int32 subscription_id)
 	static CachedQuery query = {
 		"update fanout.subscription set drop_queue = false where subscription_id = $1"
 	};
-	Caller		caller = become_owner();
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(subscription_id)};
 
-	query_execute(&query, 1, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 1, types, values, NULL);
 }
 
 /* Is the queue one that this database's publisher declares? */
@@ -228,12 +222,10 @@ subscription_has_binding(const char *topic, const char *consumer_group)
 	static CachedQuery query = {
 		"select from fanout.bindings where topic = $1 and consumer_group = $2"
 	};
-	Caller		caller = become_owner();
 	Oid			types[2] = {TEXTOID, TEXTOID};
 	Datum		values[2] = {CStringGetTextDatum(topic), CStringGetTextDatum(consumer_group)};
 
-	query_execute(&query, 2, types, values, NULL);
-	become_caller(&caller);
+	owner_execute(&query, 2, types, values, NULL);
 	return SPI_processed > 0;
 }
 

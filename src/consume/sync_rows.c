@@ -178,7 +178,6 @@ sync_rows_store(int32 subscription_id)
 	int			n = 0;
 	HASH_SEQ_STATUS status;
 	SyncRow    *row;
-	Caller		caller;
 
 	hash_seq_init(&status, rows);
 	while ((row = hash_seq_search(&status)) != NULL)
@@ -200,9 +199,7 @@ sync_rows_store(int32 subscription_id)
 			PointerGetDatum(construct_array(live, n, BOOLOID, 1, true, TYPALIGN_CHAR))
 		};
 
-		caller = become_owner();
-		query_execute(&query, 5, types, values, NULL);
-		become_caller(&caller);
+		owner_execute(&query, 5, types, values, NULL);
 	}
 }
 
@@ -229,11 +226,8 @@ sync_rows_forget(int32 subscription_id, int64 floor, void (*between) (void))
 	memset(&last, 0xFF, sizeof(last));
 	for (int i = 0; i < SLICES; i++)
 	{
-		Caller		caller = become_owner();
-
 		first.data[0] = last.data[0] = i;
-		query_execute(&query, 4, types, values, NULL);
-		become_caller(&caller);
+		owner_execute(&query, 4, types, values, NULL);
 		between();
 	}
 }

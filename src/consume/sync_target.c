@@ -69,15 +69,6 @@ sync_refuse(const char *what, const char *hint)
 			 errhint("%s", hint)));
 }
 
-static void
-execute_own(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)
-{
-	Caller		caller = become_owner();
-
-	query_execute(query, nargs, types, values, nulls);
-	become_caller(&caller);
-}
-
 /* ---- what makes it invalid ---- */
 
 static void
@@ -190,7 +181,7 @@ add_columns(SyncTarget *target, Relation rel)
 	Datum		values[] = {Int32GetDatum(target->subscription_id)};
 	int			n;
 
-	execute_own(&query, 1, types, values, NULL);
+	owner_execute(&query, 1, types, values, NULL);
 	n = SPI_processed;
 	target->columns = palloc0((n + 1) * sizeof(SyncColumn));
 	target->keys = palloc0((n + 1) * sizeof(int));
@@ -262,7 +253,7 @@ check_obstacle(int32 subscription_id)
 	Datum		values[] = {Int32GetDatum(subscription_id)};
 	char	   *problem;
 
-	execute_own(&query, 1, types, values, NULL);
+	owner_execute(&query, 1, types, values, NULL);
 	problem = text_column(0, 1);
 	if (problem != NULL)
 		ereport(ERROR,
@@ -363,7 +354,7 @@ sync_target_load(Datum topic, Datum consumer_group)
 	Relation	rel;
 
 	watch_catalogs();
-	execute_own(&query, 2, types, values, NULL);
+	owner_execute(&query, 2, types, values, NULL);
 	if (SPI_processed != 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
@@ -415,7 +406,7 @@ sync_target_set_source(SyncTarget *target, const char *schema, const char *table
 		Int32GetDatum(target->subscription_id), CStringGetTextDatum(schema), CStringGetTextDatum(table)
 	};
 
-	execute_own(&query, 3, types, values, NULL);
+	owner_execute(&query, 3, types, values, NULL);
 	target->source_schema = pstrdup(schema);
 	target->source_table = pstrdup(table);
 }
@@ -433,7 +424,7 @@ sync_target_set_floor(SyncTarget *target, int64 floor)
 	Oid			types[] = {INT4OID, INT8OID};
 	Datum		values[] = {Int32GetDatum(target->subscription_id), Int64GetDatum(floor)};
 
-	execute_own(&query, 2, types, values, NULL);
+	owner_execute(&query, 2, types, values, NULL);
 	target->floor = floor;
 }
 
@@ -458,7 +449,7 @@ record_shape(const SyncTarget *target, Datum *ignored, int nignored)
 	values[2] = PointerGetDatum(construct_array(remotes, n, TEXTOID, -1, false, TYPALIGN_INT));
 	values[3] = PointerGetDatum(construct_array(ignored, nignored, TEXTOID, -1, false, TYPALIGN_INT));
 	recorded = true;
-	execute_own(&query, 4, types, values, NULL);
+	owner_execute(&query, 4, types, values, NULL);
 }
 
 /* ---- members of rows ---- */

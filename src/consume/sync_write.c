@@ -479,14 +479,10 @@ may_truncate(const SyncTarget *target, int64 sequence)
 		Int32GetDatum(target->subscription_id), Int64GetDatum(sequence),
 		ObjectIdGetDatum(target->owner), ObjectIdGetDatum(target->relid)
 	};
-	Caller		caller = become_owner();
 	bool		isnull;
-	bool		result;
 
-	query_execute(&query, 4, types, values, NULL);
-	result = DatumGetBool(query_value(0, 1, &isnull));
-	become_caller(&caller);
-	return result && !target->shared;
+	owner_execute(&query, 4, types, values, NULL);
+	return DatumGetBool(query_value(0, 1, &isnull)) && !target->shared;
 }
 
 /* Who reads the table may do so for hours: then rows are deleted instead. */

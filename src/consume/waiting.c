@@ -144,15 +144,6 @@ forget_known(void)
 }
 
 static void
-run(CachedQuery *query, int nargs, Oid *types, Datum *values)
-{
-	Caller		caller = become_owner();
-
-	query_execute(query, nargs, types, values, NULL);
-	become_caller(&caller);
-}
-
-static void
 out_of_memory(void)
 {
 	ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
@@ -184,7 +175,7 @@ promote_all(const SubscriptionRow *row)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 }
 
 static MonoTime
@@ -198,7 +189,7 @@ earliest(const SubscriptionRow *row)
 	TimestampTz next_try;
 	bool		isnull;
 
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 	next_try = DatumGetTimestampTz(query_value(0, 1, &isnull));
 	return isnull ? 0 : Max(1, mono_now() + (next_try - GetCurrentTimestamp()));
 }
@@ -232,7 +223,7 @@ waiting_look(const SubscriptionRow *row)
 	if (!waiting_room.stale)
 		return;
 	forget_known();
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 	set_count(DatumGetInt64(query_value(0, 1, &isnull)));
 	last_place = Max(last_place, DatumGetInt64(query_value(0, 2, &isnull)));
 	find_next_due(row);
@@ -297,7 +288,7 @@ find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
 	for (int i = 0; i < n; i++)
 		ids[i] = UUIDPGetDatum(&deliveries[i]->message_id);
 	values[1] = PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
-	run(&query, 2, types, values);
+	owner_execute(&query, 2, types, values, NULL);
 	for (uint64 found = 0; found < SPI_processed; found++)
 	{
 		pg_uuid_t  *id = DatumGetUUIDP(query_value(found, 1, &isnull));
@@ -323,7 +314,7 @@ find_waiting_keys(const SubscriptionRow *row, Delivery **deliveries, int n, Orde
 	bool		isnull;
 
 	values[1] = int8_array(keys, collect_keys(deliveries, n, NULL, keys));
-	run(&query, 2, types, values);
+	owner_execute(&query, 2, types, values, NULL);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		add_waiting_key(order, DatumGetInt64(query_value(i, 1, &isnull)));
 }
@@ -337,7 +328,7 @@ barrier_waits(const SubscriptionRow *row)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 	return SPI_processed > 0;
 }
 
@@ -376,7 +367,7 @@ know_all(const SubscriptionRow *row)
 
 	if (nknown >= 0)
 		return;
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 	if (known != NULL)
 		pfree(known);
 	known = MemoryContextAlloc(TopMemoryContext, (SPI_processed + 1) * sizeof(KnownMessage));
@@ -462,7 +453,7 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	if (n == 0)
 		return;
 	values[1] = int8_array(keys, n);
-	run(&query, 2, types, values);
+	owner_execute(&query, 2, types, values, NULL);
 }
 
 /* Those that failed may be due before all others. */
@@ -678,7 +669,7 @@ waiting_forget(int retention_s)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
 
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 }
 
 /* ---- what is taken from the room ---- */
@@ -707,7 +698,7 @@ delete_done(Delivery **deliveries, int n)
 	if (count == 0)
 		return 0;
 	values[0] = int8_array(ids, count);
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 	return count;
 }
 
@@ -742,7 +733,7 @@ set_behind(Datum *ids, int n)
 	if (n == 0)
 		return;
 	values[0] = int8_array(ids, n);
-	run(&query, 1, types, values);
+	owner_execute(&query, 1, types, values, NULL);
 }
 
 /* Those that were due, and wait behind one that failed in the same batch. */
@@ -817,7 +808,7 @@ find_due(const SubscriptionRow *row, int limit, bool singly)
 	DueList		due = {.ids = palloc((limit + 1) * sizeof(Datum)),.keys = palloc((2 * limit + 1) * sizeof(Datum))};
 	bool		isnull;
 
-	run(&query, 2, types, values);
+	owner_execute(&query, 2, types, values, NULL);
 	for (uint64 i = 0; i < SPI_processed && !due.singly; i++)
 	{
 		bool		alone = singly || DatumGetBool(query_value(i, 4, &isnull));
@@ -875,7 +866,7 @@ find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *
 	};
 	Candidate  *candidates;
 
-	run(&query, 4, types, values);
+	owner_execute(&query, 4, types, values, NULL);
 	*n = SPI_processed;
 	candidates = palloc((*n + 1) * sizeof(Candidate));
 	for (int i = 0; i < *n; i++)
@@ -1017,7 +1008,7 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 	MemoryContext oldcontext;
 	int			count;
 
-	run(&query, 3, types, values);
+	owner_execute(&query, 3, types, values, NULL);
 	count = SPI_processed;
 	oldcontext = MemoryContextSwitchTo(context);
 	for (int i = 0; i < count; i++)
@@ -1096,5 +1087,5 @@ waiting_begin_attempt(const SubscriptionRow *row, int64 waiting_id, int attempts
 		Int64GetDatum(waiting_id), Int32GetDatum(attempts), TimestampTzGetDatum(failure_next_try(row, attempts))
 	};
 
-	run(&query, 3, types, values);
+	owner_execute(&query, 3, types, values, NULL);
 }
