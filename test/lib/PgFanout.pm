@@ -205,6 +205,36 @@ sub publisher_pid
 
 =pod
 
+=item session($node), run_in($session, $sql)
+
+A psql of its own in the database postgres, for transactions that stay open, and
+statements in it, which are done when run_in() returns. The session's harness is the
+member "harness".
+
+=cut
+
+sub session
+{
+	my ($node) = @_;
+	my %s = (in => '', out => '', err => '');
+
+	$s{harness} = IPC::Run::start(
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
+		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
+	return \%s;
+}
+
+sub run_in
+{
+	my ($s, $sql) = @_;
+
+	$s->{in} .= "$sql;\n\\echo done\n";
+	$s->{harness}->pump until $s->{out} =~ s/^done\n//m;
+	return;
+}
+
+=pod
+
 =item PgFanout::poll(sub { condition }, what, seconds)
 
 Waits until the condition is true, and dies if that takes too long.

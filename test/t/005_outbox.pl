@@ -22,26 +22,6 @@ max_prepared_transactions = 5
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-# A session of its own, for transactions that stay open.
-sub session
-{
-	my %s = (in => '', out => '', err => '');
-
-	$s{harness} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
-		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
-	return \%s;
-}
-
-sub run_in
-{
-	my ($s, $sql) = @_;
-
-	$s->{in} .= "$sql;\n\\echo done\n";
-	$s->{harness}->pump until $s->{out} =~ s/^done\n//m;
-	return;
-}
-
 sub current { return sql('select current from fanout.rotation'); }
 
 sub wait_for_rotation
@@ -70,36 +50,36 @@ sql( q(select fanout.declare_binding('t', 'g', 'classic');
 # ---- transactions that outlive a rotation ----
 
 my $first = current();
-my $repeatable = session();
-run_in($repeatable, 'begin isolation level repeatable read; select count(*) from t');
-my $writer = session();
-run_in($writer, q(begin; insert into t (v) values ('open writer')));
+my $repeatable = PgFanout::session($node);
+PgFanout::run_in($repeatable, 'begin isolation level repeatable read; select count(*) from t');
+my $writer = PgFanout::session($node);
+PgFanout::run_in($writer, q(begin; insert into t (v) values ('open writer')));
 sql(q(begin; insert into t (v) values ('prepared'); prepare transaction 'p'));
 
 wait_for_rotation($first);
 isnt(current(), $first, 'new rows go to the next segment');
-run_in($repeatable, q(insert into t (v) values ('repeatable read')));
+PgFanout::run_in($repeatable, q(insert into t (v) values ('repeatable read')));
 sleep 6;
 cmp_ok(rows_in($first), '>', 0, 'a segment with undecided transactions is not emptied, however old');
 is( sql(q(select count(*) from fanout.outbox_status where topic = 'paused' and state = 'held')),
 	1, 'a paused topic holds its message');
 
-run_in($writer, 'commit');
-run_in($repeatable, q(insert into t (v) values ('repeatable read 2'); commit));
+PgFanout::run_in($writer, 'commit');
+PgFanout::run_in($repeatable, q(insert into t (v) values ('repeatable read 2'); commit));
 sql(q(commit prepared 'p'));
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 't'));
 ok(1, 'what they wrote is sent');
 
 # ---- a lock held by somebody is not waited for ----
 
-my $reader = session();
-run_in($reader, "begin; lock table fanout.outbox_$first in access share mode");
+my $reader = PgFanout::session($node);
+PgFanout::run_in($reader, "begin; lock table fanout.outbox_$first in access share mode");
 sleep 6;
 cmp_ok(rows_in($first), '>', 0, 'a segment that somebody has locked is left alone');
 sql(q(insert into t (v) values ('while locked')));
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 't'));
 ok(1, 'and nothing waits for that');
-run_in($reader, 'commit');
+PgFanout::run_in($reader, 'commit');
 
 # ---- around the ring ----
 

@@ -28,26 +28,6 @@ pg_fanout.retry_interval = 1s
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-# A session of its own, for transactions that stay open.
-sub session
-{
-	my %s = (in => '', out => '', err => '');
-
-	$s{harness} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
-		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
-	return \%s;
-}
-
-sub run_in
-{
-	my ($s, $sql) = @_;
-
-	$s->{in} .= "$sql;\n\\echo done\n";
-	$s->{harness}->pump until $s->{out} =~ s/^done\n//m;
-	return;
-}
-
 # What the table t has had since the last call has arrived: once, or at least once.
 my $checked = 0;
 
@@ -112,70 +92,70 @@ sql( q(select fanout.declare_binding('t', 'g', 'classic');
 
 # ---- one transaction among others ----
 
-my $long = session();
-run_in($long, q(begin; insert into t (v) values ('first')));
+my $long = PgFanout::session($node);
+PgFanout::run_in($long, q(begin; insert into t (v) values ('first')));
 boundary();
 others_write(2000);
 boundary();
-run_in($long, q(insert into t (v) values ('second')));
+PgFanout::run_in($long, q(insert into t (v) values ('second')));
 others_write(2000);
 boundary();
-run_in($long, q(insert into t (v) select 'many' from generate_series(1, 500)));
+PgFanout::run_in($long, q(insert into t (v) select 'many' from generate_series(1, 500)));
 boundary();
-run_in($long, q(insert into t (v) values ('last'); commit));
+PgFanout::run_in($long, q(insert into t (v) values ('last'); commit));
 all_arrived('a transaction that writes now and then while others write megabytes');
 
-run_in($long, q(begin; insert into t (v) select repeat('y', 300) from generate_series(1, 1000)));
+PgFanout::run_in($long, q(begin; insert into t (v) select repeat('y', 300) from generate_series(1, 1000)));
 boundary();
 boundary();
-run_in($long, 'commit');
+PgFanout::run_in($long, 'commit');
 all_arrived('the newest transaction, which no snapshot lists as running');
 
-run_in($long, q(insert into t (v) values ('into a page with room')));
+PgFanout::run_in($long, q(insert into t (v) values ('into a page with room')));
 others_write(2000);
 boundary();
-run_in($long, q(insert into t (v) values ('not into that page')));
+PgFanout::run_in($long, q(insert into t (v) values ('not into that page')));
 all_arrived('a session that writes again after others have');
 
-my @many = map { session() } 1 .. 12;
+my @many = map { PgFanout::session($node) } 1 .. 12;
 foreach my $round (1 .. 12)
 {
-	run_in($many[ $round - 1 ], q(begin; insert into t (v) values ('round 1')));
+	PgFanout::run_in($many[ $round - 1 ], q(begin; insert into t (v) values ('round 1')));
 	others_write(200);
-	run_in($_, q(insert into t (v) values ('round'))) foreach @many[ 0 .. $round - 1 ];
+	PgFanout::run_in($_, q(insert into t (v) values ('round'))) foreach @many[ 0 .. $round - 1 ];
 	boundary() if $round % 2;
 }
-run_in($_, 'commit') foreach @many;
+PgFanout::run_in($_, 'commit') foreach @many;
 all_arrived('twelve of them, each writing to more places than are remembered apart');
 $_->{harness}->kill_kill foreach @many;
 
-run_in($long, q(begin; savepoint a; insert into t (v) values ('a'); release a; savepoint b;
+PgFanout::run_in($long, q(begin; savepoint a; insert into t (v) values ('a'); release a; savepoint b;
 	insert into t (v) select repeat('z', 300) from generate_series(1, 3000)));
 boundary();
-run_in($long, q(rollback to b));
+PgFanout::run_in($long, q(rollback to b));
 sql("vacuum (truncate) fanout.outbox_@{[current()]}");
-run_in($long, q(savepoint c; insert into t (v) values ('c'); release c));
+PgFanout::run_in($long, q(savepoint c; insert into t (v) values ('c'); release c));
 boundary();
 others_write(500);
-run_in($long, q(insert into t (v) values ('d'); commit));
+PgFanout::run_in($long, q(insert into t (v) values ('d'); commit));
 all_arrived('subtransactions, one of which is rolled back and vacuumed away');
 
-run_in($long, q(begin isolation level repeatable read; insert into t (v) values ('of a transaction rolled back')));
+PgFanout::run_in($long, q(begin isolation level repeatable read; insert into t (v) values ('of a transaction rolled back')));
 boundary();
-run_in($long, 'rollback');
+PgFanout::run_in($long, 'rollback');
 others_write(10);
 all_arrived('a transaction that is rolled back');
 
 # ---- publishers and servers that start again ----
 
-run_in($long, q(begin; insert into t (v) values ('before the publisher ends')));
+PgFanout::run_in($long, q(begin; insert into t (v) values ('before the publisher ends')));
 boundary();
 others_write(1000);
 new_publisher();
 boundary();
 others_write(1000);
 boundary();
-run_in($long, q(insert into t (v) values ('after it has ended'); commit));
+PgFanout::run_in($long, q(insert into t (v) values ('after it has ended'); commit));
 all_arrived('a transaction that is older than the publisher', repeats => 1);
 
 sql(q(begin; insert into t (v) values ('prepared 1'); prepare transaction 'p1'));
@@ -227,9 +207,9 @@ sub with_unread
 	$proxy->command('pass');
 	all_arrived($name, repeats => 1);
 
-	run_in($long, q(begin; insert into t (v) values ('before')));
+	PgFanout::run_in($long, q(begin; insert into t (v) values ('before')));
 	boundary();
-	run_in($long, q(commit));
+	PgFanout::run_in($long, q(commit));
 	sql($sql);
 	others_write(5);
 	all_arrived("$name, while the publisher works");
@@ -237,7 +217,7 @@ sub with_unread
 }
 
 my $current = current();
-$long = session();
+$long = PgFanout::session($node);
 with_unread('VACUUM', "vacuum fanout.outbox_$current");
 with_unread('VACUUM FULL', "vacuum full fanout.outbox_$current");
 sql("create index segment_index on fanout.outbox_$current (id desc)");
@@ -247,11 +227,11 @@ sql("drop index fanout.segment_index");
 # A file that grows with what is rolled back, is cut off, and grows again.
 others_write(100);
 boundary();
-run_in($long, q(begin; insert into t (v) select repeat('r', 300) from generate_series(1, 5000)));
+PgFanout::run_in($long, q(begin; insert into t (v) select repeat('r', 300) from generate_series(1, 5000)));
 sql(q(insert into fanout.topology_change values (pg_current_xact_id())));
 boundary();
 my $before = blocks();
-run_in($long, 'rollback');
+PgFanout::run_in($long, 'rollback');
 boundary();
 new_publisher();
 boundary();
@@ -287,9 +267,9 @@ cmp_ok(sql("select (ctid::text::point)[0] from fanout.outbox_$current where type
 	'<', blocks() - 50, 'a row by INSERT goes to where there is room');
 boundary();
 sql(by_hand(2));
-run_in($long, 'begin; ' . by_hand(3));
+PgFanout::run_in($long, 'begin; ' . by_hand(3));
 boundary();
-run_in($long, 'commit');
+PgFanout::run_in($long, 'commit');
 all_arrived('rows that INSERT puts among older ones');
 $proxy->command('cut');
 sql(by_hand(4));

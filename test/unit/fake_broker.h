@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include "broker/broker.h"
+#include "client.h"
 #include "tap.h"
 
 /* each test uses some of these */
@@ -53,38 +54,6 @@ enum
 
 /* Returns true if it has done the step in its own way. */
 typedef bool (*Script) (int fd, int step);
-
-static int	announced = -1;
-static long longest_wait;
-static int64_t last_wait;
-
-static int64_t
-now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-static bool
-wait_socket(int fd, bool for_write, long timeout_ms)
-{
-	struct pollfd p = {.fd = fd,.events = for_write ? POLLOUT : POLLIN};
-	bool		ready;
-
-	if (last_wait != 0 && now_ms() - last_wait > longest_wait)
-		longest_wait = (long) (now_ms() - last_wait);
-	ready = poll(&p, 1, (int) timeout_ms) > 0;
-	last_wait = now_ms();
-	return ready;
-}
-
-static void
-fd_changed(int fd)
-{
-	announced = fd;
-}
 
 static BrokerOptions options = {
 	.connection_name = "test_broker",
