@@ -802,10 +802,34 @@ resident_kb(void)
 	return pages * sysconf(_SC_PAGESIZE) / 1024;
 }
 
-/* CPU time of so many messages with their acks, over the channels in turn. */
+/* Takes acks until none is left to be had; returns how many, -1 if the connection is lost. */
+static int
+take_acks(void)
+{
+	BrokerEvent event;
+	int			acks = 0;
+
+	for (;;)
+	{
+		broker_next_event(broker, &event);
+		if (event.type == BROKER_ACK)
+			acks++;
+		else if (event.type == BROKER_NOTHING)
+			return acks;
+		else if (event.type == BROKER_DISCONNECTED)
+			return -1;
+	}
+}
+
+/*
+ * CPU time of ROUNDS messages with their acks, over the channels in turn.  A hundred
+ * at a time, and their acks together: how often the socket is read must not depend
+ * on when the other process runs.
+ */
 static double
 cost_of_messages(int channels)
 {
+	const struct timespec nap = {.tv_nsec = 1000000};
 	struct timespec from;
 	struct timespec to;
 	int			acks = 0;
@@ -814,22 +838,33 @@ cost_of_messages(int channels)
 	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &from);
 	while (acks < ROUNDS)
 	{
-		BrokerEvent event;
+		int			n;
 
 		for (int i = 0; i < 100 && sent < ROUNDS; i++)
 			publish(1 + sent++ % channels);
-		broker_next_event(broker, &event);
-		if (event.type == BROKER_ACK)
-			acks++;
-		else if (event.type == BROKER_NOTHING)
-			wait_socket(broker_fd(broker), false, 100);
-		else if (event.type == BROKER_DISCONNECTED)
-			break;
+		nanosleep(&nap, NULL);
+		n = take_acks();
+		if (n < 0)
+			return 1e6;
+		acks += n;
 	}
 	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &to);
-	if (acks < ROUNDS)
-		return 1e6;
 	return (double) (to.tv_sec - from.tv_sec) * 1e6 / ROUNDS + (double) (to.tv_nsec - from.tv_nsec) / 1e3 / ROUNDS;
+}
+
+/* The least of several: others use the processor and its caches meanwhile. */
+static double
+least_cost(int channels)
+{
+	double		least = 1e6;
+
+	for (int i = 0; i < 5; i++)
+	{
+		double		cost = cost_of_messages(channels);
+
+		least = cost < least ? cost : least;
+	}
+	return least;
 }
 
 static int
@@ -859,14 +894,14 @@ test_many(void)
 	options.max_channels = MANY_CHANNELS;
 	begin(script_many);
 	open_many(2);
-	few = cost_of_messages(2);
+	few = least_cost(2);
 	end();
 	before = resident_kb();
 	begin(script_many);
 	ok(open_many(MANY_CHANNELS) == MANY_CHANNELS, "%d channels are opened", MANY_CHANNELS);
 	diag("%ld kB of memory for %d channels", resident_kb() - before, MANY_CHANNELS);
 	ok((resident_kb() - before) / MANY_CHANNELS < 4, "an idle channel takes less than 4 kB");
-	many = cost_of_messages(MANY_CHANNELS);
+	many = least_cost(MANY_CHANNELS);
 	ok(many < 2 * few + 1, "a message costs %.1f us with %d channels, %.1f us with 2", many, MANY_CHANNELS, few);
 	options.max_channels = 3;
 	end();
