@@ -154,7 +154,10 @@
 /* How long a polite close waits for the answer. */
 #define GOODBYE_MS			200
 
-/* More channels than this on one connection nobody wants, with two of our own. */
+/*
+ * Limits the channels that a caller may ask for.  AMQP numbers channels with 16 bits,
+ * and up to two of the numbers are the connection's own.
+ */
 #define CHANNELS_MAX		65000
 
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)

@@ -3,8 +3,11 @@
  * calls.c
  *		Requests to the broker that are waited for, by name.
  *
- * For connections that have nothing else to do meanwhile, as a consumer's.
- * The contracts are in broker.h.
+ * For callers that have nothing else to do meanwhile, as a consumer, or that may let
+ * it wait, as the publisher does when it declares topology.  The contracts are in
+ * broker.h.
+ *
+ * Must never: wait longer than rpc_timeout_ms, or name what rabbitmq-c declares.
  *
  *-------------------------------------------------------------------------
  */

@@ -17,9 +17,9 @@
  *
  *		ENDED --channels_paid()--> FREE
  *
- * Whoever ends a channel owes the broker a channel.close, or a close-ok for
- * the broker's own.  These are debts: the channel is in the list of debtors
- * until the caller has written them, which may have to wait for room in the
+ * Ending a channel leaves something to be written: a channel.close if we end it,
+ * a close-ok if the broker does.  These are debts: the channel is in the list of
+ * debtors until the caller has written them, which may have to wait for room in the
  * socket.  Where the drawing says FREE, a channel with a debt becomes ENDED.
  * If the closes of both sides cross, the channel stays CLOSING until close-ok
  * has come, and owes the other one meanwhile.  If our own close was not even

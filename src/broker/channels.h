@@ -47,7 +47,7 @@ typedef enum ChannelUse
 								 * waited for */
 } ChannelUse;
 
-/* What is still to be written to a channel that is over. */
+/* Names the method that is still to be written to a channel that is over. */
 typedef enum ChannelDebt
 {
 	CHANNEL_OWES_NOTHING,
@@ -55,7 +55,7 @@ typedef enum ChannelDebt
 	CHANNEL_OWES_CLOSE_OK,
 } ChannelDebt;
 
-/* What a method that has arrived means. */
+/* Tells the caller of channels_method() what a method that has arrived means. */
 typedef enum ChannelNews
 {
 	CHANNEL_NO_NEWS,			/* nothing is left to be done for it */

@@ -8,6 +8,8 @@
  * the credit.  Every frame is charged its bytes and what the kernel books for
  * a write of its own.
  *
+ * Must never: let more be written than a socket that is writable takes at once.
+ *
  *-------------------------------------------------------------------------
  */
 #include "broker/credit.h"

@@ -13,7 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* What the kernel books for a small write on top of its bytes, rounded up. */
+/* Bytes of the send buffer that the kernel takes for a small write, besides its data; rounded up. */
 #define WRITE_OVERHEAD		1024
 
 typedef struct Credit

@@ -10,6 +10,9 @@
  *
  * Owns the deliveries in it.
  *
+ * Must never: grow beyond these limits.  Which events are out of date is for the caller
+ * to find: "life" (channels.c).
+ *
  *-------------------------------------------------------------------------
  */
 #include <stdlib.h>
@@ -19,12 +22,12 @@
 #include "broker/message.h"
 
 /*
- * As many events as a window of unconfirmed messages can give rise to: a
- * return and an ack for each of 65535.
+ * Limits the events in the queue.  A window of 65535 unconfirmed messages gives rise
+ * to no more: a return and an ack for each.
  */
 #define EVENTS_MAX			(128 * 1024)
 
-/* More bytes in deliveries than any consumer lets pile up while it waits. */
+/* Limits the bytes of deliveries in the queue; consumers stop reading long before. */
 #define DELIVERED_MAX		((size_t) 1024 * 1024 * 1024)
 
 static void clear_event(BrokerEvent *event);

@@ -6,6 +6,8 @@
  * Bytes are received in large pieces and decoded a frame at a time.  The head
  * of a frame can be looked at before the decoder is shown a byte of it.
  *
+ * Must never: grow, read a socket, or understand a frame beyond its head.
+ *
  *-------------------------------------------------------------------------
  */
 #include <string.h>
@@ -31,7 +33,7 @@ frames_room(FrameBuffer *buffer, size_t *room)
 	return buffer->bytes + have;
 }
 
-/* So many bytes were received there. */
+/* Notes that bytes were received into the room that frames_room() gave. */
 void
 frames_add(FrameBuffer *buffer, size_t bytes)
 {

@@ -13,7 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* What is taken from the kernel in one piece; at least a head of a frame. */
+/* Size of the buffer, and so the most that one recv() can take; a frame's head must fit. */
 #define FRAMES_SIZE			65536
 
 typedef struct FrameBuffer

@@ -3,12 +3,14 @@
  * message.c
  *		Sizes and limits of what is sent, and the memory of what is received.
  *
- * What the protocol would refuse is found here, before a byte of it is sent:
- * the library notices only after it has sent half of a message, and the broker
- * answers by closing the connection.
+ * Finds what the protocol would refuse before a byte of it is sent, because the
+ * library notices only after it has sent half of a message, and the broker answers
+ * that by closing the connection.
  *
  * Also which AMQP method a request is, by which the caller can tell whether
  * the broker ended a connection because of it.
+ *
+ * Must never: send anything, or name what rabbitmq-c declares.
  *
  *-------------------------------------------------------------------------
  */

@@ -147,7 +147,7 @@ typedef enum BrokerRequestKind
 								 * if there is none */
 } BrokerRequestKind;
 
-/* What is asked of the broker; strings and fields only until the call returns. */
+/* Asks the broker for something.  Strings and fields need not outlive the call. */
 typedef struct BrokerRequest
 {
 	BrokerRequestKind kind;

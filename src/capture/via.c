@@ -12,9 +12,9 @@
  *		B publishes that change						A/public.u,B
  *		A gets it: A/public.u,B/public.u			has come through A's public.u
  *
- * So a change that comes back to the table where it was made is recognised, and
- * one that only comes back to the same database, to another table, is not taken
- * for that.  An id is that of the server's data and of the database in it: that of
+ * The tables are in the list because a change may rightly come back to the database
+ * where it was made, to another table: only one that comes back to the very table is
+ * left out.  An id is that of the server's data and of the database in it: that of
  * a promoted standby stays, a copy made from a dump has another.
  *
  * It must never cost anything where no message is being handled.

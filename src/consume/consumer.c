@@ -21,9 +21,9 @@
  *		lose_deliveries()
  *
  * A delivery is acked once its transaction is committed, whether it was applied
- * or stored in the waiting room (unless the subscription wants what failed to be
- * given back to the queue: then it is held, without its body, until that is due); so nothing stays unacked for longer than it waits
- * for its turn.  Deliveries that come are at hand, a list in order; a batch is taken
+ * or stored in the waiting room; so nothing stays unacked for longer than it waits for
+ * its turn.  If the subscription wants what failed to be given back to the queue, it is
+ * held, without its body, until that is due.  Deliveries that come are at hand, a list in order; a batch is taken
  * from its head, and what it did not get to is put back there.
  *
  * What the worker before had at hand is delivered again, perhaps in another order
@@ -45,8 +45,11 @@
  * inbox and waiting room know what was done.  The waiting room is worked on without
  * a connection, too.
  *
- * No transaction is open while the broker is waited for.  An error in here
- * (not one of a handler) ends the process, and the launcher starts it again.
+ * Must never: ack before the commit, or have a transaction open while the broker is
+ * waited for.
+ *
+ * An error in here (not one of a handler) ends the process, and the launcher starts
+ * it again.
  *
  *-------------------------------------------------------------------------
  */

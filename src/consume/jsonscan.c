@@ -18,6 +18,8 @@
  * depth takes a counter.  The text is in an encoding whose multibyte characters
  * have no ASCII bytes, as all server encodings are.  RFC 8259 has the grammar.
  *
+ * Must never: read beyond the end of the text, whatever it contains.
+ *
  *-------------------------------------------------------------------------
  */
 #include "consume/jsonscan.h"

@@ -18,6 +18,8 @@
  * - The newest entry's snapshots, or rows of the outbox, lie in this server's
  *	 future: they were written by another server, or pg_resetwal went back.
  *
+ * Must never: update or delete an entry, or guess what was sent.
+ *
  * Locks: none but those of the queries.
  *
  *-------------------------------------------------------------------------

@@ -11,6 +11,8 @@
  * A value that is refused where nobody can be told, as at the start of the
  * server, does not let the default be used in its place: see refused.c.
  *
+ * Must never: know the broker; define a setting that holds a secret.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
