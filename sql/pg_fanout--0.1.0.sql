@@ -1922,7 +1922,7 @@ comment on column fanout.message.message_id is 'the AMQP property if it is a UUI
 comment on column fanout.message.topic is 'as subscribed';
 comment on column fanout.message.consumer_group is 'as subscribed';
 comment on column fanout.message.type is 'AMQP property; NULL: absent';
-comment on column fanout.message.key is 'header "key"; NULL: absent';
+comment on column fanout.message.key is 'header "key", a string or an integer; NULL: absent';
 comment on column fanout.message.sequence is 'header "sequence"; NULL: absent, or no integer';
 comment on column fanout.message.headers is 'all headers; {}: none';
 comment on column fanout.message.body is 'the body; NULL: it is not JSON in UTF-8';
@@ -2321,6 +2321,23 @@ $$;
 comment on function fanout.handler_problem(fanout.subscription) is
 'internal: why a subscription cannot run its handler; NULL: it can';
 revoke all on function fanout.handler_problem(fanout.subscription) from public;
+
+-- A limit that is null is the broker's own.  With the rights of pg_fanout, since
+-- views for monitoring call it.
+create function fanout.queue_problem(s fanout.subscription) returns text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('queue "%s" has a delivery limit of %s, and drops what on_failure "requeue" with max_attempts %s gives back to it more often',
+                  b.queue, b.arguments ->> 'x-delivery-limit', s.max_attempts)
+    from fanout.bindings b
+    where b.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue'
+      and case when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'number'
+               then (b.arguments ->> 'x-delivery-limit')::numeric between 0 and s.max_attempts - 2 end
+$$;
+comment on function fanout.queue_problem(fanout.subscription) is
+'internal: why a queue that is declared in this database would lose messages of a subscription; NULL: it would not';
+revoke all on function fanout.queue_problem(fanout.subscription) from public;
 
 create function fanout.add_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
                                         prefetch integer, max_attempts integer, retry_delay interval,
@@ -3620,7 +3637,8 @@ select s.topic, s.consumer_group, w.pid,
 from fanout.subscription s
      left join fanout.subscription_status() w using (subscription_id),
      (select fanout.passive_reason() offset 0) a(reason),
-     lateral (select coalesce(a.reason, fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id))) p(problem)
+     lateral (select coalesce(a.reason, fanout.subscription_problem(s), fanout.handler_problem(s), fanout.queue_problem(s),
+                              fanout.sync_problem(s.subscription_id))) p(problem)
 where s.active;
 comment on view fanout.stat_subscriptions is
 'what the worker of each subscription is doing. Counters begin when it is first started, at the earliest when the server starts';
@@ -4472,7 +4490,7 @@ grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
-    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
+    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.queue_problem(fanout.subscription),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;
