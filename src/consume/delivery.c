@@ -356,11 +356,11 @@ typedef struct KeyHeader
 {
 	BrokerField field;
 	char		digits[24];
-}			KeyHeader;
+} KeyHeader;
 
 /* Returns the key that a header tells, perhaps in *space; NULL: it tells none. */
 static const BrokerField *
-find_key(const BrokerDelivery *wire, const char *name, KeyHeader * space)
+find_key(const BrokerDelivery *wire, const char *name, KeyHeader *space)
 {
 	const BrokerField *field = find_header(wire, name, BROKER_VALUE_STRING);
 	const BrokerField *integer = find_header(wire, name, BROKER_VALUE_INT);
