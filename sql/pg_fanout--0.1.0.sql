@@ -451,32 +451,40 @@ $$;
 comment on function fanout.difference(text, text, text) is 'internal: says how two declarations differ, or returns NULL';
 revoke all on function fanout.difference(text, text, text) from public;
 
-create function fanout.declare_topic(topic text, format text default 'debezium', on_exhausted text default 'hold')
+create function fanout.check_topic_grant(role regrole, topic text, what text, consumer_group text default null) returns void
+language c stable
+as 'MODULE_PATHNAME', 'pgf_check_topic_grant';
+comment on function fanout.check_topic_grant(regrole, text, text, text) is
+'internal: raises an error unless the role may do that with the topic, or with the queue of the consumer group';
+revoke all on function fanout.check_topic_grant(regrole, text, text, text) from public;
+
+create function fanout.declare_topic_as(role regrole, topic text, format text, on_exhausted text)
 returns void
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
     old fanout.topic;
 begin
-    perform fanout.check_name('topic', declare_topic.topic);
-    if declare_topic.format is null or declare_topic.format not in ('debezium', 'row', 'cloudevents') then
-        raise exception 'unknown format %', coalesce(quote_literal(declare_topic.format), 'null')
+    perform fanout.check_topic_grant(declare_topic_as.role, declare_topic_as.topic, 'declare');
+    perform fanout.check_name('topic', declare_topic_as.topic);
+    if declare_topic_as.format is null or declare_topic_as.format not in ('debezium', 'row', 'cloudevents') then
+        raise exception 'unknown format %', coalesce(quote_literal(declare_topic_as.format), 'null')
             using errcode = 'invalid_parameter_value',
                   hint = 'Formats are "debezium", "row" and "cloudevents".';
     end if;
-    if declare_topic.on_exhausted is null or declare_topic.on_exhausted not in ('hold', 'dead_letter') then
-        raise exception 'unknown on_exhausted %', coalesce(quote_literal(declare_topic.on_exhausted), 'null')
+    if declare_topic_as.on_exhausted is null or declare_topic_as.on_exhausted not in ('hold', 'dead_letter') then
+        raise exception 'unknown on_exhausted %', coalesce(quote_literal(declare_topic_as.on_exhausted), 'null')
             using errcode = 'invalid_parameter_value',
                   hint = 'It is "hold" or "dead_letter".';
     end if;
 
     -- ON CONFLICT locks the row in any case, and the publisher would wait for it
-    if fanout.keep_topic(declare_topic.topic) is null then
+    if fanout.keep_topic(declare_topic_as.topic) is null then
         perform fanout.adopt_if_empty();
         insert into fanout.topic as t (topic, format, on_exhausted)
-        values (declare_topic.topic, declare_topic.format, declare_topic.on_exhausted)
+        values (declare_topic_as.topic, declare_topic_as.format, declare_topic_as.on_exhausted)
         on conflict (topic) do update
             set format = excluded.format, on_exhausted = excluded.on_exhausted,
                 dropping = false, paused = false
@@ -486,14 +494,21 @@ begin
         end if;
     end if;
 
-    select * into strict old from fanout.topic t where t.topic = declare_topic.topic;
+    select * into strict old from fanout.topic t where t.topic = declare_topic_as.topic;
     perform fanout.raise_difference(
-        pg_catalog.format('topic "%s"', declare_topic.topic),
-        array_remove(array[fanout.difference('format', old.format, declare_topic.format),
-                           fanout.difference('on_exhausted', old.on_exhausted, declare_topic.on_exhausted)],
+        pg_catalog.format('topic "%s"', declare_topic_as.topic),
+        array_remove(array[fanout.difference('format', old.format, declare_topic_as.format),
+                           fanout.difference('on_exhausted', old.on_exhausted, declare_topic_as.on_exhausted)],
                      null));
 end
 $$;
+comment on function fanout.declare_topic_as(regrole, text, text, text) is 'internal: what fanout.declare_topic() does with the rights of pg_fanout';
+revoke all on function fanout.declare_topic_as(regrole, text, text, text) from public;
+
+create function fanout.declare_topic(topic text, format text default 'debezium', on_exhausted text default 'hold')
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.declare_topic(text, text, text) is
 'declares a topic, a durable fanout exchange of that name. format: body of captured changes ("debezium", "row", "cloudevents"); on_exhausted: what happens to a message that the broker refused pg_fanout.retry_limit times ("hold": keep trying, "dead_letter": go on without it). Errors: 22004, 42602, 42622, 42939 for the name, 22023 for the rest, 42710 if it exists with another declaration';
 revoke all on function fanout.declare_topic(text, text, text) from public;
@@ -533,43 +548,43 @@ $$;
 comment on function fanout.check_arguments(jsonb) is 'internal: raises an error unless the queue arguments can be sent';
 revoke all on function fanout.check_arguments(jsonb) from public;
 
-create function fanout.declare_binding(topic text, consumer_group text, queue_type text default 'quorum',
-                                       arguments jsonb default '{}')
+create function fanout.declare_binding_as(role regrole, topic text, consumer_group text, queue_type text, arguments jsonb)
 returns void
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
     old fanout.binding;
-    queue_name text := declare_binding.topic || '_' || declare_binding.consumer_group;
+    queue_name text := declare_binding_as.topic || '_' || declare_binding_as.consumer_group;
     id integer;
 begin
-    perform fanout.check_name('topic', declare_binding.topic);
-    perform fanout.check_name('consumer group', declare_binding.consumer_group);
+    perform fanout.check_topic_grant(declare_binding_as.role, declare_binding_as.topic, 'declare', declare_binding_as.consumer_group);
+    perform fanout.check_name('topic', declare_binding_as.topic);
+    perform fanout.check_name('consumer group', declare_binding_as.consumer_group);
     perform fanout.check_name('queue', queue_name);
-    perform fanout.check_arguments(declare_binding.arguments);
-    if declare_binding.queue_type is null or declare_binding.queue_type not in ('quorum', 'classic') then
-        raise exception 'unknown queue type %', coalesce(quote_literal(declare_binding.queue_type), 'null')
+    perform fanout.check_arguments(declare_binding_as.arguments);
+    if declare_binding_as.queue_type is null or declare_binding_as.queue_type not in ('quorum', 'classic') then
+        raise exception 'unknown queue type %', coalesce(quote_literal(declare_binding_as.queue_type), 'null')
             using errcode = 'invalid_parameter_value',
                   hint = 'Queue types are "quorum" and "classic".';
     end if;
 
-    if fanout.keep_topic(declare_binding.topic) is null then
-        perform fanout.declare_topic(declare_binding.topic);
+    if fanout.keep_topic(declare_binding_as.topic) is null then
+        perform fanout.declare_topic_as(declare_binding_as.role, declare_binding_as.topic, 'debezium', 'hold');
     end if;
-    id := fanout.require_topic(declare_binding.topic);
+    id := fanout.require_topic(declare_binding_as.topic);
 
     insert into fanout.binding as b (topic_id, consumer_group, queue, queue_type, arguments)
-    values (id, declare_binding.consumer_group, queue_name,
-            declare_binding.queue_type, declare_binding.arguments)
+    values (id, declare_binding_as.consumer_group, queue_name,
+            declare_binding_as.queue_type, declare_binding_as.arguments)
     on conflict do nothing;
     if found then
         return;
     end if;
 
     select * into old from fanout.binding b
-    where b.topic_id = id and b.consumer_group = declare_binding.consumer_group
+    where b.topic_id = id and b.consumer_group = declare_binding_as.consumer_group
     for update;
     if not found then
         raise exception 'queue "%" belongs to another topic already', queue_name
@@ -582,22 +597,31 @@ begin
     end if;
     perform fanout.raise_difference(
         pg_catalog.format('binding of topic "%s" to consumer group "%s"',
-                          declare_binding.topic, declare_binding.consumer_group),
-        array_remove(array[fanout.difference('queue_type', old.queue_type, declare_binding.queue_type),
-                           fanout.difference('arguments', old.arguments::text, declare_binding.arguments::text)],
+                          declare_binding_as.topic, declare_binding_as.consumer_group),
+        array_remove(array[fanout.difference('queue_type', old.queue_type, declare_binding_as.queue_type),
+                           fanout.difference('arguments', old.arguments::text, declare_binding_as.arguments::text)],
                      null));
     if old.drop_if_unused is not null then
         update fanout.binding b set drop_if_unused = null, drop_if_empty = null
-        where b.topic_id = id and b.consumer_group = declare_binding.consumer_group;
+        where b.topic_id = id and b.consumer_group = declare_binding_as.consumer_group;
     end if;
 end
 $$;
+comment on function fanout.declare_binding_as(regrole, text, text, text, jsonb) is 'internal: what fanout.declare_binding() does with the rights of pg_fanout';
+revoke all on function fanout.declare_binding_as(regrole, text, text, text, jsonb) from public;
+
+create function fanout.declare_binding(topic text, consumer_group text, queue_type text default 'quorum',
+                                       arguments jsonb default '{}')
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.declare_binding(text, text, text, jsonb) is
 'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum" or "classic"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out). Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
 revoke all on function fanout.declare_binding(text, text, text, jsonb) from public;
 
-create function fanout.declare_bindings(bindings jsonb) returns void
-language plpgsql volatile security definer
+create function fanout.declare_bindings_as(role regrole, bindings jsonb)
+returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -623,38 +647,53 @@ begin
         -- a topic that nobody listens to yet is still declared
         if jsonb_array_length(groups) = 0
            and not exists (select from fanout.topic t where t.topic = topic_name and not t.dropping) then
-            perform fanout.declare_topic(topic_name);
+            perform fanout.declare_topic_as(role, topic_name, 'debezium', 'hold');
         end if;
         for consumer_group in select jsonb_array_elements_text(groups) loop
-            perform fanout.declare_binding(topic_name, consumer_group);
+            perform fanout.declare_binding_as(role, topic_name, consumer_group, 'quorum', '{}');
         end loop;
     end loop;
 end
 $$;
+comment on function fanout.declare_bindings_as(regrole, jsonb) is 'internal: what fanout.declare_bindings() does with the rights of pg_fanout';
+revoke all on function fanout.declare_bindings_as(regrole, jsonb) from public;
+
+create function fanout.declare_bindings(bindings jsonb)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.declare_bindings(jsonb) is
 'declares many bindings with default settings at once: {"topic": ["consumer_group", ...], ...}, or a comma-separated string instead of the array. Errors: 22023 if bindings is not of that form, and those of fanout.declare_binding()';
 revoke all on function fanout.declare_bindings(jsonb) from public;
 
-create function fanout.drop_binding(topic text, consumer_group text,
-                                    if_unused boolean default true, if_empty boolean default true)
+create function fanout.drop_binding_as(role regrole, topic text, consumer_group text, if_unused boolean, if_empty boolean)
 returns void
-language plpgsql volatile security definer
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
+    perform fanout.check_topic_grant(drop_binding_as.role, drop_binding_as.topic, 'declare', drop_binding_as.consumer_group);
     update fanout.binding b
-    set drop_if_unused = coalesce(drop_binding.if_unused, true),
-        drop_if_empty = coalesce(drop_binding.if_empty, true)
-    where b.topic_id = fanout.require_topic(drop_binding.topic)
-      and b.consumer_group = drop_binding.consumer_group;
+    set drop_if_unused = coalesce(drop_binding_as.if_unused, true),
+        drop_if_empty = coalesce(drop_binding_as.if_empty, true)
+    where b.topic_id = fanout.require_topic(drop_binding_as.topic)
+      and b.consumer_group = drop_binding_as.consumer_group;
     if not found then
         raise exception 'topic "%" has no binding to consumer group "%"',
-                        drop_binding.topic, drop_binding.consumer_group
+                        drop_binding_as.topic, drop_binding_as.consumer_group
             using errcode = 'undefined_object';
     end if;
 end
 $$;
+comment on function fanout.drop_binding_as(regrole, text, text, boolean, boolean) is 'internal: what fanout.drop_binding() does with the rights of pg_fanout';
+revoke all on function fanout.drop_binding_as(regrole, text, text, boolean, boolean) from public;
+
+create function fanout.drop_binding(topic text, consumer_group text,
+                                    if_unused boolean default true, if_empty boolean default true)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.drop_binding(text, text, boolean, boolean) is
 'deletes a consumer group''s queue once this transaction has committed. if_unused, if_empty: only if the queue has no consumers, no messages; if the broker has a reason to refuse, the binding stays and fanout.bindings shows the reason. Errors: 42704 if there is no such binding';
 revoke all on function fanout.drop_binding(text, text, boolean, boolean) from public;
@@ -875,31 +914,33 @@ comment on column fanout.captures.enabled is
 'false: a trigger is missing, or was disabled with ALTER TABLE or made to fire for replicas only, on the table or on one of its partitions';
 revoke all on fanout.captures from public;
 
-create function fanout.drop_topic(topic text) returns void
-language plpgsql volatile security definer
+create function fanout.drop_topic_as(role regrole, topic text)
+returns void
+language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    dropped_id integer := fanout.require_topic(drop_topic.topic);
+    dropped_id integer := fanout.require_topic(drop_topic_as.topic);
     dependents text;
 begin
+    perform fanout.check_topic_grant(drop_topic_as.role, drop_topic_as.topic, 'declare');
     -- after those that are binding or capturing it right now, see keep_topic()
     perform from fanout.topic t where t.topic_id = dropped_id and not t.dropping for update;
     if not found then
-        perform fanout.require_topic(drop_topic.topic);
+        perform fanout.require_topic(drop_topic_as.topic);
     end if;
     select string_agg(object, E'\n') into dependents
     from (select pg_catalog.format('consumer group "%s" is bound to it', b.consumer_group)
           from fanout.binding b where b.topic_id = dropped_id
           union all
           select pg_catalog.format('table %s is captured into it', c.entity)
-          from fanout.captures c where c.topic = drop_topic.topic
+          from fanout.captures c where c.topic = drop_topic_as.topic
           union all
           select pg_catalog.format('%s messages are held for it', count(*))
           from fanout.held h where h.topic_id = dropped_id having count(*) > 0) d(object);
     if dependents is not null then
-        raise exception 'cannot drop topic "%" because something depends on it', drop_topic.topic
+        raise exception 'cannot drop topic "%" because something depends on it', drop_topic_as.topic
             using errcode = 'dependent_objects_still_exist',
                   detail = dependents,
                   hint = 'Use fanout.drop_binding(), fanout.uncapture(), fanout.purge(held => true) first.';
@@ -907,6 +948,13 @@ begin
     update fanout.topic t set dropping = true where t.topic_id = dropped_id;
 end
 $$;
+comment on function fanout.drop_topic_as(regrole, text) is 'internal: what fanout.drop_topic() does with the rights of pg_fanout';
+revoke all on function fanout.drop_topic_as(regrole, text) from public;
+
+create function fanout.drop_topic(topic text)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.drop_topic(text) is
 'deletes a topic''s exchange, if nothing else is bound to it, once this transaction has committed. Errors: 42704 if there is no such topic, 2BP01 if it has bindings, captures or held messages';
 revoke all on function fanout.drop_topic(text) from public;
@@ -1310,6 +1358,7 @@ begin
         if not has_function_privilege(session_user, 'fanout.declare_topic(text, text, text)', 'execute') then
             perform fanout.require_topic(t.topic);
         end if;
+        perform fanout.check_topic_grant(session_user::regrole, t.topic, 'declare');
         perform fanout.note_copied_schema();
     end if;
     -- one whose table is gone, and whose name this one has now
@@ -1718,6 +1767,42 @@ execute function fanout.schema_changed();
 alter event trigger pg_fanout_schema_changed enable always;
 comment on event trigger pg_fanout_schema_changed is 'pg_fanout: keeps captures true when tables and types are changed';
 
+-- Whoever creates a trigger asks for himself.
+create function fanout.check_capture_grant(trigger oid) returns void
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_check_capture_grant';
+comment on function fanout.check_capture_grant(oid) is
+'internal: raises an error unless the caller may capture into the topic that a trigger names';
+
+-- With the rights of whoever creates the trigger, and no more than the catalog looked
+-- at unless it is a capture's: he may have no right on this schema, and the library
+-- may be gone.
+create function fanout.trigger_created() returns event_trigger
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    capture oid;
+begin
+    for capture in
+        select t.oid from pg_event_trigger_ddl_commands() c join pg_trigger t on t.oid = c.objid
+        join pg_proc p on p.oid = t.tgfoid join pg_namespace n on n.oid = p.pronamespace
+        where c.classid = 'pg_trigger'::regclass and n.nspname = 'fanout' and p.proname = 'capture_trigger'
+    loop
+        perform fanout.check_capture_grant(capture);
+    end loop;
+end
+$$;
+comment on function fanout.trigger_created() is
+'internal: refuses a trigger that captures into a topic for which its creator has no grant. Errors: 42501';
+revoke all on function fanout.trigger_created() from public;
+
+create event trigger pg_fanout_trigger_created on ddl_command_end
+when tag in ('CREATE TRIGGER', 'CREATE SCHEMA')
+execute function fanout.trigger_created();
+alter event trigger pg_fanout_trigger_created enable always;
+comment on event trigger pg_fanout_trigger_created is 'pg_fanout: lets tables be captured by those alone who may';
+
 create event trigger pg_fanout_objects_dropped on sql_drop
 execute function fanout.objects_dropped();
 alter event trigger pg_fanout_objects_dropped enable always;
@@ -1922,7 +2007,7 @@ comment on column fanout.message.message_id is 'the AMQP property if it is a UUI
 comment on column fanout.message.topic is 'as subscribed';
 comment on column fanout.message.consumer_group is 'as subscribed';
 comment on column fanout.message.type is 'AMQP property; NULL: absent';
-comment on column fanout.message.key is 'header "key"; NULL: absent';
+comment on column fanout.message.key is 'header "key", a string or an integer; NULL: absent';
 comment on column fanout.message.sequence is 'header "sequence"; NULL: absent, or no integer';
 comment on column fanout.message.headers is 'all headers; {}: none';
 comment on column fanout.message.body is 'the body; NULL: it is not JSON in UTF-8';
@@ -2115,7 +2200,7 @@ $$;
 comment on function fanout.check_number(text, integer, integer, integer) is 'internal: raises an error unless the number is within limits';
 revoke all on function fanout.check_number(text, integer, integer, integer) from public;
 
-create function fanout.check_grant(role regrole, topic text, what text[]) returns void
+create function fanout.check_grant(role regrole, what text[], consumer_group text) returns void
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -2123,15 +2208,18 @@ begin
     if check_grant.role is null or check_grant.what is null then
         raise exception 'role and what must not be null'
             using errcode = 'null_value_not_allowed';
-    elsif not check_grant.what <@ '{subscribe}' then
-        raise exception 'what must be {subscribe}'
+    elsif not check_grant.what <@ '{declare,capture,publish,subscribe}' then
+        raise exception 'what must be among declare, capture, publish and subscribe'
+            using errcode = 'invalid_parameter_value';
+    elsif check_grant.consumer_group is not null and not check_grant.what <@ '{declare,subscribe}' then
+        raise exception 'consumer_group goes with declare and subscribe only'
             using errcode = 'invalid_parameter_value',
-                  hint = 'Other rights are EXECUTE on the functions.';
+                  detail = 'What is captured and published comes to all consumer groups.';
     end if;
 end
 $$;
-comment on function fanout.check_grant(regrole, text, text[]) is 'internal: raises an error unless the arguments of fanout.grant_topic() are valid';
-revoke all on function fanout.check_grant(regrole, text, text[]) from public;
+comment on function fanout.check_grant(regrole, text[], text) is 'internal: raises an error unless the arguments of fanout.grant_topic() are valid';
+revoke all on function fanout.check_grant(regrole, text[], text) from public;
 
 create function fanout.grant_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
 returns void
@@ -2140,14 +2228,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
-    perform fanout.check_grant(grant_topic.role, grant_topic.topic, grant_topic.what);
+    perform fanout.check_grant(grant_topic.role, grant_topic.what, grant_topic.consumer_group);
     insert into fanout.topic_grant (role, topic, consumer_group, what)
     select grant_topic.role, grant_topic.topic, grant_topic.consumer_group, w from unnest(grant_topic.what) w
     on conflict do nothing;
 end
 $$;
 comment on function fanout.grant_topic(text, regrole, text[], text) is
-'lets a role, and its members, consume the queues of a topic (NULL: of all topics); of one consumer group, or of all. For administrators. Errors: 22004, 22023';
+'lets a role, and all that have its privileges, use a topic (NULL: all topics): what is among declare (and drop), capture, publish and subscribe; with a consumer_group, declare and subscribe are of its queue alone. A role needs EXECUTE on the functions, too; members of the role that owns pg_fanout, and superusers, need no grant. For administrators. Errors: 22004, 22023';
 revoke all on function fanout.grant_topic(text, regrole, text[], text) from public;
 
 create function fanout.revoke_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
@@ -2157,7 +2245,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
-    perform fanout.check_grant(revoke_topic.role, revoke_topic.topic, revoke_topic.what);
+    perform fanout.check_grant(revoke_topic.role, revoke_topic.what, revoke_topic.consumer_group);
     delete from fanout.topic_grant g
     where g.role = revoke_topic.role and g.topic is not distinct from revoke_topic.topic
       and g.consumer_group is not distinct from revoke_topic.consumer_group and g.what = any (revoke_topic.what);
@@ -2166,30 +2254,6 @@ $$;
 comment on function fanout.revoke_topic(text, regrole, text[], text) is
 'takes back what fanout.grant_topic() gave with the same arguments; subscriptions that there are go on. For administrators. Errors: 22004, 22023';
 revoke all on function fanout.revoke_topic(text, regrole, text[], text) from public;
-
-create function fanout.check_queue_grant(role regrole, topic text, consumer_group text) returns void
-language plpgsql stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-    if pg_has_role(check_queue_grant.role, (select nspowner from pg_namespace where nspname = 'fanout'), 'member')
-       or exists (select from fanout.topic_grant g
-                  where g.what = 'subscribe'
-                    and coalesce(g.topic = check_queue_grant.topic, true)
-                    and coalesce(g.consumer_group = check_queue_grant.consumer_group, true)
-                    and pg_has_role(check_queue_grant.role, g.role, 'member'))
-    then
-        return;
-    end if;
-    raise exception 'permission denied for queue "%"', check_queue_grant.topic || '_' || check_queue_grant.consumer_group
-        using errcode = 'insufficient_privilege',
-              hint = pg_catalog.format('An administrator may use fanout.grant_topic(%L, %L, consumer_group => %L).',
-                                       check_queue_grant.topic, check_queue_grant.role, check_queue_grant.consumer_group);
-end
-$$;
-comment on function fanout.check_queue_grant(regrole, text, text) is
-'internal: raises an error unless the role may consume the queue';
-revoke all on function fanout.check_queue_grant(regrole, text, text) from public;
 
 create function fanout.check_failing(ordered boolean, on_failure text, wait_for text[]) returns void
 language plpgsql immutable
@@ -2322,6 +2386,23 @@ comment on function fanout.handler_problem(fanout.subscription) is
 'internal: why a subscription cannot run its handler; NULL: it can';
 revoke all on function fanout.handler_problem(fanout.subscription) from public;
 
+-- A limit that is null is the broker's own.  With the rights of pg_fanout, since
+-- views for monitoring call it.
+create function fanout.queue_problem(s fanout.subscription) returns text
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select format('queue "%s" has a delivery limit of %s, and drops what on_failure "requeue" with max_attempts %s gives back to it more often',
+                  b.queue, b.arguments ->> 'x-delivery-limit', s.max_attempts)
+    from fanout.bindings b
+    where b.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue'
+      and case when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'number'
+               then (b.arguments ->> 'x-delivery-limit')::numeric between 0 and s.max_attempts - 2 end
+$$;
+comment on function fanout.queue_problem(fanout.subscription) is
+'internal: why a queue that is declared in this database would lose messages of a subscription; NULL: it would not';
+revoke all on function fanout.queue_problem(fanout.subscription) from public;
+
 create function fanout.add_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
                                         prefetch integer, max_attempts integer, retry_delay interval,
                                         max_retry_delay interval, ordered boolean, handler_timeout interval,
@@ -2348,7 +2429,6 @@ begin
     perform fanout.check_interval('max_wait', add_subscription.max_wait, '0 s', '1 year');
     perform fanout.check_failing(add_subscription.ordered, add_subscription.on_failure, add_subscription.wait_for);
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
-    perform fanout.check_queue_grant(add_subscription.role, add_subscription.topic, add_subscription.consumer_group);
 
     select * into old from fanout.subscription s
     where s.topic || '_' || s.consumer_group = add_subscription.topic || '_' || add_subscription.consumer_group
@@ -2446,7 +2526,7 @@ begin
             using errcode = 'undefined_object';
     end if;
     if exists (select from pg_roles r where r.oid = found_row.role)
-       and not pg_has_role(own_subscription.role, found_row.role, 'member')
+       and not pg_has_role(own_subscription.role, found_row.role, 'usage')
     then
         raise exception 'permission denied for subscription of consumer group "%" to topic "%"',
                         own_subscription.consumer_group, own_subscription.topic
@@ -3620,7 +3700,8 @@ select s.topic, s.consumer_group, w.pid,
 from fanout.subscription s
      left join fanout.subscription_status() w using (subscription_id),
      (select fanout.passive_reason() offset 0) a(reason),
-     lateral (select coalesce(a.reason, fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id))) p(problem)
+     lateral (select coalesce(a.reason, fanout.subscription_problem(s), fanout.handler_problem(s), fanout.queue_problem(s),
+                              fanout.sync_problem(s.subscription_id))) p(problem)
 where s.active;
 comment on view fanout.stat_subscriptions is
 'what the worker of each subscription is doing. Counters begin when it is first started, at the earliest when the server starts';
@@ -3652,7 +3733,7 @@ select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.hea
        w.attempts, w.sqlstate, w.error, w.failed_at, w.next_try
 from fanout.waiting w join fanout.subscription s using (subscription_id)
 where w.error is not null
-  and (pg_has_role(s.role, 'member') or has_table_privilege('fanout.waiting', 'select'));
+  and (pg_has_role(s.role, 'usage') or has_table_privilege('fanout.waiting', 'select'));
 comment on view fanout.delivery_failure is
 'messages that a handler failed on, and that will be tried again: those of one''s own subscriptions, and with SELECT on fanout.waiting all of them';
 comment on column fanout.delivery_failure.topic is 'of the subscription';
@@ -4472,7 +4553,7 @@ grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
-    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription),
+    fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.queue_problem(fanout.subscription),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;

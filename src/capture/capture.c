@@ -37,6 +37,7 @@
 #include "capture/msgid.h"
 #include "capture/nesting.h"
 #include "capture/outbox.h"
+#include "capture/rights.h"
 #include "capture/rowjson.h"
 #include "capture/via.h"
 
@@ -531,6 +532,7 @@ pgf_publish(PG_FUNCTION_ARGS)
 {
 	OutboxRow	row;
 	TopicInfo	topic;
+	char	   *name;
 	pg_uuid_t  *result = palloc(sizeof(pg_uuid_t));
 
 	PreventCommandIfReadOnly("fanout.publish()");
@@ -539,7 +541,9 @@ pgf_publish(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("%s must not be null", PG_ARGISNULL(0) ? "topic" : "payload"),
 				 PG_ARGISNULL(0) ? 0 : errhint("A JSON null is written 'null'::jsonb.")));
-	topic = cache_topic(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+	name = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	rights_check(GetUserId(), name, "publish", NULL);
+	topic = cache_topic(name);
 
 	memset(&row, 0, sizeof(row));
 	row.id = outbox_next_id();

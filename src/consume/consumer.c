@@ -436,8 +436,8 @@ tell_breaker(const Delivery *delivery)
 	if (delivery->order.nkeys > 0)
 		key = delivery->order.keys[0];
 	if (breaker_failure(&con.breaker, delivery->sqlstate, key))
-		strlcpy(con.broken, psprintf("messages of %d keys failed with SQLSTATE %s in a row, the last one: %s",
-									 BREAKER_FAILURES, delivery->sqlstate, delivery->error), sizeof(con.broken));
+		worker_copy_text(con.broken, psprintf("messages of %d keys failed with SQLSTATE %s in a row, the last one: %s",
+											  BREAKER_FAILURES, delivery->sqlstate, delivery->error), sizeof(con.broken));
 }
 
 /*
@@ -558,16 +558,16 @@ learn(const Batch *batch)
 }
 
 /*
- * After a batch: if the breaker has opened, or a probe has failed, nothing is
- * consumed for a while; if a probe has succeeded, all is as before.
+ * After a batch: if the breaker has opened and nothing after that has succeeded, or a
+ * probe has failed, nothing is consumed for a while; if a probe has succeeded, all is
+ * as before.
  */
 static void
 heed_breaker(bool was_open)
 {
-	if (con.broken[0] != '\0')
+	if (con.broken[0] != '\0' && con.breaker.open)
 	{
 		refused(con.broken);
-		con.broken[0] = '\0';
 		con.conn.connect_at = mono_later(backoff(1000, con.breaker.probes, MAX_REFUSED_MS));
 	}
 	else if (was_open && !con.breaker.open)
@@ -576,6 +576,7 @@ heed_breaker(bool was_open)
 		con.conn.connect_at = 0;
 		con.last_refusal[0] = '\0';
 	}
+	con.broken[0] = '\0';
 }
 
 /* Nothing was done, and nothing can be; true if so. */
@@ -816,20 +817,21 @@ look_into_room(void)
 /* ---- what is delivered again at first ---- */
 
 static int
-compare_sequences(const void *a, const void *b)
+compare_places(const void *a, const void *b)
 {
 	const Delivery *left = *(Delivery *const *) a;
 	const Delivery *right = *(Delivery *const *) b;
 
-	if (left->sequence != right->sequence)
-		return left->sequence < right->sequence ? -1 : 1;
+	if (left->place != right->place)
+		return left->place < right->place ? -1 : 1;
 	return left->tag < right->tag ? -1 : 1;
 }
 
 /*
  * After several ends in a row the broker delivers again in another order than
  * the first time: what it had taken back already goes before what it takes
- * back later.  The header "sequence" tells what was first.
+ * back later.  The header "sequence" tells what was first; what has none stays behind
+ * what it came behind.
  */
 static void
 end_gathering(void)
@@ -842,9 +844,12 @@ end_gathering(void)
 	con.gathering = false;
 	sorted = palloc((n + 1) * sizeof(Delivery *));
 	for (int i = 0; i < n; i++)
+	{
 		sorted[i] = take_first();
+		sorted[i]->place = (sorted[i]->has_sequence || i == 0) ? sorted[i]->sequence : sorted[i - 1]->place;
+	}
 	if (con.row.ordered)
-		qsort(sorted, n, sizeof(Delivery *), compare_sequences);
+		qsort(sorted, n, sizeof(Delivery *), compare_places);
 	for (int i = 0; i < n; i++)
 		append(sorted[i]);
 	pfree(sorted);

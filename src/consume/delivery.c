@@ -351,6 +351,30 @@ find_header(const BrokerDelivery *wire, const char *name, BrokerValueType type)
 	return NULL;
 }
 
+/* A header that is a key: a string or, as text, an integer. */
+typedef struct KeyHeader
+{
+	BrokerField field;
+	char		digits[24];
+} KeyHeader;
+
+/* Returns the key that a header tells, perhaps in *space; NULL: it tells none. */
+static const BrokerField *
+find_key(const BrokerDelivery *wire, const char *name, KeyHeader *space)
+{
+	const BrokerField *field = find_header(wire, name, BROKER_VALUE_STRING);
+	const BrokerField *integer = find_header(wire, name, BROKER_VALUE_INT);
+
+	if (field != NULL || integer == NULL)
+		return field;
+	space->field = *integer;
+	space->field.type = BROKER_VALUE_STRING;
+	space->field.value.string.data = space->digits;
+	space->field.value.string.len = snprintf(space->digits, sizeof(space->digits), INT64_FORMAT,
+											 integer->value.integer);
+	return &space->field;
+}
+
 static char *
 text_header(const BrokerField *field)
 {
@@ -402,8 +426,9 @@ Delivery *
 delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 {
 	Delivery   *delivery = palloc0(sizeof(Delivery));
-	const BrokerField *key = find_header(wire, "key", BROKER_VALUE_STRING);
-	const BrokerField *old_key = find_header(wire, "old_key", BROKER_VALUE_STRING);
+	KeyHeader	space[2];
+	const BrokerField *key = find_key(wire, "key", &space[0]);
+	const BrokerField *old_key = find_key(wire, "old_key", &space[1]);
 	const BrokerField *op = find_header(wire, "op", BROKER_VALUE_STRING);
 	bool		found;
 

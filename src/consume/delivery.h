@@ -61,6 +61,7 @@ typedef struct Delivery
 	char	   *old_key;
 	int64		sequence;
 	bool		has_sequence;
+	int64		place;			/* sequence, or that of the one before it */
 	bool		truncates;
 
 	/* of attempts */

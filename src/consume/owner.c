@@ -16,33 +16,15 @@
  */
 #include "postgres.h"
 
-#include "access/htup_details.h"
-#include "catalog/namespace.h"
-#include "catalog/pg_namespace.h"
 #include "miscadmin.h"
 #include "utils/guc.h"
-#include "utils/syscache.h"
 
+#include "capture/rights.h"
 #include "consume/owner.h"
 #include "server/worker.h"
 
 /* Bounds a worker's wait for a row that somebody's open transaction has locked. */
 #define LOCK_TIMEOUT "10s"
-
-/* The schema is the extension's own (see the install script), and its owner's. */
-static Oid
-owner(void)
-{
-	Oid			schema = get_namespace_oid("fanout", false);
-	HeapTuple	tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
-	Oid			result;
-
-	if (!HeapTupleIsValid(tuple))
-		elog(ERROR, "cache lookup failed for schema %u", schema);
-	result = ((Form_pg_namespace) GETSTRUCT(tuple))->nspowner;
-	ReleaseSysCache(tuple);
-	return result;
-}
 
 static void
 set(const char *name, const char *value)
@@ -67,7 +49,7 @@ become_owner(void)
 	Caller		caller;
 
 	GetUserIdAndSecContext(&caller.user, &caller.context);
-	SetUserIdAndSecContext(owner(), caller.context | SECURITY_LOCAL_USERID_CHANGE);
+	SetUserIdAndSecContext(rights_administrator(), caller.context | SECURITY_LOCAL_USERID_CHANGE);
 	caller.settings = NewGUCNestLevel();
 	for (int i = 0; i < lengthof(settings); i++)
 		set(settings[i][0], settings[i][1]);

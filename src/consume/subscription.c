@@ -34,6 +34,7 @@
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 
+#include "capture/rights.h"
 #include "consume/owner.h"
 #include "consume/subscription.h"
 #include "publish/wire.h"
@@ -41,6 +42,7 @@
 #include "server/shmem.h"
 #include "server/wakeup.h"
 
+PG_FUNCTION_INFO_V1(pgf_declare);
 PG_FUNCTION_INFO_V1(pgf_subscribe);
 PG_FUNCTION_INFO_V1(pgf_unsubscribe);
 PG_FUNCTION_INFO_V1(pgf_sync_table);
@@ -149,7 +151,8 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 		" (extract(epoch from handler_timeout) * 1000)::bigint,"
 		" coalesce(fanout.subscription_handler(s), 0), 'fanout.message'::regtype::oid,"
 		" case when batch then 'fanout.message[]'::regtype else 'fanout.message'::regtype end::oid,"
-		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.sync_problem(s.subscription_id)),"
+		" coalesce(fanout.subscription_problem(s), fanout.handler_problem(s), fanout.queue_problem(s),"
+		" fanout.sync_problem(s.subscription_id)),"
 		" on_failure = 'requeue', (select coalesce(string_agg(c || ' ', ''), '') from unnest(wait_for) c),"
 		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared, drop_queue,"
 		" coalesce((select t.target::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
@@ -273,9 +276,27 @@ call_as_owner(FunctionCallInfo fcinfo, const char *function)
 	return result;
 }
 
+/* May the caller consume that queue?  What has no name is refused later. */
+static void
+check_queue_grant(FunctionCallInfo fcinfo)
+{
+	if (!PG_ARGISNULL(0) && !PG_ARGISNULL(1))
+		rights_check(GetUserId(), text_to_cstring(PG_GETARG_TEXT_PP(0)), "subscribe",
+					 text_to_cstring(PG_GETARG_TEXT_PP(1)));
+}
+
+/* Of all functions that declare and drop topics: the one in SQL has "_as" after its name. */
+Datum
+pgf_declare(PG_FUNCTION_ARGS)
+{
+	call_as_owner(fcinfo, psprintf("%s_as", get_func_name(fcinfo->flinfo->fn_oid)));
+	PG_RETURN_VOID();
+}
+
 Datum
 pgf_subscribe(PG_FUNCTION_ARGS)
 {
+	check_queue_grant(fcinfo);
 	call_as_owner(fcinfo, "add_subscription");
 	PG_RETURN_VOID();
 }
@@ -283,6 +304,7 @@ pgf_subscribe(PG_FUNCTION_ARGS)
 Datum
 pgf_sync_table(PG_FUNCTION_ARGS)
 {
+	check_queue_grant(fcinfo);
 	call_as_owner(fcinfo, "add_sync_table");
 	PG_RETURN_VOID();
 }

@@ -31,11 +31,13 @@
  * that is before it; promote() may err towards taking too early, never too late.
  *
  * A subscription that has its failed messages given back to their queue
- * (on_failure) stores none of them: a row without a body remembers the attempts.
+ * (on_failure) stores none of them: a row without a body remembers the attempts, and
+ * becomes a stored message if the delivery has to be stored after all.
  *
  * Locks: a row that is taken is locked until the transaction ends, so that
  * skip() and retry() see it before or after its attempt.  One that they have locked
- * is not waited for; other waits are bounded by owner.c.
+ * is not waited for, and keeps back only what is behind it; other waits are bounded
+ * by owner.c.
  *
  * Must never: lose a row whose message was not applied, given up or skipped in
  * the same transaction; or be called outside of a transaction of worker_begin().
@@ -67,8 +69,23 @@
 	" (select waiting_id, place from fanout.waiting where subscription_id = $1 and key2 = " key \
 	" order by place, waiting_id limit 1)) f order by place, waiting_id limit 1)"
 
-/* After so many milliseconds it is looked whether others have let go of a message. */
+/* Makes those due that the query finds; returns how many others have locked. */
+#define PROMOTE(query) \
+	"with wanted as materialized (" query ")," \
+	" free as (select waiting_id from fanout.waiting where waiting_id = any (array(select waiting_id from wanted))" \
+	" for update skip locked)," \
+	" done as (update fanout.waiting w set next_try = clock_timestamp() from free f" \
+	" where w.waiting_id = f.waiting_id returning 1)" \
+	" select (select count(*) from wanted) - (select count(*) from done)"
+
+/* After so many milliseconds it is looked whether others have let go of messages. */
 #define LOCKED_MS 200
+#define PROMOTE_AGAIN_MS 1000
+
+/* What is due, the one that has been so for longest first. */
+#define FIND_DUE \
+	"select waiting_id, key1, key2, barrier or postponed > 0 from fanout.waiting" \
+	" where subscription_id = $1 and next_try <= clock_timestamp() and not requeued order by next_try limit $2"
 
 /* What the walk over candidates looks at. */
 #define CANDIDATE \
@@ -110,6 +127,8 @@ WaitingRoom waiting_room = {.stale = true};
 
 static KnownMessage *known = NULL;
 static int	nknown = -1;		/* -1: to be read */
+static bool promote_again = false;	/* others had locked what was to be due */
+static int64 nrequeued = 0;		/* rows of messages given back to their queue */
 
 static void update_failed(const Delivery *delivery);
 static int	delete_done(Delivery **deliveries, int n);
@@ -158,24 +177,37 @@ set_count(int64 count)
 	pg_atomic_write_u32(&worker_subscription->waiting, (uint32) Min(count, PG_INT32_MAX));
 }
 
+/*
+ * Runs a statement that makes messages due, and tells how many it left out because
+ * others have locked them; these have their turn later.
+ */
+static void
+run_promote(CachedQuery *query, int nargs, Oid *types, Datum *values)
+{
+	bool		isnull;
+
+	owner_execute(query, nargs, types, values, NULL);
+	promote_again = DatumGetInt64(query_value(0, 1, &isnull)) > 0;
+}
+
 /* Makes those due that wait behind nothing: all of the room is looked at. */
 static void
 promote_all(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
-		"update fanout.waiting w set next_try = clock_timestamp()"
-		" where subscription_id = $1 and next_try is null"
-		" and (key1 is null or waiting_id = " FIRST_OF("w.key1") ")"
-		" and (key2 is null or waiting_id = " FIRST_OF("w.key2") ")"
-		" and not exists (select from fanout.waiting b where b.subscription_id = $1 and b.barrier"
-		" and (b.place, b.waiting_id) < (w.place, w.waiting_id))"
-		" and (not barrier or waiting_id = (select f.waiting_id from fanout.waiting f"
-		" where f.subscription_id = $1 order by f.place, f.waiting_id limit 1))"
+		PROMOTE("select waiting_id from fanout.waiting w"
+				" where subscription_id = $1 and next_try is null"
+				" and (key1 is null or waiting_id = " FIRST_OF("w.key1") ")"
+				" and (key2 is null or waiting_id = " FIRST_OF("w.key2") ")"
+				" and not exists (select from fanout.waiting b where b.subscription_id = $1 and b.barrier"
+				" and (b.place, b.waiting_id) < (w.place, w.waiting_id))"
+				" and (not barrier or waiting_id = (select f.waiting_id from fanout.waiting f"
+				" where f.subscription_id = $1 order by f.place, f.waiting_id limit 1))")
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
-	owner_execute(&query, 1, types, values, NULL);
+	run_promote(&query, 1, types, values);
 }
 
 static MonoTime
@@ -204,6 +236,23 @@ find_next_due(const SubscriptionRow *row)
 		promote_all(row);
 		waiting_room.next_due = earliest(row);
 	}
+	if (promote_again)
+		waiting_room.next_due = Min(waiting_room.next_due, mono_later(PROMOTE_AGAIN_MS));
+}
+
+/* Frees what was stored in order, of a subscription that is not ordered any more. */
+static void
+forget_order(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set key1 = null, key2 = null, barrier = false, next_try = coalesce(next_try, clock_timestamp())"
+		" where waiting_id = any (array(select waiting_id from fanout.waiting where subscription_id = $1"
+		" and (key1 is not null or barrier or next_try is null) for update skip locked))"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+
+	owner_execute(&query, 1, types, values, NULL);
 }
 
 /*
@@ -214,7 +263,8 @@ void
 waiting_look(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
-		"select count(*) filter (where not requeued), coalesce(max(place), 0) from fanout.waiting where subscription_id = $1"
+		"select count(*) filter (where not requeued), coalesce(max(place), 0), count(*) filter (where requeued)"
+		" from fanout.waiting where subscription_id = $1"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
@@ -223,7 +273,10 @@ waiting_look(const SubscriptionRow *row)
 	if (!waiting_room.stale)
 		return;
 	forget_known();
+	if (!row->ordered)
+		forget_order(row);
 	owner_execute(&query, 1, types, values, NULL);
+	nrequeued = DatumGetInt64(query_value(0, 3, &isnull));
 	set_count(DatumGetInt64(query_value(0, 1, &isnull)));
 	last_place = Max(last_place, DatumGetInt64(query_value(0, 2, &isnull)));
 	find_next_due(row);
@@ -406,9 +459,11 @@ waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *
 {
 	OrderItem	anything = {.nkeys = 0};
 
-	if (waiting_room.count == 0 && !row->requeue)
+	bool		recalls = row->requeue || nrequeued > 0;
+
+	if (waiting_room.count == 0 && !recalls)
 		return;
-	if (waiting_room.count <= KNOWN_MAX && !row->requeue)
+	if (waiting_room.count <= KNOWN_MAX && !recalls)
 	{
 		filter_known(row, deliveries, n, order);
 		return;
@@ -444,8 +499,8 @@ static void
 promote(const SubscriptionRow *row, Datum *keys, int n)
 {
 	static CachedQuery query = {
-		"update fanout.waiting w set next_try = clock_timestamp() where next_try is null and waiting_id = any (array("
-		"select " FIRST_OF("k.key") " from (select distinct unnest($2)) k (key)))"
+		PROMOTE("select waiting_id from fanout.waiting where next_try is null and waiting_id = any (array("
+				"select " FIRST_OF("k.key") " from (select distinct unnest($2)) k (key)))")
 	};
 	Oid			types[2] = {INT4OID, INT8ARRAYOID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
@@ -453,7 +508,7 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	if (n == 0)
 		return;
 	values[1] = int8_array(keys, n);
-	owner_execute(&query, 2, types, values, NULL);
+	run_promote(&query, 2, types, values);
 }
 
 /* Those that failed may be due before all others. */
@@ -543,11 +598,19 @@ static void
 insert(const SubscriptionRow *row, const Delivery *delivery)
 {
 	static CachedQuery query = {
-		"insert into fanout.waiting (subscription_id, place, key1, key2, barrier,"
+		"insert into fanout.waiting as w (subscription_id, place, key1, key2, barrier,"
 		" message_id, type, key, sequence, headers, published_at, redelivered, content_type, payload, raw,"
 		" attempts, postponed, sqlstate, error, waits_since, next_try, failed_at)"
 		" values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21,"
 		" case when $19 is not null then clock_timestamp() end)"
+		" on conflict (subscription_id, message_id) do update set requeued = false, place = excluded.place,"
+		" key1 = excluded.key1, key2 = excluded.key2, barrier = excluded.barrier, headers = excluded.headers,"
+		" published_at = excluded.published_at, redelivered = excluded.redelivered,"
+		" content_type = excluded.content_type, payload = excluded.payload, raw = excluded.raw,"
+		" attempts = excluded.attempts, postponed = excluded.postponed, waits_since = excluded.waits_since,"
+		" next_try = excluded.next_try, sqlstate = coalesce(excluded.sqlstate, w.sqlstate),"
+		" error = coalesce(excluded.error, w.error), failed_at = coalesce(excluded.failed_at, w.failed_at)"
+		" where w.requeued"
 	};
 	Oid			types[21] = {
 		INT4OID, INT8OID, INT8OID, INT8OID, BOOLOID,
@@ -570,7 +633,7 @@ insert(const SubscriptionRow *row, const Delivery *delivery)
 
 /*
  * Stores deliveries of the broker's: those that are BEHIND another, and those
- * that have FAILED.
+ * that have FAILED.  Forgets what was known of those that are done with.
  */
 void
 waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
@@ -594,6 +657,7 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	}
 	become_caller(&caller);
 	MemoryContextDelete(scratch);
+	(void) delete_done(deliveries, n);
 	if (stored == 0)
 		return;
 	forget_known();
@@ -725,7 +789,8 @@ static void
 set_behind(Datum *ids, int n)
 {
 	static CachedQuery query = {
-		"update fanout.waiting set next_try = null where waiting_id = any ($1) and next_try is not null"
+		"update fanout.waiting set next_try = null where waiting_id = any (array("
+		"select waiting_id from fanout.waiting where waiting_id = any ($1) and next_try is not null for update skip locked))"
 	};
 	Oid			types[1] = {INT8ARRAYOID};
 	Datum		values[1];
@@ -793,22 +858,19 @@ add_due_keys(DueList *due, int result)
 }
 
 /*
- * Finds what is due.  What was postponed goes alone, and so does a barrier; singly:
- * so does everything.
+ * Finds what is due; unlocked: but for what others have locked.  What was postponed
+ * goes alone, and so does a barrier; singly: so does everything.
  */
 static DueList
-find_due(const SubscriptionRow *row, int limit, bool singly)
+find_due(const SubscriptionRow *row, int limit, bool singly, bool unlocked)
 {
-	static CachedQuery query = {
-		"select waiting_id, key1, key2, barrier or postponed > 0 from fanout.waiting"
-		" where subscription_id = $1 and next_try <= clock_timestamp() and not requeued order by next_try limit $2"
-	};
+	static CachedQuery queries[2] = {{FIND_DUE}, {FIND_DUE " for update skip locked"}};
 	Oid			types[2] = {INT4OID, INT4OID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(limit)};
 	DueList		due = {.ids = palloc((limit + 1) * sizeof(Datum)),.keys = palloc((2 * limit + 1) * sizeof(Datum))};
 	bool		isnull;
 
-	owner_execute(&query, 2, types, values, NULL);
+	owner_execute(&queries[unlocked ? 1 : 0], 2, types, values, NULL);
 	for (uint64 i = 0; i < SPI_processed && !due.singly; i++)
 	{
 		bool		alone = singly || DatumGetBool(query_value(i, 4, &isnull));
@@ -891,9 +953,10 @@ may_follow(const Candidate *candidate, const DueList *due)
 /*
  * Chooses, in order, what is due and waits for nothing, and what follows in the
  * same keys; bounded in count and bytes.  What is due and must wait is BEHIND.
+ * Leaves what is chosen at the head of the candidates, and returns how many.
  */
 static int
-choose(const DueList *due, const Candidate *candidates, int n, int limit, size_t memory, Datum *chosen)
+choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memory)
 {
 	Datum	   *behind = palloc((due->n + 1) * sizeof(Datum));
 	int			nbehind = 0;
@@ -903,7 +966,7 @@ choose(const DueList *due, const Candidate *candidates, int n, int limit, size_t
 	order_clear(&walk);
 	for (int i = 0; i < n && count < limit; i++)
 	{
-		const Candidate *candidate = &candidates[i];
+		Candidate  *candidate = &candidates[i];
 		bool		is_due = is_element(due->ids, due->n, candidate->waiting_id);
 		bool		blocked = order_blocks(&walk, &candidate->order);
 
@@ -912,7 +975,7 @@ choose(const DueList *due, const Candidate *candidates, int n, int limit, size_t
 			size += candidate->size;
 			if (count > 0 && size > memory)
 				break;
-			chosen[count++] = Int64GetDatum(candidate->waiting_id);
+			candidates[count++] = *candidate;
 			continue;
 		}
 		if (is_due)
@@ -922,6 +985,16 @@ choose(const DueList *due, const Candidate *candidates, int n, int limit, size_t
 	}
 	set_behind(behind, nbehind);
 	return count;
+}
+
+static Datum *
+chosen_ids(const Candidate *chosen, int n)
+{
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+
+	for (int i = 0; i < n; i++)
+		ids[i] = Int64GetDatum(chosen[i].waiting_id);
+	return ids;
 }
 
 /* A value of the result, copied into the current context. */
@@ -1019,13 +1092,49 @@ load(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Deliv
 }
 
 /*
- * The same, or -1 if a transaction of somebody else's, as one that called skip(), has
- * locked any of them: what is behind that must not go before it.
+ * Leaves out messages that are behind one that somebody else, as a transaction that
+ * called skip(), has locked: of those chosen, in order, it was not loaded.  Returns
+ * how many stay.
  */
 static int
-load_all(const SubscriptionRow *row, Datum *ids, int n, MemoryContext context, Delivery **deliveries)
+leave_out_blocked(const Candidate *chosen, int n, Delivery **deliveries, int loaded)
 {
-	return load(row, ids, n, context, deliveries) == n ? n : -1;
+	int			next = 0;
+	int			kept = 0;
+
+	order_clear(&walk);
+	for (int i = 0; i < n; i++)
+	{
+		bool		have = next < loaded && deliveries[next]->waiting_id == chosen[i].waiting_id;
+		Delivery   *delivery = have ? deliveries[next++] : NULL;
+
+		if (have && !order_blocks(&walk, &chosen[i].order))
+			deliveries[kept++] = delivery;
+		else if (!order_add(&walk, &chosen[i].order))
+			out_of_memory();
+	}
+	return kept;
+}
+
+/* One try of waiting_take(); *locked: others have locked what might have been taken. */
+static int
+take(const SubscriptionRow *row, int limit, size_t memory, const DueList *due, MemoryContext context,
+	 Delivery **deliveries, bool *locked)
+{
+	Candidate  *chosen;
+	int			n;
+	int			loaded;
+
+	*locked = false;
+	if (due->n == 0)
+		return 0;
+	chosen = find_candidates(row, due, limit, &n);
+	n = choose(due, chosen, n, due->singly ? 1 : limit, memory);
+	if (n == 0)
+		return 0;
+	loaded = load(row, chosen_ids(chosen, n), n, context, deliveries);
+	*locked = loaded < n;
+	return *locked ? leave_out_blocked(chosen, n, deliveries, loaded) : n;
 }
 
 /*
@@ -1038,24 +1147,26 @@ int
 waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, MemoryContext context,
 			 Delivery **deliveries)
 {
-	DueList		due = find_due(row, limit, singly);
-	Candidate  *candidates;
+	DueList		due;
+	bool		locked;
 	int			n;
-	Datum	   *chosen = palloc((limit + 1) * sizeof(Datum));
 
-	if (due.n > 0)
+	if (promote_again)
+		promote_all(row);
+	due = find_due(row, limit, singly, false);
+	n = take(row, limit, memory, &due, context, deliveries, &locked);
+
+	if (n == 0 && locked)
 	{
-		candidates = find_candidates(row, &due, limit, &n);
-		n = choose(&due, candidates, n, due.singly ? 1 : limit, memory, chosen);
-		n = (n > 0) ? load_all(row, chosen, n, context, deliveries) : 0;
+		due = find_due(row, limit, singly, true);
+		n = take(row, limit, memory, &due, context, deliveries, &locked);
+		locked = true;
 	}
-	else
-		n = 0;
 	if (n == 0)
 		find_next_due(row);
-	if (n < 0)
+	if (n == 0 && locked)
 		waiting_room.next_due = mono_later(LOCKED_MS);
-	return Max(n, 0);
+	return n;
 }
 
 /*

@@ -66,6 +66,7 @@
 #include "catalog/pg_extension.h"
 #include "commands/dbcommands.h"
 #include "executor/spi.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -733,14 +734,25 @@ worker_set_connected(const char *connected_to)
 	SpinLockRelease(&worker_self->mutex);
 }
 
+/* Copies as much of a text as fits into size bytes, and no part of a character. */
+void
+worker_copy_text(char *to, const char *text, size_t size)
+{
+	size_t		len = strlen(text);
+
+	strlcpy(to, text, len < size ? size : pg_mbcliplen(text, len, size - 1) + 1);
+}
+
 void
 worker_set_error(const char *text)
 {
 	WorkerStatus *status = &worker_self->status;
 	TimestampTz now = GetCurrentTimestamp();
+	char		copy[sizeof(status->last_error)];
 
+	worker_copy_text(copy, text, sizeof(copy));
 	SpinLockAcquire(&worker_self->mutex);
-	strlcpy(status->last_error, text, sizeof(status->last_error));
+	strlcpy(status->last_error, copy, sizeof(status->last_error));
 	status->last_error_at = now;
 	SpinLockRelease(&worker_self->mutex);
 }

@@ -73,6 +73,7 @@ extern bool worker_reloaded(void);
 extern void worker_set_state(WorkerState state);
 extern void worker_set_connected(const char *connected_to); /* NULL: not */
 extern void worker_set_error(const char *text); /* remembers the last one */
+extern void worker_copy_text(char *to, const char *text, size_t size);
 
 /*
  * What a worker does: start() once, then rounds of work(), and wait() whenever a

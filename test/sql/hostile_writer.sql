@@ -135,9 +135,15 @@ select attempt(c) from unnest(array[
 insert into his values (1);
 reset role;
 select topic, headers ->> 'table' as "table" from fanout.outbox o join fanout.topic t using (topic_id) where topic ~ '^hostile_writer' order by o.id desc limit 1;
--- with them he can capture into any topic, and what arrives says truly which table it comes from
+-- with them, and a topic, what arrives says truly which table it comes from
 grant usage on schema fanout to fanout_hostile;
 grant execute on function fanout.capture, fanout.capture_trigger, fanout.publish to fanout_hostile;
+set role fanout_hostile;
+select attempt('create trigger t after insert on his for each row execute function fanout.capture_trigger(''hostile_writer'')'),
+       attempt('create schema fanout_hostile_schema create table t (id int) create trigger t after insert on t for each row execute function fanout.capture_trigger(''hostile_writer'')'),
+       attempt('select fanout.publish(''hostile_writer'', ''1'')');
+reset role;
+select fanout.grant_topic('hostile_writer', 'fanout_hostile', '{capture,publish}');
 set role fanout_hostile;
 select attempt('select fanout.capture(''his'', ''hostile_writer'')');
 insert into his values (2);
@@ -150,7 +156,7 @@ select attempt('select fanout.capture(''entity'', ''hostile_writer 2'')');
 reset role;
 select topic, key, headers ->> 'table' as "table" from fanout.outbox o join fanout.topic t using (topic_id) where topic ~ '^hostile_writer' order by o.id desc limit 3;
 revoke execute on all functions in schema fanout from fanout_hostile;
--- the right to one topic is a function of the administrator's that names it
+-- a function of the administrator's that names a topic needs neither
 create function publish_to_2(payload jsonb) returns uuid language sql security definer set search_path = pg_catalog, pg_temp
     as $$ select fanout.publish('hostile_writer 2', payload) $$;
 revoke execute on function publish_to_2 from public;
@@ -162,5 +168,6 @@ reset role;
 select topic, payload from fanout.outbox o join fanout.topic t using (topic_id) where topic ~ '^hostile_writer' order by o.id desc limit 1;
 
 drop schema hostile_writer cascade;
+select fanout.revoke_topic('hostile_writer', 'fanout_hostile', '{capture,publish}');
 drop owned by fanout_victim, fanout_hostile;
 drop role fanout_victim, fanout_hostile;

@@ -1,13 +1,14 @@
 -- who may do what: nobody anything, until an administrator grants it
 set client_min_messages = warning;
 create extension if not exists pg_fanout;
-drop role if exists fanout_owner, fanout_writer, fanout_monitor, fanout_nobody;
+drop role if exists fanout_owner, fanout_writer, fanout_monitor, fanout_nobody, fanout_group;
 reset client_min_messages;
 \set SHOW_CONTEXT never
 create role fanout_owner;
 create role fanout_writer;
 create role fanout_monitor in role pg_monitor;
 create role fanout_nobody;
+create role fanout_group;
 create schema privileges;
 grant create, usage on schema privileges to public;
 set search_path = privileges;
@@ -105,7 +106,7 @@ select attempt(c) from unnest(array[
     'alter event trigger pg_fanout_schema_changed disable'
 ]) c;
 select * from mine;
--- no function but that of the conditions of capture triggers
+-- no function but those of the conditions of capture triggers, and of their creation
 select p.oid::regprocedure as may_execute from pg_proc p where pronamespace = 'fanout'::regnamespace and has_function_privilege(p.oid, 'execute');
 select c.oid::regclass as may_use from pg_class c where relnamespace = 'fanout'::regnamespace and relkind in ('r', 'p', 'v')
 and has_table_privilege(c.oid, 'select, insert, update, delete, truncate, references, trigger');
@@ -153,6 +154,12 @@ grant execute on function fanout.capture, fanout.capture_trigger,
 to fanout_owner;
 create table not_his (id int primary key);
 grant select, insert on not_his to fanout_owner;
+-- and the topic: neither capture() nor a trigger made by hand does without
+set role fanout_owner;
+select fanout.capture('entity', 'privileges', "when" => 'true', replace => true);
+create trigger by_hand after insert on entity for each row execute function fanout.capture_trigger('privileges');
+reset role;
+select fanout.grant_topic('privileges', 'fanout_owner', '{capture}');
 set role fanout_owner;
 select fanout.capture('entity', 'privileges', "when" => 'true', replace => true);
 select fanout.capture('entity', 'privileges', "when" => 'true');
@@ -180,6 +187,39 @@ grant execute on all functions in schema fanout to fanout_owner;
 set role fanout_owner;
 select fanout.set_trigger_arguments((select oid from pg_trigger where tgrelid = 'entity'::regclass), '{x}');
 select fanout.publish('privileges', '1', 'by the owner') is not null as published;
+reset role;
+select fanout.grant_topic('privileges', 'fanout_owner', '{publish}');
+set role fanout_owner;
+select fanout.publish('privileges', '1', 'by the owner') is not null as published;
+-- declaring, by topic or by queue
+select fanout.declare_topic('granted');
+select fanout.declare_binding('privileges', 'g');
+select fanout.declare_bindings('{"privileges": ["g"]}');
+select fanout.drop_topic('privileges');
+reset role;
+select fanout.grant_topic('privileges', 'fanout_owner', '{publish}', 'g');
+select fanout.grant_topic('privileges', 'fanout_owner', '{declare}', 'g'), fanout.grant_topic('granted', 'fanout_owner', '{declare}', 'g');
+set role fanout_owner;
+select fanout.declare_binding('privileges', 'g');
+select fanout.declare_binding('privileges', 'h');
+select fanout.declare_binding('granted', 'g');
+select fanout.drop_binding('privileges', 'g');
+reset role;
+select fanout.revoke_topic('granted', 'fanout_owner', '{declare}', 'g'), fanout.grant_topic('granted', 'fanout_group', '{declare}');
+grant fanout_group to fanout_owner;
+grant usage on schema fanout to fanout_group;
+grant execute on function fanout.drop_binding to fanout_group;
+set role fanout_owner;
+select fanout.declare_bindings('{"granted": ["g"]}');
+reset role;
+revoke fanout_group from fanout_owner;
+alter role fanout_owner noinherit;
+grant fanout_group to fanout_owner;
+set role fanout_owner;
+select fanout.drop_binding('granted', 'g');
+set role fanout_group;
+select fanout.drop_binding('granted', 'g');
+set role fanout_owner;
 -- a renamed column is followed on behalf of the owner, who may not do it himself
 select fanout.uncapture('entity');
 select fanout.capture('entity', 'privileges', '{insert}', columns => '{id}');
@@ -204,5 +244,5 @@ select key from fanout.outbox o join fanout.topic t using (topic_id) where topic
 
 set client_min_messages = warning;
 drop schema privileges cascade;
-drop owned by fanout_owner, fanout_writer, fanout_monitor, fanout_nobody;
-drop role fanout_owner, fanout_writer, fanout_monitor, fanout_nobody;
+drop owned by fanout_owner, fanout_writer, fanout_monitor, fanout_nobody, fanout_group;
+drop role fanout_owner, fanout_writer, fanout_monitor, fanout_nobody, fanout_group;

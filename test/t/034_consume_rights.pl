@@ -47,6 +47,7 @@ grant usage on schema fanout to app, other, friend;
 grant execute on function fanout.subscribe, fanout.unsubscribe to app, other, friend;
 select fanout.grant_topic(null, r) from unnest('{app,other,friend}'::regrole[]) r;
 grant execute on function fanout.publish to app;
+select fanout.grant_topic('t', 'app', '{publish}');
 select fanout.declare_binding('t', 'g');
 set role app;
 create table log (n serial, name text, users text, result text);
