@@ -3058,6 +3058,28 @@ comment on function fanout.add_sync_target(integer, regclass, text[], jsonb, tex
 'internal: notes what fanout.sync_table() was given for a new subscription';
 revoke all on function fanout.add_sync_target(integer, regclass, text[], jsonb, text, text, text) from public;
 
+-- Rows of a partition are its parents', too.
+create function fanout.sync_overlap(a regclass, b regclass) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select a = b or a in (select relid from pg_partition_ancestors(b)) or b in (select relid from pg_partition_ancestors(a))
+$$;
+comment on function fanout.sync_overlap(regclass, regclass) is
+'internal: are two targets the same table, or one a partition of the other?';
+revoke all on function fanout.sync_overlap(regclass, regclass) from public;
+
+create function fanout.sync_sharers(t fanout.sync_target) returns integer[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array(select o.subscription_id from fanout.sync_target o join fanout.subscription s using (subscription_id)
+                 where o.subscription_id = t.subscription_id or s.active and fanout.sync_overlap(o.target, t.target))
+$$;
+comment on function fanout.sync_sharers(fanout.sync_target) is
+'internal: the subscriptions that write into the table of one, itself included';
+revoke all on function fanout.sync_sharers(fanout.sync_target) from public;
+
 create function fanout.check_sync_sharers(id integer, target regclass, key text[]) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -3066,7 +3088,7 @@ declare
     other fanout.subscription;
 begin
     select s.* into other from fanout.sync_target t join fanout.subscription s using (subscription_id)
-    where t.target = check_sync_sharers.target and s.active and s.subscription_id <> check_sync_sharers.id
+    where s.active and s.subscription_id <> check_sync_sharers.id and fanout.sync_overlap(t.target, check_sync_sharers.target)
       and fanout.sync_key_columns(s.subscription_id) is distinct from check_sync_sharers.key
     limit 1;
     if found then
@@ -3078,7 +3100,7 @@ begin
 end
 $$;
 comment on function fanout.check_sync_sharers(integer, regclass, text[]) is
-'internal: raises an error if another subscription keeps the table by another key';
+'internal: raises an error if another subscription keeps the table, or a part of it, by another key';
 revoke all on function fanout.check_sync_sharers(integer, regclass, text[]) from public;
 
 create function fanout.raise_obstacle(code text, problem text, hint text) returns void
