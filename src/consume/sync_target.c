@@ -363,10 +363,12 @@ SyncTarget *
 sync_target_load(Datum topic, Datum consumer_group)
 {
 	static CachedQuery query = {
-		"select s.subscription_id, s.version, s.role::oid, t.target::oid, t.floor, t.source_schema, t.source_table,"
+		"select s.subscription_id, s.version, coalesce(b.role, fanout.subscriber(s)::oid, 0),"
+		" coalesce(b.target, fanout.target_table(t)::oid, 0), t.floor, t.source_schema, t.source_table,"
 		" t.unknown_columns = 'error',"
 		" fanout.sync_sharers(t)"
 		" from fanout.subscription s join fanout.sync_target t using (subscription_id)"
+		" left join fanout.subscription_bound b using (subscription_id)"
 		" where s.topic = $1 and s.consumer_group = $2"
 	};
 	Oid			types[] = {TEXTOID, TEXTOID};
