@@ -2029,16 +2029,16 @@ comment on sequence fanout.subscription_id_seq is 'internal: ids of subscription
 revoke all on sequence fanout.subscription_id_seq from public;
 
 -- A row stays when its subscription ends, so that the inbox is still its own
--- if it begins again.  The handler is kept by name: pg_upgrade forbids
--- regprocedure in tables.
+-- if it begins again.  Handler and roles are kept by name, so that a dump can be
+-- restored where one of them is missing; see fanout.subscription_bound.
 create table fanout.subscription (
     subscription_id integer primary key default nextval('fanout.subscription_id_seq'),
     topic           text        not null,
     consumer_group  text        not null,
     handler         text        not null,
     batch           boolean     not null,
-    handler_owner   regrole     not null,
-    role            regrole     not null,
+    handler_owner   text        not null,
+    role            text        not null,
     prefetch        integer     not null,
     max_attempts    integer     not null,
     retry_delay     interval    not null,
@@ -2060,6 +2060,8 @@ create unique index subscription_queue_idx on fanout.subscription ((topic || '_'
 alter sequence fanout.subscription_id_seq owned by fanout.subscription.subscription_id;
 comment on table fanout.subscription is 'internal: one row per subscription; see the view fanout.subscriptions';
 comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
+comment on column fanout.subscription.role is 'who subscribed, by the name that it had when it was last looked at';
+comment on column fanout.subscription.handler_owner is 'as role';
 comment on column fanout.subscription.queue_declared is 'did its worker declare the queue? NULL: it was not looked for yet';
 comment on column fanout.subscription.paused is 'by fanout.pause()';
 comment on column fanout.subscription.drop_queue is 'it has ended, and its worker is to delete the queue';
@@ -2074,6 +2076,42 @@ after insert or update or delete or truncate
 on fanout.subscription
 for each statement execute function fanout.subscriptions_changed();
 alter table fanout.subscription enable always trigger subscriptions_changed;
+
+-- What the names in a subscription mean, as long as the database is the same: so
+-- they can be renamed, and what has their name later is not taken for them.  It is
+-- not dumped.  In a database restored from a dump there is nothing yet, and the
+-- names are what counts, until the worker has found what they mean.
+create table fanout.subscription_bound (
+    subscription_id integer primary key,
+    role            oid,
+    handler_owner   oid,
+    target          oid
+) using heap;
+comment on table fanout.subscription_bound is 'internal: oids of what subscriptions name, in this database; NULL: not looked up since it was restored';
+comment on column fanout.subscription_bound.target is 'of fanout.sync_table(); attribute numbers in fanout.sync_column are those of this table';
+revoke all on fanout.subscription_bound from public;
+
+create function fanout.subscriber(s fanout.subscription) returns regrole
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select r.oid::regrole from (select) x left join fanout.subscription_bound b on b.subscription_id = s.subscription_id
+         join pg_roles r on case when b.role is not null then r.oid = b.role else r.rolname = s.role end
+$$;
+comment on function fanout.subscriber(fanout.subscription) is
+'internal: the role that subscribed; NULL: there is none';
+revoke all on function fanout.subscriber(fanout.subscription) from public;
+
+create function fanout.handler_owner(s fanout.subscription) returns regrole
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select r.oid::regrole from (select) x left join fanout.subscription_bound b on b.subscription_id = s.subscription_id
+         join pg_roles r on case when b.handler_owner is not null then r.oid = b.handler_owner else r.rolname = s.handler_owner end
+$$;
+comment on function fanout.handler_owner(fanout.subscription) is
+'internal: the role that owned the handler when it was subscribed; NULL: there is none';
+revoke all on function fanout.handler_owner(fanout.subscription) from public;
 
 create table fanout.topic_grant (
     role           regrole not null,
@@ -2345,12 +2383,12 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
     select case
-        when r.oid is null then 'the role that subscribed was dropped'
-        when not r.rolcanlogin then format('role %s may not log in any more', s.role)
+        when r.oid is null then format('role "%s", which subscribed, does not exist', s.role)
+        when not r.rolcanlogin then format('role %I may not log in any more', r.rolname)
         when not has_database_privilege(r.oid, current_database(), 'connect')
-            then format('role %s may not connect to this database any more', s.role)
+            then format('role %I may not connect to this database any more', r.rolname)
         end
-    from (select) x left join pg_roles r on r.oid = s.role
+    from (select) x left join pg_roles r on r.oid = fanout.subscriber(s)
 $$;
 comment on function fanout.subscription_problem(fanout.subscription) is
 'internal: why a subscription can have no worker; NULL: it can';
@@ -2374,13 +2412,13 @@ as $$
     select case
         when p.oid is null then format('function %s does not exist any more', s.handler)
         when p.prokind <> 'f' or p.proretset then format('function %s cannot be a handler any more', s.handler)
-        when p.proowner <> s.handler_owner then format('function %s has another owner now', s.handler)
-        when not has_schema_privilege(s.role, p.pronamespace, 'usage')
+        when p.proowner is distinct from fanout.handler_owner(s) then format('function %s has another owner now', s.handler)
+        when not has_schema_privilege(h.role, p.pronamespace, 'usage')
             then format('permission denied for schema %s', p.pronamespace::regnamespace)
-        when not has_function_privilege(s.role, p.oid, 'execute')
+        when not has_function_privilege(h.role, p.oid, 'execute')
             then format('permission denied for function %s', s.handler)
         end
-    from (select fanout.subscription_handler(s) as handler) h left join pg_proc p on p.oid = h.handler
+    from (select fanout.subscription_handler(s) as handler, fanout.subscriber(s)::oid as role) h left join pg_proc p on p.oid = h.handler
 $$;
 comment on function fanout.handler_problem(fanout.subscription) is
 'internal: why a subscription cannot run its handler; NULL: it can';
@@ -2446,7 +2484,8 @@ begin
     end if;
     perform fanout.adopt_if_empty();
 
-    select pg_catalog.format('%I.%I', n.nspname, p.proname), p.proowner into new.handler, new.handler_owner
+    select pg_catalog.format('%I.%I', n.nspname, p.proname), pg_get_userbyid(p.proowner), pg_get_userbyid(add_subscription.role)
+    into new.handler, new.handler_owner, new.role
     from pg_proc p join pg_namespace n on n.oid = p.pronamespace
     where p.oid = add_subscription.handler;
 
@@ -2454,7 +2493,7 @@ begin
         (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
          retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait)
     values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
-            add_subscription.role, add_subscription.prefetch, add_subscription.max_attempts,
+            new.role, add_subscription.prefetch, add_subscription.max_attempts,
             add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
             add_subscription.handler_timeout, add_subscription.on_failure, add_subscription.wait_for,
             add_subscription.max_wait)
@@ -2465,8 +2504,12 @@ begin
             ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
             on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
             queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
-        where not s.active;
+        where not s.active
+    returning s.subscription_id into new.subscription_id;
     if found then
+        insert into fanout.subscription_bound as b (subscription_id, role, handler_owner)
+        select new.subscription_id, add_subscription.role, p.proowner from pg_proc p where p.oid = add_subscription.handler
+        on conflict (subscription_id) do update set role = excluded.role, handler_owner = excluded.handler_owner;
         return;
     end if;
 
@@ -2478,7 +2521,7 @@ begin
         array_remove(array[
             fanout.difference('handler', old.handler || case when old.batch then '(fanout.message[])' else '(fanout.message)' end,
                               new.handler || case when new.batch then '(fanout.message[])' else '(fanout.message)' end),
-            fanout.difference('role', old.role::text, add_subscription.role::text),
+            fanout.difference('role', coalesce(fanout.subscriber(old)::text, old.role), add_subscription.role::text),
             fanout.difference('prefetch', old.prefetch::text, add_subscription.prefetch::text),
             fanout.difference('max_attempts', old.max_attempts::text, add_subscription.max_attempts::text),
             fanout.difference('retry_delay', old.retry_delay::text, add_subscription.retry_delay::text),
@@ -2525,13 +2568,11 @@ begin
                         own_subscription.consumer_group, own_subscription.topic
             using errcode = 'undefined_object';
     end if;
-    if exists (select from pg_roles r where r.oid = found_row.role)
-       and not pg_has_role(own_subscription.role, found_row.role, 'usage')
-    then
+    if not pg_has_role(own_subscription.role, fanout.subscriber(found_row), 'usage') then
         raise exception 'permission denied for subscription of consumer group "%" to topic "%"',
                         own_subscription.consumer_group, own_subscription.topic
             using errcode = 'insufficient_privilege',
-                  detail = pg_catalog.format('Role %s subscribed.', found_row.role);
+                  detail = pg_catalog.format('Role %s subscribed.', fanout.subscriber(found_row));
     end if;
     return found_row;
 end
@@ -2589,14 +2630,20 @@ as $$
 #variable_conflict use_column
 declare
     old fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
+    subscriber regrole := fanout.subscriber(old);
 begin
+    if subscriber is null then
+        raise exception '%', fanout.subscription_problem(old)
+            using errcode = 'undefined_object',
+                  hint = 'Use fanout.unsubscribe(), and subscribe as another role.';
+    end if;
     if handler is null and old.handler = 'fanout.sync_messages' and (ordered is not null or on_failure is not null) then
         raise exception 'a subscription of fanout.sync_table() is always ordered'
             using errcode = 'invalid_parameter_value';
     end if;
     update fanout.subscription s set active = false where s.subscription_id = old.subscription_id;
     perform fanout.add_subscription(
-        old.role, old.topic, old.consumer_group,
+        subscriber, old.topic, old.consumer_group,
         coalesce(handler, fanout.subscription_handler(old)::regprocedure),
         coalesce(prefetch, old.prefetch), coalesce(max_attempts, old.max_attempts),
         coalesce(retry_delay, old.retry_delay), coalesce(max_retry_delay, old.max_retry_delay),
@@ -2736,8 +2783,7 @@ revoke all on function fanout.skip(text, text, uuid) from public;
 
 create table fanout.sync_target (
     subscription_id integer  primary key,
-    target          regclass not null,
-    target_oid      oid      not null,
+    target          text     not null,
     source_schema   text,
     source_table    text,
     unknown_columns text     not null,
@@ -2745,13 +2791,71 @@ create table fanout.sync_target (
     floor           bigint   not null default 0
 ) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
-comment on column fanout.sync_target.target_oid is 'the target when attribute numbers were noted: another one in a database that was restored from a dump';
+comment on column fanout.sync_target.target is 'by the name that it had when it was last looked at; see fanout.subscription_bound';
 comment on column fanout.sync_target.source_schema is 'of the table that it is a copy of; NULL: no message has come yet';
 comment on column fanout.sync_target.unknown_columns is 'ignore or error';
 comment on column fanout.sync_target.ignored_columns is 'those of the latest message that the target does not have';
 comment on column fanout.sync_target.floor is 'sequence of the newest TRUNCATE';
 revoke all on fanout.sync_target from public;
 select pg_extension_config_dump('fanout.sync_target', '');
+
+create function fanout.target_table(t fanout.sync_target) returns regclass
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when b.target is null then to_regclass(t.target)
+                else (select c.oid::regclass from pg_class c where c.oid = b.target) end
+    from (select) x left join fanout.subscription_bound b on b.subscription_id = t.subscription_id
+$$;
+comment on function fanout.target_table(fanout.sync_target) is
+'internal: the table that a subscription keeps; NULL: there is none';
+revoke all on function fanout.target_table(fanout.sync_target) from public;
+
+create function fanout.target_is_bound(t fanout.sync_target) returns boolean
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+    select exists (select from fanout.subscription_bound b where b.subscription_id = t.subscription_id and b.target is not null)
+$$;
+comment on function fanout.target_is_bound(fanout.sync_target) is
+'internal: are the attribute numbers those of this database''s table?';
+revoke all on function fanout.target_is_bound(fanout.sync_target) from public;
+
+-- Its worker calls it, whenever it reads its subscription.  Without need nothing
+-- is written, since the trigger on subscriptions wakes the publisher.
+create function fanout.bind_subscription(subscription_id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    s fanout.subscription;
+    role_now name;
+    owner_now name;
+begin
+    select * into s from fanout.subscription f where f.subscription_id = bind_subscription.subscription_id;
+    insert into fanout.subscription_bound as b (subscription_id, role, handler_owner)
+    select s.subscription_id, fanout.subscriber(s), fanout.handler_owner(s) where s.subscription_id is not null
+    on conflict (subscription_id) do update
+        set role = coalesce(b.role, excluded.role), handler_owner = coalesce(b.handler_owner, excluded.handler_owner)
+        where b.role is null and excluded.role is not null
+           or b.handler_owner is null and excluded.handler_owner is not null;
+    role_now := (select r.rolname from pg_roles r where r.oid = fanout.subscriber(s));
+    owner_now := (select r.rolname from pg_roles r where r.oid = fanout.handler_owner(s));
+    if role_now <> s.role or owner_now <> s.handler_owner then
+        update fanout.subscription f set role = coalesce(role_now, s.role),
+               handler_owner = coalesce(owner_now, s.handler_owner)
+        where f.subscription_id = s.subscription_id;
+    end if;
+    update fanout.sync_target t set target = fanout.qualified_name(b.target)
+    from fanout.subscription_bound b
+    where t.subscription_id = s.subscription_id and b.subscription_id = s.subscription_id
+      and exists (select from pg_class c where c.oid = b.target) and t.target <> fanout.qualified_name(b.target);
+end
+$$;
+comment on function fanout.bind_subscription(integer) is
+'internal: notes what the names in a subscription mean, and the names that these have now';
+revoke all on function fanout.bind_subscription(integer) from public;
 
 create table fanout.sync_column (
     subscription_id integer  not null,
@@ -2926,18 +3030,18 @@ create function fanout.sync_problem(subscription_id integer) returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select o.problem
+    select case when r.target is null and not r.bound then format('table %s does not exist', t.target) else o.problem end
     from fanout.subscription s
          join fanout.sync_target t using (subscription_id),
-         lateral (select case when t.target_oid = t.target::oid
+         lateral (select fanout.subscriber(s)::oid, fanout.target_table(t)::oid, fanout.target_is_bound(t)) r(role, target, bound),
+         lateral (select case when r.bound
                               then array(select k.attnum from fanout.sync_column k
                                          where k.subscription_id = t.subscription_id and k.key_position is not null)
                               else array(select a.attnum from fanout.sync_column k
-                                         join pg_attribute a on a.attrelid = t.target and a.attname = k.local and a.attnum > 0
+                                         join pg_attribute a on a.attrelid = r.target and a.attname = k.local and a.attnum > 0
                                          where k.subscription_id = t.subscription_id and k.key_position is not null) end) key(attnums),
-         lateral fanout.sync_obstacle(s.role::oid, t.target::oid, key.attnums) o
-    where s.subscription_id = sync_problem.subscription_id
-      and exists (select from pg_roles r where r.oid = s.role)
+         lateral fanout.sync_obstacle(r.role, r.target, key.attnums) o
+    where s.subscription_id = sync_problem.subscription_id and r.role is not null
 $$;
 comment on function fanout.sync_problem(integer) is
 'internal: why a subscription of fanout.sync_table() cannot be consumed; NULL: it can, or is another one';
@@ -2954,29 +3058,32 @@ as $$
 #variable_conflict use_column
 declare
     t fanout.sync_target;
+    relid oid;
     kept fanout.sync_column[];
 begin
     select * into strict t from fanout.sync_target s where s.subscription_id = sync_refresh_columns.subscription_id;
-    if t.target_oid <> t.target::oid then
+    relid := fanout.target_table(t);
+    if not fanout.target_is_bound(t) then
         -- restored from a dump: attribute numbers are others, names are not
         select array_agg(k) into kept from fanout.sync_column k where k.subscription_id = t.subscription_id;
         delete from fanout.sync_column k where k.subscription_id = t.subscription_id;
         insert into fanout.sync_column
         select t.subscription_id, a.attnum, k.local, k.remote, k.mapped, k.key_position, k.seen, k.missing
-        from unnest(kept) k join pg_attribute a on a.attrelid = t.target and a.attname = k.local and a.attnum > 0;
-        update fanout.sync_target s set target_oid = t.target where s.subscription_id = t.subscription_id;
+        from unnest(kept) k join pg_attribute a on a.attrelid = relid and a.attname = k.local and a.attnum > 0;
+        insert into fanout.subscription_bound as b (subscription_id, target) values (t.subscription_id, relid)
+        on conflict (subscription_id) do update set target = excluded.target;
     end if;
     delete from fanout.sync_column k
     where k.subscription_id = t.subscription_id
-      and not exists (select from pg_attribute a where a.attrelid = t.target and a.attnum = k.attnum and not a.attisdropped and a.attgenerated = '');
+      and not exists (select from pg_attribute a where a.attrelid = relid and a.attnum = k.attnum and not a.attisdropped and a.attgenerated = '');
     update fanout.sync_column k set local = a.attname
     from pg_attribute a
-    where k.subscription_id = t.subscription_id and a.attrelid = t.target and a.attnum = k.attnum and k.local <> a.attname;
+    where k.subscription_id = t.subscription_id and a.attrelid = relid and a.attnum = k.attnum and k.local <> a.attname;
     insert into fanout.sync_column (subscription_id, attnum, local, remote, mapped)
     select t.subscription_id, a.attnum, a.attname, case when not exists (select from fanout.sync_column k
                where k.subscription_id = t.subscription_id and k.remote = a.attname) then a.attname end, false
     from pg_attribute a
-    where a.attrelid = t.target and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
+    where a.attrelid = relid and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
       and not exists (select from fanout.sync_column k where k.subscription_id = t.subscription_id and k.attnum = a.attnum);
     return query select k.attnum, k.remote, k.key_position, k.seen from fanout.sync_column k
     where k.subscription_id = t.subscription_id order by k.attnum;
@@ -3052,7 +3159,8 @@ as $$
     select jsonb_object_agg(k.remote, coalesce(a.attname, k.local))
     from fanout.sync_column k
          join fanout.sync_target t using (subscription_id)
-         left join pg_attribute a on a.attrelid = t.target and a.attnum = k.attnum and t.target_oid = t.target::oid
+         left join fanout.subscription_bound b using (subscription_id)
+         left join pg_attribute a on a.attrelid = b.target and a.attnum = k.attnum
     where k.subscription_id = sync_mapping.subscription_id and k.mapped
 $$;
 comment on function fanout.sync_mapping(integer) is
@@ -3067,7 +3175,8 @@ as $$
     select array_agg(coalesce(a.attname, k.local)::text order by k.key_position)
     from fanout.sync_column k
          join fanout.sync_target t using (subscription_id)
-         left join pg_attribute a on a.attrelid = t.target and a.attnum = k.attnum and t.target_oid = t.target::oid
+         left join fanout.subscription_bound b using (subscription_id)
+         left join pg_attribute a on a.attrelid = b.target and a.attnum = k.attnum
     where k.subscription_id = sync_key_columns.subscription_id and k.key_position is not null
 $$;
 comment on function fanout.sync_key_columns(integer) is
@@ -3113,18 +3222,19 @@ declare
 begin
     select * into old from fanout.sync_target t where t.subscription_id = add_sync_target.id;
     -- another table knows nothing of what the one before was told
-    if old.target is distinct from add_sync_target.target
+    if fanout.target_table(old) is distinct from add_sync_target.target
        or fanout.sync_key_columns(add_sync_target.id) is distinct from add_sync_target.key then
         delete from fanout.sync_row r where r.subscription_id = add_sync_target.id;
         delete from fanout.sync_target t where t.subscription_id = add_sync_target.id;
     end if;
     delete from fanout.sync_column k where k.subscription_id = add_sync_target.id;
-    insert into fanout.sync_target as t (subscription_id, target, target_oid, source_schema, source_table, unknown_columns)
-    values (add_sync_target.id, add_sync_target.target, add_sync_target.target, add_sync_target.source_schema,
+    insert into fanout.sync_target as t (subscription_id, target, source_schema, source_table, unknown_columns)
+    values (add_sync_target.id, fanout.qualified_name(add_sync_target.target), add_sync_target.source_schema,
             add_sync_target.source_table, add_sync_target.unknown_columns)
     on conflict (subscription_id) do update
         set source_schema = excluded.source_schema, source_table = excluded.source_table,
-            unknown_columns = excluded.unknown_columns, ignored_columns = '{}', target_oid = excluded.target_oid;
+            unknown_columns = excluded.unknown_columns, ignored_columns = '{}', target = excluded.target;
+    update fanout.subscription_bound b set target = add_sync_target.target where b.subscription_id = add_sync_target.id;
     insert into fanout.sync_column (subscription_id, attnum, local, remote, mapped)
     select add_sync_target.id, a.attnum, a.attname, e.key, true
     from jsonb_each_text(add_sync_target.columns) e
@@ -3138,6 +3248,30 @@ comment on function fanout.add_sync_target(integer, regclass, text[], jsonb, tex
 'internal: notes what fanout.sync_table() was given for a new subscription';
 revoke all on function fanout.add_sync_target(integer, regclass, text[], jsonb, text, text, text) from public;
 
+-- Rows of a partition are its parents', too.
+create function fanout.sync_overlap(a regclass, b regclass) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select a = b or a in (select relid from pg_partition_ancestors(b)) or b in (select relid from pg_partition_ancestors(a))
+$$;
+comment on function fanout.sync_overlap(regclass, regclass) is
+'internal: are two targets the same table, or one a partition of the other?';
+revoke all on function fanout.sync_overlap(regclass, regclass) from public;
+
+create function fanout.sync_sharers(t fanout.sync_target) returns integer[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array(select o.subscription_id
+                 from fanout.subscription_bound own, fanout.subscription_bound o join fanout.subscription s using (subscription_id)
+                 where own.subscription_id = t.subscription_id
+                   and (o.subscription_id = t.subscription_id or s.active and fanout.sync_overlap(o.target, own.target)))
+$$;
+comment on function fanout.sync_sharers(fanout.sync_target) is
+'internal: the subscriptions that write into the table of one, itself included';
+revoke all on function fanout.sync_sharers(fanout.sync_target) from public;
+
 create function fanout.check_sync_sharers(id integer, target regclass, key text[]) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -3146,7 +3280,8 @@ declare
     other fanout.subscription;
 begin
     select s.* into other from fanout.sync_target t join fanout.subscription s using (subscription_id)
-    where t.target = check_sync_sharers.target and s.active and s.subscription_id <> check_sync_sharers.id
+    where s.active and s.subscription_id <> check_sync_sharers.id
+      and fanout.sync_overlap(fanout.target_table(t), check_sync_sharers.target)
       and fanout.sync_key_columns(s.subscription_id) is distinct from check_sync_sharers.key
     limit 1;
     if found then
@@ -3158,7 +3293,7 @@ begin
 end
 $$;
 comment on function fanout.check_sync_sharers(integer, regclass, text[]) is
-'internal: raises an error if another subscription keeps the table by another key';
+'internal: raises an error if another subscription keeps the table, or a part of it, by another key';
 revoke all on function fanout.check_sync_sharers(integer, regclass, text[]) from public;
 
 create function fanout.raise_obstacle(code text, problem text, hint text) returns void
@@ -3233,7 +3368,7 @@ begin
         pg_catalog.format('subscription of consumer group "%s" to topic "%s"',
                           add_sync_table.consumer_group, add_sync_table.topic),
         array_remove(array[
-            fanout.difference('target', old.target::text, add_sync_table.target::text),
+            fanout.difference('target', coalesce(fanout.target_table(old)::text, old.target), add_sync_table.target::text),
             fanout.difference('key', fanout.sync_key_columns(id)::text, key_columns::text),
             fanout.difference('columns', fanout.sync_mapping(id)::text, nullif(add_sync_table.columns, '{}')::text),
             case when given.source_table is not null
@@ -3640,9 +3775,9 @@ revoke all on fanout.stat_topics from public;
 create view fanout.subscriptions as
 select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
        s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end as handler,
-       s.role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
+       fanout.subscriber(s) as role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
        s.on_failure, s.wait_for, s.max_wait,
-       s.subscribed_at, t.target, fanout.sync_key_columns(s.subscription_id) as key,
+       s.subscribed_at, fanout.target_table(t) as target, fanout.sync_key_columns(s.subscription_id) as key,
        fanout.sync_mapping(s.subscription_id) as columns,
        case when t.source_table is not null then format('%I.%I', t.source_schema, t.source_table) end as source,
        t.unknown_columns, t.ignored_columns,
@@ -3657,7 +3792,7 @@ comment on column fanout.subscriptions.topic is 'the topic';
 comment on column fanout.subscriptions.consumer_group is 'the consumer group';
 comment on column fanout.subscriptions.queue is 'the queue that is consumed, <topic>_<consumer_group>';
 comment on column fanout.subscriptions.handler is 'the function that each message runs';
-comment on column fanout.subscriptions.role is 'who subscribed, and as whom the handler runs';
+comment on column fanout.subscriptions.role is 'who subscribed, and as whom the handler runs; NULL: it does not exist, see fanout.stat_subscriptions';
 comment on column fanout.subscriptions.prefetch is 'messages in work at once';
 comment on column fanout.subscriptions.max_attempts is 'attempts until a message goes to fanout.dead_letter';
 comment on column fanout.subscriptions.retry_delay is 'time before the second attempt; it doubles with each';
@@ -3733,7 +3868,7 @@ select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.hea
        w.attempts, w.sqlstate, w.error, w.failed_at, w.next_try
 from fanout.waiting w join fanout.subscription s using (subscription_id)
 where w.error is not null
-  and (pg_has_role(s.role, 'usage') or has_table_privilege('fanout.waiting', 'select'));
+  and (pg_has_role(fanout.subscriber(s), 'usage') or has_table_privilege('fanout.waiting', 'select'));
 comment on view fanout.delivery_failure is
 'messages that a handler failed on, and that will be tried again: those of one''s own subscriptions, and with SELECT on fanout.waiting all of them';
 comment on column fanout.delivery_failure.topic is 'of the subscription';
@@ -3940,6 +4075,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     forgotten bigint;
+    waiting bigint;
 begin
     select count(*) into forgotten
     from fanout.outbox_status s
@@ -3950,6 +4086,14 @@ begin
     if forgotten > 0 then
         raise notice '% messages that came with the copy are forgotten', forgotten
             using detail = 'The original has them, too, and publishes them.',
+                  hint = 'If it is gone, roll back, and use publish_copied => true.';
+    end if;
+    -- acked by the original, which has taken them out of queues that are its own
+    delete from fanout.waiting;
+    get diagnostics waiting = row_count;
+    if waiting > 0 then
+        raise notice '% deliveries that waited when the copy was made are forgotten', waiting
+            using detail = 'They wait in the original, too, and are applied there.',
                   hint = 'If it is gone, roll back, and use publish_copied => true.';
     end if;
 end
@@ -3989,7 +4133,7 @@ begin
 end
 $$;
 comment on function fanout.activate(boolean, timestamptz) is
-'makes a copy of a database publish and consume, as a database of its own, or one whose ledger is empty or not of this server. publish_copied: of a database made from a template, also publish messages that its original had not sent when it was copied (the original is gone); since: if it is not known what was sent, publish only what was created since then (NULL: all that is still in the outbox, with the same message ids). Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Changes nothing if nothing is wrong. Errors: 55006 if the workers do not stop';
+'makes a copy of a database publish and consume, as a database of its own, or one whose ledger is empty or not of this server. publish_copied: of a database made from a template, also publish messages that its original had not sent when it was copied, and apply those that waited in its waiting room (the original is gone); since: if it is not known what was sent, publish only what was created since then (NULL: all that is still in the outbox, with the same message ids). Stops the workers of the database until the transaction ends. Returns what was wrong and how many messages will be published. Changes nothing if nothing is wrong. Errors: 55006 if the workers do not stop';
 revoke all on function fanout.activate(boolean, timestamptz) from public;
 
 
@@ -4071,8 +4215,9 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
     select command
-    from fanout.subscription s left join fanout.sync_target t using (subscription_id), lateral unnest(array[
-        format('set role %s;', s.role),
+    from fanout.subscription s left join fanout.sync_target t using (subscription_id),
+         lateral (select fanout.subscriber(s)) r(role), lateral unnest(array[
+        format('set role %s;', r.role),
         case when t.subscription_id is null
              then format('select fanout.subscribe(%L, %L, %L%s%s%s%s%s', s.topic, s.consumer_group,
                          s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end,
@@ -4082,7 +4227,7 @@ as $$
                          fanout.option('wait_for', s.wait_for::text, '{23503}'),
                          fanout.option('max_wait', s.max_wait::text, interval '1 h'::text))
              else format('select fanout.sync_table(%L, %L, %L%s%s%s%s%s', s.topic, s.consumer_group,
-                         fanout.qualified_name(t.target),
+                         coalesce(fanout.qualified_name(fanout.target_table(t)), t.target),
                          fanout.option('key', fanout.sync_key_columns(s.subscription_id)::text, null),
                          fanout.option('columns', fanout.sync_mapping(s.subscription_id)::text, null),
                          fanout.option('source', case when t.source_table is not null
@@ -4096,7 +4241,7 @@ as $$
                   fanout.option('handler_timeout', s.handler_timeout::text, interval '30 s'::text)),
         case when s.paused then format('select fanout.pause(%L, %L);', s.topic, s.consumer_group) end,
         'reset role;']) with ordinality c(command, place)
-    where s.active and command is not null and exists (select from pg_roles r where r.oid = s.role)
+    where s.active and command is not null and r.role is not null
     order by s.topic, s.consumer_group, c.place
 $$;
 comment on function fanout.declared_subscriptions() is 'internal: part of fanout.declarations()';
@@ -4554,6 +4699,7 @@ grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_pub
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
 grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.queue_problem(fanout.subscription),
+    fanout.subscriber(fanout.subscription), fanout.handler_owner(fanout.subscription), fanout.target_table(fanout.sync_target),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),
     fanout.trigger_arguments(oid), fanout.trigger_option(text[], text), fanout.column_list(text), fanout.trigger_condition(oid),
     fanout.captured_columns(oid, text, text, text[]), fanout.default_key(oid, text[]), fanout.index_columns(oid) to pg_monitor;

@@ -65,7 +65,7 @@ int
 subscription_publish_all(void)
 {
 	static CachedQuery query = {
-		"select subscription_id, version, role::oid from fanout.subscription s"
+		"select subscription_id, version, fanout.subscriber(s)::oid from fanout.subscription s"
 		" where (active and not paused or drop_queue) and fanout.subscription_problem(s) is null order by subscription_id"
 	};
 	Caller		caller = become_owner();
@@ -139,8 +139,8 @@ read_subscription(SubscriptionRow *row)
 }
 
 /*
- * Reads a subscription and what keeps it from being consumed; texts in the
- * context.  Returns false if it has ended.  In a transaction of worker_begin().
+ * Reads a subscription and what keeps it from being consumed, and notes what its
+ * names mean in this database; texts in the context.  Returns false if it has ended.  In a transaction of worker_begin().
  */
 bool
 subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow *row)
@@ -155,14 +155,16 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 		" fanout.sync_problem(s.subscription_id)),"
 		" on_failure = 'requeue', (select coalesce(string_agg(c || ' ', ''), '') from unnest(wait_for) c),"
 		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared, drop_queue,"
-		" coalesce((select t.target::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
+		" coalesce((select fanout.target_table(t)::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
 		" from fanout.subscription s where subscription_id = $1 and (active and not paused or drop_queue)"
 	};
+	static CachedQuery bind = {"select fanout.bind_subscription($1)"};
 	Caller		caller = become_owner();
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(subscription_id)};
 	bool		found;
 
+	query_execute(&bind, 1, types, values, NULL);
 	query_execute(&query, 1, types, values, NULL);
 	found = (SPI_processed == 1);
 	if (found)

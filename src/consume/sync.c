@@ -12,9 +12,9 @@
  *		not newer than what is remembered of its key	stale
  *		all others					written (sync_write.c)
  *
- * A row is found by its own key columns, as their types compare; the header
- * "key" only has to be made of the same values, since else a change of the key
- * could go unnoticed.
+ * A row is found by its own key columns, as their types compare, and looks as the
+ * key does; the header "key" only has to be made of the same values, since else a
+ * change of the key could go unnoticed.
  *
  * Where the source's key is deferrable, a row may come to a key that another one
  * is about to leave in the same transaction.  It takes the other's place, and is
@@ -448,8 +448,8 @@ apply_leave(SyncTarget *target, SyncRow *known, const SyncValues *key, const Syn
 {
 	bool		displaced = is_displaced(known, message);
 
-	if (!displaced && !known->foreign)
-		sync_write_delete(target, key);
+	if (!displaced && !known->foreign && !sync_write_delete(target, key))
+		counted.ignored++;
 	sync_rows_set(known, message->sequence, displaced);
 }
 
@@ -567,7 +567,7 @@ apply_all(SyncTarget *target, SyncMessage *messages, int count)
 			load_rows(target, messages + i + 1, count - i - 1);
 	}
 	sync_rows_store(target->subscription_id);
-	sync_write_check_constraints();
+	sync_write_check_constraints(target);
 	via_set(NULL);
 	sync_target_check_name(target);
 }

@@ -26,6 +26,7 @@
  */
 #include "postgres.h"
 
+#include "access/nbtree.h"
 #include "access/relation.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
@@ -41,6 +42,7 @@
 #include "utils/rel.h"
 #include "utils/rls.h"
 #include "utils/syscache.h"
+#include "utils/typcache.h"
 
 #include "capture/textform.h"
 #include "consume/inbox.h"
@@ -144,6 +146,24 @@ text_column(int row, int column)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
+/*
+ * Tells whether equal values of a column may look different, as 1.0 and 1.00 do,
+ * or "Ann" and "ANN" of citext.  A btree index asks the same question before it
+ * merges equal values.
+ */
+static bool
+is_inexact(Form_pg_attribute attr, Oid type)
+{
+	TypeCacheEntry *entry = lookup_type_cache(type, TYPECACHE_BTREE_OPFAMILY);
+	Oid			function = InvalidOid;
+
+	if (OidIsValid(entry->btree_opf))
+		function = get_opfamily_proc(entry->btree_opf, entry->btree_opintype, entry->btree_opintype,
+									 BTEQUALIMAGE_PROC);
+	return !OidIsValid(function) ||
+		!DatumGetBool(OidFunctionCall1Coll(function, attr->attcollation, ObjectIdGetDatum(entry->btree_opintype)));
+}
+
 /* Takes over a row of sync_refresh_columns(): what messages can set. */
 static void
 add_column(SyncTarget *target, Relation rel, int row)
@@ -167,7 +187,10 @@ add_column(SyncTarget *target, Relation rel, int row)
 	position = DatumGetInt16(query_value(row, 3, &isnull));
 	column->is_key = !isnull;
 	if (column->is_key)
+	{
+		column->inexact = is_inexact(attr, column->type);
 		target->keys[position - 1] = target->ncolumns;
+	}
 	target->ncolumns++;
 }
 
@@ -217,6 +240,8 @@ make_target(Relation rel, int32 subscription_id, int32 version)
 	target->owner = rel->rd_rel->relowner;
 	target->partitioned = (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE);
 	target->skips_updates = (rel->trigdesc != NULL && rel->trigdesc->trig_update_before_row);
+	target->skips_deletes = (rel->trigdesc != NULL && rel->trigdesc->trig_delete_before_row);
+	target->untrusted = !pgf_may_become(target->owner, GetUserId());
 	target->schema = get_namespace_name(RelationGetNamespace(rel));
 	target->table = pstrdup(RelationGetRelationName(rel));
 	target->qualified = quote_qualified_identifier(target->schema, target->table);
@@ -338,11 +363,12 @@ SyncTarget *
 sync_target_load(Datum topic, Datum consumer_group)
 {
 	static CachedQuery query = {
-		"select s.subscription_id, s.version, s.role::oid, t.target::oid, t.floor, t.source_schema, t.source_table,"
+		"select s.subscription_id, s.version, coalesce(b.role, fanout.subscriber(s)::oid, 0),"
+		" coalesce(b.target, fanout.target_table(t)::oid, 0), t.floor, t.source_schema, t.source_table,"
 		" t.unknown_columns = 'error',"
-		" array(select o.subscription_id from fanout.sync_target o join fanout.subscription os using (subscription_id)"
-		" where o.target = t.target and (os.active or o.subscription_id = t.subscription_id))"
+		" fanout.sync_sharers(t)"
 		" from fanout.subscription s join fanout.sync_target t using (subscription_id)"
+		" left join fanout.subscription_bound b using (subscription_id)"
 		" where s.topic = $1 and s.consumer_group = $2"
 	};
 	Oid			types[] = {TEXTOID, TEXTOID};

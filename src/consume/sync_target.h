@@ -32,6 +32,8 @@ typedef struct SyncColumn
 	Oid			type;			/* not a domain, but the base of one */
 	JsonReader *reader;			/* of that type */
 	bool		is_key;
+	bool		inexact;		/* of the key: values that are equal may
+								 * differ */
 	bool		identity;		/* GENERATED ALWAYS: no UPDATE can set it */
 	bool		seen;			/* a message has had it */
 } SyncColumn;
@@ -65,6 +67,9 @@ typedef struct SyncTarget
 	Oid			owner;
 	bool		partitioned;
 	bool		skips_updates;	/* a trigger may leave an UPDATE out */
+	bool		skips_deletes;	/* or a DELETE */
+	bool		untrusted;		/* its owner may not become the role of the
+								 * session */
 	char	   *schema;
 	char	   *table;
 	char	   *qualified;		/* both, quoted */
@@ -121,9 +126,9 @@ extern bool sync_write_occupied(SyncTarget *target, const SyncValues *row, const
 extern bool sync_write_update(SyncTarget *target, const SyncValues *row);
 extern bool sync_write_insert(SyncTarget *target, const SyncValues *row);
 extern bool sync_write_move(SyncTarget *target, const SyncValues *row, const SyncValues *old_key);
-extern void sync_write_delete(SyncTarget *target, const SyncValues *key);
+extern bool sync_write_delete(SyncTarget *target, const SyncValues *key);
 extern void sync_write_truncate(SyncTarget *target, int64 sequence, void (*between) (void));
-extern void sync_write_check_constraints(void);
+extern void sync_write_check_constraints(const SyncTarget *target);
 extern void sync_write_forget(SyncTarget *target);
 
 #endif							/* PGF_SYNC_TARGET_H */

@@ -272,7 +272,7 @@ wait_until(q((select applied = 1 from fanout.stat_subscriptions where topic = 's
 pass('it is there again when the role may log in');
 
 sql(q(drop owned by servant; drop role servant; select fanout.publish('s', '{}')));
-wait_until(q((select last_error from fanout.stat_subscriptions where topic = 's') = 'the role that subscribed was dropped'));
+wait_until(q((select last_error from fanout.stat_subscriptions where topic = 's') = 'role "servant", which subscribed, does not exist'));
 is(sql(q(select state, applied from fanout.stat_subscriptions where topic = 's')), "refused|1", 'DROP ROLE: nothing is consumed');
 $node->safe_psql('postgres', q(select fanout.unsubscribe('s', 'g')), extra_params => [ '-U', 'other' ]);
 is(sql(q(select count(*) from fanout.stat_subscriptions where topic = 's')), '0', 'what nobody owns anybody with EXECUTE may end');

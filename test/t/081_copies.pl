@@ -40,6 +40,7 @@ keys_in('rows_g', 1);
 
 made_from_a_template();
 original_is_gone();
+waiting_room();
 template_with_nothing_declared();
 restored_from_a_dump();
 restored_with_the_schema_alone();
@@ -106,6 +107,39 @@ sub original_is_gone
 	PgFanout::flush($node, dbname => 'second');
 	is_deeply([ keys_in('first_g', 3) ], [ 'held', 'unsent', 'of the copy' ], 'with publish_copied, a copy publishes what its original had not sent');
 	sql('postgres', 'drop database second');
+	return;
+}
+
+# What waits was acked by the original, which applies it.
+sub waiting_room
+{
+	sql('postgres', 'create database first');
+	sql('first', q(create extension pg_fanout; create table ready (x int); create table got (n int);
+		create function handle(m fanout.message) returns void language plpgsql
+		as $$ begin if not exists (select from public.ready) then raise 'not ready'; end if; insert into public.got values ((m.body->>'n')::int); end $$;
+		select fanout.declare_binding('waits', 'g'); select fanout.subscribe('waits', 'g', 'handle(fanout.message)', max_attempts => 1000, retry_delay => '100 ms', max_retry_delay => '200 ms');
+		select fanout.publish('waits', '{"n": 1}', 'key'); select fanout.publish('waits', '{"n": 2}', 'key')));
+	PgFanout::poll(sub { sql('first', q(select count(*) from fanout.waiting)) == 2 }, 'messages that wait', 60);
+	foreach my $copy ('keeps', 'forgets')
+	{
+		sql('template1', "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'first'");
+		sql('template1', "create database $copy template first");
+		PgFanout::wait_for_publisher($node, 'passive', dbname => $copy);
+	}
+	my ($stdout, $stderr);
+	$node->psql('forgets', 'select fanout.activate()', stdout => \$stdout, stderr => \$stderr);
+	like($stderr, qr/2 deliveries that waited when the copy was made are forgotten/, 'template: what waits in the original is forgotten in the copy, with a notice');
+	is(sql('forgets', 'select count(*) from fanout.waiting'), 0, 'template: it does not wait there any more');
+	sql('forgets', q(insert into ready values (1)));
+	sql('first', q(insert into ready values (1)));
+	PgFanout::poll(sub { sql('first', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the original', 60);
+	is(sql('forgets', 'select count(*) from got'), 0, 'template: the original alone applies it');
+	sql('forgets', q(select fanout.unsubscribe('waits', 'g')));
+	sql('postgres', 'drop database first with (force)');
+	sql('keeps', q(insert into ready values (1); select fanout.activate(publish_copied => true)));
+	PgFanout::poll(sub { sql('keeps', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the copy', 60);
+	pass('with publish_copied, a copy applies what waited in its original');
+	sql('postgres', "drop database $_ with (force)") foreach 'keeps', 'forgets';
 	return;
 }
 

@@ -118,7 +118,7 @@ sub state_of
 		bindings => "'declared_at', 'state', 'last_error'",
 		captures => "'none'",
 		subscriptions => "'subscribed_at'",
-		sync_target => "'subscription_id', 'target_oid'");
+		sync_target => "'subscription_id'");
 	my @states = map { "$_\n" . sql($database, "select to_jsonb(v) - array[$views{$_}] from fanout.$_ v where not to_jsonb(v) @> '{\"state\": \"dropping\"}' order by 1") } sort keys %views;
 
 	# rights, of all objects, with the names of roles
