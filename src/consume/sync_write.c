@@ -90,8 +90,9 @@ append_key(StringInfo sql, const SyncTarget *target, int first)
 
 		appendStringInfo(sql, "%st.%s %s $%d", i == 0 ? "" : " and ", key->local, equality(key->type), first + i);
 		if (key->inexact)
-			appendStringInfo(sql, " and row(t.%s)::record operator(pg_catalog.*=) row($%d)::record",
-							 key->local, first + i);
+			appendStringInfo(sql, " and row(t.%s::%s)::record operator(pg_catalog.*=) row($%d)::record",
+							 key->local, format_type_extended(key->type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY),
+							 first + i);
 	}
 }
 
