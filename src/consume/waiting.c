@@ -127,7 +127,8 @@ WaitingRoom waiting_room = {.stale = true};
 
 static KnownMessage known[KNOWN_MAX];
 static int	nknown = -1;		/* -1: to be read */
-static bool promote_again = false;	/* others had locked what was to be due */
+static MonoTime promote_at = 0; /* others had locked what was to be due; 0:
+								 * none */
 static int64 nrequeued = 0;		/* rows of messages given back to their queue */
 
 static void update_failed(const Delivery *delivery);
@@ -177,17 +178,15 @@ set_count(int64 count)
 	pg_atomic_write_u32(&worker_subscription->waiting, (uint32) Min(count, PG_INT32_MAX));
 }
 
-/*
- * Runs a statement that makes messages due, and tells how many it left out because
- * others have locked them; these have their turn later.
- */
+/* Runs a PROMOTE() statement.  What others have locked has its turn later. */
 static void
 run_promote(CachedQuery *query, int nargs, Oid *types, Datum *values)
 {
 	bool		isnull;
 
 	owner_execute(query, nargs, types, values, NULL);
-	promote_again = DatumGetInt64(query_value(0, 1, &isnull)) > 0;
+	if (DatumGetInt64(query_value(0, 1, &isnull)) > 0)
+		promote_at = mono_later(PROMOTE_AGAIN_MS);
 }
 
 /* Makes those due that wait behind nothing: all of the room is looked at. */
@@ -207,6 +206,7 @@ promote_all(const SubscriptionRow *row)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
+	promote_at = 0;
 	run_promote(&query, 1, types, values);
 }
 
@@ -236,8 +236,8 @@ find_next_due(const SubscriptionRow *row)
 		promote_all(row);
 		waiting_room.next_due = earliest(row);
 	}
-	if (promote_again)
-		waiting_room.next_due = Min(waiting_room.next_due, mono_later(PROMOTE_AGAIN_MS));
+	if (promote_at != 0)
+		waiting_room.next_due = (waiting_room.next_due == 0) ? promote_at : Min(waiting_room.next_due, promote_at);
 }
 
 /* Frees what was stored in order, of a subscription that is not ordered any more. */
@@ -1214,7 +1214,7 @@ waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, 
 	bool		locked;
 	int			n;
 
-	if (promote_again)
+	if (promote_at != 0 && mono_now() >= promote_at)
 		promote_all(row);
 	due = find_due(row, limit, singly, false);
 	n = take(row, limit, memory, &due, context, deliveries, &locked);
