@@ -43,6 +43,9 @@ static const uuid_t id_namespace = {
 	0x6f, 0x0c, 0x7b, 0x52, 0x3e, 0x41, 0x4d, 0x0a, 0x9a, 0x64, 0x1f, 0x27, 0xd3, 0x88, 0x5b, 0xe1
 };
 
+/* Objects of no more fields than this are made in order. */
+#define FEW_FIELDS 32
+
 /* ---- encodings ---- */
 
 /*
@@ -234,19 +237,56 @@ push_named(JsonbParseState **state, const BrokerField *field)
 	push_field(state, WJB_VALUE, field);
 }
 
+/* Does the name come behind the other in a jsonb object? */
+static bool
+is_behind(const BrokerField *field, const BrokerField *other)
+{
+	size_t		len = strlen(field->name);
+	size_t		other_len = strlen(other->name);
+
+	return len != other_len ? len > other_len : memcmp(field->name, other->name, len) > 0;
+}
+
+/*
+ * Sorts few fields as a jsonb object keeps its keys: done here that costs less than
+ * there.  Those of one name stay in order, for the last of them counts.
+ */
+static void
+sort_fields(const BrokerField *fields, int count, const BrokerField **sorted)
+{
+	for (int i = 0; i < count; i++)
+	{
+		int			place = i;
+
+		for (; place > 0 && is_behind(sorted[place - 1], &fields[i]); place--)
+			sorted[place] = sorted[place - 1];
+		sorted[place] = &fields[i];
+	}
+}
+
+static JsonbValue *
+push_object(JsonbParseState **state, const BrokerField *fields, int count)
+{
+	const BrokerField *sorted[FEW_FIELDS];
+
+	if (count <= FEW_FIELDS)
+		sort_fields(fields, count, sorted);
+	(void) pushJsonbValue(state, WJB_BEGIN_OBJECT, NULL);
+	for (int i = 0; i < count; i++)
+		push_named(state, count <= FEW_FIELDS ? sorted[i] : &fields[i]);
+	return pushJsonbValue(state, WJB_END_OBJECT, NULL);
+}
+
 /* An object, or an array; nested no deeper than the connection lets them be. */
 static JsonbValue *
 push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names)
 {
-	(void) pushJsonbValue(state, names ? WJB_BEGIN_OBJECT : WJB_BEGIN_ARRAY, NULL);
+	if (names)
+		return push_object(state, fields, count);
+	(void) pushJsonbValue(state, WJB_BEGIN_ARRAY, NULL);
 	for (int i = 0; i < count; i++)
-	{
-		if (names)
-			push_named(state, &fields[i]);
-		else
-			push_field(state, WJB_ELEM, &fields[i]);
-	}
-	return pushJsonbValue(state, names ? WJB_END_OBJECT : WJB_END_ARRAY, NULL);
+		push_field(state, WJB_ELEM, &fields[i]);
+	return pushJsonbValue(state, WJB_END_ARRAY, NULL);
 }
 
 static Jsonb *

@@ -39,6 +39,7 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "storage/lock.h"
+#include "storage/proc.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -67,7 +68,7 @@
 #define CALL_MEMORY (1024 * 1024)
 
 /* How long a call waits for a lock while its transaction holds those of others. */
-#define LOCK_WAIT_MS "5"
+#define LOCK_WAIT_MS 5
 
 static TimeoutId handler_timer;
 static TimeoutId grace_timer;
@@ -233,11 +234,16 @@ handler_more_time(void)
 	enable_timers();
 }
 
+/*
+ * Bounds how long the handler waits for a lock; 0: its timeout does.  The variable of
+ * lock_timeout is set as it stands, since a SET in each call is a good part of what a
+ * call costs.  If the handler itself SETs it, that ends with its call or its savepoint,
+ * which leaves what is here; so this is called again before anything else that may wait.
+ */
 static void
-limit_lock_wait(void)
+bound_lock_wait(int ms)
 {
-	(void) set_config_option("lock_timeout", LOCK_WAIT_MS, PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
+	LockTimeout = ms;
 }
 
 /* Calls the function, in at most timeout_ms; others: calls before it hold locks. */
@@ -247,8 +253,7 @@ call(Datum argument, int timeout_ms, bool others)
 	LOCAL_FCINFO(fcinfo, 1);
 	int			settings = NewGUCNestLevel();
 
-	if (others)
-		limit_lock_wait();
+	bound_lock_wait(others ? LOCK_WAIT_MS : 0);
 	InitFunctionCallInfoData(*fcinfo, &handler_function, 1, InvalidOid, NULL, NULL);
 	fcinfo->args[0].value = argument;
 	fcinfo->args[0].isnull = false;
@@ -260,6 +265,7 @@ call(Datum argument, int timeout_ms, bool others)
 	PopActiveSnapshot();
 	CommandCounterIncrement();
 	AtEOXact_GUC(false, settings);
+	bound_lock_wait(0);
 }
 
 /* What was made for the call goes before the next one, and at the end. */
@@ -319,6 +325,7 @@ void
 handler_end(void)
 {
 	running = false;
+	bound_lock_wait(0);
 	/* advisory locks of the session would be there for ever */
 	LockReleaseAll(USER_LOCKMETHOD, true);
 	forget_call();
@@ -363,6 +370,7 @@ handler_finish(const SubscriptionRow *row)
 {
 	int			settings = NewGUCNestLevel();
 
+	bound_lock_wait(0);
 	start_timer(row->handler_timeout);
 	AfterTriggerFireDeferred();
 	stop_timer();

@@ -112,8 +112,8 @@ typedef struct DueList
 } DueList;
 
 /*
- * Of as many messages as this, or fewer, it is remembered which they are, until any
- * of that changes.  Of more the table is asked.
+ * Of as many messages as this, or fewer, it is remembered which they are, sorted by
+ * id, as long as only this worker changes them.  Of more the table is asked.
  */
 #define KNOWN_MAX 1000
 
@@ -125,9 +125,10 @@ typedef struct KnownMessage
 
 WaitingRoom waiting_room = {.stale = true};
 
-static KnownMessage *known = NULL;
+static KnownMessage known[KNOWN_MAX];
 static int	nknown = -1;		/* -1: to be read */
-static bool promote_again = false;	/* others had locked what was to be due */
+static MonoTime promote_at = 0; /* others had locked what was to be due; 0:
+								 * none */
 static int64 nrequeued = 0;		/* rows of messages given back to their queue */
 
 static void update_failed(const Delivery *delivery);
@@ -177,17 +178,15 @@ set_count(int64 count)
 	pg_atomic_write_u32(&worker_subscription->waiting, (uint32) Min(count, PG_INT32_MAX));
 }
 
-/*
- * Runs a statement that makes messages due, and tells how many it left out because
- * others have locked them; these have their turn later.
- */
+/* Runs a PROMOTE() statement.  What others have locked has its turn later. */
 static void
 run_promote(CachedQuery *query, int nargs, Oid *types, Datum *values)
 {
 	bool		isnull;
 
 	owner_execute(query, nargs, types, values, NULL);
-	promote_again = DatumGetInt64(query_value(0, 1, &isnull)) > 0;
+	if (DatumGetInt64(query_value(0, 1, &isnull)) > 0)
+		promote_at = mono_later(PROMOTE_AGAIN_MS);
 }
 
 /* Makes those due that wait behind nothing: all of the room is looked at. */
@@ -207,6 +206,7 @@ promote_all(const SubscriptionRow *row)
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
+	promote_at = 0;
 	run_promote(&query, 1, types, values);
 }
 
@@ -236,8 +236,8 @@ find_next_due(const SubscriptionRow *row)
 		promote_all(row);
 		waiting_room.next_due = earliest(row);
 	}
-	if (promote_again)
-		waiting_room.next_due = Min(waiting_room.next_due, mono_later(PROMOTE_AGAIN_MS));
+	if (promote_at != 0)
+		waiting_room.next_due = (waiting_room.next_due == 0) ? promote_at : Min(waiting_room.next_due, promote_at);
 }
 
 /* Frees what was stored in order, of a subscription that is not ordered any more. */
@@ -402,18 +402,67 @@ read_known(KnownMessage *message, int result)
 	message->order.barrier = DatumGetBool(query_value(result, 4, &isnull));
 }
 
+/* Where the message is among those that are known, or would be. */
 static int
-compare_known(const void *a, const void *b)
+known_place(const pg_uuid_t *id)
 {
-	return memcmp(&((const KnownMessage *) a)->message_id, &((const KnownMessage *) b)->message_id, UUID_LEN);
+	int			low = 0;
+	int			high = nknown;
+
+	while (low < high)
+	{
+		int			middle = (low + high) / 2;
+
+		if (memcmp(&known[middle].message_id, id, UUID_LEN) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
 }
 
-/* Reads which messages are in the room, sorted by id. */
+static bool
+is_known(const pg_uuid_t *id, int place)
+{
+	return place < nknown && memcmp(&known[place].message_id, id, UUID_LEN) == 0;
+}
+
+static void
+remember(const KnownMessage *message)
+{
+	int			place;
+
+	if (nknown < 0)
+		return;
+	if (nknown == KNOWN_MAX)
+	{
+		forget_known();
+		return;
+	}
+	place = known_place(&message->message_id);
+	memmove(&known[place + 1], &known[place], (nknown - place) * sizeof(KnownMessage));
+	known[place] = *message;
+	nknown++;
+}
+
+static void
+forget(const pg_uuid_t *id)
+{
+	int			place = nknown > 0 ? known_place(id) : 0;
+
+	if (nknown <= 0 || !is_known(id, place))
+		return;
+	nknown--;
+	memmove(&known[place], &known[place + 1], (nknown - place) * sizeof(KnownMessage));
+}
+
+/* Reads which messages are in the room, KNOWN_MAX at most. */
 static void
 know_all(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
 		"select message_id, key1, key2, barrier from fanout.waiting where subscription_id = $1 and not requeued"
+		" order by message_id"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
@@ -421,25 +470,31 @@ know_all(const SubscriptionRow *row)
 	if (nknown >= 0)
 		return;
 	owner_execute(&query, 1, types, values, NULL);
-	if (known != NULL)
-		pfree(known);
-	known = MemoryContextAlloc(TopMemoryContext, (SPI_processed + 1) * sizeof(KnownMessage));
+	nknown = 0;
 	for (uint64 i = 0; i < SPI_processed; i++)
-		read_known(&known[i], i);
-	nknown = SPI_processed;
-	qsort(known, nknown, sizeof(KnownMessage), compare_known);
+	{
+		KnownMessage message;
+
+		read_known(&message, i);
+		remember(&message);
+	}
 }
 
-/* The same as the functions before, without asking the table. */
-static void
+/*
+ * Does the same as the functions before, without asking the table.  Returns false, and
+ * does nothing, if there are too many.
+ */
+static bool
 filter_known(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)
 {
 	know_all(row);
+	if (nknown < 0)
+		return false;
 	for (int i = 0; i < n; i++)
 	{
-		KnownMessage wanted = {.message_id = deliveries[i]->message_id};
+		const pg_uuid_t *id = &deliveries[i]->message_id;
 
-		if (bsearch(&wanted, known, nknown, sizeof(KnownMessage), compare_known) != NULL)
+		if (is_known(id, known_place(id)))
 			deliveries[i]->outcome = OUTCOME_SEEN;
 	}
 	for (int i = 0; i < nknown && row->ordered; i++)
@@ -447,6 +502,7 @@ filter_known(const SubscriptionRow *row, Delivery **deliveries, int n, Order *or
 		if (!order_add(order, &known[i].order))
 			out_of_memory();
 	}
+	return true;
 }
 
 /*
@@ -463,11 +519,8 @@ waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *
 
 	if (waiting_room.count == 0 && !recalls)
 		return;
-	if (waiting_room.count <= KNOWN_MAX && !recalls)
-	{
-		filter_known(row, deliveries, n, order);
+	if (waiting_room.count <= KNOWN_MAX && !recalls && filter_known(row, deliveries, n, order))
 		return;
-	}
 	find_stored(row, deliveries, n);
 	if (!row->ordered)
 		return;
@@ -475,6 +528,15 @@ waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *
 	if (!order_add(order, &anything))
 		out_of_memory();
 	find_waiting_keys(row, deliveries, n, order);
+}
+
+/* Notes that a delivery has been stored. */
+static void
+remember_delivery(const Delivery *delivery)
+{
+	KnownMessage message = {.message_id = delivery->message_id,.order = delivery->order};
+
+	remember(&message);
 }
 
 static bool
@@ -653,6 +715,7 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 		insert(row, deliveries[i]);
 		MemoryContextSwitchTo(oldcontext);
 		MemoryContextReset(scratch);
+		remember_delivery(deliveries[i]);
 		stored++;
 	}
 	become_caller(&caller);
@@ -660,7 +723,6 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	(void) delete_done(deliveries, n);
 	if (stored == 0)
 		return;
-	forget_known();
 	set_count(waiting_room.count + stored);
 	note_next_due(deliveries, n);
 	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
@@ -830,10 +892,11 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 	{
 		if (deliveries[i]->outcome == OUTCOME_FAILED)
 			update_failed(deliveries[i]);
+		if (is_done(deliveries[i]))
+			forget(&deliveries[i]->message_id);
 		barrier = barrier || (is_done(deliveries[i]) && deliveries[i]->order.barrier);
 	}
 	update_behind(deliveries, n);
-	forget_known();
 	set_count(waiting_room.count - delete_done(deliveries, n));
 	if (barrier)
 		promote_all(row);
@@ -1151,7 +1214,7 @@ waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, 
 	bool		locked;
 	int			n;
 
-	if (promote_again)
+	if (promote_at != 0 && mono_now() >= promote_at)
 		promote_all(row);
 	due = find_due(row, limit, singly, false);
 	n = take(row, limit, memory, &due, context, deliveries, &locked);

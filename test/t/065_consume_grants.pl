@@ -86,6 +86,33 @@ as('service', q(select fanout.pause('exchange_user', 'consumer_org_rpc'); select
 	select fanout.unsubscribe('exchange_user', 'consumer_org_rpc')));
 is(sql(q(select count(*) from fanout.subscriptions where topic = 'exchange_user')), '0', 'and ends it');
 
+# ---- the blocks for roles that declare, capture and publish ----
+
+my $readme = slurp_file("$FindBin::RealBin/../../README.md");
+my ($declares) = $readme =~ /^A role that declares topology.*?```sql\n(.*?)```/ms;
+my ($publishes) = $readme =~ /^A role that publishes events by hand.*?```sql\n(.*?)```/ms;
+sql('create role developer login; create schema developer authorization developer; create role application login');
+sql($declares);
+sql($publishes);
+as('developer', q(
+create table developer.thing (id int primary key);
+select fanout.declare_bindings('{"things": ["a", "b"]}');
+select fanout.capture('developer.thing', 'things');
+insert into developer.thing values (1);
+select fanout.uncapture('developer.thing');
+select fanout.drop_binding('things', 'a', false, false)));
+like(as('application', q(select fanout.publish('exchange_user', '{"by": "hand"}'))), qr/^[0-9a-f-]{36}$/, 'a role that publishes may publish to its topic');
+like(error('application', q(select fanout.publish('things', '{}'))), qr/permission denied for topic "things".*grant_topic\('things', 'application', '\{publish\}'\)/s, 'and to no other');
+like(error('developer', q(select fanout.publish('things', '{}'))), qr/permission denied for function publish/, 'a role that declares and captures does not publish');
+sql(q(grant execute on function fanout.publish to developer));
+like(error('developer', q(select fanout.publish('things', '{}'))), qr/permission denied for topic/, 'nor with EXECUTE alone');
+sql(q(select fanout.revoke_topic(null, 'developer', '{declare,capture}')));
+like(error('developer', q(create trigger t after insert on developer.thing for each row execute function fanout.capture_trigger('things'))),
+	qr/permission denied for topic "things"/, 'what was granted is taken back');
+is(sql(q(set role developer; create table developer.other (id int); create function developer.f() returns trigger language plpgsql as 'begin return new; end';
+	create trigger t before insert on developer.other for each row execute function developer.f(); insert into developer.other values (1) returning id)), 1,
+	'other triggers are nobody\'s business');
+
 done_testing();
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }

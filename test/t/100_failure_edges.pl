@@ -71,9 +71,17 @@ $locker->query_safe("begin; select fanout.retry('locked', 'g', message_id) from 
 sql(q(select fanout.retry('locked', 'g', message_id) from fanout.waiting where key !~ '^a' and attempts > 0));
 ok(soon(q((select count(*) = 2 from log where topic = 'locked'))), 'an open transaction that has some locked keeps no other key waiting');
 is(sql(q(select string_agg(key || coalesce(body ->> 'n', ''), ' ' order by key) from log where topic = 'locked')), 'b c', 'nor lets a message overtake one that it has locked');
-$locker->query_safe('commit');
+publish('locked', 'd', '{"fail": 1}');
+publish('locked', 'd', '{"n": 2}');
+ok(soon(q((select count(*) = 2 from fanout.waiting where key = 'd'))), 'more messages wait meanwhile');
+sql(q(select fanout.retry('locked', 'g', message_id) from fanout.waiting where key = 'd' and attempts > 0));
+ok(soon(q((select count(*) = 4 from log where topic = 'locked'))), 'and are applied');
+$locker->query_safe('rollback');
 $locker->quit;
-ok(soon(q((select count(*) = 6 from log where topic = 'locked'))), 'and once it ends the rest follows');
+ok(soon(q((select count(*) = 6 from log where topic = 'locked'))), 'once it is rolled back, what was behind follows');
+is(sql(q(select string_agg(key || coalesce(body ->> 'n', ''), ' ' order by key, n) from log where topic = 'locked')), 'b b2 b3 c d d2', 'in order');
+sql(q(select fanout.retry('locked', 'g')));
+ok(soon(q((select count(*) = 9 from log where topic = 'locked'))), 'and the rest once it is retried');
 end_of('locked');
 
 # ---- skip() and the like, called by the handler itself ----
@@ -104,7 +112,7 @@ is(sql(q(select count(*) from fanout.waiting)), 0, 'what failed meanwhile does n
 
 # ---- errors of any kind ----
 
-subscribe('odd', q(retry_delay => '50 ms', max_retry_delay => '50 ms', max_attempts => 2, handler_timeout => '2 s'));
+subscribe('odd', q(retry_delay => '50 ms', max_retry_delay => '50 ms', max_attempts => 2, handler_timeout => '5 s'));
 my %odd = (
 	'a long text of two-byte characters' => q(do $x$ begin raise exception '%', repeat('ä', 5000) using detail = repeat('ö', 5000); end $x$),
 	'100 MB of text' => q(do $x$ begin raise exception '%', repeat('x', 100000000); end $x$),
@@ -121,7 +129,7 @@ my %odd = (
 	'drop extension' => q(drop extension pg_fanout cascade),
 	'lock timeout' => q(do $x$ begin set lock_timeout = 1; set statement_timeout = 1; perform pg_sleep(0.1); raise exception 'x'; end $x$),
 	'deferred' => q(create temp table if not exists deferred (id int unique deferrable initially deferred); insert into deferred values (1), (1)),
-	'too late' => q(select pg_sleep(10)),
+	'too late' => q(select pg_sleep(20)),
 );
 foreach my $name (sort keys %odd)
 {
@@ -136,7 +144,7 @@ ok(soon(qq((select count(*) = 2 * $count from log where topic = 'odd'))), 'nor, 
 is(sql(q(select max(length(reason)) <= 1024 and max(octet_length(reason)) <= 1024 from fanout.dead_letter)), 't', 'texts are bounded');
 note sql(q(select key, sqlstate, attempts, left(reason, 60) from fanout.dead_letter order by 1));
 my %fine = (
-	'flood' => q(do $x$ begin for i in 1 .. 200000 loop raise notice 'n %', i; raise debug 'd'; end loop; end $x$),
+	'flood' => q(do $x$ begin for i in 1 .. 20000 loop raise notice 'n %', i; raise debug 'd'; end loop; end $x$),
 	'temp' => q(create temp table fine_temp (x int) on commit drop; drop table fine_temp; create temp table if not exists log2 as select 1 as x),
 	'advisory' => q(select pg_advisory_lock(i) from generate_series(1, 1000) i),
 	'settings' => q(set role pg_monitor; set work_mem = '64kB'; set enable_indexscan = off; set standard_conforming_strings = off; reset role; set session_replication_role = replica),
