@@ -72,7 +72,6 @@ read_redriven(Redriven *redriven, const SubscriptionRow *row)
 	MessageValues *message = &redriven->message;
 	TupleDesc	desc = SPI_tuptable->tupdesc;
 	bool		isnull;
-	struct varlena *raw;
 
 	redriven->dead_id = DatumGetInt64(query_value(0, 1, &isnull));
 	for (int i = 0; i < MESSAGE_ATTRIBUTES; i++)
@@ -88,9 +87,7 @@ read_redriven(Redriven *redriven, const SubscriptionRow *row)
 			value = PointerGetDatum(memcpy(palloc(attr->attlen), DatumGetPointer(value), attr->attlen));
 		message->values[i] = value;
 	}
-	raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
-	message->values[MESSAGE_BODY] = delivery_json(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw),
-												  &message->nulls[MESSAGE_BODY]);
+	message->nulls[MESSAGE_BODY] = true;
 }
 
 /*

@@ -142,7 +142,7 @@ delivery_via(const MessageValues *message)
  * Returns the bytes as jsonb, in the current context; NULL if they are not JSON
  * in UTF-8.
  */
-Datum
+static Datum
 delivery_json(const char *bytes, size_t len, bool *isnull)
 {
 	char	   *text = len > 0 ? delivery_text(bytes, len) : NULL;
@@ -553,8 +553,9 @@ stored_values(const Delivery *delivery, MessageValues *message)
 }
 
 /*
- * Sets the attributes of the message's fanout.message, in the current context.
- * Raises no error because of what the message contains.
+ * Sets the attributes of the message's fanout.message, in the current context; but
+ * for the body, which only handlers look at: see delivery_set_body().  Raises no
+ * error because of what the message contains.
  */
 void
 delivery_values(const Delivery *delivery, const char *topic, const char *consumer_group,
@@ -576,14 +577,23 @@ delivery_values(const Delivery *delivery, const char *topic, const char *consume
 	message->values[MESSAGE_SEQUENCE] = Int64GetDatum(delivery->sequence);
 	message->nulls[MESSAGE_SEQUENCE] = !delivery->has_sequence;
 	message->values[MESSAGE_HEADERS] = JsonbPGetDatum(headers_json(wire->headers, wire->nheaders));
-	message->values[MESSAGE_BODY] = delivery_json(wire->body, wire->body_len,
-												  &message->nulls[MESSAGE_BODY]);
+	message->nulls[MESSAGE_BODY] = true;
 	message->values[MESSAGE_RAW] =
 		PointerGetDatum(cstring_to_text_with_len(wire->body_len > 0 ? wire->body : "", wire->body_len));
 	set_published_at(message, wire);
 	message->values[MESSAGE_REDELIVERED] = BoolGetDatum(wire->redelivered);
 	message->values[MESSAGE_ATTEMPT] = attempt_number(delivery);
 	set_text(message, MESSAGE_CONTENT_TYPE, optional_text(wire->content_type));
+}
+
+/* Sets the attribute that delivery_values() leaves out, in the current context. */
+void
+delivery_set_body(MessageValues *message)
+{
+	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
+
+	message->values[MESSAGE_BODY] = delivery_json(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw),
+												  &message->nulls[MESSAGE_BODY]);
 }
 
 /*

@@ -183,6 +183,9 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
+	/* sync_table() reads the bytes */
+	if (!OidIsValid(row->sync_target))
+		delivery_set_body(&message);
 	via_add(delivery_via(&message));
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);

@@ -1090,13 +1090,10 @@ static MessageValues *
 read_message(int result)
 {
 	MessageValues *message = palloc(sizeof(MessageValues));
-	struct varlena *raw;
 
 	for (int i = 0; i < MESSAGE_ATTRIBUTES; i++)
 		message->values[i] = copy_value(result, 9 + i, &message->nulls[i]);
-	raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
-	message->values[MESSAGE_BODY] = delivery_json(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw),
-												  &message->nulls[MESSAGE_BODY]);
+	message->nulls[MESSAGE_BODY] = true;
 	return message;
 }
 
