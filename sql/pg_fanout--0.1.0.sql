@@ -82,7 +82,7 @@ create table fanout.binding (
     topic_id       integer not null,
     consumer_group text not null,
     queue          text not null unique,
-    queue_type     text not null check (queue_type in ('quorum', 'classic')),
+    queue_type     text not null check (queue_type in ('quorum', 'classic', 'stream')),
     arguments      jsonb not null default '{}',
     drop_if_unused boolean,     -- not null: to be dropped
     drop_if_empty  boolean,
@@ -548,6 +548,46 @@ $$;
 comment on function fanout.check_arguments(jsonb) is 'internal: raises an error unless the queue arguments can be sent';
 revoke all on function fanout.check_arguments(jsonb) from public;
 
+-- What the broker would refuse to declare.  An argument that is not known here is
+-- the broker's business.
+create function fanout.check_stream_arguments(queue_type text, arguments jsonb) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text;
+    value jsonb;
+begin
+    for name, value in select * from jsonb_each(arguments) where jsonb_each.value <> 'null' loop
+        if queue_type <> 'stream' then
+            if name ~ '^x-(max-age|stream-.*|initial-cluster-size)$' then
+                raise exception 'argument "%" is for streams only', name
+                    using errcode = 'invalid_parameter_value',
+                          hint = 'Use queue_type => ''stream''.';
+            end if;
+        elsif name ~ '^x-(message-ttl|expires|max-length|overflow|dead-letter-.*|delivery-limit|max-priority|single-active-consumer|max-in-memory-.*|quorum-.*|queue-mode|queue-version|queue-master-locator|ha-.*|consumer-timeout|delayed-retry-.*)$' then
+            raise exception 'a stream does not take argument "%"', name
+                using errcode = 'invalid_parameter_value',
+                      hint = 'What it keeps is bounded by "x-max-age" and "x-max-length-bytes".';
+        elsif name = 'x-max-age' and (jsonb_typeof(value) <> 'string' or value #>> '{}' !~ '^[0-9]{1,9}[YMDhms]$') then
+            raise exception 'argument "x-max-age" must be a number of Y, M, D, h, m or s'
+                using errcode = 'invalid_parameter_value',
+                      hint = 'For example "7D" for seven days.';
+        elsif name in ('x-max-length-bytes', 'x-stream-max-segment-size-bytes', 'x-initial-cluster-size')
+              and (jsonb_typeof(value) <> 'number' or value::numeric <> trunc(value::numeric)
+                   or value::numeric not between 1 and case name when 'x-max-length-bytes' then 9223372036854775807
+                                                                 when 'x-initial-cluster-size' then 65535 else 3000000000 end) then
+            raise exception 'argument "%" must be a positive integer', name
+                using errcode = 'invalid_parameter_value',
+                      detail = 'A segment has 3000000000 bytes at most.';
+        end if;
+    end loop;
+end
+$$;
+comment on function fanout.check_stream_arguments(text, jsonb) is
+'internal: raises an error if queue arguments are for streams, and it is none, or the other way round, or wrong ones of a stream';
+revoke all on function fanout.check_stream_arguments(text, jsonb) from public;
+
 create function fanout.declare_binding_as(role regrole, topic text, consumer_group text, queue_type text, arguments jsonb)
 returns void
 language plpgsql volatile
@@ -564,11 +604,12 @@ begin
     perform fanout.check_name('consumer group', declare_binding_as.consumer_group);
     perform fanout.check_name('queue', queue_name);
     perform fanout.check_arguments(declare_binding_as.arguments);
-    if declare_binding_as.queue_type is null or declare_binding_as.queue_type not in ('quorum', 'classic') then
+    if declare_binding_as.queue_type is null or declare_binding_as.queue_type not in ('quorum', 'classic', 'stream') then
         raise exception 'unknown queue type %', coalesce(quote_literal(declare_binding_as.queue_type), 'null')
             using errcode = 'invalid_parameter_value',
-                  hint = 'Queue types are "quorum" and "classic".';
+                  hint = 'Queue types are "quorum", "classic" and "stream".';
     end if;
+    perform fanout.check_stream_arguments(declare_binding_as.queue_type, declare_binding_as.arguments);
 
     if fanout.keep_topic(declare_binding_as.topic) is null then
         perform fanout.declare_topic_as(declare_binding_as.role, declare_binding_as.topic, 'debezium', 'hold');
@@ -616,7 +657,7 @@ returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.declare_binding(text, text, text, jsonb) is
-'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum" or "classic"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out). Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
+'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum", "classic" or "stream"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out); of a stream "x-max-age" and "x-max-length-bytes" bound what it keeps. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
 revoke all on function fanout.declare_binding(text, text, text, jsonb) from public;
 
 create function fanout.declare_bindings_as(role regrole, bindings jsonb)
@@ -2048,6 +2089,8 @@ create table fanout.subscription (
     on_failure      text        not null,
     wait_for        text[]      not null,
     max_wait        interval    not null,
+    start_at        text,
+    inbox_id        integer     not null default nextval('fanout.subscription_id_seq'),
     queue_declared  boolean,
     active          boolean     not null default true,
     paused          boolean     not null default false,
@@ -2062,6 +2105,8 @@ comment on table fanout.subscription is 'internal: one row per subscription; see
 comment on column fanout.subscription.handler is 'schema and name, quoted where needed; its argument is fanout.message, or an array of it (batch)';
 comment on column fanout.subscription.role is 'who subscribed, by the name that it had when it was last looked at';
 comment on column fanout.subscription.handler_owner is 'as role';
+comment on column fanout.subscription.start_at is 'where its stream is read from at first: first, last, next, an offset, or a time; NULL: its queue is no stream';
+comment on column fanout.subscription.inbox_id is 'whose rows of the inbox are its own; another one: it knows no message any more';
 comment on column fanout.subscription.queue_declared is 'did its worker declare the queue? NULL: it was not looked for yet';
 comment on column fanout.subscription.paused is 'by fanout.pause()';
 comment on column fanout.subscription.drop_queue is 'it has ended, and its worker is to delete the queue';
@@ -2070,6 +2115,21 @@ revoke all on fanout.subscription from public;
 
 select pg_extension_config_dump('fanout.subscription_id_seq', '');
 select pg_extension_config_dump('fanout.subscription', '');
+
+-- The only row of a subscription is updated with each batch.
+create table fanout.stream_offset (
+    inbox_id      integer primary key,
+    stream_offset bigint  not null,
+    message_id    uuid,
+    missed        bigint  not null default 0
+) using heap with (fillfactor = 10, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+comment on table fanout.stream_offset is 'internal: how far each subscription has read its stream, written with the effects of what was read';
+comment on column fanout.stream_offset.inbox_id is 'of fanout.subscription';
+comment on column fanout.stream_offset.stream_offset is 'up to this one all messages were applied, given up or stored in the waiting room; -1: there was none yet';
+comment on column fanout.stream_offset.message_id is 'of the message at that offset; NULL: not known';
+comment on column fanout.stream_offset.missed is 'messages, at most, that the stream had removed before they were read';
+revoke all on fanout.stream_offset from public;
+select pg_extension_config_dump('fanout.stream_offset', '');
 
 create trigger subscriptions_changed
 after insert or update or delete or truncate
@@ -2127,10 +2187,10 @@ revoke all on fanout.topic_grant from public;
 select pg_extension_config_dump('fanout.topic_grant', '');
 
 create table fanout.inbox (
-    segment         smallint not null,
-    subscription_id integer  not null,
-    message_id      uuid     not null,
-    primary key (subscription_id, message_id, segment)
+    segment    smallint not null,
+    inbox_id   integer  not null,
+    message_id uuid     not null,
+    primary key (inbox_id, message_id, segment)
 ) partition by list (segment);
 comment on table fanout.inbox is
 'internal: messages that were applied, or given up; insert-only, in a ring of four segments, for pg_fanout.inbox_retention at least';
@@ -2320,6 +2380,68 @@ comment on function fanout.check_failing(boolean, text, text[]) is
 'internal: raises an error unless these options of fanout.subscribe() fit together';
 revoke all on function fanout.check_failing(boolean, text, text[]) from public;
 
+-- A time is returned in a form that says the same in every session.
+create function fanout.check_start_at(start_at text) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    at timestamptz;
+begin
+    if check_start_at.start_at is null or check_start_at.start_at in ('first', 'last', 'next') then
+        return check_start_at.start_at;
+    elsif check_start_at.start_at ~ '^[0-9]+$' then
+        if check_start_at.start_at::numeric > 9223372036854775807 then
+            raise exception 'start_at is out of range'
+                using errcode = 'invalid_parameter_value';
+        end if;
+        return check_start_at.start_at::bigint;
+    end if;
+    begin
+        at := check_start_at.start_at::timestamptz;
+    exception when data_exception then
+        raise exception 'start_at must be "first", "last", "next", an offset or a time'
+            using errcode = 'invalid_parameter_value';
+    end;
+    if at < 'epoch' or at > clock_timestamp() then
+        raise exception 'start_at must be a time since 1970, and not in the future'
+            using errcode = 'invalid_parameter_value';
+    end if;
+    return to_char(at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || '+00';
+end
+$$;
+comment on function fanout.check_start_at(text) is
+'internal: raises an error unless a stream can be read from there; returns it as it is kept';
+revoke all on function fanout.check_start_at(text) from public;
+
+create function fanout.check_stream(topic text, consumer_group text, start_at text, on_failure text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    declared text := (select b.queue_type from fanout.bindings b
+                      where b.topic = check_stream.topic and b.consumer_group = check_stream.consumer_group
+                        and b.state <> 'dropping');
+begin
+    if declared = 'stream' and check_stream.start_at is null then
+        raise exception 'queue "%" is a stream', check_stream.topic || '_' || check_stream.consumer_group
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Say where to begin, for example start_at => ''first''.';
+    elsif declared <> 'stream' and check_stream.start_at is not null then
+        raise exception 'queue "%" is no stream', check_stream.topic || '_' || check_stream.consumer_group
+            using errcode = 'invalid_parameter_value',
+                  detail = pg_catalog.format('It is declared as a %s queue. Only a stream can be read from a place of choice.', declared);
+    elsif check_stream.start_at is not null and check_stream.on_failure = 'requeue' then
+        raise exception 'on_failure "requeue" cannot be used with a stream'
+            using errcode = 'invalid_parameter_value',
+                  detail = 'A stream takes no message back.';
+    end if;
+end
+$$;
+comment on function fanout.check_stream(text, text, text, text) is
+'internal: raises an error unless the options of fanout.subscribe() fit the queue, as far as that is known';
+revoke all on function fanout.check_stream(text, text, text, text) from public;
+
 create function fanout.check_handler(handler regprocedure) returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -2445,7 +2567,7 @@ create function fanout.add_subscription(role regrole, topic text, consumer_group
                                         prefetch integer, max_attempts integer, retry_delay interval,
                                         max_retry_delay interval, ordered boolean, handler_timeout interval,
                                         on_failure text default 'wait', wait_for text[] default '{23503}',
-                                        max_wait interval default '1 h')
+                                        max_wait interval default '1 h', start_at text default null)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -2467,6 +2589,8 @@ begin
     perform fanout.check_interval('max_wait', add_subscription.max_wait, '0 s', '1 year');
     perform fanout.check_failing(add_subscription.ordered, add_subscription.on_failure, add_subscription.wait_for);
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
+    new.start_at := fanout.check_start_at(add_subscription.start_at);
+    perform fanout.check_stream(add_subscription.topic, add_subscription.consumer_group, new.start_at, add_subscription.on_failure);
 
     select * into old from fanout.subscription s
     where s.topic || '_' || s.consumer_group = add_subscription.topic || '_' || add_subscription.consumer_group
@@ -2491,19 +2615,19 @@ begin
 
     insert into fanout.subscription as s
         (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
-         retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait)
+         retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait, start_at)
     values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
             new.role, add_subscription.prefetch, add_subscription.max_attempts,
             add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
             add_subscription.handler_timeout, add_subscription.on_failure, add_subscription.wait_for,
-            add_subscription.max_wait)
+            add_subscription.max_wait, new.start_at)
     on conflict (topic, consumer_group) do update
         set handler = excluded.handler, batch = excluded.batch, handler_owner = excluded.handler_owner,
             role = excluded.role, prefetch = excluded.prefetch, max_attempts = excluded.max_attempts,
             retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
             ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
             on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
-            queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
+            start_at = excluded.start_at, queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
         where not s.active
     returning s.subscription_id into new.subscription_id;
     if found then
@@ -2530,13 +2654,14 @@ begin
             fanout.difference('handler_timeout', old.handler_timeout::text, add_subscription.handler_timeout::text),
             fanout.difference('on_failure', old.on_failure, add_subscription.on_failure),
             fanout.difference('wait_for', old.wait_for::text, add_subscription.wait_for::text),
-            fanout.difference('max_wait', old.max_wait::text, add_subscription.max_wait::text)],
+            fanout.difference('max_wait', old.max_wait::text, add_subscription.max_wait::text),
+            fanout.difference('start_at', old.start_at, new.start_at)],
             null));
 end
 $$;
-comment on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
+comment on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) is
 'internal: what fanout.subscribe() does with the rights of pg_fanout';
-revoke all on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+revoke all on function fanout.add_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) from public;
 
 -- In C because only there the role that calls can be told from the one whose
 -- rights are needed.
@@ -2545,13 +2670,13 @@ create function fanout.subscribe(topic text, consumer_group text, handler regpro
                                  retry_delay interval default '1 s', max_retry_delay interval default '5 min',
                                  ordered boolean default true, handler_timeout interval default '30 s',
                                  on_failure text default 'wait', wait_for text[] default '{23503}',
-                                 max_wait interval default '1 h')
+                                 max_wait interval default '1 h', start_at text default null)
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_subscribe';
-comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
-'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers and intervals, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
-revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) is
+'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count; start_at: of a stream, where to begin at first: "first", "last" (its last piece), "next" (what comes from now on), an offset, or a time; NULL: the queue is no stream. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers, intervals and start_at, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
+revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) from public;
 
 create function fanout.own_subscription(role regrole, topic text, consumer_group text) returns fanout.subscription
 language plpgsql volatile
@@ -2598,7 +2723,8 @@ begin
                   hint = 'Use fanout.drop_binding() after fanout.unsubscribe().';
     end if;
     update fanout.subscription s
-    set active = false, version = s.version + 1, drop_queue = coalesce(remove_subscription.drop_queue, false)
+    set active = false, version = s.version + 1, drop_queue = coalesce(remove_subscription.drop_queue, false),
+        inbox_id = case when remove_subscription.drop_queue then nextval('fanout.subscription_id_seq') else s.inbox_id end
     where s.subscription_id = old.subscription_id;
     if remove_subscription.drop_queue then
         delete from fanout.waiting w where w.subscription_id = old.subscription_id;
@@ -2616,13 +2742,13 @@ create function fanout.unsubscribe(topic text, consumer_group text, drop_queue b
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_unsubscribe';
 comment on function fanout.unsubscribe(text, text, boolean) is
-'ends a subscription once this transaction has committed; the queue and its messages stay, and so do those that wait, whose attempts are forgotten; they are tried again when the subscription is made again. drop_queue: deletes the queue, and its messages, and those that wait. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501, 55006 if the queue is declared in this database';
+'ends a subscription once this transaction has committed; the queue and its messages stay, and so do the place in a stream and those that wait, whose attempts are forgotten; they are tried again when the subscription is made again. drop_queue: deletes the queue, and its messages, and those that wait. Only for members of the role that subscribed, if it still exists. Errors: 42704 if there is no such subscription, 42501, 55006 if the queue is declared in this database';
 revoke all on function fanout.unsubscribe(text, text, boolean) from public;
 
 create function fanout.change_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
                                            prefetch integer, max_attempts integer, retry_delay interval,
                                            max_retry_delay interval, ordered boolean, handler_timeout interval,
-                                           on_failure text, wait_for text[], max_wait interval)
+                                           on_failure text, wait_for text[], max_wait interval, start_at text)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -2648,28 +2774,32 @@ begin
         coalesce(prefetch, old.prefetch), coalesce(max_attempts, old.max_attempts),
         coalesce(retry_delay, old.retry_delay), coalesce(max_retry_delay, old.max_retry_delay),
         coalesce(ordered, old.ordered), coalesce(handler_timeout, old.handler_timeout),
-        coalesce(on_failure, old.on_failure), coalesce(wait_for, old.wait_for), coalesce(max_wait, old.max_wait));
+        coalesce(on_failure, old.on_failure), coalesce(wait_for, old.wait_for), coalesce(max_wait, old.max_wait),
+        coalesce(start_at, old.start_at));
+    -- what is to be read again must not be known
     update fanout.subscription s
-    set paused = old.paused, queue_declared = old.queue_declared, subscribed_at = old.subscribed_at
+    set paused = old.paused, queue_declared = old.queue_declared, subscribed_at = old.subscribed_at,
+        inbox_id = case when change_subscription.start_at is null then old.inbox_id
+                        else nextval('fanout.subscription_id_seq') end
     where s.subscription_id = old.subscription_id;
 end
 $$;
-comment on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
+comment on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) is
 'internal: what fanout.alter_subscription() does with the rights of pg_fanout';
-revoke all on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+revoke all on function fanout.change_subscription(regrole, text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) from public;
 
 create function fanout.alter_subscription(topic text, consumer_group text, handler regprocedure default null,
                                           prefetch integer default null, max_attempts integer default null,
                                           retry_delay interval default null, max_retry_delay interval default null,
                                           ordered boolean default null, handler_timeout interval default null,
                                           on_failure text default null, wait_for text[] default null,
-                                          max_wait interval default null)
+                                          max_wait interval default null, start_at text default null)
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_alter_subscription';
-comment on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) is
-'changes options of a subscription once this transaction has committed; NULL: as it is. Attempts and what waits are kept. Only for members of the role that subscribed, as which the handler still runs. Errors: those of fanout.subscribe(), 42704 if there is no such subscription';
-revoke all on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval) from public;
+comment on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) is
+'changes options of a subscription once this transaction has committed; NULL: as it is. Attempts and what waits are kept. start_at: the stream is read anew from there, and what was applied before is applied again. Only for members of the role that subscribed, as which the handler still runs. Errors: those of fanout.subscribe(), 42704 if there is no such subscription';
+revoke all on function fanout.alter_subscription(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) from public;
 
 create function fanout.set_paused(role regrole, topic text, consumer_group text, paused boolean) returns void
 language plpgsql volatile
@@ -2754,8 +2884,8 @@ begin
     values (old.message_id, own.topic, own.consumer_group, old.type, old.key, old.sequence, old.headers, old.content_type,
             old.published_at, old.payload, old.raw,
             coalesce(old.error, 'skipped'), old.sqlstate, old.attempts);
-    insert into fanout.inbox (segment, subscription_id, message_id)
-    select r.current, own.subscription_id, old.message_id from fanout.inbox_rotation r;
+    insert into fanout.inbox (segment, inbox_id, message_id)
+    select r.current, own.inbox_id, old.message_id from fanout.inbox_rotation r;
     update fanout.waiting w set next_try = clock_timestamp()
     where w.subscription_id = own.subscription_id and w.next_try is null
       and (old.barrier
@@ -3313,7 +3443,7 @@ revoke all on function fanout.raise_obstacle(text, text, text) from public;
 create function fanout.add_sync_table(role regrole, topic text, consumer_group text, target regclass, key text[],
                                       columns jsonb, source text, unknown_columns text, prefetch integer,
                                       max_attempts integer, retry_delay interval, max_retry_delay interval,
-                                      handler_timeout interval)
+                                      handler_timeout interval, start_at text)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -3354,7 +3484,7 @@ begin
                                     'fanout.sync_messages(fanout.message[])'::regprocedure,
                                     add_sync_table.prefetch, add_sync_table.max_attempts,
                                     add_sync_table.retry_delay, add_sync_table.max_retry_delay, true,
-                                    add_sync_table.handler_timeout);
+                                    add_sync_table.handler_timeout, start_at => add_sync_table.start_at);
     select s.subscription_id into strict id from fanout.subscription s
     where s.topic = add_sync_table.topic and s.consumer_group = add_sync_table.consumer_group;
     perform fanout.check_sync_sharers(id, add_sync_table.target, key_columns);
@@ -3377,21 +3507,22 @@ begin
             fanout.difference('unknown_columns', old.unknown_columns, add_sync_table.unknown_columns)], null));
 end
 $$;
-comment on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) is
+comment on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval, text) is
 'internal: what fanout.sync_table() does with the rights of pg_fanout';
-revoke all on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) from public;
+revoke all on function fanout.add_sync_table(regrole, text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval, text) from public;
 
 create function fanout.sync_table(topic text, consumer_group text, target regclass, key text[] default null,
                                   columns jsonb default null, source text default null,
                                   unknown_columns text default 'ignore', prefetch integer default 1000,
                                   max_attempts integer default 10, retry_delay interval default '1 s',
-                                  max_retry_delay interval default '5 min', handler_timeout interval default '30 s')
+                                  max_retry_delay interval default '5 min', handler_timeout interval default '30 s',
+                                  start_at text default null)
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_sync_table';
-comment on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) is
+comment on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval, text) is
 'subscribes with a handler that keeps a table equal to the remote one: rows are inserted, updated, deleted, all of them at a TRUNCATE; never is something older written over something newer. target: the table; key: its columns that identify a row, with a unique index; NULL: the primary key; columns: {"remote name": "local name"} where names differ; NULL: nowhere; source: the remote table, schema.table; NULL: that of the first message; unknown_columns: what becomes of a message with a column that the table does not have: ignore: the column is left out, error: the message fails. The others as in fanout.subscribe(). Errors: those of subscribe(), 42809 a table that cannot be kept, 42703 unknown column, 22023 no such unique index, a deferrable unique constraint, or a wrong source, 42501 no right to act as the table''s owner';
-revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval) from public;
+revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval, text) from public;
 
 
 -- ---------------------------------------------------------------------------
@@ -3624,7 +3755,7 @@ comment on view fanout.bindings is 'queues of consumer groups, and what the brok
 comment on column fanout.bindings.topic is 'the topic the queue is bound to';
 comment on column fanout.bindings.consumer_group is 'whose queue it is';
 comment on column fanout.bindings.queue is 'name of the queue, <topic>_<consumer_group>';
-comment on column fanout.bindings.queue_type is 'quorum or classic';
+comment on column fanout.bindings.queue_type is 'quorum, classic or stream';
 comment on column fanout.bindings.arguments is 'arguments as declared, without pg_fanout''s own';
 comment on column fanout.bindings.state is 'pending: not declared yet; declared; error: refused, see last_error; dropping';
 comment on column fanout.bindings.declared_at is 'when the broker last confirmed queue and binding; NULL: never';
@@ -3776,7 +3907,7 @@ create view fanout.subscriptions as
 select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
        s.handler || case when s.batch then '(fanout.message[])' else '(fanout.message)' end as handler,
        fanout.subscriber(s) as role, s.prefetch, s.max_attempts, s.retry_delay, s.max_retry_delay, s.ordered, s.handler_timeout,
-       s.on_failure, s.wait_for, s.max_wait,
+       s.on_failure, s.wait_for, s.max_wait, s.start_at, nullif(o.stream_offset, -1) as stream_offset, o.missed,
        s.subscribed_at, fanout.target_table(t) as target, fanout.sync_key_columns(s.subscription_id) as key,
        fanout.sync_mapping(s.subscription_id) as columns,
        case when t.source_table is not null then format('%I.%I', t.source_schema, t.source_table) end as source,
@@ -3786,6 +3917,7 @@ select s.topic, s.consumer_group, s.topic || '_' || s.consumer_group as queue,
                        where k.subscription_id = s.subscription_id and k.missing order by k.attnum) end as missing_columns
 from fanout.subscription s
      left join fanout.sync_target t using (subscription_id)
+     left join fanout.stream_offset o on o.inbox_id = s.inbox_id and s.start_at is not null
 where s.active;
 comment on view fanout.subscriptions is 'subscriptions of this database, made by fanout.subscribe()';
 comment on column fanout.subscriptions.topic is 'the topic';
@@ -3802,6 +3934,9 @@ comment on column fanout.subscriptions.handler_timeout is 'time allowed for one 
 comment on column fanout.subscriptions.on_failure is 'where a message waits that the handler failed on: in the waiting room (wait), or in its queue (requeue)';
 comment on column fanout.subscriptions.wait_for is 'SQLSTATEs with which a message is kept waiting before its attempts count';
 comment on column fanout.subscriptions.max_wait is 'for so long';
+comment on column fanout.subscriptions.start_at is 'where its stream is read from at first; NULL, as the next two: its queue is no stream';
+comment on column fanout.subscriptions.stream_offset is 'up to this offset all messages were applied, given up or stored in the waiting room; NULL: none was read yet';
+comment on column fanout.subscriptions.missed is 'messages, at most, that the stream had removed before they were read, since it is read from start_at';
 comment on column fanout.subscriptions.subscribed_at is 'since when';
 comment on column fanout.subscriptions.target is 'the table that fanout.sync_table() keeps; NULL, as all that follow: there is another handler';
 comment on column fanout.subscriptions.key is 'its columns that tell rows apart';
@@ -3857,7 +3992,7 @@ comment on column fanout.stat_subscriptions.ignored is 'messages that sync_table
 comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
 comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
 comment on column fanout.stat_subscriptions.waiting is 'messages in the waiting room: those that failed, and those of the same keys behind them';
-comment on column fanout.stat_subscriptions.lag is 'messages that were ready in the queue when it was last looked at, every few seconds; NULL: not known';
+comment on column fanout.stat_subscriptions.lag is 'messages that were ready in the queue when it was last looked at, every few seconds; NULL: not known, or it is a stream';
 comment on column fanout.stat_subscriptions.reconnects is 'connections made after the first';
 comment on column fanout.stat_subscriptions.last_error is 'most recent error; NULL: none';
 comment on column fanout.stat_subscriptions.last_error_at is 'when it happened';
@@ -4234,7 +4369,8 @@ as $$
                                                       then format('%I.%I', t.source_schema, t.source_table) end, null),
                          fanout.option('unknown_columns', t.unknown_columns, 'ignore'),
                          fanout.option('prefetch', s.prefetch::text, '1000')) end
-        || format('%s%s%s%s);',
+        || format('%s%s%s%s%s);',
+                  fanout.option('start_at', s.start_at, null),
                   fanout.option('max_attempts', s.max_attempts::text, '10'),
                   fanout.option('retry_delay', s.retry_delay::text, interval '1 s'::text),
                   fanout.option('max_retry_delay', s.max_retry_delay::text, interval '5 min'::text),
@@ -4566,6 +4702,11 @@ as $$
            format('%s changes were older than what had been applied, and not written', s.stale),
            'Repeats are older, and harmless. If rows stay as they are, the sequence of the source went back: unsubscribe, and sync_table() into a new table.'
     from fanout.stat_subscriptions s where s.stale > s.skipped
+    union all
+    select format('subscription of "%s" to "%s" has missed nothing', s.consumer_group, s.topic), false,
+           format('up to %s messages had been removed from the stream before they were read', s.missed),
+           'Let the stream keep more (x-max-age, x-max-length-bytes). alter_subscription() with start_at begins anew.'
+    from fanout.subscriptions s where s.missed > 0
     union all
     select format('subscription of "%s" to "%s" has no dead letters', d.consumer_group, d.topic), false,
            format('%s in fanout.dead_letter', count(*)),

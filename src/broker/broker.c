@@ -1404,7 +1404,7 @@ send_content_body(Broker *broker, int channel, const char *body, size_t len, lon
 
 BrokerResult
 broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
-			   uint16_t prefetch, BrokerError *error)
+			   uint16_t prefetch, const BrokerField *argument, BrokerError *error)
 {
 	int64_t		deadline = clock_ms() + broker->options->rpc_timeout_ms;
 	amqp_basic_qos_t qos = {.prefetch_count = prefetch};
@@ -1417,6 +1417,7 @@ broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
 	consume.queue = bytes_of(queue);
 	consume.consumer_tag = bytes_of(consumer_tag);
 	if (!call_on(broker, broker->consuming, AMQP_BASIC_QOS_METHOD, &qos, deadline) ||
+		!fill_table(broker, argument, argument != NULL ? 1 : 0, &consume.arguments) ||
 		!call_on(broker, broker->consuming, AMQP_BASIC_CONSUME_METHOD, &consume, deadline))
 		return fail_channel(broker, broker->consuming, error);
 	return BROKER_OK;
@@ -1659,6 +1660,10 @@ fill_entry(const BrokerField *field, amqp_table_entry_t *entry)
 		case BROKER_VALUE_INT:
 			entry->value.kind = AMQP_FIELD_KIND_I64;
 			entry->value.value.i64 = field->value.integer;
+			break;
+		case BROKER_VALUE_TIMESTAMP:
+			entry->value.kind = AMQP_FIELD_KIND_TIMESTAMP;
+			entry->value.value.u64 = (uint64_t) field->value.integer;
 			break;
 		case BROKER_VALUE_DOUBLE:
 			entry->value.kind = AMQP_FIELD_KIND_F64;

@@ -188,7 +188,8 @@ extern void broker_next_event(Broker *broker, BrokerEvent *event);
  *
  * broker_consume() sets the prefetch (1 to 65535: deliveries that are neither
  * acked nor nacked at any time) of the consumer that it begins; one that was
- * begun before keeps its own.  Both wait for the answer, as topology does.
+ * begun before keeps its own.  argument: one of the consumer's, or NULL; the broker
+ * refuses (406) what consumers of that type of queue do not have.  Both wait for the answer, as topology does.
  * BROKER_REFUSED (404: no such queue, 403): the channel is closed, and
  * BROKER_CHANNEL_CLOSED is among the events.
  *
@@ -197,7 +198,8 @@ extern void broker_next_event(Broker *broker, BrokerEvent *event);
  * gives one back (basic.nack).  They wait as broker_publish() does.
  */
 extern BrokerResult broker_consume(Broker *broker, const char *queue, const char *consumer_tag,
-								   uint16_t prefetch, BrokerError *error);
+								   uint16_t prefetch, const BrokerField *argument,
+								   BrokerError *error);
 extern BrokerResult broker_cancel(Broker *broker, const char *consumer_tag, BrokerError *error);
 extern BrokerResult broker_ack(Broker *broker, uint64_t tag, bool multiple, long timeout_ms,
 							   BrokerError *error);

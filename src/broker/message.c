@@ -203,6 +203,7 @@ field_size(const BrokerField *field)
 			return 1;
 		case BROKER_VALUE_INT:
 		case BROKER_VALUE_DOUBLE:
+		case BROKER_VALUE_TIMESTAMP:
 			return 8;
 		case BROKER_VALUE_STRING:
 			return 4 + field->value.string.len;

@@ -93,6 +93,7 @@ typedef enum BrokerValueType
 	BROKER_VALUE_BOOL,
 	BROKER_VALUE_INT,			/* sent as a 64-bit signed integer */
 	BROKER_VALUE_DOUBLE,
+	BROKER_VALUE_TIMESTAMP,		/* seconds since 1970: to be sent only */
 	BROKER_VALUE_STRING,
 	BROKER_VALUE_TABLE,			/* of a delivery only: fields with names */
 	BROKER_VALUE_ARRAY,			/* of a delivery only: fields without */
@@ -105,7 +106,7 @@ typedef struct BrokerField
 	union
 	{
 		bool		boolean;
-		int64_t		integer;
+		int64_t		integer;	/* INT, TIMESTAMP */
 		double		real;
 		struct
 		{

@@ -50,6 +50,7 @@
 #include "consume/handler.h"
 #include "consume/inbox.h"
 #include "consume/order.h"
+#include "consume/stream.h"
 #include "consume/waiting.h"
 #include "server/worker.h"
 
@@ -362,7 +363,7 @@ get_messages(const SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryCon
 	waiting_look(row);
 	if (!batch->from_room)
 	{
-		inbox_look_up(row->subscription_id, batch->deliveries, batch->n);
+		inbox_look_up(row->inbox_id, batch->deliveries, batch->n);
 		waiting_filter(row, batch->deliveries, batch->n, &order);
 	}
 	else if (mode == MODE_AGAIN || mode == MODE_GIVE_UP)
@@ -428,7 +429,9 @@ write_outcomes(const SubscriptionRow *row, Batch *batch)
 		if (batch->deliveries[i]->outcome == OUTCOME_DEAD)
 			dead_letter_store(row, batch->deliveries[i]);
 	}
-	inbox_record(row->subscription_id, batch->deliveries, batch->n);
+	inbox_record(row->inbox_id, batch->deliveries, batch->n);
+	if (row->start_kind != STREAM_NONE && !batch->from_room)
+		stream_record(row, batch->deliveries, batch->n);
 	if (batch->from_room)
 		waiting_settle(row, batch->deliveries, batch->n);
 	else if (row->requeue && !batch->store)

@@ -45,6 +45,9 @@
  * inbox and waiting room know what was done.  The waiting room is worked on without
  * a connection, too.
  *
+ * A stream is read from a position that is kept with the effects (stream.c): what comes
+ * is in order, nothing is gathered or given back, and an ack only lets more come.
+ *
  * Must never: ack before the commit, or have a transaction open while the broker is
  * waited for.
  *
@@ -69,6 +72,7 @@
 #include "consume/delivery.h"
 #include "consume/handler.h"
 #include "consume/queue.h"
+#include "consume/stream.h"
 #include "consume/waiting.h"
 #include "server/guc.h"
 #include "server/monotime.h"
@@ -108,6 +112,12 @@
 
 /* A probe is a delivery; if none has come for so long, one from the waiting room. */
 #define PROBE_WAIT_MS 1000
+
+/* What is said of a queue that is not what the subscription wants. */
+#define NO_STREAM "the queue is no stream, and start_at was given for it"
+#define IS_STREAM "the queue is a stream; use fanout.alter_subscription() with start_at to read it"
+
+#define PRECONDITION_FAILED 406
 
 /* How often the depth of the queue is looked at. */
 #define INSPECT_MS 5000
@@ -249,6 +259,12 @@ take_held(Delivery **link)
 	*link = delivery->next;
 	con.nheld--;
 	return delivery;
+}
+
+static bool
+reads_stream(void)
+{
+	return con.row.start_kind != STREAM_NONE;
 }
 
 static bool
@@ -595,11 +611,14 @@ cannot_apply(ApplyResult result)
 
 /*
  * May a delivery have ended the process before, or is it near the limit of its
- * queue?  Then it must not stay unacked.
+ * queue?  Then it must not stay unacked.  A stream does not tell what was delivered
+ * before: that is what comes first.
  */
 static bool
 must_store(const Delivery *delivery)
 {
+	if (reads_stream())
+		return con.suspects > 0;
 	return delivery->wire->redelivered &&
 		(con.suspects > 0 || (delivery->returned >= RETURNED_OFTEN && !con.row.requeue));
 }
@@ -661,12 +680,13 @@ put_all_back(Delivery **deliveries, int n)
 
 /*
  * Gives all that is at hand back to the queue, for the group, if it will take too
- * long; the next connection asks for less (see prefetch()).
+ * long; the next connection asks for less (see prefetch()).  Nobody else would get what
+ * a stream has delivered.
  */
 static void
 give_back_excess(void)
 {
-	if (con.count <= 1 || (int64) con.count * con.usual_us / 1000 <= AT_HAND_MS)
+	if (reads_stream() || con.count <= 1 || (int64) con.count * con.usual_us / 1000 <= AT_HAND_MS)
 		return;
 	disconnect(true);
 	con.conn.connect_at = 0;
@@ -890,18 +910,50 @@ nothing_suspect(void)
 		con.suspects = 0;
 }
 
-/* Takes over a delivery.  A stream keeps what is acked, and knows no nack. */
+static Delivery *
+read_delivery(BrokerDelivery *wire)
+{
+	MemoryContext oldcontext = MemoryContextSwitchTo(con.deliveries);
+	Delivery   *delivery = delivery_new(wire, con.row.queue, con.row.ordered);
+
+	MemoryContextSwitchTo(oldcontext);
+	return delivery;
+}
+
+/* Takes over a delivery of a stream, or passes over it. */
+static void
+delivered_of_stream(BrokerDelivery *wire)
+{
+	Delivery   *delivery = read_delivery(wire);
+	const char *problem;
+	StreamVerdict verdict = stream_delivered(&con.row, delivery, &problem);
+
+	if (verdict == STREAM_TAKE)
+	{
+		append(delivery);
+		return;
+	}
+	if (verdict == STREAM_PASS)
+		(void) ack(delivery->tag, false);
+	else
+		refused(problem);
+	delivery_free(delivery);
+}
+
+/* Takes over a delivery. */
 static void
 delivered(BrokerDelivery *wire)
 {
-	MemoryContext oldcontext;
-	Delivery   *delivery;
-
 	pg_atomic_fetch_add_u64(&worker_subscription->delivered, 1);
+	if (reads_stream())
+	{
+		delivered_of_stream(wire);
+		return;
+	}
 	if (con.consumed++ == 0 && delivery_of_stream(wire))
 	{
 		broker_free_delivery(wire);
-		refused("the queue is a stream, which cannot be consumed by a subscription");
+		refused(IS_STREAM);
 		return;
 	}
 	if (!wire->redelivered)
@@ -909,19 +961,19 @@ delivered(BrokerDelivery *wire)
 		end_gathering();
 		nothing_suspect();
 	}
-	oldcontext = MemoryContextSwitchTo(con.deliveries);
-	delivery = delivery_new(wire, con.row.queue, con.row.ordered);
-	MemoryContextSwitchTo(oldcontext);
-	append(delivery);
+	append(read_delivery(wire));
 	if (con.gathering)
 		con.gather_until = mono_later(GATHER_MS);
 }
 
-/* More than the prefetch allows. */
+/*
+ * More than the prefetch allows.  A stream delivers pieces of it whole, and is bounded
+ * by memory alone.
+ */
 static bool
 too_many(void)
 {
-	return con.count + con.nheld >= 2 * con.prefetch;
+	return !reads_stream() && con.count + con.nheld >= 2 * con.prefetch;
 }
 
 static void
@@ -988,6 +1040,25 @@ take_events(void)
 
 /* ---- consuming ---- */
 
+/*
+ * Consumes, with an argument that the broker knows for one type of queue only: so it
+ * is found out at once whether the queue is a stream.  0 is the priority of all.  What a
+ * stream delivers without a position was never tried.
+ */
+static BrokerResult
+consume(int asked, BrokerError *error)
+{
+	static const BrokerField no_stream = {.name = "x-priority",.type = BROKER_VALUE_INT};
+	const BrokerField *argument = reads_stream() ? stream_begin(&con.row, mono_now()) : &no_stream;
+	BrokerResult result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", asked, argument, error);
+
+	if (reads_stream() && stream_is_new())
+		con.suspects = 0;
+	if (result == BROKER_REFUSED && error->code == PRECONDITION_FAILED && strstr(error->text, argument->name) != NULL)
+		strlcpy(error->text, reads_stream() ? NO_STREAM : IS_STREAM, sizeof(error->text));
+	return result;
+}
+
 static void
 begin_consuming(void)
 {
@@ -996,20 +1067,28 @@ begin_consuming(void)
 	BrokerResult result = queue_find(con.conn.broker, &con.row, &error);
 
 	if (result == BROKER_OK)
-		result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", asked, &error);
+		result = consume(asked, &error);
 	if (result != BROKER_OK)
 	{
 		call_failed(result, &error);
 		return;
 	}
 	con.prefetch = asked;
-	con.consuming = con.gathering = true;
+	con.consuming = true;
+	con.gathering = !reads_stream();
 	con.consumed = 0;
 	con.gather_until = mono_later(GATHER_MS);
 	con.inspect_at = mono_later(INSPECT_MS);
 	con.probe_room_at = mono_later(PROBE_WAIT_MS);
 	accepted();
 	set_state(WORKER_IDLE);
+}
+
+/* When a stream will have said nothing for too long; 0: never. */
+static MonoTime
+silence_due(void)
+{
+	return reads_stream() ? stream_due() : 0;
 }
 
 /* The subscription has ended, but its queue has not. */
@@ -1125,20 +1204,42 @@ longest_absence(void)
 	return (2 * con.row.handler_timeout + 999) / 1000 + 6;
 }
 
+/* A stream has said nothing for a while: decides what that means. */
+static void
+heed_silence(uint32_t messages)
+{
+	const char *problem;
+
+	if (stream_time_is_up(&con.row, messages, &problem))
+	{
+		disconnect(true);
+		con.conn.connect_at = 0;
+	}
+	else if (problem != NULL)
+		refused(problem);
+}
+
 static void
 work_by_the_clock(void)
 {
 	MonoTime	now = mono_now();
+	bool		silence = con.consuming && silence_due() != 0 && silence_due() <= now;
+	uint32_t	messages;
 	BrokerError error;
 	BrokerResult result;
 
 	connection_lasts(&con.conn, now);
-	if (!con.consuming || con.inspect_at > now)
+	if (!con.consuming || (con.inspect_at > now && !silence))
 		return;
 	con.inspect_at = mono_plus(now, INSPECT_MS);
-	result = queue_inspect(con.conn.broker, &con.row, &error);
+	/* the process before cannot have ended in what comes later */
+	if (reads_stream() && con.first == NULL)
+		con.suspects = 0;
+	result = queue_inspect(con.conn.broker, &con.row, &messages, &error);
 	if (result != BROKER_OK)
 		call_failed(result, &error);
+	else if (silence)
+		heed_silence(messages);
 }
 
 static bool
@@ -1198,7 +1299,10 @@ wait_for_work(void)
 	if (con.conn.broker != NULL)
 		earlier(&timeout, now, next_requeue());
 	if (con.consuming)
+	{
 		earlier(&timeout, now, con.inspect_at);
+		earlier(&timeout, now, silence_due());
+	}
 	if (con.gathering)
 		earlier(&timeout, now, con.gather_until);
 	(void) worker_wait(fd, false, timeout);

@@ -476,6 +476,9 @@ delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 	delivery->size = wire->size;
 	delivery->tag = wire->tag;
 	delivery->returned = integer_header(wire, "x-delivery-count", &found);
+	delivery->stream_offset = integer_header(wire, "x-stream-offset", &found);
+	if (!found)
+		delivery->stream_offset = -1;
 	if (wire->message_id == NULL || !parse_uuid(wire->message_id, &delivery->message_id))
 		derive_id(wire, queue, &delivery->message_id);
 	delivery->type = optional_text(wire->type);

@@ -50,6 +50,7 @@ typedef struct Delivery
 	size_t		size;			/* of that in memory */
 	uint64		tag;
 	int64		returned;		/* header x-delivery-count */
+	int64		stream_offset;	/* header x-stream-offset; -1: none */
 
 	/* of one from the waiting room */
 	int64		waiting_id;		/* 0: of the broker's, and not known there */

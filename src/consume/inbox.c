@@ -47,12 +47,12 @@
 /* Statements must name segments: a partition that is pruned is locked, too. */
 #define LOOK_UP_SEGMENT(segment) \
 	"select message_id from fanout.inbox_" #segment \
-	" where subscription_id = $1 and message_id = any ($2)"
+	" where inbox_id = $1 and message_id = any ($2)"
 #define LOOK_UP(a, b, c) \
 	{LOOK_UP_SEGMENT(a) " union all " LOOK_UP_SEGMENT(b) " union all " LOOK_UP_SEGMENT(c)}
 #define IN_RUNS_SEGMENT(segment) \
 	"exists (select from fanout.inbox_" #segment \
-	" where subscription_id = $1 and message_id between first and last)"
+	" where inbox_id = $1 and message_id between first and last)"
 #define IN_RUNS(a, b, c) \
 	{"select from unnest($2, $3) run (first, last) where " \
 	IN_RUNS_SEGMENT(a) " or " IN_RUNS_SEGMENT(b) " or " IN_RUNS_SEGMENT(c) " limit 1"}
@@ -119,13 +119,13 @@ equal_ids(const Delivery *a, const Delivery *b, size_t length)
  * and one search finds that out.  Other producers' ids are no runs.
  */
 static bool
-may_be_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
+may_be_seen(int32 inbox_id, int segment, Delivery **sorted, int n)
 {
 	static CachedQuery queries[INBOX_SEGMENTS] = {
 		IN_RUNS(0, 3, 2), IN_RUNS(1, 0, 3), IN_RUNS(2, 1, 0), IN_RUNS(3, 2, 1)
 	};
 	Oid			types[3] = {INT4OID, UUIDARRAYOID, UUIDARRAYOID};
-	Datum		values[3] = {Int32GetDatum(subscription_id), (Datum) 0, (Datum) 0};
+	Datum		values[3] = {Int32GetDatum(inbox_id), (Datum) 0, (Datum) 0};
 	Datum	   *first = palloc((n + 1) * sizeof(Datum));
 	Datum	   *last = palloc((n + 1) * sizeof(Datum));
 	int			runs = 0;
@@ -165,13 +165,13 @@ set_seen(Delivery **sorted, int n, const pg_uuid_t *id)
 }
 
 static void
-find_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
+find_seen(int32 inbox_id, int segment, Delivery **sorted, int n)
 {
 	static CachedQuery queries[INBOX_SEGMENTS] = {
 		LOOK_UP(0, 3, 2), LOOK_UP(1, 0, 3), LOOK_UP(2, 1, 0), LOOK_UP(3, 2, 1)
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
-	Datum		values[2] = {Int32GetDatum(subscription_id), (Datum) 0};
+	Datum		values[2] = {Int32GetDatum(inbox_id), (Datum) 0};
 	bool		isnull;
 
 	values[1] = id_array(sorted, n);
@@ -185,7 +185,7 @@ find_seen(int32 subscription_id, int segment, Delivery **sorted, int n)
  * inbox, else NONE.  In a transaction of worker_begin().
  */
 void
-inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
+inbox_look_up(int32 inbox_id, Delivery **deliveries, int n)
 {
 	Caller		caller = become_owner();
 	int			segment = current_segment();
@@ -193,8 +193,8 @@ inbox_look_up(int32 subscription_id, Delivery **deliveries, int n)
 
 	for (int i = 0; i < n; i++)
 		deliveries[i]->outcome = OUTCOME_NONE;
-	if (may_be_seen(subscription_id, segment, sorted, n))
-		find_seen(subscription_id, segment, sorted, n);
+	if (may_be_seen(inbox_id, segment, sorted, n))
+		find_seen(inbox_id, segment, sorted, n);
 	become_caller(&caller);
 }
 
@@ -206,12 +206,12 @@ is_done(const Delivery *delivery)
 
 /* As the outbox is written (writer.c): there is nothing on it but its index. */
 static void
-insert_ids(int32 subscription_id, int segment, Delivery **deliveries, int n)
+insert_ids(int32 inbox_id, int segment, Delivery **deliveries, int n)
 {
 	Oid			relid = segment_oid("inbox", segment);
 	Relation	rel = table_open(relid, RowExclusiveLock);
 	TupleDesc	desc = CreateTupleDescCopy(RelationGetDescr(rel));
-	Datum		values[3] = {Int16GetDatum(segment), Int32GetDatum(subscription_id), (Datum) 0};
+	Datum		values[3] = {Int16GetDatum(segment), Int32GetDatum(inbox_id), (Datum) 0};
 	bool		nulls[3] = {false, false, false};
 	HeapTuple  *rows = palloc((n + 1) * sizeof(HeapTuple));
 	int			count = 0;
@@ -229,11 +229,11 @@ insert_ids(int32 subscription_id, int segment, Delivery **deliveries, int n)
 
 /* Puts the messages into the inbox that were applied or given up. */
 void
-inbox_record(int32 subscription_id, Delivery **deliveries, int n)
+inbox_record(int32 inbox_id, Delivery **deliveries, int n)
 {
 	Caller		caller = become_owner();
 
-	insert_ids(subscription_id, current_segment(), deliveries, n);
+	insert_ids(inbox_id, current_segment(), deliveries, n);
 	become_caller(&caller);
 }
 

@@ -15,7 +15,7 @@
 #include "consume/subscription.h"
 
 extern void inbox_init(void);
-extern void inbox_look_up(int32 subscription_id, Delivery **deliveries, int n);
-extern void inbox_record(int32 subscription_id, Delivery **deliveries, int n);
+extern void inbox_look_up(int32 inbox_id, Delivery **deliveries, int n);
+extern void inbox_record(int32 inbox_id, Delivery **deliveries, int n);
 
 #endif							/* PGF_INBOX_H */

@@ -43,24 +43,24 @@
  */
 #define LEADER_MS 500
 
+/* Of a stream this is not how many are still to be read, but how many it keeps. */
 static BrokerResult
 look(Broker *broker, const SubscriptionRow *row, uint32_t *messages, uint32_t *consumers, BrokerError *error)
 {
 	BrokerResult result = broker_inspect_queue(broker, row->queue, messages, consumers, error);
 
 	if (result == BROKER_OK)
-		pg_atomic_write_u64(&worker_subscription->lag, (uint64) *messages + 1);
+		pg_atomic_write_u64(&worker_subscription->lag, row->start_kind == STREAM_NONE ? (uint64) *messages + 1 : 0);
 	return result;
 }
 
-/* Looks how many messages there are, for stat_subscriptions. */
+/* Looks how many messages there are, and tells stat_subscriptions. */
 BrokerResult
-queue_inspect(Broker *broker, const SubscriptionRow *row, BrokerError *error)
+queue_inspect(Broker *broker, const SubscriptionRow *row, uint32_t *messages, BrokerError *error)
 {
-	uint32_t	messages;
 	uint32_t	consumers;
 
-	return look(broker, row, &messages, &consumers, error);
+	return look(broker, row, messages, &consumers, error);
 }
 
 /* Deletes the queue with all that is in it; one that is gone is as good. */
@@ -80,14 +80,15 @@ declare(Broker *broker, const SubscriptionRow *row, BrokerError *error)
 		{.name = "x-queue-type",.type = BROKER_VALUE_STRING},
 		{.name = "x-delivery-limit",.type = BROKER_VALUE_INT},
 	};
+	bool		stream = (row->start_kind != STREAM_NONE);
 	BrokerResult result;
 
-	arguments[0].value.string.data = "quorum";
-	arguments[0].value.string.len = strlen("quorum");
+	arguments[0].value.string.data = stream ? "stream" : "quorum";
+	arguments[0].value.string.len = strlen(arguments[0].value.string.data);
 	arguments[1].value.integer = NO_DELIVERY_LIMIT;
 	result = broker_declare_exchange(broker, row->exchange, error);
 	if (result == BROKER_OK)
-		result = broker_declare_queue(broker, row->queue, arguments, lengthof(arguments), error);
+		result = broker_declare_queue(broker, row->queue, arguments, stream ? 1 : 2, error);
 	if (result == BROKER_OK)
 		result = broker_bind_queue(broker, row->queue, row->exchange, error);
 	return result;
@@ -192,5 +193,8 @@ queue_find(Broker *broker, SubscriptionRow *row, BrokerError *error)
 		return result;
 	if (row->origin == QUEUE_UNKNOWN)
 		set_origin(row, QUEUE_FOREIGN);
+	/* consumers of a stream do not compete, and nothing comes back to it */
+	if (row->start_kind != STREAM_NONE)
+		return BROKER_OK;
 	return await_predecessor(broker, row, messages, consumers, error);
 }

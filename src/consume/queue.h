@@ -13,7 +13,7 @@
 #include "broker/broker.h"
 #include "consume/subscription.h"
 
-extern BrokerResult queue_inspect(Broker *broker, const SubscriptionRow *row, BrokerError *error);
+extern BrokerResult queue_inspect(Broker *broker, const SubscriptionRow *row, uint32_t *messages, BrokerError *error);
 extern BrokerResult queue_drop(Broker *broker, const SubscriptionRow *row, BrokerError *error);
 extern BrokerResult queue_find(Broker *broker, SubscriptionRow *row, BrokerError *error);
 

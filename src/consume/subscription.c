@@ -104,6 +104,21 @@ utf8(const char *s)
 	return result != NULL ? pstrdup(result) : NULL;
 }
 
+/* Of the forms that fanout.check_start_at() returns. */
+static StreamStart
+stream_start(const char *start_at)
+{
+	if (start_at == NULL)
+		return STREAM_NONE;
+	if (strcmp(start_at, "first") == 0)
+		return STREAM_FROM_FIRST;
+	if (strcmp(start_at, "last") == 0)
+		return STREAM_FROM_LAST;
+	if (strcmp(start_at, "next") == 0)
+		return STREAM_FROM_NEXT;
+	return strchr(start_at, '-') != NULL ? STREAM_FROM_TIME : STREAM_FROM_OFFSET;
+}
+
 /* Takes over the row that subscription_load() has selected; texts in the current context. */
 static void
 read_subscription(SubscriptionRow *row)
@@ -134,6 +149,9 @@ read_subscription(SubscriptionRow *row)
 		row->origin = QUEUE_UNKNOWN;
 	row->drop_queue = DatumGetBool(query_value(0, 19, &isnull));
 	row->sync_target = DatumGetObjectId(query_value(0, 20, &isnull));
+	row->inbox_id = DatumGetInt32(query_value(0, 21, &isnull));
+	row->start_value = DatumGetInt64(query_value(0, 23, &isnull));
+	row->start_kind = stream_start(text_value(0, 22));
 	if (row->exchange == NULL || row->queue == NULL)
 		row->problem = pstrdup("its name cannot be converted to UTF-8");
 }
@@ -155,7 +173,9 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 		" fanout.sync_problem(s.subscription_id)),"
 		" on_failure = 'requeue', (select coalesce(string_agg(c || ' ', ''), '') from unnest(wait_for) c),"
 		" (extract(epoch from max_wait) * 1000)::bigint, queue_declared, drop_queue,"
-		" coalesce((select fanout.target_table(t)::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0)"
+		" coalesce((select fanout.target_table(t)::oid from fanout.sync_target t where t.subscription_id = s.subscription_id), 0),"
+		" inbox_id, start_at, case when start_at like '%-%' then floor(extract(epoch from start_at::timestamptz))::bigint"
+		" when start_at ~ '^[0-9]' then start_at::bigint else 0 end"
 		" from fanout.subscription s where subscription_id = $1 and (active and not paused or drop_queue)"
 	};
 	static CachedQuery bind = {"select fanout.bind_subscription($1)"};

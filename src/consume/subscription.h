@@ -18,11 +18,23 @@ typedef enum QueueOrigin
 	QUEUE_OWN,					/* it was not, and the worker declared it */
 } QueueOrigin;
 
+/* Where a stream is read from at first. */
+typedef enum StreamStart
+{
+	STREAM_NONE,				/* the queue is no stream */
+	STREAM_FROM_FIRST,
+	STREAM_FROM_LAST,
+	STREAM_FROM_NEXT,
+	STREAM_FROM_OFFSET,
+	STREAM_FROM_TIME,
+} StreamStart;
+
 /* One row of fanout.subscription.  Intervals are in milliseconds. */
 typedef struct SubscriptionRow
 {
 	int32		subscription_id;
 	int32		version;
+	int32		inbox_id;		/* whose ids in the inbox are its own */
 	char	   *topic;			/* server encoding */
 	char	   *consumer_group;
 	char	   *exchange;		/* UTF-8 */
@@ -32,6 +44,8 @@ typedef struct SubscriptionRow
 	bool		requeue;		/* on_failure = 'requeue' */
 	bool		drop_queue;		/* it has ended, and so shall its queue */
 	QueueOrigin origin;			/* who declared its queue */
+	StreamStart start_kind;
+	int64		start_value;	/* offset, or seconds since 1970 */
 	int			prefetch;
 	int			max_attempts;
 	long		retry_delay;

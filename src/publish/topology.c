@@ -192,7 +192,7 @@ set_arguments(Binding *binding, Jsonb *arguments)
 	int			n;
 	BrokerField *fields = wire_fields(arguments, 2, &n);
 	int			kept = 0;
-	bool		limited = binding->classic;
+	bool		limited = binding->classic || binding->stream;
 
 	if (fields == NULL)
 	{
@@ -208,7 +208,7 @@ set_arguments(Binding *binding, Jsonb *arguments)
 	}
 	fields[kept].name = "x-queue-type";
 	fields[kept].type = BROKER_VALUE_STRING;
-	fields[kept].value.string.data = binding->classic ? "classic" : "quorum";
+	fields[kept].value.string.data = binding->classic ? "classic" : binding->stream ? "stream" : "quorum";
 	fields[kept].value.string.len = strlen(fields[kept].value.string.data);
 	kept++;
 	if (!limited)
@@ -234,7 +234,8 @@ load_binding(Binding *binding, int row)
 	binding->consumer_group = text_column(row, 2);
 	binding->queue = unconstify(char *, wire_utf8(queue, strlen(queue), &len));
 	binding->classic = bool_column(row, 4);
-	binding->signature = psprintf("%d %s", binding->classic,
+	binding->stream = bool_column(row, 8);
+	binding->signature = psprintf("%d %d %s", binding->classic, binding->stream,
 								  JsonbToCString(NULL, &arguments->root, VARSIZE(arguments)));
 	(void) column(row, 6, &isnull);
 	binding->dropping = !isnull;
@@ -300,7 +301,7 @@ load_bindings(void)
 	int			nrows;
 
 	execute("select topic_id, consumer_group, queue, queue_type = 'classic', arguments,"
-			" drop_if_unused, drop_if_empty from fanout.binding order by topic_id, consumer_group",
+			" drop_if_unused, drop_if_empty, queue_type = 'stream' from fanout.binding order by topic_id, consumer_group",
 			0, NULL, NULL, NULL);
 	nrows = SPI_processed;
 	for (int row = 0; row < nrows;)

@@ -36,6 +36,7 @@ typedef struct Binding
 	int			narguments;
 	char	   *signature;		/* equal if the declaration is equal */
 	bool		classic;
+	bool		stream;
 	bool		dropping;
 	bool		if_unused;
 	bool		if_empty;

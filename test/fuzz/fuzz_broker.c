@@ -1237,7 +1237,7 @@ consume(int which)
 	BrokerError error = {0};
 
 	if (which == 0)
-		check_result(broker_consume(broker, "q", "c", 10, &error), &error);
+		check_result(broker_consume(broker, "q", "c", 10, NULL, &error), &error);
 	else if (which == 1)
 		check_result(broker_cancel(broker, "c", &error), &error);
 	else

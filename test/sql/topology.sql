@@ -29,7 +29,7 @@ select fanout.declare_topic('topology_x', 'avro');
 select fanout.declare_topic('topology_x', null);
 select fanout.declare_topic('topology_x', on_exhausted => 'give up');
 select fanout.declare_topic('topology_x', on_exhausted => null);
-select fanout.declare_binding('topology_x', 'g', 'stream');
+select fanout.declare_binding('topology_x', 'g', 'streams');
 select fanout.declare_binding('topology_x', 'g', null);
 
 -- a binding declares its topic too, and leaves a topic that exists as it is
@@ -200,7 +200,7 @@ select sqlstate_of(command), command from unnest(array[
     $$select fanout.declare_topic('amq.x')$$,
     $$select fanout.declare_topic('topology', 'avro')$$,
     $$select fanout.declare_topic('topology', 'row')$$,
-    $$select fanout.declare_binding('topology', 'g', 'stream')$$,
+    $$select fanout.declare_binding('topology', 'g', 'lazy')$$,
     $$select fanout.declare_binding('topology_new', 'g', 'classic')$$,
     $$select fanout.declare_binding('topology_a_b', 'c')$$,
     $$select fanout.declare_bindings('[]')$$,

@@ -254,9 +254,9 @@ sql(q(select fanout.declare_binding('handled', 'g', 'classic');
 	create function note_inbox() returns trigger language plpgsql as
 		'begin insert into public.inboxed values (new.message_id); return null; end';
 	create index on fanout.inbox using hash (message_id);
-	create index on fanout.inbox (message_id) where subscription_id < 0;
+	create index on fanout.inbox (message_id) where inbox_id < 0;
 	create index on fanout.inbox ((message_id::text));
-	alter table fanout.inbox add constraint positive check (subscription_id > 0)));
+	alter table fanout.inbox add constraint positive check (inbox_id > 0)));
 sql("create trigger note after insert on fanout.inbox_$_ for each row execute function note_inbox()") foreach 0 .. 3;
 sql(q(select fanout.subscribe('handled', 'g', 'handle(fanout.message)');
 	select count(fanout.publish('handled', to_jsonb(i))) from generate_series(1, 100) i));
@@ -265,7 +265,7 @@ is(sql(q(set enable_seqscan = off; select count(distinct h.message_id) from inbo
 	where exists (select from fanout.inbox i where i.message_id::text = h.message_id::text)
 	and exists (select from fanout.inbox i where i.message_id = h.message_id))),
 	100, 'the inbox has all that was handled, and so have its indexes of other kinds and its triggers');
-is(sql(q(set enable_seqscan = off; select count(*) from fanout.inbox where message_id is not null and subscription_id < 0)),
+is(sql(q(set enable_seqscan = off; select count(*) from fanout.inbox where message_id is not null and inbox_id < 0)),
 	0, 'a partial index has only what belongs there');
 
 # Indexes that are built meanwhile, by CREATE INDEX CONCURRENTLY.

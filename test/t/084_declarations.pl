@@ -58,8 +58,8 @@ sql('original', q(
 	alter table parts enable always trigger pg_fanout_row_plain;
 	select fanout.subscribe('in', 'c', 'handle(fanout.message)');
 	grant usage on schema fanout to "a role", reader, capturer with grant option;
-	grant execute on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval),
-		fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval), fanout.sync_messages(fanout.message[]) to "a role";
+	grant execute on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text),
+		fanout.sync_table(text, text, regclass, text[], jsonb, text, text, integer, integer, interval, interval, interval, text), fanout.sync_messages(fanout.message[]) to "a role";
 	select fanout.grant_topic('in', '"a role"'), fanout.grant_topic('users', '"a role"', consumer_group => 'copy');
 	grant execute on function fanout.capture(regclass, text, text[], text[], text[], text[], text, text, boolean, boolean) to capturer with grant option;
 	grant select on fanout.topics to reader;
