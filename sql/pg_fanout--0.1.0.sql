@@ -3679,17 +3679,20 @@ revoke all on fanout.delivery_failure from public;
 create table fanout.backfill (
     backfill_id    bigint      generated always as identity primary key,
     kind           text        not null,
-    entity         oid         not null,
-    entity_name    text        not null,
+    entity         oid         not null default 0,
+    entity_name    text,
     topic          text        not null,
     topic_id       integer     not null,
     consumer_group text,
     queue          text,
     "where"        text,
     rate           integer,
+    since          timestamptz,
+    until          timestamptz,
+    again          boolean     not null default false,
     state          text        not null default 'running'
                    check (state in ('running', 'paused', 'done', 'failed', 'cancelled')),
-    key            smallint[]  not null,
+    key            smallint[]  not null default '{}',
     position       text[],
     file           oid,
     walked         boolean     not null default false,
@@ -3713,6 +3716,17 @@ comment on column fanout.backfill.last_xid is 'the last transaction that wrote m
 comment on sequence fanout.backfill_backfill_id_seq is 'internal: numbers of backfills';
 revoke all on sequence fanout.backfill_backfill_id_seq from public;
 revoke all on fanout.backfill from public;
+
+create table fanout.replay_message (
+    backfill_id bigint   not null,
+    id          bigint   not null,
+    segment     smallint not null,
+    place       tid      not null,
+    primary key (backfill_id, id)
+) using heap;
+comment on table fanout.replay_message is 'internal: messages that replays are to send, and where they are; emptied when a replay ends';
+comment on column fanout.replay_message.place is 'in the segment of the outbox';
+revoke all on fanout.replay_message from public;
 
 -- The publisher asks for the worker.
 create trigger backfills_changed
@@ -3891,6 +3905,59 @@ comment on function fanout.backfill(regclass, text, text, text, integer) is
 'sends the rows that a captured table has: to the queue of one consumer group, or to the topic (NULL), as the capture would send them, with op "r" and the header "backfill", and then a message without op that has the header "last". Each is sent with a sequence that puts it among the row''s changes where it belongs. A worker does it once this transaction has committed, in short transactions, and goes on where it was after a crash; see fanout.backfills. where: SQL condition on the row, read with the caller''s search_path; rate: rows per second at most (NULL: what the broker takes, live messages first). The caller must own the table. Returns the number of the backfill. Errors: 42704 unknown topic, group not bound, or table not captured, 42501 not the owner, or row-level security applies to the owner, 0A000 rows could be missed, 55006 the same backfill is under way, 53400 too many, 22023 bad rate, 55000 a trigger is disabled, 42809 a temporary table';
 revoke all on function fanout.backfill(regclass, text, text, text, integer) from public;
 
+create function fanout.replay(topic text, consumer_group text, since timestamptz, until timestamptz default null,
+                              again boolean default false) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    replayed_id integer;
+    group_queue text;
+    oldest timestamptz;
+    result bigint;
+begin
+    if replay.topic is null or replay.consumer_group is null or replay.since is null or replay.again is null then
+        raise exception '% must not be null', case when replay.topic is null then 'topic' when replay.consumer_group is null then 'consumer_group'
+                                                   when replay.since is null then 'since' else 'again' end
+            using errcode = 'null_value_not_allowed';
+    elsif replay.until <= replay.since then
+        raise exception 'until must be later than since' using errcode = 'invalid_parameter_value';
+    end if;
+    replayed_id := fanout.require_topic(replay.topic);
+    group_queue := fanout.check_backfill_group(replay.topic, replay.consumer_group);
+    lock table fanout.backfill in share row exclusive mode;
+    select b.backfill_id into result from fanout.backfill b
+    where b.kind = 'replay' and b.topic = replay.topic and b.consumer_group = replay.consumer_group
+      and b.state in ('running', 'paused') limit 1;
+    if found then
+        raise exception 'replay % of topic "%" is under way', result, replay.topic
+            using errcode = 'object_in_use', hint = 'Wait for it, or use fanout.cancel_backfill().';
+    elsif (select count(*) from fanout.backfill b where b.state in ('running', 'paused')) >= 100 then
+        raise exception 'too many backfills are under way'
+            using errcode = 'configuration_limit_exceeded', detail = 'There can be 100.';
+    end if;
+    select min(o.created_at) into oldest from fanout.outbox o
+    where o.topic_id = replayed_id and o.database = (fanout.this_database()).database and not coalesce(o.headers ? 'replay', false);
+    if oldest is null then
+        raise notice 'the outbox has no messages of topic "%"', replay.topic
+            using detail = 'Sent messages stay there for pg_fanout.retention.';
+    elsif oldest > replay.since then
+        raise notice 'the oldest message of topic "%" in the outbox is of %', replay.topic, oldest
+            using detail = 'Sent messages stay there for pg_fanout.retention.',
+                  hint = 'Use fanout.backfill() to send all rows as they are now.';
+    end if;
+    insert into fanout.backfill (kind, topic, topic_id, consumer_group, queue, since, until, again)
+    values ('replay', replay.topic, replayed_id, replay.consumer_group, group_queue, replay.since,
+            coalesce(replay.until, clock_timestamp()), replay.again)
+    returning backfill_id into result;
+    return result;
+end
+$$;
+comment on function fanout.replay(text, text, timestamptz, timestamptz, boolean) is
+'sends messages of a topic that were sent already, and that the outbox still has (pg_fanout.retention), once more to the queue of one consumer group, in their order: those of since up to until (NULL: now). With the same message ids, headers and sequence, and the header "replay"; with again, under new message ids, so that subscriptions of pg_fanout, which skip ids they know, take them anew, and with the header "replay_of". Then comes a message without op that has the header "last". A worker does it, see fanout.backfills; fanout.cancel_backfill() and its like work. A NOTICE tells the oldest time that is still there. Returns its number. Errors: 42704 unknown topic, or group not bound, 22004 an argument is null, 22023 until is not later than since, 55006 one is under way, 53400 too many';
+revoke all on function fanout.replay(text, text, timestamptz, timestamptz, boolean) from public;
+
 create function fanout.set_backfill_state(id bigint, state text, allowed text[]) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -3913,6 +3980,8 @@ begin
     set state = set_backfill_state.state, error = null, updated_at = clock_timestamp(),
         finished_at = case when set_backfill_state.state = 'cancelled' then clock_timestamp() end
     where b.backfill_id = set_backfill_state.id;
+    delete from fanout.replay_message r
+    where set_backfill_state.state = 'cancelled' and r.backfill_id = set_backfill_state.id;
 end
 $$;
 comment on function fanout.set_backfill_state(bigint, text, text[]) is 'internal: part of fanout.cancel_backfill() and its like';
@@ -3943,26 +4012,28 @@ comment on function fanout.resume_backfill(bigint) is
 revoke all on function fanout.resume_backfill(bigint) from public;
 
 create view fanout.backfills as
-select b.backfill_id as id, b.kind, coalesce(r.oid::regclass::text, b.entity_name) as entity, b.topic, b.consumer_group, b."where", b.rate,
+select b.backfill_id as id, b.kind, coalesce(r.oid::regclass::text, b.entity_name) as entity, b.topic, b.consumer_group, b."where", b.since, b.until, b.rate,
        case when b.state = 'running' and b.started_at is null then 'waiting' else b.state end as state,
        b.rows_done, b.rows_estimated, b.rows_sent,
-       (select string_agg(p, ', ' order by n) from unnest(b.position) with ordinality u(p, n) where b.key <> '{}') as last_key,
+       (select string_agg(p, ', ' order by n) from unnest(b.position) with ordinality u(p, n) where b.key <> '{}' or b.kind = 'replay' and array_length(b.position, 1) = 1) as last_key,
        b.error, b.created_at, b.started_at, b.updated_at, b.finished_at
 from fanout.backfill b left join pg_class r on r.oid = b.entity;
-comment on view fanout.backfills is 'backfills of this database, made by fanout.backfill(), and how far they are';
+comment on view fanout.backfills is 'backfills and replays of this database, made by fanout.backfill() and fanout.replay(), and how far they are';
 comment on column fanout.backfills.id is 'its number, the header "backfill" of its messages';
-comment on column fanout.backfills.kind is 'backfill';
-comment on column fanout.backfills.entity is 'the table';
+comment on column fanout.backfills.kind is 'backfill, or replay';
+comment on column fanout.backfills.entity is 'the table; NULL: of a replay';
 comment on column fanout.backfills.topic is 'the topic';
 comment on column fanout.backfills.consumer_group is 'whose queue gets the rows; NULL: all of the topic';
 comment on column fanout.backfills."where" is 'condition on the row; NULL: all rows';
+comment on column fanout.backfills.since is 'of a replay: messages from then on';
+comment on column fanout.backfills.until is 'of a replay: and up to then';
 comment on column fanout.backfills.rate is 'rows per second at most; NULL: what the broker takes';
 comment on column fanout.backfills.state is
 'waiting: for the worker; running; paused; done: all was sent; failed: see error, fanout.resume_backfill() goes on; cancelled';
 comment on column fanout.backfills.rows_done is 'rows looked at';
 comment on column fanout.backfills.rows_estimated is 'rows the table had, by ANALYZE; NULL: not known';
 comment on column fanout.backfills.rows_sent is 'messages written to the outbox';
-comment on column fanout.backfills.last_key is 'up to which it is done; NULL: at the beginning, or walked by pages';
+comment on column fanout.backfills.last_key is 'up to which it is done, of a replay the sequence; NULL: at the beginning, or walked by pages';
 comment on column fanout.backfills.error is 'why it failed, or what holds it up';
 comment on column fanout.backfills.created_at is 'when it was declared';
 comment on column fanout.backfills.started_at is 'when it wrote its first rows; NULL: not yet';

@@ -498,7 +498,7 @@ reserved_header(const char *name, int len)
 {
 	static const char *const reserved[] = {
 		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via",
-		"backfill", "last", "replay"
+		"backfill", "last", "replay", "replay_of"
 	};
 
 	for (int i = 0; i < lengthof(reserved); i++)

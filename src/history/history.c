@@ -230,7 +230,7 @@ static bool
 load_row(const Walk *walk, WalkRow *row)
 {
 	static CachedQuery query = {
-		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent"
+		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again"
 		" from fanout.backfill where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
@@ -257,6 +257,7 @@ load_row(const Walk *walk, WalkRow *row)
 	row->file = DatumGetObjectId(query_value(0, 9, &isnull));
 	row->walked = DatumGetBool(query_value(0, 10, &isnull));
 	row->sent = DatumGetInt64(query_value(0, 11, &isnull));
+	row->again = DatumGetBool(query_value(0, 12, &isnull));
 	return true;
 }
 
@@ -329,6 +330,7 @@ run_step(Walk *walk)
 	WalkRow		row;
 	WalkStep	step;
 	uint64		xid = 0;
+	bool		replay;
 
 	worker_begin();
 	memset(&step, 0, sizeof(step));
@@ -337,11 +339,17 @@ run_step(Walk *walk)
 		worker_commit();
 		return;
 	}
+	replay = (strcmp(row.kind, "replay") == 0);
 	if (row.walked)
 	{
-		backfill_end(walk, &row);
+		if (replay)
+			replay_end(walk, &row);
+		else
+			backfill_end(walk, &row);
 		set_state(walk, "done", NULL);
 	}
+	else if (replay)
+		replay_step(walk, &row, &step);
 	else
 		backfill_step(walk, &row, &step);
 	if (step.failure != NULL)

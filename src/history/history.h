@@ -59,6 +59,7 @@ typedef struct WalkRow
 	Oid			file;
 	bool		walked;			/* all rows are written */
 	int64		sent;
+	bool		again;			/* a replay, under new message ids */
 } WalkRow;
 
 /* What a step has done. */
@@ -76,5 +77,8 @@ typedef struct WalkStep
 
 extern void backfill_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void backfill_end(const Walk *walk, const WalkRow *row);
+
+extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
+extern void replay_end(const Walk *walk, const WalkRow *row);
 
 #endif							/* PGF_HISTORY_H */
