@@ -301,6 +301,16 @@ END
 
 my $messages = 0;
 
+# Ends a transaction, in which deferred constraints may be broken.
+my $end = <<'END';
+select consistent() \gset
+\if :consistent
+commit;
+\else
+rollback;
+\endif
+END
+
 # Runs programs, each in two sessions of its own, so that statements begin with
 # nothing cached.  Returns the number of those whose messages are wrong.
 sub run_programs
@@ -318,7 +328,9 @@ call new_program();
 \\c
 set search_path = model, public;
 select setseed(-$random) \\g /dev/null
+begin;
 select nested() where random() < 0.5 \\g /dev/null
+$end
 call run_program();
 begin;
 select nested() \\g /dev/null
@@ -333,12 +345,7 @@ rollback to a;
 release a;
 \\endif
 select nested() from generate_series(1, 2) \\g /dev/null
-select consistent() \\gset
-\\if :consistent
-commit;
-\\else
-rollback;
-\\endif
+$end
 select 'wrong', w from all_wrong() w;
 select 'messages', count(*) from fanout.outbox;
 END
