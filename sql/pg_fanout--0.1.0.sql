@@ -4024,6 +4024,376 @@ revoke all on fanout.delivery_failure from public;
 
 
 -- ---------------------------------------------------------------------------
+-- History: rows that exist already
+-- ---------------------------------------------------------------------------
+
+create table fanout.backfill (
+    backfill_id    bigint      generated always as identity primary key,
+    kind           text        not null,
+    entity         oid         not null default 0,
+    entity_name    text,
+    topic          text        not null,
+    topic_id       integer     not null,
+    consumer_group text,
+    queue          text,
+    "where"        text,
+    rate           integer,
+    since          timestamptz,
+    until          timestamptz,
+    again          boolean     not null default false,
+    state          text        not null default 'running'
+                   check (state in ('running', 'paused', 'done', 'failed', 'cancelled')),
+    key            smallint[]  not null default '{}',
+    position       text[],
+    file           oid,
+    walked         boolean     not null default false,
+    last_xid       xid8,
+    rows_done      bigint      not null default 0,
+    rows_sent      bigint      not null default 0,
+    rows_estimated bigint,
+    error          text,
+    created_at     timestamptz not null default clock_timestamp(),
+    started_at     timestamptz,
+    updated_at     timestamptz,
+    finished_at    timestamptz
+) using heap with (fillfactor = 50);
+create index backfill_running_idx on fanout.backfill (backfill_id) where state = 'running';
+comment on table fanout.backfill is 'internal: one row per backfill, where it is; see the view fanout.backfills';
+comment on column fanout.backfill.key is 'numbers of the columns in whose order the table is walked; {}: by pages';
+comment on column fanout.backfill.position is 'the key, or the page, up to which it has come';
+comment on column fanout.backfill.file is 'of a walk by pages, the file (pg_class.relfilenode) that position is about';
+comment on column fanout.backfill.walked is 'all rows are in the outbox';
+comment on column fanout.backfill.last_xid is 'the last transaction that wrote messages';
+comment on sequence fanout.backfill_backfill_id_seq is 'internal: numbers of backfills';
+revoke all on sequence fanout.backfill_backfill_id_seq from public;
+revoke all on fanout.backfill from public;
+
+create table fanout.replay_message (
+    backfill_id bigint   not null,
+    id          bigint   not null,
+    segment     smallint not null,
+    place       tid      not null,
+    primary key (backfill_id, id)
+) using heap;
+comment on table fanout.replay_message is 'internal: messages that replays are to send, and where they are; emptied when a replay ends';
+comment on column fanout.replay_message.place is 'in the segment of the outbox';
+revoke all on fanout.replay_message from public;
+
+-- The publisher asks for the worker.
+create trigger backfills_changed
+after insert or delete or truncate or update of state
+on fanout.backfill
+for each statement execute function fanout.subscriptions_changed();
+alter table fanout.backfill enable always trigger backfills_changed;
+
+-- Order and equality of the server's own, so that comparisons need no search_path.
+create function fanout.walk_key(entity oid, key text[]) returns smallint[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select c.attnums
+    from pg_index i join pg_class r on r.oid = i.indexrelid join pg_am m on m.oid = r.relam,
+         lateral (select array_agg(a.attnum order by k.n) as attnums,
+                         array_agg(a.attname::text order by k.n) as names,
+                         bool_and(a.attnotnull and o.opcdefault and o.opcnamespace = 'pg_catalog'::regnamespace
+                                  and i.indcollation[k.n - 1] = a.attcollation and i.indoption[k.n - 1] = 0) as usable
+                  from unnest(i.indkey::int2[]) with ordinality k(attnum, n)
+                       left join pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
+                       join pg_opclass o on o.oid = i.indclass[k.n - 1]
+                  where k.n <= i.indnkeyatts) c
+    where i.indrelid = entity and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
+      and m.amname = 'btree' and c.usable
+    order by c.names = walk_key.key desc, i.indisprimary desc, i.indnkeyatts, i.indexrelid limit 1
+$$;
+comment on function fanout.walk_key(oid, text[]) is
+'internal: columns of a unique index in whose order a table can be walked, rather that of the key; NULL: none';
+revoke all on function fanout.walk_key(oid, text[]) from public;
+
+create function fanout.check_backfill_group(topic text, consumer_group text) returns text
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    queue text;
+begin
+    select b.queue into queue from fanout.binding b join fanout.topic t using (topic_id)
+    where t.topic = check_backfill_group.topic and b.consumer_group = check_backfill_group.consumer_group
+      and b.drop_if_unused is null;
+    if not found then
+        raise exception 'consumer group "%" is not bound to topic "%"', check_backfill_group.consumer_group, check_backfill_group.topic
+            using errcode = 'undefined_object',
+                  hint = 'Use fanout.declare_binding() first, so that the queue has all changes from then on.';
+    end if;
+    return queue;
+end
+$$;
+comment on function fanout.check_backfill_group(text, text) is 'internal: the queue of a consumer group. Errors: 42704 if it is not bound';
+revoke all on function fanout.check_backfill_group(text, text) from public;
+
+create function fanout.check_backfill_entity(entity regclass, topic text) returns fanout.captures
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    r pg_class;
+    c fanout.captures;
+begin
+    select * into r from pg_class where oid = check_backfill_entity.entity;
+    select * into c from fanout.captures k
+    where k.entity = check_backfill_entity.entity and k.topic = check_backfill_entity.topic
+      and k.operations <> '{truncate}';
+    if not found then
+        raise exception 'table % is not captured into topic "%"', check_backfill_entity.entity, check_backfill_entity.topic
+            using errcode = 'undefined_object',
+                  detail = 'A backfill sends rows in the form in which their changes are sent.',
+                  hint = case when r.relispartition
+                              then 'Name the partitioned table above it, if that is captured.'
+                              else 'Use fanout.capture() first.' end;
+    elsif not c.enabled then
+        raise exception 'not all changes of table % are captured', check_backfill_entity.entity
+            using errcode = 'object_not_in_prerequisite_state',
+                  detail = 'A trigger of the capture is missing or disabled.',
+                  hint = 'Use ALTER TABLE ... ENABLE TRIGGER, or fanout.capture(replace => true).';
+    elsif r.relpersistence = 't' then
+        raise exception 'table % is temporary', check_backfill_entity.entity
+            using errcode = 'wrong_object_type', detail = 'Other sessions cannot read it.';
+    elsif c."where" is not null and c."when" is not null then
+        raise exception 'table % is captured with "where" and "when"', check_backfill_entity.entity
+            using errcode = 'feature_not_supported',
+                  detail = 'Which of its rows belong to the topic cannot be told from the row alone.';
+    elsif r.relrowsecurity and r.relforcerowsecurity
+          and not (select o.rolsuper or o.rolbypassrls from pg_roles o where o.oid = r.relowner) then
+        raise exception 'row-level security of table % applies to its owner', check_backfill_entity.entity
+            using errcode = 'insufficient_privilege',
+                  detail = 'Rows are read with the rights of the owner, who may not see all of them.',
+                  hint = 'Use ALTER TABLE ... NO FORCE ROW LEVEL SECURITY, or give the owner BYPASSRLS.';
+    end if;
+    return c;
+end
+$$;
+comment on function fanout.check_backfill_entity(regclass, text) is
+'internal: the capture of a table whose rows can be sent. Errors: see fanout.backfill()';
+revoke all on function fanout.check_backfill_entity(regclass, text) from public;
+
+-- Without a key a row is found by its page, and an update may put it into another one.
+create function fanout.check_backfill_key(c fanout.captures, key smallint[]) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if key is not null then
+        return;
+    elsif (select relkind from pg_class where oid = c.entity) = 'p' then
+        raise exception 'table % has no unique index in whose order it can be walked', c.entity
+            using errcode = 'feature_not_supported',
+                  hint = 'Give it a primary key.';
+    elsif not c.operations @> '{update}' or c."when" is not null then
+        raise exception 'table % has no unique index in whose order it can be walked', c.entity
+            using errcode = 'feature_not_supported',
+                  detail = 'Without one a row could be missed that is updated meanwhile, since not all updates are captured.',
+                  hint = 'Give it a primary key.';
+    end if;
+end
+$$;
+comment on function fanout.check_backfill_key(fanout.captures, smallint[]) is
+'internal: raises an error (0A000) if rows could be missed';
+revoke all on function fanout.check_backfill_key(fanout.captures, smallint[]) from public;
+
+create function fanout.declare_backfill(entity regclass, topic text, consumer_group text, "where" text, rate integer) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    c fanout.captures;
+    walk_key smallint[];
+    id integer;
+    group_queue text;
+    result bigint;
+begin
+    perform fanout.check_name('topic', declare_backfill.topic);
+    id := fanout.require_topic(declare_backfill.topic);
+    if declare_backfill.consumer_group is not null then
+        group_queue := fanout.check_backfill_group(declare_backfill.topic, declare_backfill.consumer_group);
+    end if;
+    perform fanout.check_number('rate', declare_backfill.rate, 1, 1000000) where declare_backfill.rate is not null;
+    c := fanout.check_backfill_entity(declare_backfill.entity, declare_backfill.topic);
+    walk_key := fanout.walk_key(declare_backfill.entity, c.key);
+    perform fanout.check_backfill_key(c, walk_key);
+    -- sessions take turns
+    lock table fanout.backfill in share row exclusive mode;
+    select b.backfill_id into result from fanout.backfill b
+    where b.entity = declare_backfill.entity and b.topic = declare_backfill.topic
+      and b.consumer_group is not distinct from declare_backfill.consumer_group and b.state in ('running', 'paused') limit 1;
+    if found then
+        raise exception 'backfill % of table % is under way', result, declare_backfill.entity
+            using errcode = 'object_in_use',
+                  detail = 'It sends the same rows to the same queues.',
+                  hint = 'Wait for it, or use fanout.cancel_backfill().';
+    elsif (select count(*) from fanout.backfill b where b.state in ('running', 'paused')) >= 100 then
+        raise exception 'too many backfills are under way'
+            using errcode = 'configuration_limit_exceeded', detail = 'There can be 100.';
+    end if;
+    insert into fanout.backfill (kind, entity, entity_name, topic, topic_id, consumer_group, queue, "where", rate, key, rows_estimated)
+    select 'backfill', declare_backfill.entity, fanout.qualified_name(declare_backfill.entity), declare_backfill.topic, id,
+           declare_backfill.consumer_group, group_queue, declare_backfill."where", declare_backfill.rate, coalesce(walk_key, '{}'),
+           (select sum(r.reltuples) from pg_class r
+            where r.relkind = 'r' and (r.oid = declare_backfill.entity
+                                       or r.oid in (select relid from pg_partition_tree(declare_backfill.entity)))
+            having min(r.reltuples) >= 0)
+    returning backfill_id into result;
+    return result;
+end
+$$;
+comment on function fanout.declare_backfill(regclass, text, text, text, integer) is 'internal: part of fanout.backfill()';
+revoke all on function fanout.declare_backfill(regclass, text, text, text, integer) from public;
+
+create function fanout.backfill(entity regclass, topic text, consumer_group text default null,
+                                "where" text default null, rate integer default null) returns bigint
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_backfill';
+comment on function fanout.backfill(regclass, text, text, text, integer) is
+'sends the rows that a captured table has: to the queue of one consumer group, or to the topic (NULL), as the capture would send them, with op "r" and the header "backfill", and then a message without op that has the header "last". Each is sent with a sequence that puts it among the row''s changes where it belongs. A worker does it once this transaction has committed, in short transactions, and goes on where it was after a crash; see fanout.backfills. where: SQL condition on the row, read with the caller''s search_path; rate: rows per second at most (NULL: what the broker takes, live messages first). The caller must own the table. Returns the number of the backfill. Errors: 42704 unknown topic, group not bound, or table not captured, 42501 not the owner, or row-level security applies to the owner, 0A000 rows could be missed, 55006 the same backfill is under way, 53400 too many, 22023 bad rate, 55000 a trigger is disabled, 42809 a temporary table';
+revoke all on function fanout.backfill(regclass, text, text, text, integer) from public;
+
+create function fanout.replay(topic text, consumer_group text, since timestamptz, until timestamptz default null,
+                              again boolean default false) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    replayed_id integer;
+    group_queue text;
+    oldest timestamptz;
+    result bigint;
+begin
+    if replay.topic is null or replay.consumer_group is null or replay.since is null or replay.again is null then
+        raise exception '% must not be null', case when replay.topic is null then 'topic' when replay.consumer_group is null then 'consumer_group'
+                                                   when replay.since is null then 'since' else 'again' end
+            using errcode = 'null_value_not_allowed';
+    elsif replay.until <= replay.since then
+        raise exception 'until must be later than since' using errcode = 'invalid_parameter_value';
+    end if;
+    replayed_id := fanout.require_topic(replay.topic);
+    group_queue := fanout.check_backfill_group(replay.topic, replay.consumer_group);
+    lock table fanout.backfill in share row exclusive mode;
+    select b.backfill_id into result from fanout.backfill b
+    where b.kind = 'replay' and b.topic = replay.topic and b.consumer_group = replay.consumer_group
+      and b.state in ('running', 'paused') limit 1;
+    if found then
+        raise exception 'replay % of topic "%" is under way', result, replay.topic
+            using errcode = 'object_in_use', hint = 'Wait for it, or use fanout.cancel_backfill().';
+    elsif (select count(*) from fanout.backfill b where b.state in ('running', 'paused')) >= 100 then
+        raise exception 'too many backfills are under way'
+            using errcode = 'configuration_limit_exceeded', detail = 'There can be 100.';
+    end if;
+    select min(o.created_at) into oldest from fanout.outbox o
+    where o.topic_id = replayed_id and o.database = (fanout.this_database()).database and not coalesce(o.headers ? 'replay', false);
+    if oldest is null then
+        raise notice 'the outbox has no messages of topic "%"', replay.topic
+            using detail = 'Sent messages stay there for pg_fanout.retention.';
+    elsif oldest > replay.since then
+        raise notice 'the oldest message of topic "%" in the outbox is of %', replay.topic, oldest
+            using detail = 'Sent messages stay there for pg_fanout.retention.',
+                  hint = 'Use fanout.backfill() to send all rows as they are now.';
+    end if;
+    insert into fanout.backfill (kind, topic, topic_id, consumer_group, queue, since, until, again)
+    values ('replay', replay.topic, replayed_id, replay.consumer_group, group_queue, replay.since,
+            coalesce(replay.until, clock_timestamp()), replay.again)
+    returning backfill_id into result;
+    return result;
+end
+$$;
+comment on function fanout.replay(text, text, timestamptz, timestamptz, boolean) is
+'sends messages of a topic that were sent already, and that the outbox still has (pg_fanout.retention), once more to the queue of one consumer group, in their order: those of since up to until (NULL: now). With the same message ids, headers and sequence, and the header "replay"; with again, under new message ids, so that subscriptions of pg_fanout, which skip ids they know, take them anew, and with the header "replay_of". Then comes a message without op that has the header "last". A worker does it, see fanout.backfills; fanout.cancel_backfill() and its like work. A NOTICE tells the oldest time that is still there. Returns its number. Errors: 42704 unknown topic, or group not bound, 22004 an argument is null, 22023 until is not later than since, 55006 one is under way, 53400 too many';
+revoke all on function fanout.replay(text, text, timestamptz, timestamptz, boolean) from public;
+
+create function fanout.set_backfill_state(id bigint, state text, allowed text[]) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    old_state text;
+begin
+    select b.state into old_state from fanout.backfill b where b.backfill_id = set_backfill_state.id for update;
+    if not found then
+        raise exception 'backfill % does not exist', set_backfill_state.id using errcode = 'undefined_object';
+    elsif old_state = set_backfill_state.state then
+        return;
+    elsif not old_state = any (allowed) then
+        raise exception 'backfill % is %', set_backfill_state.id, old_state
+            using errcode = 'object_not_in_prerequisite_state',
+                  hint = 'Use fanout.backfill() to send the rows again.';
+    end if;
+    update fanout.backfill b
+    set state = set_backfill_state.state, error = null, updated_at = clock_timestamp(),
+        finished_at = case when set_backfill_state.state = 'cancelled' then clock_timestamp() end
+    where b.backfill_id = set_backfill_state.id;
+    delete from fanout.replay_message r
+    where set_backfill_state.state = 'cancelled' and r.backfill_id = set_backfill_state.id;
+end
+$$;
+comment on function fanout.set_backfill_state(bigint, text, text[]) is 'internal: part of fanout.cancel_backfill() and its like';
+revoke all on function fanout.set_backfill_state(bigint, text, text[]) from public;
+
+create function fanout.cancel_backfill(id bigint) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$ select fanout.set_backfill_state(id, 'cancelled', '{running,paused,failed}') $$;
+comment on function fanout.cancel_backfill(bigint) is
+'ends a backfill; what is in the outbox is sent. Errors: 42704 there is none of that number, 55000 it is done';
+revoke all on function fanout.cancel_backfill(bigint) from public;
+
+create function fanout.pause_backfill(id bigint) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$ select fanout.set_backfill_state(id, 'paused', '{running}') $$;
+comment on function fanout.pause_backfill(bigint) is
+'stops a backfill until fanout.resume_backfill(). Errors: 42704 there is none of that number, 55000 it has ended';
+revoke all on function fanout.pause_backfill(bigint) from public;
+
+create function fanout.resume_backfill(id bigint) returns void
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$ select fanout.set_backfill_state(id, 'running', '{paused,failed}') $$;
+comment on function fanout.resume_backfill(bigint) is
+'lets a backfill go on that was paused, or has failed, where it was. Errors: 42704 there is none of that number, 55000 it was cancelled, or is done';
+revoke all on function fanout.resume_backfill(bigint) from public;
+
+create view fanout.backfills as
+select b.backfill_id as id, b.kind, coalesce(r.oid::regclass::text, b.entity_name) as entity, b.topic, b.consumer_group, b."where", b.since, b.until, b.rate,
+       case when b.state = 'running' and b.started_at is null then 'waiting' else b.state end as state,
+       b.rows_done, b.rows_estimated, b.rows_sent,
+       (select string_agg(p, ', ' order by n) from unnest(b.position) with ordinality u(p, n) where b.key <> '{}' or b.kind = 'replay' and array_length(b.position, 1) = 1) as last_key,
+       b.error, b.created_at, b.started_at, b.updated_at, b.finished_at
+from fanout.backfill b left join pg_class r on r.oid = b.entity;
+comment on view fanout.backfills is 'backfills and replays of this database, made by fanout.backfill() and fanout.replay(), and how far they are';
+comment on column fanout.backfills.id is 'its number, the header "backfill" of its messages';
+comment on column fanout.backfills.kind is 'backfill, or replay';
+comment on column fanout.backfills.entity is 'the table; NULL: of a replay';
+comment on column fanout.backfills.topic is 'the topic';
+comment on column fanout.backfills.consumer_group is 'whose queue gets the rows; NULL: all of the topic';
+comment on column fanout.backfills."where" is 'condition on the row; NULL: all rows';
+comment on column fanout.backfills.since is 'of a replay: messages from then on';
+comment on column fanout.backfills.until is 'of a replay: and up to then';
+comment on column fanout.backfills.rate is 'rows per second at most; NULL: what the broker takes';
+comment on column fanout.backfills.state is
+'waiting: for the worker; running; paused; done: all was sent; failed: see error, fanout.resume_backfill() goes on; cancelled';
+comment on column fanout.backfills.rows_done is 'rows looked at';
+comment on column fanout.backfills.rows_estimated is 'rows the table had, by ANALYZE; NULL: not known';
+comment on column fanout.backfills.rows_sent is 'messages written to the outbox';
+comment on column fanout.backfills.last_key is 'up to which it is done, of a replay the sequence; NULL: at the beginning, or walked by pages';
+comment on column fanout.backfills.error is 'why it failed, or what holds it up';
+comment on column fanout.backfills.created_at is 'when it was declared';
+comment on column fanout.backfills.started_at is 'when it wrote its first rows; NULL: not yet';
+comment on column fanout.backfills.updated_at is 'when it last went on';
+comment on column fanout.backfills.finished_at is 'when it ended; NULL: it has not';
+revoke all on fanout.backfills from public;
+
+
+-- ---------------------------------------------------------------------------
 -- State that is this server's own
 -- ---------------------------------------------------------------------------
 
@@ -4236,6 +4606,16 @@ $$;
 comment on function fanout.forget_copied_messages() is 'internal: part of fanout.activate()';
 revoke all on function fanout.forget_copied_messages() from public;
 
+create function fanout.end_copied_backfills() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    update fanout.backfill b set state = 'failed', error = 'the database is a copy', finished_at = clock_timestamp()
+    where b.state in ('running', 'paused')
+$$;
+comment on function fanout.end_copied_backfills() is 'internal: part of fanout.activate(); the original goes on with its backfills';
+revoke all on function fanout.end_copied_backfills() from public;
+
 create function fanout.activate(publish_copied boolean default false, since timestamptz default null) returns text
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -4258,6 +4638,7 @@ begin
                 perform fanout.forget_copied_messages();
             end if;
             perform fanout.own_identity();
+            perform fanout.end_copied_backfills();
         end if;
         if fanout.ledger_problem() is not null then
             perform fanout.repair_ledger(activate.since);

@@ -73,10 +73,10 @@ typedef struct TopicEntry
 	TopicInfo	info;
 } TopicEntry;
 
-const char *const capture_op_code[CAPTURE_OPS] = {"c", "u", "d", "t"};
+const char *const capture_op_code[CAPTURE_OPS] = {"c", "u", "d", "t", "r"};
 const char *const topic_format_name[] = {"debezium", "row", "cloudevents"};
 
-static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "delete", "truncate"};
+static const char *const operation_name[CAPTURE_OPS] = {"insert", "update", "delete", "truncate", "read"};
 
 /* Columns of fanout.captured_column. */
 #define COLUMN_ENTITY	1

@@ -29,9 +29,11 @@ typedef enum CaptureOp
 	OP_UPDATE,
 	OP_DELETE,
 	OP_TRUNCATE,
+	OP_READ,					/* no change: a row that was there, see
+								 * history/ */
 } CaptureOp;
 
-#define CAPTURE_OPS (OP_TRUNCATE + 1)
+#define CAPTURE_OPS (OP_READ + 1)
 
 /* One topic as capture and publish() see it. */
 typedef struct TopicInfo
@@ -102,7 +104,7 @@ extern Jsonb *cache_headers(const ChangeHeaders *headers);
  */
 extern void cache_append_segment(StringInfo out, const char *name);
 
-extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t */
+extern const char *const capture_op_code[CAPTURE_OPS];	/* c u d t r */
 extern const char *const topic_format_name[];	/* by TopicFormat */
 
 /* The option's value among the arguments of a capture trigger; NULL: not given. */

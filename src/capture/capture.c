@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * capture.c
- *		From a change to a row in the outbox: the capture trigger, publish().
+ *		From a change to a row in the outbox: the capture trigger, publish(), and
+ *		rows that were there before.
  *
  * This runs in the application's own transactions, on every row they write,
  * with their rights.  It must never wait for anything but the server's own
@@ -34,6 +35,7 @@
 #include "utils/timestamp.h"
 
 #include "capture/cache.h"
+#include "capture/capture.h"
 #include "capture/msgid.h"
 #include "capture/nesting.h"
 #include "capture/outbox.h"
@@ -280,6 +282,9 @@ operation_of(TriggerEvent event)
 /* Rows up to that size can be rendered, whatever is in them: bytes. */
 #define ORDINARY_ROW (64 * 1024 * 1024)
 
+/* The same of a row that was read whole, whose values may be compressed: bytes. */
+#define LARGE_READ (512 * 1024)
+
 /* The size of a row, its values detoasted: bytes.  NULL: 0. */
 static Size
 row_size(HeapTuple row, TupleDesc desc)
@@ -426,6 +431,60 @@ pgf_capture_trigger(PG_FUNCTION_ARGS)
 	return PointerGetDatum(NULL);
 }
 
+/* ---- rows that were there before ---- */
+
+/* Adds what tells of the backfill to headers.  Both in the current context. */
+static Jsonb *
+backfill_headers(Jsonb *headers, Jsonb *backfill)
+{
+	return DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(headers), JsonbPGetDatum(backfill)));
+}
+
+/*
+ * Writes the message of a row that the caller has locked, as the capture whose
+ * trigger that is (on rel, for each row) would write it, with op "r".  Its id is
+ * drawn here, so that it stands among those of the row's changes where the lock
+ * does.  queue: NULL, or the only one to get it; headers: an object that is added.
+ * Returns the bytes of the body.  Memory: the current context's, to be reset by
+ * the caller.  Raises errors of types' output functions, and 42704 if the topic
+ * is gone.
+ */
+Size
+capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *queue, Jsonb *headers)
+{
+	TriggerData trigdata = {.tg_relation = rel,.tg_trigger = trigger};
+	Change		change;
+	StringInfoData body;
+	OutboxRow	row;
+
+	memset(&change, 0, sizeof(change));
+	change.info = cache_of_trigger(&trigdata);
+	change.desc = RelationGetDescr(rel);
+	change.op = OP_READ;
+	change.now = GetCurrentTimestamp();
+	change.new_row = tuple;
+	msgid_new(&change.message_id);
+	initStringInfo(&body);
+	if (tuple->t_len > LARGE_READ)
+		render_large(&body, &change);
+	else
+		render(&body, &change);
+
+	memset(&row, 0, sizeof(row));
+	row.topic_id = change.info->topic.topic_id;
+	row.message_id = change.message_id;
+	row.type = change.info->type[OP_READ];
+	row.key = change.key;
+	row.headers = backfill_headers(change.info->headers[OP_READ], headers);
+	row.payload = body.data;
+	row.payload_len = body.len;
+	row.queue = queue;
+	row.created_at = change.now;
+	row.id = outbox_next_id();
+	outbox_insert(&row, false);
+	return body.len;
+}
+
 /* ---- publish() ---- */
 
 static int
@@ -439,7 +498,8 @@ static bool
 reserved_header(const char *name, int len)
 {
 	static const char *const reserved[] = {
-		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via"
+		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via",
+		"backfill", "last", "replay", "replay_of"
 	};
 
 	for (int i = 0; i < lengthof(reserved); i++)
@@ -525,6 +585,29 @@ render_payload(Jsonb *payload, TopicFormat format, const OutboxRow *row)
 					row->key, row->created_at);
 	appendStringInfo(&out, "%s}", json);
 	return out.data;
+}
+
+/*
+ * Writes a message that tells of no row.  type: at most OUTBOX_MAX_TYPE bytes;
+ * headers: an object; queue: NULL, or the only one to get it.
+ */
+void
+capture_notice(const char *topic, const char *type, Jsonb *payload, Jsonb *headers, const char *queue)
+{
+	TopicInfo	info = cache_topic(topic);
+	OutboxRow	row;
+
+	memset(&row, 0, sizeof(row));
+	row.id = outbox_next_id();
+	row.topic_id = info.topic_id;
+	msgid_new(&row.message_id);
+	row.type = type;
+	row.headers = headers;
+	row.queue = queue;
+	row.created_at = GetCurrentTimestamp();
+	row.payload = render_payload(payload, info.format, &row);
+	row.payload_len = strlen(row.payload);
+	outbox_insert(&row, true);
 }
 
 Datum

@@ -178,8 +178,8 @@ fill_row(const OutboxRow *row, int segment, Datum *values, bool *nulls)
 	values[8] = PointerGetDatum(row->headers);
 	nulls[8] = (row->headers == NULL);
 	values[9] = PointerGetDatum(cstring_to_text_with_len(row->payload, row->payload_len));
-	values[10] = (Datum) 0;
-	nulls[10] = true;
+	values[10] = row->queue ? CStringGetTextDatum(row->queue) : (Datum) 0;
+	nulls[10] = (row->queue == NULL);
 	values[11] = TimestampTzGetDatum(row->created_at);
 }
 

@@ -28,6 +28,7 @@ typedef struct OutboxRow
 	Jsonb	   *headers;		/* NULL: none */
 	const char *payload;
 	size_t		payload_len;
+	const char *queue;			/* NULL: the topic's exchange */
 	TimestampTz created_at;
 } OutboxRow;
 

@@ -25,6 +25,7 @@
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/tables.h"
+#include "server/worker.h"
 
 static const ConsumerUpkeep *consumers = NULL;
 
@@ -221,9 +222,25 @@ maintenance_set_upkeep(const ConsumerUpkeep *upkeep)
 	consumers = upkeep;
 }
 
+/* Asks for the history worker if something of the past is to be sent. */
+static void
+want_history(void)
+{
+	static CachedQuery query = {"select from fanout.backfill where state = 'running' limit 1"};
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	if (SPI_processed > 0)
+		shmem_want_history(worker_slot);
+}
+
+/*
+ * Puts into shared memory which other workers the database needs.  Returns how
+ * many subscriptions found no place.  The caller wakes the launcher.
+ */
 int
 maintenance_publish_subscriptions(void)
 {
+	want_history();
 	return consumers->publish_subscriptions();
 }
 

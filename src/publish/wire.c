@@ -163,20 +163,33 @@ set_via(BrokerField *fields, int *count)
 	field->value.string.len = strlen(via);
 }
 
+/*
+ * Sets a number, unless the message brings one of its own: the copy of another
+ * message, see history/replay.c, has that one's.
+ */
+static void
+set_integer(BrokerField *fields, int *count, const char *name, int64 value)
+{
+	BrokerField *field;
+
+	for (int i = 0; i < *count; i++)
+	{
+		if (strcmp(fields[i].name, name) == 0)
+			return;
+	}
+	field = &fields[(*count)++];
+	field->name = name;
+	field->type = BROKER_VALUE_INT;
+	field->value.integer = value;
+}
+
 static bool
 set_own_headers(Message *message, BrokerField *fields, int *count)
 {
-	BrokerField *field = &fields[(*count)++];
+	BrokerField *field;
 
-	field->name = "sequence";
-	field->type = BROKER_VALUE_INT;
-	field->value.integer = message->id;
-
-	field = &fields[(*count)++];
-	field->name = "xid";
-	field->type = BROKER_VALUE_INT;
-	field->value.integer = (int64) message->xid;
-
+	set_integer(fields, count, "sequence", message->id);
+	set_integer(fields, count, "xid", (int64) message->xid);
 	set_via(fields, count);
 	if (message->key == NULL)
 		return true;

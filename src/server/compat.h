@@ -121,6 +121,7 @@ typedef enum PgfWait
 	PGF_WAIT_LAUNCHER,
 	PGF_WAIT_PUBLISHER,
 	PGF_WAIT_CONSUMER,
+	PGF_WAIT_HISTORY,
 	PGF_WAIT_STOP,
 } PgfWait;
 
@@ -129,7 +130,8 @@ pgf_wait_event(PgfWait wait)
 {
 #if PG_VERSION_NUM >= 170000
 	static const char *const names[] = {
-		"PgFanoutLauncherMain", "PgFanoutPublisherMain", "PgFanoutConsumerMain", "PgFanoutWorkerStop"
+		"PgFanoutLauncherMain", "PgFanoutPublisherMain", "PgFanoutConsumerMain",
+		"PgFanoutHistoryMain", "PgFanoutWorkerStop"
 	};
 	static uint32 events[lengthof(names)];
 

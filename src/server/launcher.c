@@ -3,9 +3,10 @@
  * launcher.c
  *		Which databases need which workers.
  *
- * One launcher per server, for publishers and consumers.  Which subscriptions a
- * database has, its publisher says by taking slots for them; to the launcher
- * these are workers like any other.
+ * One launcher per server, for publishers, consumers and history workers.  Which
+ * subscriptions a database has, and whether something of its past is to be sent,
+ * its publisher says by taking slots for them; to the launcher these are workers
+ * like any other.
  *
  * It is connected to no database, so it reads pg_database, but cannot see
  * which databases have the extension.  It finds
@@ -503,7 +504,10 @@ start_worker(int index, Oid database)
 static bool
 register_worker(int index, uint32 generation, Oid database)
 {
-	const char *what = (shmem_worker(index)->kind == WORKER_PUBLISHER) ? "publisher" : "consumer";
+	static const char *const names[] = {
+		[WORKER_PUBLISHER] = "publisher",[WORKER_CONSUMER] = "consumer",[WORKER_HISTORY] = "history"
+	};
+	const char *what = names[shmem_worker(index)->kind];
 	BackgroundWorker worker;
 	MemoryContext old_context;
 	bool		registered;

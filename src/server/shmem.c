@@ -98,6 +98,7 @@ static const Subscription *find_subscription(const Subscription *subscriptions, 
 static void update_subscription(SubscriptionSlot *slot, const Subscription *wanted);
 static void end_subscription(SubscriptionSlot *slot);
 static bool add_subscription(Oid database, const Subscription *wanted);
+static void end_history(WorkerSlot *worker);
 static void free_worker(WorkerSlot *worker);
 static void schedule(WorkerSlot *worker, WorkerEnd end);
 static void note_failure(WorkerSlot *worker);
@@ -194,6 +195,8 @@ static void
 init_slot(DatabaseSlot *slot)
 {
 	init_worker(&slot->worker, WORKER_PUBLISHER);
+	init_worker(&slot->history, WORKER_HISTORY);
+	pg_atomic_init_u32(&slot->history_dirty, 0);
 	ConditionVariableInit(&slot->progress);
 	pg_atomic_init_u32(&slot->dirty, 0);
 	pg_atomic_init_u32(&slot->ids_follow_clock, 0);
@@ -255,6 +258,7 @@ reset_slot(DatabaseSlot *slot)
 	reset_worker(&slot->worker);
 	pg_atomic_write_u32(&slot->dirty, 0);
 	pg_atomic_write_u32(&slot->subscriptions_dirty, 0);
+	pg_atomic_write_u32(&slot->history_dirty, 0);
 	pg_atomic_write_u32(&slot->current_segment, 0);
 	pg_atomic_write_u32(&slot->ids_follow_clock, 0);
 	pg_atomic_write_u64(&slot->flush_requested, 0);
@@ -315,6 +319,20 @@ shmem_my_slot(void)
 	return cached;
 }
 
+/* One that the history worker of an earlier owner has left, too. */
+static DatabaseSlot *
+find_free_slot(void)
+{
+	for (int i = 0; i < pgf_shared->nslots; i++)
+	{
+		DatabaseSlot *slot = &pgf_shared->slots[i];
+
+		if (!OidIsValid(slot->worker.database) && !OidIsValid(slot->history.database))
+			return slot;
+	}
+	return NULL;
+}
+
 static DatabaseSlot *
 want_slot_locked(Oid database)
 {
@@ -322,7 +340,7 @@ want_slot_locked(Oid database)
 
 	if (slot == NULL)
 	{
-		slot = find_slot(InvalidOid);
+		slot = find_free_slot();
 		if (slot == NULL)
 			return NULL;
 		reset_slot(slot);
@@ -383,7 +401,7 @@ shmem_held(const WorkerSlot *worker)
 int
 shmem_worker_count(void)
 {
-	return pgf_shared->nslots + pgf_shared->nsubscriptions;
+	return 2 * pgf_shared->nslots + pgf_shared->nsubscriptions;
 }
 
 WorkerSlot *
@@ -391,7 +409,10 @@ shmem_worker(int index)
 {
 	if (index < pgf_shared->nslots)
 		return &pgf_shared->slots[index].worker;
-	return &pgf_shared->subscriptions[index - pgf_shared->nslots].worker;
+	index -= pgf_shared->nslots;
+	if (index < pgf_shared->nsubscriptions)
+		return &pgf_shared->subscriptions[index].worker;
+	return &pgf_shared->slots[index - pgf_shared->nsubscriptions].history;
 }
 
 /* Stopping: any backend */
@@ -581,6 +602,54 @@ shmem_subscription_slot(Oid database, int32 subscription_id)
 	return NULL;
 }
 
+/* History: the publisher, and the worker itself */
+
+void
+shmem_want_history(DatabaseSlot *slot)
+{
+	WorkerSlot *worker = &slot->history;
+
+	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
+	pg_atomic_write_u32(&slot->history_dirty, 1);
+	if (!OidIsValid(worker->database))
+	{
+		reset_worker(worker);
+		worker->state = SLOT_WANTED;
+		worker->database = slot->worker.database;
+	}
+	else if (worker->unwanted)
+	{
+		worker->unwanted = false;
+		worker->restart = (worker->pid != 0);
+	}
+	LWLockRelease(pgf_shared->lock);
+}
+
+bool
+shmem_end_history(DatabaseSlot *slot)
+{
+	bool		ended;
+
+	LWLockAcquire(pgf_shared->lock, LW_EXCLUSIVE);
+	ended = (pg_atomic_read_u32(&slot->history_dirty) == 0);
+	if (ended)
+		slot->history.unwanted = true;
+	LWLockRelease(pgf_shared->lock);
+	return ended;
+}
+
+static void
+end_history(WorkerSlot *worker)
+{
+	if (!OidIsValid(worker->database))
+		return;
+	worker->unwanted = true;
+	if (worker->pid == 0)
+		free_worker(worker);
+	else
+		signal_worker(worker);
+}
+
 /* Lifecycle: launcher */
 
 /*
@@ -649,6 +718,8 @@ shmem_free_slot(WorkerSlot *worker, Oid database, SlotState state)
 	ok = (worker->database == database && worker->state == state && !shmem_held(worker));
 	if (ok)
 		free_worker(worker);
+	if (ok && worker->kind == WORKER_PUBLISHER)
+		end_history(&((DatabaseSlot *) worker)->history);
 	for (int i = 0; i < pgf_shared->nsubscriptions && ok && worker->kind == WORKER_PUBLISHER; i++)
 	{
 		if (pgf_shared->subscriptions[i].worker.database == database)
@@ -686,7 +757,7 @@ shmem_attach(int index, uint32 generation)
 		worker->restart = false;
 		if (worker->kind == WORKER_PUBLISHER)
 			pg_atomic_write_u32(&((DatabaseSlot *) worker)->dirty, 1);
-		else
+		else if (worker->kind == WORKER_CONSUMER)
 			pg_atomic_write_u32(&((SubscriptionSlot *) worker)->dirty, 1);
 	}
 	LWLockRelease(pgf_shared->lock);

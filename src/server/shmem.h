@@ -2,7 +2,7 @@
  *
  * shmem.h
  *		The slots in shared memory: one for each database that has, or may
- *		have, the extension, and one for each subscription.
+ *		have, the extension, with its history worker, and one for each subscription.
  *
  * Locking: pgf_shared->lock (an LWLock) guards a worker's lifecycle (fields up
  * to "mutex") and what else says so.  Hot fields are atomics and are touched by
@@ -68,6 +68,7 @@ typedef enum WorkerKind
 {
 	WORKER_PUBLISHER,
 	WORKER_CONSUMER,
+	WORKER_HISTORY,
 } WorkerKind;
 
 /* What the slots of all kinds of workers have in common. */
@@ -105,12 +106,15 @@ typedef union Announcement
 typedef struct DatabaseSlot
 {
 	WorkerSlot	worker;			/* the publisher */
+	WorkerSlot	history;		/* free unless something of the past is to be
+								 * sent */
 	int			holds;			/* transactions that keep workers out of the
 								 * database; under the lock */
 
 	/* hot */
 	pg_atomic_uint32 dirty;		/* something was committed since the last read */
 	pg_atomic_uint32 subscriptions_dirty;	/* subscriptions were changed */
+	pg_atomic_uint32 history_dirty; /* fanout.backfill was changed */
 	pg_atomic_uint32 current_segment;	/* of the ring of outbox segments */
 	pg_atomic_uint32 written[OUTBOX_SEGMENTS];	/* marks, see insertion.c */
 	pg_atomic_uint32 ids_follow_clock;	/* the outbox's sequence was moved on
@@ -239,7 +243,15 @@ extern int	shmem_set_subscriptions(Oid database, const Subscription *subscriptio
 /* The slot of a worker of this database's, or NULL.  Takes no lock. */
 extern SubscriptionSlot *shmem_subscription_slot(Oid database, int32 subscription_id);
 
-/* All workers, of databases and subscriptions, in one numbering. */
+/*
+ * The publisher asks for the history worker of its database, which ends itself
+ * once nothing is left to do.  It goes on (false) if it was asked for meanwhile.
+ * Caller wakes the launcher.
+ */
+extern void shmem_want_history(DatabaseSlot *slot);
+extern bool shmem_end_history(DatabaseSlot *slot);
+
+/* All workers, of databases, subscriptions and history, in one numbering. */
 extern int	shmem_worker_count(void);
 extern WorkerSlot *shmem_worker(int index);
 

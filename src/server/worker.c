@@ -46,7 +46,7 @@
  *	 from anybody else: as the server does it, with one.
  * - Settings of the database or the role that would break a worker
  *	 (default_transaction_read_only, statement_timeout, role, search_path):
- *	 overridden, so that a publisher runs as the bootstrap superuser in a plain
+ *	 overridden, so that a publisher and a history worker run as the bootstrap superuser in a plain
  *	 session, and a consumer as the role that subscribed.
  * - That role is gone, or may not log in or connect any more: the server ends
  *	 the process with a FATAL, and the launcher backs off.
@@ -106,6 +106,7 @@ typedef struct ExtensionRow
 WorkerSlot *worker_self = NULL;
 DatabaseSlot *worker_slot = NULL;
 SubscriptionSlot *worker_subscription = NULL;
+DatabaseSlot *worker_history = NULL;
 
 static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
@@ -222,6 +223,7 @@ detach(int code, Datum arg)
 	worker_self = NULL;
 	worker_slot = NULL;
 	worker_subscription = NULL;
+	worker_history = NULL;
 	shmem_wake_launcher(0);
 }
 
@@ -239,6 +241,8 @@ attach(Datum main_arg)
 	}
 	if (worker_self->kind == WORKER_PUBLISHER)
 		worker_slot = (DatabaseSlot *) worker_self;
+	else if (worker_self->kind == WORKER_HISTORY)
+		worker_history = (DatabaseSlot *) ((char *) worker_self - offsetof(DatabaseSlot, history));
 	else
 	{
 		worker_subscription = (SubscriptionSlot *) worker_self;
@@ -346,6 +350,8 @@ reset_session_user(void)
 static pg_atomic_uint32 *
 dirty_flag(void)
 {
+	if (worker_history != NULL)
+		return &worker_history->history_dirty;
 	return worker_slot ? &worker_slot->dirty : &worker_subscription->dirty;
 }
 
@@ -406,7 +412,7 @@ note_version(const char *version, bool *logged)
 	worker_set_error(text);
 	ereport(WARNING,
 			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg(worker_slot != NULL ? "pg_fanout publishes nothing from database \"%s\"" :
+			 errmsg(worker_subscription == NULL ? "pg_fanout publishes nothing from database \"%s\"" :
 					"pg_fanout consumes nothing in database \"%s\"",
 					get_database_name(MyDatabaseId)),
 			 errdetail("The extension has version %s, the loaded library has version %s.",
@@ -616,6 +622,9 @@ worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
 bool
 worker_wait(int fd, bool for_write, long timeout_ms)
 {
+	static const PgfWait wait_event[] = {
+		[WORKER_PUBLISHER] = PGF_WAIT_PUBLISHER,[WORKER_CONSUMER] = PGF_WAIT_CONSUMER,[WORKER_HISTORY] = PGF_WAIT_HISTORY
+	};
 	int			socket_events = 0;
 	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
 
@@ -629,7 +638,7 @@ worker_wait(int fd, bool for_write, long timeout_ms)
 	latch_was_reset = true;
 	events = WaitLatchOrSocket(MyLatch, events | socket_events,
 							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
-							   pgf_wait_event(worker_slot != NULL ? PGF_WAIT_PUBLISHER : PGF_WAIT_CONSUMER));
+							   pgf_wait_event(wait_event[worker_self->kind]));
 	if (events & WL_LATCH_SET)
 		ResetLatch(MyLatch);
 	check_stop();

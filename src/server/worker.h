@@ -13,10 +13,11 @@
 #include "server/compat.h"
 #include "server/shmem.h"
 
-/* This worker's slot, once attached, and which of the two kinds it is. */
+/* This worker's slot, once attached, and which of the kinds it is. */
 extern WorkerSlot *worker_self;
 extern DatabaseSlot *worker_slot;	/* of a publisher, else NULL */
 extern SubscriptionSlot *worker_subscription;	/* of a consumer, else NULL */
+extern DatabaseSlot *worker_history;	/* of a history worker, else NULL */
 
 /*
  * First thing a worker does: signals, exit callback, attach to the

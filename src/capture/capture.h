@@ -1,0 +1,23 @@
+/*-------------------------------------------------------------------------
+ *
+ * capture.h
+ *		Messages that no trigger writes: of rows that were there before.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_CAPTURE_H
+#define PGF_CAPTURE_H
+
+#include "postgres.h"
+
+#include "access/htup.h"
+#include "utils/jsonb.h"
+#include "utils/rel.h"
+#include "utils/reltrigger.h"
+
+extern Size capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *queue,
+							 Jsonb *headers);
+extern void capture_notice(const char *topic, const char *type, Jsonb *payload, Jsonb *headers,
+						   const char *queue);
+
+#endif							/* PGF_CAPTURE_H */

@@ -1,0 +1,84 @@
+/*-------------------------------------------------------------------------
+ *
+ * history.h
+ *		The worker that sends rows and messages of the past.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_HISTORY_H
+#define PGF_HISTORY_H
+
+#include "postgres.h"
+
+#include "access/transam.h"
+#include "executor/spi.h"
+
+#include "server/monotime.h"
+
+/* main_arg: the slot, as the launcher packed it for worker_attach(). */
+extern PGDLLEXPORT void pg_fanout_history_main(Datum main_arg);
+
+/* A statement of a walk, prepared; sql: NULL before the first use. */
+typedef struct WalkQuery
+{
+	char	   *sql;
+	SPIPlanPtr	plan;
+} WalkQuery;
+
+/* What the worker knows of one that runs, beyond its row in fanout.backfill. */
+typedef struct Walk
+{
+	int64		id;
+	int32		topic_id;
+	bool		listed;			/* it still runs */
+	int			rows;			/* for the next transaction */
+	uint64		previous_xid;	/* of its transactions that may not be sent
+								 * yet; */
+	uint64		last_xid;		/* 0: none */
+	bool		must_drain;		/* nothing more until all is sent */
+	MonoTime	next_at;
+	int			failures;		/* in a row */
+	long		pause;			/* ms, of the last wait for what is unsent */
+	WalkQuery	bounds;
+	WalkQuery	read;
+} Walk;
+
+/* The row of fanout.backfill, locked; texts in the current context. */
+typedef struct WalkRow
+{
+	char	   *kind;
+	Oid			entity;
+	char	   *topic;
+	char	   *queue;			/* NULL: the topic's exchange */
+	char	   *where;			/* NULL: all rows */
+	int32		rate;			/* rows per second; 0: no limit */
+	int			nkeys;			/* 0: by place in the file */
+	int16	   *keys;
+	int			nposition;		/* 0: at the beginning */
+	char	  **position;
+	Oid			file;
+	bool		walked;			/* all rows are written */
+	int64		sent;
+	bool		again;			/* a replay, under new message ids */
+} WalkRow;
+
+/* What a step has done. */
+typedef struct WalkStep
+{
+	int64		rows;			/* looked at */
+	int64		sent;			/* of these, written to the outbox */
+	Size		bytes;
+	bool		walked;
+	int			nposition;
+	char	  **position;		/* the next step goes on behind it */
+	Oid			file;
+	char	   *failure;		/* NULL, or why it cannot go on */
+} WalkStep;
+
+extern void backfill_step(Walk *walk, const WalkRow *row, WalkStep *step);
+extern void backfill_end(const Walk *walk, const WalkRow *row);
+
+extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
+extern void replay_end(const Walk *walk, const WalkRow *row);
+
+#endif							/* PGF_HISTORY_H */
