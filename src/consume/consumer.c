@@ -1004,7 +1004,7 @@ handle_event(BrokerEvent *event)
 			broker_failed("the broker delivers more than was asked for");
 			break;
 		case BROKER_CANCELLED:
-			refused("the broker cancelled the consumer: its queue was deleted, or is not available");
+			refused("the broker cancelled the consumer: its queue was deleted or is not available, or its consumer_timeout is over");
 			break;
 		case BROKER_CHANNEL_CLOSED:
 			channel_closed(event);
