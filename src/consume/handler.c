@@ -165,6 +165,14 @@ handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext conte
 
 /* ---- calling it ---- */
 
+/* sync_table() reads the bytes of a body. */
+static void
+set_body(const SubscriptionRow *row, MessageValues *message)
+{
+	if (!OidIsValid(row->sync_target))
+		delivery_set_body(message);
+}
+
 static Datum
 message_datum(MessageValues *message)
 {
@@ -183,9 +191,7 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
-	/* sync_table() reads the bytes */
-	if (!OidIsValid(row->sync_target))
-		delivery_set_body(&message);
+	set_body(row, &message);
 	via_add(delivery_via(&message));
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
@@ -303,8 +309,10 @@ handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeo
 void
 handler_call_message(const SubscriptionRow *row, MessageValues *values)
 {
-	Datum		message = message_datum(values);
+	Datum		message;
 
+	set_body(row, values);
+	message = message_datum(values);
 	via_add(delivery_via(values));
 	call(row->batch ? array_datum(row, &message, 1) : message, row->handler_timeout, false);
 	via_set(NULL);

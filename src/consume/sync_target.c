@@ -652,7 +652,7 @@ sync_target_set_shape(SyncTarget *target, const JsonSlice *row)
 	ignored = unknown_names(target, &n);
 	if (n > 0 && target->refuses_unknown)
 	{
-		shape->count = -1;
+		recorded = true;		/* a column's new name may be, in this row */
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_COLUMN),
 				 errmsg("message cannot be applied: table %s has no column for \"%s\"",

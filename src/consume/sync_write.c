@@ -72,6 +72,13 @@ equality(Oid type)
 	return name;
 }
 
+/* A column may be of a domain over the type, which is the parameter's. */
+static char *
+base_type_name(Oid type)
+{
+	return format_type_extended(type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY);
+}
+
 /*
  * Appends the condition that finds the row of a key.  first: the number of the
  * key's first parameter.
@@ -91,8 +98,7 @@ append_key(StringInfo sql, const SyncTarget *target, int first)
 		appendStringInfo(sql, "%st.%s %s $%d", i == 0 ? "" : " and ", key->local, equality(key->type), first + i);
 		if (key->inexact)
 			appendStringInfo(sql, " and row(t.%s::%s)::record operator(pg_catalog.*=) row($%d)::record",
-							 key->local, format_type_extended(key->type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY),
-							 first + i);
+							 key->local, base_type_name(key->type), first + i);
 	}
 }
 

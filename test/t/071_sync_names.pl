@@ -89,6 +89,12 @@ PgFanout::poll(sub { dead('strict') == 1 }, 'a dead letter', 60);
 like(sql(q(select sqlstate || reason from fanout.dead_letter where topic = 'strict')), qr/^42703.*has no column for "more"/, 'refuses a message that has one');
 sql('alter table strict_copy add more int; select fanout.redrive()');
 equal('strict', 'strict_copy', 'until there is one');
+sql(q(select fanout.pause('strict', 'g'); alter table strict_copy rename x to y; insert into strict values (2, 7)));
+sql(q(alter table strict rename x to y; alter table strict add yet_more int; update strict set y = 8 where id = 1; select fanout.flush(); select fanout.resume('strict', 'g')));
+PgFanout::poll(sub { dead('strict') >= 1 }, 'a dead letter', 60);
+is(sql('select y from strict_copy where id = 2'), 7, 'a message from before a column was renamed is applied, whatever became of one from after');
+sql('alter table strict_copy add yet_more int; select fanout.redrive()');
+equal('strict', 'strict_copy', 'and both in the end');
 
 # What keeps the table from being written
 

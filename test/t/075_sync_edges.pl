@@ -28,15 +28,22 @@ copied('exact', 'n numeric primary key, x int');
 copied('fold', 'name citext primary key, x int');
 copied('zero', 'f float8 primary key, x int');
 copied('span', 'i interval primary key, x int');
+sql('create domain amount as numeric(10, 2)');
+copied('domain', 'n amount primary key, x int');
+copied('padded', 'c char(5) primary key, x int');
+copied('listed', 'c bpchar[] primary key, x int');
 copied('ignoring', 'name text collate ci primary key, x int');
 sql(q(
 insert into exact values (1.0, 1); delete from exact where n = 1; insert into exact values (1.00, 2);
 insert into fold values ('Ann', 1); delete from fold; insert into fold values ('ANN', 2);
 insert into zero values (0, 1); update zero set f = '-0'; update zero set x = 2;
+insert into domain values (1.5, 1), (2, 1); update domain set x = 2; delete from domain where n = 2;
+insert into padded values ('ab', 1), ('abcde', 1); update padded set x = 2; delete from padded where c = 'ab';
+insert into listed values ('{ab,c}', 1), ('{d}', 1); update listed set x = 2; delete from listed where c = '{d}';
 insert into span values ('1 mon', 1); update span set i = '30 days', x = 2;
 insert into ignoring values ('Ann', 1); update ignoring set name = 'ANN'; update ignoring set x = 5;
 ));
-equal($_, 'keys that are equal and look different') for qw(exact fold zero span ignoring);
+equal($_, 'keys that are equal and look different') for qw(exact fold zero span ignoring domain padded listed);
 
 sql(q(
 create table cased (name text primary key, x int);
