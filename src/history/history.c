@@ -59,7 +59,7 @@
 #include "server/worker.h"
 
 #define MAX_WALKS		8
-#define MAX_ROWS		500
+#define MAX_ROWS		300
 #define FEWEST_ROWS		16
 #define MAX_BYTES		(2 * 1024 * 1024)
 #define LOCK_TIMEOUT	"200ms"
