@@ -233,6 +233,8 @@ revoke all on sequence fanout.sent_id_seq from public;
 create table fanout.sent (
     segment smallint    not null,
     sent_id bigint      not null default nextval('fanout.sent_id_seq'),
+    topic_id integer,
+    attached boolean,
     base    pg_snapshot not null,
     target  pg_snapshot not null,
     last_id bigint      not null,
@@ -244,13 +246,16 @@ create table fanout.sent (
 create table fanout.sent_0 partition of fanout.sent for values in (0) using heap;
 create table fanout.sent_1 partition of fanout.sent for values in (1) using heap;
 create table fanout.sent_2 partition of fanout.sent for values in (2) using heap;
-create index sent_sent_id_idx on fanout.sent (sent_id);
+create index sent_main_idx on fanout.sent (sent_id) where topic_id is null;
+create index sent_topic_id_idx on fanout.sent (topic_id, sent_id) where topic_id is not null;
 create index sent_sent_at_idx on fanout.sent (sent_at);
 comment on table fanout.sent_0 is 'internal: a segment of the ledger';
 comment on table fanout.sent_1 is 'internal: a segment of the ledger';
 comment on table fanout.sent_2 is 'internal: a segment of the ledger';
 comment on table fanout.sent is
-'internal: the ledger, insert-only, in a ring of three segments. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead';
+'internal: the ledger, insert-only, in a ring of three segments. An outbox row is sent if it is visible in the newest entry''s base, or visible in its target with an id up to last_id, and is neither held nor dead. That is the main cursor''s entry, or the topic''s own unless that says attached';
+comment on column fanout.sent.topic_id is 'whose entry it is, of a topic that has left the main cursor or joins it again; NULL: the main cursor''s';
+comment on column fanout.sent.attached is 'true: from here on the main cursor''s entries are true for the topic';
 comment on column fanout.sent.files is 'for each segment of the outbox, the file (pg_class.relfilenode) that "unread" is about';
 comment on column fanout.sent.unread is
 'for each segment, a block: as long as it is that file, all rows before it that are ever committed are visible in base';
@@ -262,6 +267,77 @@ insert into fanout.sent (segment, base, target, last_id, count)
 select 0, base, base, 0, 0
 from (select format('%1$s:%1$s:', pg_snapshot_xmin(pg_current_snapshot()))::pg_snapshot as base) first;
 revoke all on fanout.sent, fanout.sent_0, fanout.sent_1, fanout.sent_2 from public;
+
+-- A loose scan of the index on topic_id: there are few topics and many entries.
+create view fanout.topic_entry as
+with recursive topic(topic_id) as (
+    select min(topic_id) from fanout.sent where topic_id is not null
+    union all
+    select (select min(s.topic_id) from fanout.sent s where s.topic_id > t.topic_id)
+    from topic t where t.topic_id is not null
+)
+select s.* from topic t, lateral (
+    select * from fanout.sent s where s.topic_id = t.topic_id order by s.sent_id desc limit 1) s;
+comment on view fanout.topic_entry is
+'internal: the newest entry in the ledger of each topic that has left the main cursor of the publisher, or did';
+revoke all on fanout.topic_entry from public;
+
+create view fanout.detached as
+select * from fanout.topic_entry where not attached;
+comment on view fanout.detached is
+'internal: the newest entry of each topic that has left the main cursor of the publisher';
+revoke all on fanout.detached from public;
+
+-- A loose end of fanout.purge(): removed once the topic rides with the main cursor.
+create table fanout.purged (
+    topic_id   integer     not null,
+    snapshot   pg_snapshot not null,
+    message_id uuid
+) using heap;
+-- deleted from without a key: a publication FOR ALL TABLES must not forbid it
+alter table fanout.purged replica identity full;
+comment on table fanout.purged is
+'internal: messages that fanout.purge() gave up before the publisher read them: all that the snapshot shows of the topic, or a single one';
+revoke all on fanout.purged from public;
+
+-- One that is empty, or not of this server, knows of nothing that was sent.
+create view fanout.main_position as
+select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id,
+       s.files, s.unread
+from (select) one left join (select * from fanout.sent where topic_id is null order by sent_id desc limit 1) s
+     on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot());
+comment on view fanout.main_position is 'internal: where the publisher''s main cursor is';
+revoke all on fanout.main_position from public;
+
+create view fanout.topic_position as
+select d.topic_id, d.base, d.target, d.last_id, d.files, d.unread,
+       (select p.snapshot from fanout.purged p where p.topic_id = d.topic_id and p.message_id is null
+        order by pg_snapshot_xmax(p.snapshot) desc limit 1) as purged,
+       (select array_agg(p.message_id) from fanout.purged p
+        where p.topic_id = d.topic_id and p.message_id is not null) as purged_messages
+from fanout.detached d
+where greatest(pg_snapshot_xmax(d.base), pg_snapshot_xmax(d.target)) <= pg_snapshot_xmax(pg_current_snapshot());
+comment on view fanout.topic_position is 'internal: where each topic is that has left the main cursor';
+revoke all on fanout.topic_position from public;
+
+-- The first place in each segment that may have a message which was not sent.
+create view fanout.first_place as
+with place as (
+    select case when p.files[1] = pg_relation_filenode('fanout.outbox_0') and c.segments & 1 = 0
+                then format('(%s,0)', p.unread[1])::tid else '(0,0)' end as first_0,
+           case when p.files[2] = pg_relation_filenode('fanout.outbox_1') and c.segments & 2 = 0
+                then format('(%s,0)', p.unread[2])::tid else '(0,0)' end as first_1,
+           case when p.files[3] = pg_relation_filenode('fanout.outbox_2') and c.segments & 4 = 0
+                then format('(%s,0)', p.unread[3])::tid else '(0,0)' end as first_2
+    from (select base, files, unread from fanout.main_position
+          union all
+          select base, files, unread from fanout.topic_position) p,
+         lateral (select coalesce(bit_or(1 << segment), 0) from fanout.scattered
+                  where not pg_visible_in_snapshot(xid, p.base)) c(segments)
+)
+select min(first_0) as first_0, min(first_1) as first_1, min(first_2) as first_2 from place;
+comment on view fanout.first_place is 'internal: part of fanout.pending';
+revoke all on fanout.first_place from public;
 
 create table fanout.held (
     id         bigint primary key,
@@ -278,7 +354,7 @@ create table fanout.held (
 ) using heap;
 create index held_topic_id_idx on fanout.held (topic_id, id);
 comment on table fanout.held is
-'internal: messages of topics that are paused or stalled, waiting in order; see the view fanout.outbox_status';
+'internal: messages that are sent before those in the outbox: redriven ones, and what a paused or stalled topic had not sent of a segment that was emptied; see the view fanout.outbox_status';
 revoke all on fanout.held from public;
 
 create table fanout.dead_letter (
@@ -458,6 +534,29 @@ comment on function fanout.check_topic_grant(regrole, text, text, text) is
 'internal: raises an error unless the role may do that with the topic, or with the queue of the consumer group';
 revoke all on function fanout.check_topic_grant(regrole, text, text, text) from public;
 
+create function fanout.check_topic_options(format text, on_exhausted text) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if check_topic_options.format is null
+       or check_topic_options.format not in ('debezium', 'row', 'cloudevents') then
+        raise exception 'unknown format %', coalesce(quote_literal(check_topic_options.format), 'null')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Formats are "debezium", "row" and "cloudevents".';
+    end if;
+    if check_topic_options.on_exhausted is null
+       or check_topic_options.on_exhausted not in ('hold', 'dead_letter') then
+        raise exception 'unknown on_exhausted %', coalesce(quote_literal(check_topic_options.on_exhausted), 'null')
+            using errcode = 'invalid_parameter_value',
+                  hint = 'It is "hold" or "dead_letter".';
+    end if;
+end
+$$;
+comment on function fanout.check_topic_options(text, text) is
+'internal: refuses options of a topic that there are not';
+revoke all on function fanout.check_topic_options(text, text) from public;
+
 create function fanout.declare_topic_as(role regrole, topic text, format text, on_exhausted text)
 returns void
 language plpgsql volatile
@@ -469,16 +568,7 @@ declare
 begin
     perform fanout.check_topic_grant(declare_topic_as.role, declare_topic_as.topic, 'declare');
     perform fanout.check_name('topic', declare_topic_as.topic);
-    if declare_topic_as.format is null or declare_topic_as.format not in ('debezium', 'row', 'cloudevents') then
-        raise exception 'unknown format %', coalesce(quote_literal(declare_topic_as.format), 'null')
-            using errcode = 'invalid_parameter_value',
-                  hint = 'Formats are "debezium", "row" and "cloudevents".';
-    end if;
-    if declare_topic_as.on_exhausted is null or declare_topic_as.on_exhausted not in ('hold', 'dead_letter') then
-        raise exception 'unknown on_exhausted %', coalesce(quote_literal(declare_topic_as.on_exhausted), 'null')
-            using errcode = 'invalid_parameter_value',
-                  hint = 'It is "hold" or "dead_letter".';
-    end if;
+    perform fanout.check_topic_options(declare_topic_as.format, declare_topic_as.on_exhausted);
 
     -- ON CONFLICT locks the row in any case, and the publisher would wait for it
     if fanout.keep_topic(declare_topic_as.topic) is null then
@@ -499,7 +589,8 @@ begin
         pg_catalog.format('topic "%s"', declare_topic_as.topic),
         array_remove(array[fanout.difference('format', old.format, declare_topic_as.format),
                            fanout.difference('on_exhausted', old.on_exhausted, declare_topic_as.on_exhausted)],
-                     null));
+                     null),
+        'Use fanout.alter_topic(), or declare it as it is.');
 end
 $$;
 comment on function fanout.declare_topic_as(regrole, text, text, text) is 'internal: what fanout.declare_topic() does with the rights of pg_fanout';
@@ -978,8 +1069,8 @@ begin
           select pg_catalog.format('table %s is captured into it', c.entity)
           from fanout.captures c where c.topic = drop_topic_as.topic
           union all
-          select pg_catalog.format('%s messages are held for it', count(*))
-          from fanout.held h where h.topic_id = dropped_id having count(*) > 0) d(object);
+          select pg_catalog.format('%s messages are held for it', s.held)
+          from fanout.stat_topics s where s.topic = drop_topic_as.topic and s.held > 0) d(object);
     if dependents is not null then
         raise exception 'cannot drop topic "%" because something depends on it', drop_topic_as.topic
             using errcode = 'dependent_objects_still_exist',
@@ -1543,6 +1634,69 @@ comment on function fanout.set_trigger_arguments(oid, text[]) is
 'internal: replaces the arguments of a capture trigger';
 revoke all on function fanout.set_trigger_arguments(oid, text[]) from public;
 
+-- The options of a capture's triggers that are its topic's, for a dump of the schema
+-- alone (see capture_arguments()), before those that differ between its triggers.
+create function fanout.with_topic_options(args text[], format text, on_exhausted text) returns text[]
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    with pair as (
+        select n, args[n] as name, args[n + 1] as value from generate_series(2, cardinality(args), 2) n
+    )
+    select args[1:1]
+           || coalesce((select array_agg(v order by n, place)
+                        from pair, lateral (values (1, name), (2, value)) e(place, v)
+                        where name in ('columns', 'exclude', 'key', 'where', 'when', 'old_row')), '{}')
+           || case when format <> 'debezium' then array['format', format] else '{}' end
+           || case when on_exhausted <> 'hold' then array['on_exhausted', on_exhausted] else '{}' end
+           || coalesce((select array_agg(v order by n, place)
+                        from pair, lateral (values (1, name), (2, value)) e(place, v)
+                        where name not in ('columns', 'exclude', 'key', 'where', 'when', 'old_row',
+                                           'format', 'on_exhausted')), '{}')
+$$;
+comment on function fanout.with_topic_options(text[], text, text) is
+'internal: arguments of a capture trigger with other options of its topic';
+revoke all on function fanout.with_topic_options(text[], text, text) from public;
+
+create function fanout.alter_topic_as(role regrole, topic text, format text, on_exhausted text)
+returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    altered fanout.topic;
+    t fanout.capture_trigger_list;
+begin
+    perform fanout.check_topic_grant(alter_topic_as.role, alter_topic_as.topic, 'declare');
+    perform fanout.check_topic_options(coalesce(alter_topic_as.format, 'debezium'),
+                                       coalesce(alter_topic_as.on_exhausted, 'hold'));
+    update fanout.topic o
+    set format = coalesce(alter_topic_as.format, o.format),
+        on_exhausted = coalesce(alter_topic_as.on_exhausted, o.on_exhausted)
+    where o.topic_id = fanout.require_topic(alter_topic_as.topic)
+    returning o.* into altered;
+    for t in select l.* from fanout.capture_trigger_list l where l.topic = alter_topic_as.topic
+             order by l.entity, l.trigger
+    loop
+        execute pg_catalog.format('lock table only %s in share row exclusive mode', fanout.qualified_name(t.entity));
+        perform fanout.set_trigger_arguments(
+            t.trigger, fanout.with_topic_options(fanout.trigger_arguments(t.trigger),
+                                                 altered.format, altered.on_exhausted));
+    end loop;
+end
+$$;
+comment on function fanout.alter_topic_as(regrole, text, text, text) is 'internal: what fanout.alter_topic() does with the rights of pg_fanout';
+revoke all on function fanout.alter_topic_as(regrole, text, text, text) from public;
+
+create function fanout.alter_topic(topic text, format text default null, on_exhausted text default null)
+returns void
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_declare';
+comment on function fanout.alter_topic(text, text, text) is
+'changes a topic. format: body of changes that are captured from then on; on_exhausted: what happens from then on to a message that the broker refused pg_fanout.retry_limit times; NULL: as it is. Waits for transactions that have written to tables which are captured into the topic, and keeps others from it until it commits. Errors: 42704 unknown topic, 22023 an unknown option, 42501';
+revoke all on function fanout.alter_topic(text, text, text) from public;
+
 create function fanout.bind_new_triggers() returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -1893,14 +2047,14 @@ create function fanout.pause(topic text, consumer_group text default null) retur
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_pause';
 comment on function fanout.pause(text, text) is
-'holds a topic''s messages back, in order, until fanout.resume(); other topics flow. With consumer_group: stops that subscription of this database; attempts and what waits are kept. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
+'holds a topic''s messages back, in order, until fanout.resume(); other topics flow. They stay in the outbox. With consumer_group: stops that subscription of this database; attempts and what waits are kept. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
 revoke all on function fanout.pause(text, text) from public;
 
 create function fanout.resume(topic text, consumer_group text default null) returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_resume';
 comment on function fanout.resume(text, text) is
-'lets a paused topic flow again, what was held first; a stalled topic is tried again at once. With consumer_group: lets that subscription of this database go on. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
+'lets a paused topic flow again, what waits first; a stalled topic is tried again at once. With consumer_group: lets that subscription of this database go on. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
 revoke all on function fanout.resume(text, text) from public;
 
 create function fanout.redrive_published(topic text, message_id uuid) returns bigint
@@ -1977,6 +2131,39 @@ comment on function fanout.redrive(text, uuid, text) is
 'tries dead letters again: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription. The publisher''s go out in order of id, under their old message ids; a subscription''s go through its handler once more. Returns how many. Errors: 42704 unknown topic';
 revoke all on function fanout.redrive(text, uuid, text) from public;
 
+-- Messages in the outbox are only marked, whatever they are: by what the snapshot shows.
+create function fanout.purge_held(topic text, message_id uuid) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    removed bigint;
+    marked bigint;
+begin
+    delete from fanout.held h using fanout.topic t
+    where t.topic_id = h.topic_id
+      and (purge_held.topic is null or t.topic = purge_held.topic)
+      and (purge_held.message_id is null or h.message_id = purge_held.message_id);
+    get diagnostics removed = row_count;
+    with waiting as (
+        select t.topic_id, count(*) as count
+        from fanout.pending p join fanout.topic t using (topic_id)
+        where (purge_held.topic is null or t.topic = purge_held.topic)
+          and (purge_held.message_id is null or p.message_id = purge_held.message_id)
+          and (t.paused or exists (select from fanout.stall s where s.topic_id = t.topic_id))
+        group by t.topic_id
+    ), mark as (
+        insert into fanout.purged (topic_id, snapshot, message_id)
+        select topic_id, pg_current_snapshot(), purge_held.message_id from waiting
+    )
+    select coalesce(sum(count), 0) into marked from waiting;
+    return removed + marked;
+end
+$$;
+comment on function fanout.purge_held(text, uuid) is 'internal: part of fanout.purge()';
+revoke all on function fanout.purge_held(text, uuid) from public;
+
 create function fanout.purge(topic text default null, message_id uuid default null, held boolean default false,
                              consumer_group text default null)
 returns bigint
@@ -1988,10 +2175,11 @@ declare
     removed bigint;
 begin
     if purge.held then
-        delete from fanout.held h using fanout.topic t
-        where t.topic_id = h.topic_id
-          and (purge.topic is null or t.topic = purge.topic)
-          and (purge.message_id is null or h.message_id = purge.message_id);
+        removed := fanout.purge_held(purge.topic, purge.message_id);
+        if removed > 0 then
+            perform fanout.wake_publisher();
+        end if;
+        return removed;
     else
         delete from fanout.dead_letter d
         where (purge.topic is null or d.topic = purge.topic)
@@ -1999,21 +2187,18 @@ begin
           and (purge.consumer_group is null or d.consumer_group = purge.consumer_group);
     end if;
     get diagnostics removed = row_count;
-    if purge.held and removed > 0 then
-        perform fanout.wake_publisher();
-    end if;
     return removed;
 end
 $$;
 comment on function fanout.purge(text, uuid, boolean, text) is
-'removes dead letters for good: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription; with held, removes held messages instead. Returns how many';
+'removes dead letters for good: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription; with held, gives up what waits of topics that are paused or stalled instead, as far as the call sees it. Returns how many';
 revoke all on function fanout.purge(text, uuid, boolean, text) from public;
 
 create function fanout.flush(timeout interval default '30 s') returns boolean
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_flush';
 comment on function fanout.flush(interval) is
-'waits until the broker has acknowledged everything that was committed before the call, messages and topology; false if that took longer than timeout. Held messages and refused topology, of whatever topic, count as not acknowledged; dead letters are over. Errors: 55000 if the library is not preloaded, 53400 if no publisher can be started, 22004 if timeout is null, 22023 if it is negative';
+'waits until the broker has acknowledged everything that was committed before the call, messages and topology; false if that took longer than timeout. What waits of paused or stalled topics and refused topology, of whatever topic, count as not acknowledged; dead letters are over. Errors: 55000 if the library is not preloaded, 53400 if no publisher can be started, 22004 if timeout is null, 22023 if it is negative';
 revoke all on function fanout.flush(interval) from public;
 
 create function fanout.verify(timeout interval default '10 s') returns boolean
@@ -3554,7 +3739,7 @@ language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
     with ledger as (
-        select * from fanout.sent order by sent_id desc limit 1
+        select * from fanout.sent where topic_id is null order by sent_id desc limit 1
     ), problem(place, text) as (
         select 1, 'table "fanout.rotation" must have one row'
         where (select count(*) from fanout.rotation) <> 1
@@ -3763,25 +3948,32 @@ comment on column fanout.bindings.last_error is 'what the broker said when it la
 revoke all on fanout.bindings from public;
 
 create view fanout.outbox_status as
-with ledger as (
-    -- one that is empty, or not of this server, knows of nothing that was sent
-    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id
-    from (select) one left join (select * from fanout.sent order by sent_id desc limit 1) s
-         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot())
-)
 select o.id, t.topic, o.message_id, o.type, o.key, o.created_at,
-       case when s.is_sent then 'sent' else 'pending' end as state,
-       case when s.is_sent then
+       case when c.is_sent then 'sent'
+            when t.paused or exists (select from fanout.stall st where st.topic_id = o.topic_id) then 'held'
+            else 'pending' end as state,
+       case when c.is_sent then
+           -- entries of the main cursor do not count for a topic that had left it
            (select e.sent_at from fanout.sent e
             where e.sent_at >= o.created_at
               and (pg_visible_in_snapshot(o.xid, e.base)
                    or (pg_visible_in_snapshot(o.xid, e.target) and o.id <= e.last_id))
+              and (e.topic_id = o.topic_id
+                   or e.topic_id is null
+                      and coalesce((select f.attached from fanout.sent f
+                                    where f.topic_id = o.topic_id and f.sent_id < e.sent_id
+                                    order by f.sent_id desc limit 1), true))
             order by e.sent_at limit 1) end as sent_at
 from fanout.outbox o
-     cross join ledger l
+     cross join fanout.main_position m
+     left join fanout.topic_position d using (topic_id)
      left join fanout.topic t using (topic_id),
-     lateral (select pg_visible_in_snapshot(o.xid, l.base)
-                     or (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)) s(is_sent)
+     lateral (select pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
+                     or (pg_visible_in_snapshot(o.xid, coalesce(d.target, m.target))
+                         and o.id <= coalesce(d.last_id, m.last_id))
+                     or pg_visible_in_snapshot(o.xid, d.purged)
+                     or o.message_id = any (d.purged_messages)) s(is_passed),
+     lateral (select coalesce(s.is_passed, false)) c(is_sent)
 where not exists (select from fanout.held h where h.id = o.id)
   and not exists (select from fanout.dead_letter d where d.id = o.id and d.consumer_group is null)
 union all
@@ -3836,41 +4028,42 @@ revoke all on fanout.stat_publisher from public;
 
 -- Reads from where the ledger says, so that what was sent already costs nothing.
 create view fanout.pending as
-with ledger as (
-    -- one that is empty, or not of this server, knows of nothing that was sent
-    select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id,
-           case when s.files[1] = pg_relation_filenode('fanout.outbox_0') and c.segments & 1 = 0
-                then format('(%s,0)', s.unread[1])::tid else '(0,0)' end as first_0,
-           case when s.files[2] = pg_relation_filenode('fanout.outbox_1') and c.segments & 2 = 0
-                then format('(%s,0)', s.unread[2])::tid else '(0,0)' end as first_1,
-           case when s.files[3] = pg_relation_filenode('fanout.outbox_2') and c.segments & 4 = 0
-                then format('(%s,0)', s.unread[3])::tid else '(0,0)' end as first_2
-    from (select) one left join (select * from fanout.sent order by sent_id desc limit 1) s
-         on greatest(pg_snapshot_xmax(s.base), pg_snapshot_xmax(s.target)) <= pg_snapshot_xmax(pg_current_snapshot()),
-         lateral (select coalesce(bit_or(1 << segment), 0) from fanout.scattered
-                  where not pg_visible_in_snapshot(xid, s.base)) c(segments)
-)
-select o.* from ledger l, lateral (
-    select * from fanout.outbox_0 o
-    where o.ctid >= l.first_0 and not pg_visible_in_snapshot(o.xid, l.base)
-      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+from fanout.main_position m cross join fanout.first_place f, lateral (
+    select o.*
+    from fanout.outbox_0 o left join fanout.topic_position d using (topic_id)
+    where o.ctid >= f.first_0
+      and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
+      and not (pg_visible_in_snapshot(o.xid, coalesce(d.target, m.target)) and o.id <= coalesce(d.last_id, m.last_id))
+      and not coalesce(pg_visible_in_snapshot(o.xid, d.purged), false)
+      and not coalesce(o.message_id = any (d.purged_messages), false) offset 0) o
 union all
-select o.* from ledger l, lateral (
-    select * from fanout.outbox_1 o
-    where o.ctid >= l.first_1 and not pg_visible_in_snapshot(o.xid, l.base)
-      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+from fanout.main_position m cross join fanout.first_place f, lateral (
+    select o.*
+    from fanout.outbox_1 o left join fanout.topic_position d using (topic_id)
+    where o.ctid >= f.first_1
+      and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
+      and not (pg_visible_in_snapshot(o.xid, coalesce(d.target, m.target)) and o.id <= coalesce(d.last_id, m.last_id))
+      and not coalesce(pg_visible_in_snapshot(o.xid, d.purged), false)
+      and not coalesce(o.message_id = any (d.purged_messages), false) offset 0) o
 union all
-select o.* from ledger l, lateral (
-    select * from fanout.outbox_2 o
-    where o.ctid >= l.first_2 and not pg_visible_in_snapshot(o.xid, l.base)
-      and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o;
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+from fanout.main_position m cross join fanout.first_place f, lateral (
+    select o.*
+    from fanout.outbox_2 o left join fanout.topic_position d using (topic_id)
+    where o.ctid >= f.first_2
+      and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
+      and not (pg_visible_in_snapshot(o.xid, coalesce(d.target, m.target)) and o.id <= coalesce(d.last_id, m.last_id))
+      and not coalesce(pg_visible_in_snapshot(o.xid, d.purged), false)
+      and not coalesce(o.message_id = any (d.purged_messages), false) offset 0) o;
 comment on view fanout.pending is 'internal: messages that the publisher has not passed yet';
 revoke all on fanout.pending from public;
 
 create view fanout.stat_topics as
 select t.topic, t.paused,
-       coalesce(w.pending, 0) as pending,
-       coalesce(h.held, 0) as held,
+       case when b.blocked then 0 else coalesce(w.waiting, 0) end as pending,
+       case when b.blocked then coalesce(w.waiting, 0) else 0 end + coalesce(h.held, 0) as held,
        clock_timestamp() - least(w.oldest, h.oldest) as oldest_pending_age,
        coalesce(s.sent, 0) as sent,
        case when s.updated_at > clock_timestamp() - interval '30 s' then s.rate else 0 end as rate,
@@ -3879,19 +4072,20 @@ select t.topic, t.paused,
        st.last_error as reason,
        st.attempts, st.retry_at
 from fanout.topic t
-     left join (select topic_id, count(*) as pending, min(created_at) as oldest
+     left join (select topic_id, count(*) as waiting, min(created_at) as oldest
                 from fanout.pending group by topic_id) w using (topic_id)
      left join (select topic_id, count(*) as held, min(created_at) as oldest
                 from fanout.held group by topic_id) h using (topic_id)
      left join (select topic, count(*) as dead from fanout.dead_letter
                 where consumer_group is null group by topic) d using (topic)
      left join fanout.topic_stat s using (topic_id)
-     left join fanout.stall st using (topic_id);
+     left join fanout.stall st using (topic_id),
+     lateral (select t.paused or st.topic_id is not null) b(blocked);
 comment on view fanout.stat_topics is 'per topic: what waits, what was sent, and whether the broker refuses it';
 comment on column fanout.stat_topics.topic is 'the topic';
 comment on column fanout.stat_topics.paused is 'by fanout.pause()';
 comment on column fanout.stat_topics.pending is 'messages committed and not acknowledged yet';
-comment on column fanout.stat_topics.held is 'messages held because the topic is paused or stalled';
+comment on column fanout.stat_topics.held is 'messages that wait because the topic is paused or stalled';
 comment on column fanout.stat_topics.oldest_pending_age is 'age of the oldest message pending or held; NULL: none';
 comment on column fanout.stat_topics.sent is 'messages acknowledged since the topic was declared; written every few seconds';
 comment on column fanout.stat_topics.rate is 'messages acknowledged per second, lately';
@@ -4003,7 +4197,11 @@ select s.topic, s.consumer_group, w.message_id, w.type, w.key, w.sequence, w.hea
        w.attempts, w.sqlstate, w.error, w.failed_at, w.next_try
 from fanout.waiting w join fanout.subscription s using (subscription_id)
 where w.error is not null
-  and (pg_has_role(fanout.subscriber(s), 'usage') or has_table_privilege('fanout.waiting', 'select'));
+  -- as fanout.subscriber(), which readers may not call
+  and (exists (select from (select) x left join fanout.subscription_bound b on b.subscription_id = s.subscription_id
+               join pg_roles r on case when b.role is not null then r.oid = b.role else r.rolname = s.role end
+               where pg_has_role(r.oid, 'usage'))
+       or has_table_privilege('fanout.waiting', 'select'));
 comment on view fanout.delivery_failure is
 'messages that a handler failed on, and that will be tried again: those of one''s own subscriptions, and with SELECT on fanout.waiting all of them';
 comment on column fanout.delivery_failure.topic is 'of the subscription';
@@ -4551,7 +4749,7 @@ begin
                    (select o.xid from fanout.outbox o
                     where repair_ledger.since is null or o.created_at >= repair_ledger.since
                     order by o.xid limit 1));
-    truncate fanout.sent, fanout.scattered;
+    truncate fanout.sent, fanout.scattered, fanout.purged;
     insert into fanout.sent (segment, base, target, last_id, count)
     select r.current, base, base, 0, 0
     from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);

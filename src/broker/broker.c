@@ -37,7 +37,8 @@
  * and that only if there is room for it, so that dispatching never waits.  Since
  * close-ok may be written at any wait, a frame of a channel is written only
  * after a look at whether the channel is still open: RabbitMQ ends a connection
- * on which a closed channel goes on with a message.
+ * on which a closed channel goes on.  But a message that was begun is finished
+ * first, and so is close-ok written behind it (see pay_debts()).
  *
  * The library looks at all the channels it has heard of for every frame that
  * it is asked to forget, and keeps a page of memory for each.  So it never
@@ -1013,7 +1014,12 @@ broker_close_channel(Broker *broker, int channel)
 	pay_debts(broker);
 }
 
-/* Writes the closes that channels owe, as far as there is room for them. */
+/*
+ * Writes the closes that channels owe, as far as there is room for them.  Not in the
+ * middle of a message: RabbitMQ's reader knows nothing of the close that its channel
+ * process has sent, and ends the connection if it finds a method where it expects the
+ * rest of a content (501, UNEXPECTED_FRAME).
+ */
 static void
 pay_debts(Broker *broker)
 {
@@ -1021,6 +1027,8 @@ pay_debts(Broker *broker)
 	amqp_channel_close_ok_t close_ok = {0};
 	int			channel;
 
+	if (broker->mid_message)
+		return;
 	while ((channel = channels_debtor(&broker->channels)) != 0 &&
 		   take_room_now(broker, SMALL_METHOD_SIZE))
 	{
@@ -1268,8 +1276,8 @@ wait_for_frames(Broker *broker, int64_t deadline)
  */
 
 /*
- * The channel may be closed by the broker at each wait for room: each frame is
- * written only if it is still open.
+ * The channel may be closed by the broker at each wait for room.  Then the rest of a
+ * message that was begun is written all the same, and close-ok behind it.
  */
 BrokerResult
 broker_publish(Broker *broker, int channel, const BrokerMessage *message, long timeout_ms,
@@ -1289,13 +1297,13 @@ broker_publish(Broker *broker, int channel, const BrokerMessage *message, long t
 	if (!message_check(message, broker->frame_max, &header_size, error))
 		return BROKER_TOO_LARGE;
 
-	broker->mid_message = true;
 	sent = send_method(broker, channel, AMQP_BASIC_PUBLISH_METHOD, &publish,
-					   publish.exchange.len + publish.routing_key.len + 32, timeout_ms) &&
-		send_content_header(broker, channel, message, header_size, timeout_ms) &&
+					   publish.exchange.len + publish.routing_key.len + 32, timeout_ms);
+	broker->mid_message = sent;
+	sent = sent && send_content_header(broker, channel, message, header_size, timeout_ms) &&
 		send_content_body(broker, channel, message->body, message->body_len, timeout_ms);
 	broker->mid_message = false;
-	if (!sent)
+	if (!sent || c->state != CHANNEL_OPEN)
 		return fail_channel(broker, channel, error);
 
 	c->published++;
@@ -1371,10 +1379,7 @@ send_content_header(Broker *broker, int channel, const BrokerMessage *message, s
 	return send_frame(broker, &frame, size, timeout_ms);
 }
 
-/*
- * Pieces are as large as a frame and the credit allow.  The broker may refuse
- * the message before it has all of it; then there is no use in the rest.
- */
+/* Pieces are as large as a frame and the credit allow. */
 static bool
 send_content_body(Broker *broker, int channel, const char *body, size_t len, long timeout_ms)
 {
@@ -1719,7 +1724,8 @@ send_method(Broker *broker, int channel, amqp_method_number_t id, void *argument
 
 /*
  * Writes a frame once there is room for it.  Returns false if the connection
- * is lost, or the frame's channel is not open (any more).
+ * is lost, or the frame's channel is not open (any more), unless a message has
+ * begun there.
  */
 static bool
 send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_ms)
@@ -1728,7 +1734,8 @@ send_frame(Broker *broker, const amqp_frame_t *frame, size_t size, long timeout_
 
 	if (!wait_for_room(broker, size, timeout_ms) || !credit_take(&broker->credit, size))
 		return false;
-	if (frame->channel != CHANNEL_CONNECTION && (channel == NULL || !channel_is_open(channel)))
+	if (frame->channel != CHANNEL_CONNECTION && !broker->mid_message &&
+		(channel == NULL || !channel_is_open(channel)))
 		return false;
 	return write_frame(broker, frame);
 }

@@ -103,13 +103,15 @@ pack_arguments(Datum *arguments, int nargs)
 }
 
 static void
-update_trigger(HeapTuple tuple, Relation rel, bytea *packed)
+update_trigger(HeapTuple tuple, Relation rel, int nargs, bytea *packed)
 {
 	Datum		values[Natts_pg_trigger] = {0};
 	bool		nulls[Natts_pg_trigger] = {0};
 	bool		replace[Natts_pg_trigger] = {0};
 	HeapTuple	copy;
 
+	values[Anum_pg_trigger_tgnargs - 1] = Int16GetDatum(nargs);
+	replace[Anum_pg_trigger_tgnargs - 1] = true;
 	values[Anum_pg_trigger_tgargs - 1] = PointerGetDatum(packed);
 	replace[Anum_pg_trigger_tgargs - 1] = true;
 	copy = heap_modify_tuple(tuple, RelationGetDescr(rel), values, nulls, replace);
@@ -121,7 +123,7 @@ update_trigger(HeapTuple tuple, Relation rel, bytea *packed)
  * Writes pg_trigger as ALTER TRIGGER ... RENAME does, for there is no command
  * that changes arguments, and CREATE OR REPLACE TRIGGER would have to be fed
  * with the deparsed condition of a trigger that may be somebody else's.  The
- * caller's ALTER TABLE holds the lock that keeps the table's triggers still.
+ * caller holds a lock that keeps the table's triggers still.
  */
 Datum
 pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
@@ -148,9 +150,9 @@ pgf_set_trigger_arguments(PG_FUNCTION_ARGS)
 	ScanKeyInit(&key, Anum_pg_trigger_oid, BTEqualStrategyNumber, F_OIDEQ, PG_GETARG_DATUM(0));
 	scan = systable_beginscan(rel, TriggerOidIndexId, true, NULL, 1, &key);
 	tuple = systable_getnext(scan);
-	if (!HeapTupleIsValid(tuple) || ((Form_pg_trigger) GETSTRUCT(tuple))->tgnargs != nargs)
-		elog(ERROR, "trigger %u does not have %d arguments", PG_GETARG_OID(0), nargs);
-	update_trigger(tuple, rel, pack_arguments(arguments, nargs));
+	if (!HeapTupleIsValid(tuple) || nargs > PG_INT16_MAX)
+		elog(ERROR, "trigger %u cannot have %d arguments", PG_GETARG_OID(0), nargs);
+	update_trigger(tuple, rel, nargs, pack_arguments(arguments, nargs));
 	systable_endscan(scan);
 	table_close(rel, RowExclusiveLock);
 	PG_RETURN_VOID();

@@ -49,9 +49,10 @@ maintenance_current_segment(void)
 
 /*
  * Do all rows of the segment count as sent by an entry of the ledger that is
- * older than the retention?  That entry is the newest such one; what it has
- * passed is decided by the same rule as everywhere.  Rows before the block from
- * which on it has not read need not be looked at, unless some may be anywhere.
+ * older than the retention, but for those of topics that have left the main cursor?
+ * That entry is the newest such one; what it has passed is decided by the same rule as
+ * everywhere.  Rows before the block from which on it has not read need not be looked
+ * at, unless some may be anywhere.
  */
 static bool
 segment_expired(int segment, int retention_s)
@@ -64,11 +65,13 @@ segment_expired(int segment, int retention_s)
 			 " and not exists (select from fanout.scattered c"
 			 " where c.segment = %1$d and not pg_visible_in_snapshot(c.xid, s.base))"
 			 " then format('(%%s,0)', s.unread[%1$d + 1])::tid else '(0,0)' end as first from fanout.sent s"
-			 " where sent_at < now() - %2$d * interval '1 s' order by sent_at desc, sent_id desc limit 1)"
+			 " where topic_id is null and sent_at < now() - %2$d * interval '1 s'"
+			 " order by sent_at desc, sent_id desc limit 1)"
 			 " select exists (select from l) and not exists (select from l, lateral ("
 			 " select from fanout.outbox_%1$d o"
 			 " where o.ctid >= l.first and not pg_visible_in_snapshot(o.xid, l.base)"
-			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id) offset 0) o)",
+			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)"
+			 " and o.topic_id not in (select topic_id from fanout.detached) offset 0) o)",
 			 segment, retention_s);
 	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
 		elog(ERROR, "could not inspect segment %d", segment);
@@ -76,27 +79,72 @@ segment_expired(int segment, int retention_s)
 }
 
 /*
- * Under ACCESS EXCLUSIVE no transaction that wrote into it is still undecided,
- * and the rows are looked at once more.  True if it is empty then.
+ * Are there rows in the segment that a topic which has left the main cursor has not
+ * sent?  found: told each such topic, or NULL.
  */
 static bool
-empty_outbox(int segment, int retention_s)
+segment_awaited(int segment, void (*found) (int32 topic_id))
+{
+	char		sql[1024];
+	bool		isnull;
+
+	snprintf(sql, sizeof(sql),
+			 "select distinct o.topic_id from fanout.outbox_%1$d o join fanout.detached d using (topic_id)"
+			 " where not pg_visible_in_snapshot(o.xid, d.base)"
+			 " and not (pg_visible_in_snapshot(o.xid, d.target) and o.id <= d.last_id)",
+			 segment);
+	if (SPI_execute(sql, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not inspect segment %d", segment);
+	for (int i = 0; i < SPI_processed && found != NULL; i++)
+		found(DatumGetInt32(query_value(i, 1, &isnull)));
+	return SPI_processed > 0;
+}
+
+/*
+ * Under ACCESS EXCLUSIVE no transaction that wrote into it is still undecided,
+ * and the rows are looked at once more.  True if it is empty then.  If only topics
+ * that have left the main cursor are in the way, these are told.
+ */
+static bool
+empty_outbox(int segment, int retention_s, void (*in_the_way) (int32 topic_id))
 {
 	Oid			relid = tables_segment(segment);
 
 	if (segment_empty(relid))
 		return true;
-	if (!segment_expired(segment, retention_s) || !segment_lock(relid) ||
-		!segment_expired(segment, retention_s))
+	if (!segment_expired(segment, retention_s) || segment_awaited(segment, in_the_way) ||
+		!segment_lock(relid) ||
+		!segment_expired(segment, retention_s) || segment_awaited(segment, NULL))
 		return false;
 	segment_truncate(relid);
 	return true;
 }
 
+/*
+ * Entries of topics that have left the main cursor still count; and so does one that
+ * says that a topic rides with it again, as long as an older one says otherwise.
+ * They are written anew.
+ */
+static void
+save_entries(int segment)
+{
+	static CachedQuery query = {
+		"insert into fanout.sent (segment, topic_id, attached, base, target, last_id, count, sent_at, files, unread)"
+		" select r.current, topic_id, attached, base, target, last_id, 0, sent_at, files, unread"
+		" from fanout.topic_entry t, fanout.rotation r"
+		" where t.segment = $1::smallint and (not t.attached or exists ("
+		"select from fanout.sent s where s.topic_id = t.topic_id and s.segment <> $1::smallint))"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(segment)};
+
+	query_execute(&query, 1, types, values, NULL);
+}
+
 static bool
 holds_newest_entry(int segment)
 {
-	static CachedQuery query = {"select segment::int from fanout.sent order by sent_id desc limit 1"};
+	static CachedQuery query = {"select segment::int from fanout.sent where topic_id is null order by sent_id desc limit 1"};
 	bool		isnull;
 
 	query_execute(&query, 0, NULL, NULL, NULL);
@@ -113,8 +161,10 @@ empty_ledger(int segment)
 {
 	Oid			relid = segment_oid("sent", segment);
 
-	if (!segment_empty(relid) && !holds_newest_entry(segment) && segment_lock(relid))
-		segment_truncate(relid);
+	if (segment_empty(relid) || holds_newest_entry(segment) || !segment_lock(relid))
+		return;
+	save_entries(segment);
+	segment_truncate(relid);
 }
 
 static int
@@ -150,9 +200,10 @@ static void
 forget_scattered(int retention_s)
 {
 	static CachedQuery query = {
-		"delete from fanout.scattered where pg_visible_in_snapshot(xid,"
-		" (select base from fanout.sent where sent_at < now() - $1 * interval '1 s'"
+		"delete from fanout.scattered c where pg_visible_in_snapshot(xid,"
+		" (select base from fanout.sent where topic_id is null and sent_at < now() - $1 * interval '1 s'"
 		" order by sent_at desc, sent_id desc limit 1))"
+		" and not exists (select from fanout.detached d where not pg_visible_in_snapshot(c.xid, d.base))"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(retention_s)};
@@ -164,10 +215,11 @@ forget_scattered(int retention_s)
  * Makes one step of rotation: empties segments whose rows have all been sent for
  * longer than the retention, those of the ledger with them, and makes the next
  * one current if it is empty and the current one is old enough.  Never waits for
- * a lock.  Returns the current segment.
+ * a lock.  in_the_way: told each topic that has left the main cursor and keeps a segment from
+ * being emptied.  Returns the current segment.
  */
 int
-maintenance_rotate(int retention_s)
+maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id))
 {
 	int			current = maintenance_current_segment();
 
@@ -175,7 +227,7 @@ maintenance_rotate(int retention_s)
 	{
 		int			segment = (current + i) % OUTBOX_SEGMENTS;
 
-		if (empty_outbox(segment, retention_s))
+		if (empty_outbox(segment, retention_s, in_the_way))
 			empty_ledger(segment);
 	}
 	if (!segment_empty(tables_segment(current)) &&

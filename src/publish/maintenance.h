@@ -28,7 +28,7 @@ extern int	maintenance_publish_subscriptions(void);
 extern void maintenance_rotate_inbox(int retention_s);
 
 extern int	maintenance_current_segment(void);
-extern int	maintenance_rotate(int retention_s);
+extern int	maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id));
 extern void maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds);
 
 #endif							/* PGF_MAINTENANCE_H */

@@ -44,6 +44,7 @@
 #include "capture/msgid.h"
 #include "publish/ledger.h"
 #include "publish/reader.h"
+#include "publish/wire.h"
 #include "server/compat.h"
 #include "server/query.h"
 #include "server/tables.h"
@@ -54,12 +55,13 @@
 /* Message.segment of those in fanout.held */
 #define HELD OUTBOX_SEGMENTS
 
-/* ---- snapshots ---- */
+/* ---- batches and cursors ---- */
 
-static Datum
-keep_snapshot(Datum snapshot, MemoryContext context)
+/* Copies a snapshot into TopMemoryContext. */
+Datum
+snapshot_keep(Datum snapshot)
 {
-	MemoryContext oldcontext = MemoryContextSwitchTo(context);
+	MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
 	Datum		copy = PointerGetDatum(PG_DETOAST_DATUM_COPY(snapshot));
 
 	MemoryContextSwitchTo(oldcontext);
@@ -67,40 +69,185 @@ keep_snapshot(Datum snapshot, MemoryContext context)
 }
 
 static void
-drop_snapshot(Datum *snapshot)
+snapshot_replace(Datum *snapshot, Datum by)
 {
+	Datum		copy = snapshot_keep(by);
+
 	if (*snapshot != (Datum) 0)
 		pfree(DatumGetPointer(*snapshot));
-	*snapshot = (Datum) 0;
+	*snapshot = copy;
 }
 
+static Batch *
+batch_create(Datum base, Datum target, uint64 number, const Unread *unread)
+{
+	Batch	   *batch = MemoryContextAllocZero(TopMemoryContext, sizeof(Batch));
+
+	batch->references = 1;
+	batch->number = number;
+	batch->base = snapshot_keep(base);
+	batch->target = snapshot_keep(target);
+	batch->unread = batch->end_unread = *unread;
+	return batch;
+}
+
+Batch *
+batch_share(Batch *batch)
+{
+	batch->references++;
+	return batch;
+}
+
+/* Gives up one reference. */
+void
+batch_release(Batch *batch)
+{
+	if (--batch->references > 0)
+		return;
+	pfree(DatumGetPointer(batch->base));
+	pfree(DatumGetPointer(batch->target));
+	pfree(batch);
+}
+
+/* There are many topics, and only a few read at once. */
+static void
+free_entries(Cursor *cursor)
+{
+	if (cursor->topic_id == 0 || cursor->scan.entries == NULL)
+		return;
+	pfree(cursor->scan.entries);
+	cursor->scan.entries = NULL;
+	cursor->scan.room = 0;
+}
+
+static void
+leave_batch(Cursor *cursor)
+{
+	if (cursor->batch != NULL)
+		batch_release(cursor->batch);
+	cursor->batch = NULL;
+	cursor->last_id = 0;
+	cursor->left_known = false;
+}
+
+/*
+ * Gives up what was found of the batch, but not the place in it.  A topic's cursor
+ * remembers where the rest is.
+ */
+void
+cursor_close(Cursor *cursor)
+{
+	if (!cursor->open)
+		return;
+	if (cursor->topic_id != 0 && !cursor->scan.passing)
+	{
+		scan_left(&cursor->scan, &cursor->left);
+		cursor->left_known = true;
+	}
+	scan_end(&cursor->scan);
+	free_entries(cursor);
+	cursor->open = false;
+}
+
+/*
+ * Passes over what the snapshot shows, from now on, as if it were read; 0: nothing
+ * more.  Outlives cursor_free().
+ */
+void
+cursor_purge(Cursor *cursor, Datum snapshot)
+{
+	cursor_close(cursor);
+	if (cursor->purged != (Datum) 0)
+		pfree(DatumGetPointer(cursor->purged));
+	cursor->purged = snapshot != (Datum) 0 ? snapshot_keep(snapshot) : (Datum) 0;
+}
+
+/* Frees all that the cursor has; it may be set again. */
+void
+cursor_free(Cursor *cursor)
+{
+	cursor_close(cursor);
+	leave_batch(cursor);
+	if (cursor->base != (Datum) 0)
+		pfree(DatumGetPointer(cursor->base));
+	cursor->base = (Datum) 0;
+	free_entries(cursor);
+}
+
+/* Puts a cursor where the ledger says.  The snapshots are copied. */
+void
+cursor_set(Cursor *cursor, Datum base, Datum target, int64 last_id, const Unread *unread)
+{
+	cursor_free(cursor);
+	cursor->base = snapshot_keep(base);
+	cursor->unread = *unread;
+	if (!DatumGetBool(DirectFunctionCall2(byteaeq, base, target)))
+	{
+		cursor->batch = batch_create(base, target, 0, unread);
+		cursor->last_id = last_id;
+	}
+}
+
+/* Puts a topic's cursor where the main one is. */
+void
+cursor_leave(Cursor *cursor, const Cursor *main)
+{
+	cursor_free(cursor);
+	cursor->base = snapshot_keep(main->base);
+	cursor->number = main->number;
+	if (main->batch == NULL)
+	{
+		scan_unread(&cursor->unread);
+		return;
+	}
+	cursor->unread = main->batch->unread;
+	cursor->batch = batch_share(main->batch);
+	cursor->last_id = main->last_id;
+}
+
+/* Puts a topic's cursor into a batch, behind last_id. */
+void
+cursor_go_back(Cursor *cursor, Batch *batch, int64 last_id)
+{
+	batch_share(batch);
+	cursor_free(cursor);
+	cursor->base = snapshot_keep(batch->base);
+	cursor->number = 0;
+	cursor->unread = batch->unread;
+	cursor->batch = batch;
+	cursor->last_id = last_id;
+}
+
+/* Goes on from the end of a batch that was read. */
+static void
+end_batch(Cursor *cursor)
+{
+	Batch	   *batch = cursor->batch;
+
+	scan_end(&cursor->scan);
+	free_entries(cursor);
+	cursor->open = false;
+	if (cursor->topic_id == 0)
+		scan_unread(&batch->end_unread);
+	snapshot_replace(&cursor->base, batch->target);
+	cursor->number = batch->number;
+	cursor->unread = batch->end_unread;
+	leave_batch(cursor);
+}
+
+/* Puts the main cursor where the ledger says; an error if ledger_check() raises one. */
 void
 reader_load_cursor(Cursor *cursor)
 {
-	static CachedQuery query = {
-		"select base, target, last_id, base::text = target::text,"
-		" files[1], files[2], files[3], unread[1], unread[2], unread[3]"
-		" from fanout.sent order by sent_id desc limit 1"
-	};
-	Unread		unread;
-	bool		isnull;
+	LedgerEntry entry;
 
 	ledger_check();
-	query_execute(&query, 0, NULL, NULL, NULL);
-	drop_snapshot(&cursor->base);
-	drop_snapshot(&cursor->target);
-	cursor->base = keep_snapshot(query_value(0, 1, &isnull), TopMemoryContext);
-	if (!DatumGetBool(query_value(0, 4, &isnull)))
-		cursor->target = keep_snapshot(query_value(0, 2, &isnull), TopMemoryContext);
-	cursor->last_id = DatumGetInt64(query_value(0, 3, &isnull));
-	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-	{
-		unread.files[i] = DatumGetObjectId(query_value(0, 5 + i, &isnull));
-		unread.blocks[i] = DatumGetInt64(query_value(0, 5 + OUTBOX_SEGMENTS + i, &isnull));
-	}
-	scan_load(&unread);
-	scan_end(&cursor->scan);
-	cursor->open = false;
+	ledger_read(&entry);
+	cursor_set(cursor, entry.base, entry.target, entry.last_id, &entry.unread);
+	cursor->number = 1;
+	if (cursor->batch != NULL)
+		cursor->batch->number = 2;
+	scan_load(&entry.unread);
 }
 
 /* ---- reading a row ---- */
@@ -152,14 +299,8 @@ make_message(const Row *row)
 	message->created_at = DatumGetTimestampTz(row->values[OUTBOX_CREATED_AT]);
 	message->headers_len = raw_size(row->values[OUTBOX_KEY]) + raw_size(row->values[OUTBOX_HEADERS]);
 	message->payload_len = raw_size(row->values[OUTBOX_PAYLOAD]);
-	message->bytes = reader_unsendable(message) ? 0 : message->headers_len + message->payload_len;
+	message->bytes = message_unsendable(message) ? 0 : message->headers_len + message->payload_len;
 	return message;
-}
-
-bool
-reader_unsendable(const Message *message)
-{
-	return message->payload_len > BROKER_MAX_BODY || message->headers_len > READER_MAX_HEADERS;
 }
 
 static void
@@ -199,75 +340,80 @@ reader_free_body(Message *message)
 	message->payload = NULL;
 }
 
-/* ---- chunks ---- */
+/* ---- runs ---- */
 
-static Chunk *
-make_chunk(MemoryContext parent, int limit)
+/* Creates an empty run of a batch, or, without one, of fanout.held. */
+Run *
+run_create(struct Flow *flow, Batch *batch)
 {
-	MemoryContext context = AllocSetContextCreate(parent, "pg_fanout chunk", ALLOCSET_DEFAULT_SIZES);
-	Chunk	   *chunk = MemoryContextAllocZero(context, sizeof(Chunk));
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "pg_fanout run", ALLOCSET_SMALL_SIZES);
+	Run		   *run = MemoryContextAllocZero(context, sizeof(Run));
 
-	chunk->context = context;
-	chunk->messages = MemoryContextAlloc(context, limit * sizeof(Message *));
-	return chunk;
+	run->context = context;
+	run->flow = flow;
+	run->batch = batch ? batch_share(batch) : NULL;
+	run->room = 16;
+	run->messages = MemoryContextAlloc(context, run->room * sizeof(Message *));
+	return run;
 }
 
-/* A first message always does, however large it is. */
-static bool
-fits(const Chunk *chunk, const Message *message, int limit)
+/* Frees a run that is in no list any more. */
+void
+run_free(Run *run)
 {
-	if (chunk->count == 0)
-		return true;
-	return chunk->count < limit && chunk->bytes + message->bytes <= CHUNK_BYTES;
+	if (run->batch != NULL)
+		batch_release(run->batch);
+	MemoryContextDelete(run->context);
+}
+
+/* Adds a message to a run, and reads its body. */
+static void
+run_add(Run *run, Message *message, const Row *row)
+{
+	if (run->count == run->room)
+	{
+		run->room *= 2;
+		run->messages = repalloc(run->messages, run->room * sizeof(Message *));
+	}
+	if (!message_unsendable(message))
+		take_contents(message, row);
+	message->run = run;
+	run->messages[run->count++] = message;
+	run->bytes += message->bytes;
+	wire_prepare(message, run->context);
+}
+
+/* Is there room for a message?  A first one always fits, however large it is. */
+static bool
+fits(int count, size_t bytes, const Message *message, int limit)
+{
+	return count == 0 || (count < limit && bytes + message->bytes <= RUN_BYTES);
 }
 
 /*
- * Makes a message of a row and adds it to the chunk, in the chunk's context, if it
- * fits, which is known before its body is read.  Returns NULL if it does not.
+ * Makes a message of a row and adds it to the run, in the run's context, if it fits
+ * with what was read before, which is known before its body is read.  Returns false
+ * if it does not.  One that is to be passed over always fits.
  */
-static Message *
-add_message(Chunk *chunk, HeapTuple tuple, TupleDesc desc, int limit)
+static bool
+add_message(Run *run, HeapTuple tuple, TupleDesc desc, int count, size_t bytes, int limit,
+			int segment, ReaderSkips skips)
 {
-	MemoryContext oldcontext = MemoryContextSwitchTo(chunk->context);
+	MemoryContext oldcontext = MemoryContextSwitchTo(run->context);
 	Message    *message;
 	Row			row;
+	bool		fit;
 
 	take_row(tuple, desc, &row);
 	message = make_message(&row);
-	if (fits(chunk, message, limit))
-	{
-		if (!reader_unsendable(message))
-			take_contents(message, &row);
-		message->chunk = chunk;
-		chunk->messages[chunk->count++] = message;
-		chunk->bytes += message->bytes;
-	}
-	else
-		message = NULL;
+	message->segment = segment;
+	message->place = tuple->t_self;
+	if (skips != NULL && skips(run->flow, message))
+		fit = true;
+	else if ((fit = fits(count, bytes, message, limit)))
+		run_add(run, message, &row);
 	MemoryContextSwitchTo(oldcontext);
-	return message;
-}
-
-/* Fills a chunk with the next rows of a batch; the last of the batch sets chunk->last. */
-static void
-fill_chunk(BatchScan *scan, Chunk *chunk)
-{
-	const Entry *entry;
-
-	while ((entry = scan_next(scan)) != NULL)
-	{
-		TupleDesc	desc;
-		HeapTuple	tuple = scan_fetch(entry, &desc);
-		Message    *message = add_message(chunk, tuple, desc, CHUNK_MESSAGES);
-
-		if (message == NULL)
-			break;
-		message->segment = entry->segment;
-		message->place = tuple->t_self;
-		heap_freetuple(tuple);
-		scan->next++;
-	}
-	chunk->last = (entry == NULL);
+	return fit;
 }
 
 /* ---- batches ---- */
@@ -294,114 +440,216 @@ flush_wal(void)
 	XLogFlush(upto);
 }
 
-/* Takes the snapshot up to which a new batch reaches. */
-static void
-take_target(Cursor *cursor)
-{
-	Datum		target = DirectFunctionCall1(pg_current_snapshot, (Datum) 0);
-
-	cursor->target = keep_snapshot(target, TopMemoryContext);
-	cursor->last_id = 0;
-}
-
 /*
- * Looks whether topics or bindings were changed, and forgets that: what the entries
- * tell of is read after this, with a newer snapshot still, so those that became
- * visible only now may go too.  Finds out which segments may have rows of the batch
- * anywhere.
+ * Finds out which segments may have rows anywhere that are not visible in base.
  */
 static void
-look_around(const Cursor *cursor, bool *topology, bool *anywhere)
+find_scattered(Datum base, bool *anywhere)
 {
 	static CachedQuery query = {
-		"select exists (select from fanout.topology_change),"
-		" (select coalesce(bit_or(1 << segment), 0) from fanout.scattered"
-		" where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1))"
+		"select coalesce(bit_or(1 << segment), 0) from fanout.scattered"
+		" where xid >= pg_snapshot_xmin($1) and not pg_visible_in_snapshot(xid, $1)"
 	};
-	static CachedQuery forget = {"delete from fanout.topology_change"};
 	Oid			types[1] = {PG_SNAPSHOTOID};
-	Datum		values[1] = {cursor->base};
+	Datum		values[1] = {base};
 	bool		isnull;
 	int			segments;
 
 	query_execute(&query, 1, types, values, NULL);
-	*topology = DatumGetBool(query_value(0, 1, &isnull));
-	segments = DatumGetInt32(query_value(0, 2, &isnull));
+	segments = DatumGetInt32(query_value(0, 1, &isnull));
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 		anywhere[i] = (segments & (1 << i)) != 0;
-	if (*topology)
-		query_execute(&forget, 0, NULL, NULL, NULL);
 }
 
 /*
- * Finds the rows of a batch: a new one, or the rest of the one that the ledger was in
- * the midst of.
+ * Begins a batch of the main cursor: a new one, or the rest of the one that the
+ * ledger was in the midst of.  reader_find() finds its rows.
  */
-static void
-open_batch(Cursor *cursor, bool *topology)
+void
+reader_begin_batch(Cursor *cursor, ScanWanted wanted)
 {
 	bool		anywhere[OUTBOX_SEGMENTS];
-	bool		resumed = (cursor->target != (Datum) 0);
+	bool		resumed = (cursor->batch != NULL);
+	Batch	   *batch;
 
 	scan_begin();
 	PushActiveSnapshot(GetTransactionSnapshot());
 	if (!resumed)
-		take_target(cursor);
-	look_around(cursor, topology, anywhere);
-	scan_batch(&cursor->scan, cursor->base, cursor->target, cursor->last_id, anywhere, resumed);
+		cursor->batch = batch_create(cursor->base, DirectFunctionCall1(pg_current_snapshot, (Datum) 0),
+									 cursor->number + 1, &cursor->unread);
+	batch = cursor->batch;
+	find_scattered(batch->base, anywhere);
+	scan_batch(&cursor->scan, batch->base, batch->target, cursor->last_id, anywhere, wanted, resumed);
+	batch->unread = batch->end_unread = cursor->scan.unread;
 	PopActiveSnapshot();
+	scan_close();
 	cursor->open = true;
 }
 
-/* Goes on with a batch.  A pause must not wait for the end of one of millions. */
-static void
-continue_batch(Cursor *cursor, bool *topology)
+/* Reads at most so many blocks of a batch.  Returns whether its next rows are found. */
+bool
+reader_find(Cursor *cursor, int blocks)
 {
-	bool		anywhere[OUTBOX_SEGMENTS];
+	bool		found;
 
-	look_around(cursor, topology, anywhere);
-	scan_reopen(&cursor->scan);
-}
-
-static void
-end_batch(Cursor *cursor)
-{
-	scan_end(&cursor->scan);
-	drop_snapshot(&cursor->base);
-	cursor->base = cursor->target;
-	cursor->target = (Datum) 0;
-	cursor->open = false;
+	scan_open();
+	found = scan_step(&cursor->scan, blocks);
+	scan_close();
+	return found;
 }
 
 /*
- * Returns the next chunk of the batch being walked, or else the first chunk of a new
- * batch, as a child of parent.  Sets *topology if topics or bindings changed since the
- * last call, in the new batch's target at least (and forgets that they did).  Returns
- * NULL if there is nothing new; the base then moves up by itself.
+ * Fills a chunk with the next rows of the main cursor's batch, of topics for which
+ * run_for() gives a run; others are passed over.  Sets chunk->ends_batch, and ends
+ * the batch then.  Once reader_find() has found them.
  */
-Chunk *
-reader_read(Cursor *cursor, MemoryContext parent, bool *topology)
+void
+reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 topic_id))
 {
-	Chunk	   *chunk = make_chunk(parent, CHUNK_MESSAGES);
+	BatchScan  *scan = &cursor->scan;
+	const Entry *entry;
 
-	if (cursor->open)
-		continue_batch(cursor, topology);
-	else
-		open_batch(cursor, topology);
-	fill_chunk(&cursor->scan, chunk);
-	scan_close();
-	chunk->base = keep_snapshot(cursor->base, chunk->context);
-	chunk->target = keep_snapshot(cursor->target, chunk->context);
-	chunk->unread = cursor->scan.unread;
-	if (chunk->last)
-		end_batch(cursor);
-	if (chunk->count == 0)
+	scan_open();
+	scan_check(scan);
+	while ((entry = scan_next(scan)) != NULL)
 	{
-		MemoryContextDelete(chunk->context);
-		return NULL;
+		Run		   *run = run_for(chunk, entry->topic_id);
+
+		if (run != NULL)
+		{
+			TupleDesc	desc;
+			HeapTuple	tuple;
+			size_t		bytes = run->bytes;
+			bool		fit;
+
+			if (chunk->count >= RUN_MESSAGES)
+				break;
+			tuple = scan_fetch(entry, &desc);
+			fit = add_message(run, tuple, desc, chunk->count, chunk->bytes, RUN_MESSAGES,
+							  entry->segment, NULL);
+			heap_freetuple(tuple);
+			if (!fit)
+				break;
+			chunk->count++;
+			chunk->bytes += run->bytes - bytes;
+		}
+		cursor->last_id = entry->id;
+		scan->next++;
 	}
-	flush_wal();
-	return chunk;
+	scan_close();
+	chunk->last_id = cursor->last_id;
+	chunk->batch = batch_share(cursor->batch);
+	chunk->ends_batch = (entry == NULL && !scan->passing);
+	if (chunk->ends_batch)
+		end_batch(cursor);
+	if (chunk->count > 0)
+		flush_wal();
+}
+
+/* ---- batches of a topic ---- */
+
+/* Begins a batch up to the main cursor's base, or goes on with one. */
+static void
+open_topic_batch(Cursor *cursor, const Cursor *main)
+{
+	bool		anywhere[OUTBOX_SEGMENTS];
+	Batch	   *batch = cursor->batch;
+
+	if (batch == NULL)
+	{
+		batch = cursor->batch = batch_create(cursor->base, main->base, main->number, &cursor->unread);
+		if (main->batch != NULL)
+			batch->end_unread = main->batch->unread;
+		else
+			scan_unread(&batch->end_unread);
+		cursor->last_id = 0;
+		cursor->left_known = false;
+	}
+	find_scattered(batch->base, anywhere);
+	scan_topic(&cursor->scan, batch->base, batch->target, cursor->last_id, cursor->topic_id,
+			   cursor->left_known ? &cursor->left : &batch->unread, anywhere, cursor->purged);
+	cursor->open = true;
+}
+
+/* Fills a run with the rows that were found; a batch that is read is ended. */
+static void
+fill_run(Cursor *cursor, Run *run, int limit, ReaderSkips skips)
+{
+	BatchScan  *scan = &cursor->scan;
+	const Entry *entry;
+
+	while ((entry = scan_next(scan)) != NULL)
+	{
+		TupleDesc	desc;
+		HeapTuple	tuple = scan_fetch(entry, &desc);
+		bool		fit = add_message(run, tuple, desc, run->count, run->bytes, limit,
+									  entry->segment, skips);
+
+		heap_freetuple(tuple);
+		if (!fit)
+			break;
+		cursor->last_id = entry->id;
+		scan->next++;
+	}
+	run->ends_batch = (entry == NULL && !scan->passing);
+}
+
+/*
+ * Reads the next messages of a topic that has left the main cursor, at most limit,
+ * and no further than to the main cursor's base.  Looks at no more than so many
+ * blocks, and may find nothing therefore (cursor->open then).  Returns NULL if there
+ * are none.
+ */
+Run *
+reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int limit, int blocks,
+				  ReaderSkips skips)
+{
+	Run		   *run = NULL;
+
+	scan_open();
+	if (cursor->open && scan_moved(&cursor->scan))
+		cursor_close(cursor);
+	if (!cursor->open)
+		open_topic_batch(cursor, main);
+	if (scan_step(&cursor->scan, blocks))
+	{
+		run = run_create(flow, cursor->batch);
+		fill_run(cursor, run, limit, skips);
+		if (run->ends_batch)
+			end_batch(cursor);
+	}
+	scan_close();
+	if (run != NULL && run->count == 0)
+	{
+		run_free(run);
+		run = NULL;
+	}
+	if (run != NULL)
+		flush_wal();
+	return run;
+}
+
+/*
+ * Counts the messages of a topic up to the main cursor's base, or, of very many, some
+ * of them.  Looks at no more than so many blocks; returns whether it has come to an
+ * end.
+ */
+bool
+reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, int64 *count)
+{
+	bool		found;
+
+	scan_open();
+	if (cursor->open && scan_moved(&cursor->scan))
+		cursor_close(cursor);
+	if (!cursor->open)
+		open_topic_batch(cursor, main);
+	found = scan_step(&cursor->scan, blocks);
+	scan_close();
+	*count = cursor->scan.count;
+	if (found)
+		cursor_close(cursor);
+	return found;
 }
 
 /* ---- results ---- */
@@ -486,12 +734,12 @@ bury_from_held(Oid *types, Datum *values)
 }
 
 bool
-reader_bury(const Message *message, const char *topic, int attempts)
+reader_bury(const Message *message, const char *topic)
 {
 	Oid			types[5] = {INT8OID, TIDOID, TEXTOID, TEXTOID, INT4OID};
 	Datum		values[5] = {
 		Int64GetDatum(message->id), PointerGetDatum(&message->place), CStringGetTextDatum(topic),
-		CStringGetTextDatum(message->reason), Int32GetDatum(attempts)
+		CStringGetTextDatum(message->reason), Int32GetDatum(message->attempts)
 	};
 
 	if (message->segment == HELD)
@@ -502,56 +750,51 @@ reader_bury(const Message *message, const char *topic, int attempts)
 
 /* ---- held messages ---- */
 
-/* Fills a chunk from a portal; sets chunk->last if that is at its end. */
-static void
-fill_held_chunk(Portal portal, Chunk *chunk, int limit)
+/* Fills a run from a portal; returns whether that is at its end. */
+static bool
+fill_held_run(Portal portal, Run *run, int limit)
 {
-	bool		full = false;
-
-	while (!full && !chunk->last)
+	while (true)
 	{
 		SPITupleTable *fetched;
 		uint64		n;
+		bool		full = false;
 
 		SPI_cursor_fetch(portal, true, FETCH_MAX);
 		fetched = SPI_tuptable;
 		n = SPI_processed;
 		for (uint64 i = 0; i < n && !full; i++)
-		{
-			Message    *message = add_message(chunk, fetched->vals[i], fetched->tupdesc, limit);
-
-			if (message == NULL)
-				full = true;
-			else
-				message->segment = HELD;
-		}
-		chunk->last = !full && n < FETCH_MAX;
+			full = !add_message(run, fetched->vals[i], fetched->tupdesc, run->count, run->bytes, limit,
+								HELD, NULL);
 		SPI_freetuptable(fetched);
+		if (full || n < FETCH_MAX)
+			return !full;
 	}
 }
 
-/* Returns the first messages held for a topic, in order, at most limit; NULL if none. */
-Chunk *
-reader_read_held(int32 topic_id, int limit, MemoryContext parent)
+/*
+ * Returns the next messages held for a topic, in order, at most limit; NULL if
+ * there are none.  *last: there are no more behind them.
+ */
+Run *
+reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, int limit, bool *last)
 {
 	static CachedQuery query = {
 		"select null::smallint, null::oid, id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at"
-		" from fanout.held where topic_id = $1 order by id"
+		" from fanout.held where topic_id = $1 and id > $2 order by id"
 	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(topic_id)};
-	Chunk	   *chunk = make_chunk(parent, limit);
-	Portal		portal = SPI_cursor_open(NULL, query_prepare(&query, 1, types, CURSOR_OPT_NO_SCROLL),
+	Oid			types[2] = {INT4OID, INT8OID};
+	Datum		values[2] = {Int32GetDatum(topic_id), Int64GetDatum(after_id)};
+	Run		   *run = run_create(flow, NULL);
+	Portal		portal = SPI_cursor_open(NULL, query_prepare(&query, 2, types, CURSOR_OPT_NO_SCROLL),
 										 values, NULL, false);
 
-	fill_held_chunk(portal, chunk, limit);
+	*last = fill_held_run(portal, run, limit);
 	SPI_cursor_close(portal);
-	if (chunk->count == 0)
-	{
-		MemoryContextDelete(chunk->context);
-		return NULL;
-	}
-	return chunk;
+	if (run->count > 0)
+		return run;
+	run_free(run);
+	return NULL;
 }
 
 static Datum

@@ -45,7 +45,7 @@
  * a row that was left for it: ids follow blocks nearly always.  Only the first pass
  * moves the floor and notes what is pending.
  *
- * Memory: 16 MB of entries at most; and 120 bytes for each transaction that target
+ * Memory: 24 MB of entries at most; and 120 bytes for each transaction that target
  * does not show and that has written to the outbox.  These are the ones that run,
  * which max_connections and max_prepared_transactions bound, and those that end
  * while the blocks are read.
@@ -79,6 +79,9 @@
 
 /* Entries in memory: of a larger batch, at least three quarters of them. */
 #define MAX_ENTRIES (1024 * 1024)
+
+/* The same of a batch of a single topic, of which several may be walked at once. */
+#define MAX_TOPIC_ENTRIES (256 * 1024)
 
 /* Room for so many entries is kept between batches. */
 #define KEPT_ENTRIES 16384
@@ -131,21 +134,15 @@ static Relation segments[OUTBOX_SEGMENTS];
 /* The block of the last row that was fetched: the next one is mostly there, too. */
 static Buffer fetched = InvalidBuffer;
 
-/* The pass over the ranges of a batch. */
+/* One step of a pass over the ranges of a batch. */
 typedef struct Pass
 {
 	BatchScan  *scan;
-	int64		after_id;		/* rows with ids up to here are passed over */
-	int64		cut_id;			/* and those from here on, 0: none */
-	bool		first;			/* notes what is pending */
 	Snapshot	snapshot;		/* taken after target */
 	uint64		xid;			/* the answers of the last row: */
 	bool		in_base;
 	bool		in_target;
 	Pending    *pending;		/* its entry, NULL: not looked up */
-	BlockNumber committed[OUTBOX_SEGMENTS]; /* the last block with a row */
-	BlockNumber cut[OUTBOX_SEGMENTS];	/* the first one with a row for the
-										 * next pass */
 } Pass;
 
 /* ---- segments ---- */
@@ -240,9 +237,12 @@ note_pending(Pass *pass, int segment, BlockNumber block)
 	add_block(pass->pending, segment, block);
 }
 
-/* Writes where what is not visible in the current base begins. */
-static void
-find_unread(Unread *unread)
+/*
+ * Writes where what is not visible in the main cursor's base begins.  During the
+ * first pass of its batch that is scan->unread.
+ */
+void
+scan_unread(Unread *unread)
 {
 	HASH_SEQ_STATUS all;
 	Pending    *entry;
@@ -356,6 +356,12 @@ add_pending(BatchScan *scan)
 /* ---- entries ---- */
 
 static int
+max_entries(const BatchScan *scan)
+{
+	return scan->topic_id != 0 ? MAX_TOPIC_ENTRIES : MAX_ENTRIES;
+}
+
+static int
 compare_entries(const void *a, const void *b)
 {
 	int64		left = ((const Entry *) a)->id;
@@ -366,50 +372,56 @@ compare_entries(const void *a, const void *b)
 
 /* There is no room for all rows of the batch: the highest ids are for another pass. */
 static void
-cut_entries(Pass *pass)
+cut_entries(BatchScan *scan)
 {
-	BatchScan  *scan = pass->scan;
 	int			kept = scan->count - scan->count / 4;
 
 	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
 	for (int i = kept; i < scan->count; i++)
 	{
-		const Entry *entry = &scan->entries[i];
+		Entry	   *entry = &scan->entries[i];
 
-		pass->cut[entry->segment] = Min(pass->cut[entry->segment], entry->block);
+		scan->cut[entry->segment] = Min(scan->cut[entry->segment], entry->block);
 	}
 	scan->count = kept;
-	pass->cut_id = scan->entries[kept - 1].id + 1;
+	scan->cut_id = scan->entries[kept - 1].id + 1;
 	scan->more = true;
 }
 
 /* With a buffer locked: so the entries are cut later, if there are too many. */
 static void
-add_entry(Pass *pass, int64 id, int segment, ItemPointer place)
+add_entry(BatchScan *scan, const Entry *entry)
 {
-	BatchScan  *scan = pass->scan;
-	Entry	   *entry;
-
-	if (pass->cut_id != 0 && id >= pass->cut_id)
+	if (scan->cut_id != 0 && entry->id >= scan->cut_id)
 	{
-		pass->cut[segment] = Min(pass->cut[segment], ItemPointerGetBlockNumber(place));
+		scan->cut[entry->segment] = Min(scan->cut[entry->segment], entry->block);
 		return;
 	}
 	if (scan->count == scan->room)
 	{
-		scan->room = Max(256, Min(2 * scan->room, MAX_ENTRIES + MaxHeapTuplesPerPage));
+		scan->room = Max(256, Min(2 * scan->room, max_entries(scan) + MaxHeapTuplesPerPage));
 		scan->entries = scan->entries == NULL ?
 			MemoryContextAlloc(TopMemoryContext, scan->room * sizeof(Entry)) :
 			repalloc(scan->entries, scan->room * sizeof(Entry));
 	}
-	entry = &scan->entries[scan->count++];
-	entry->id = id;
-	entry->segment = segment;
-	entry->block = ItemPointerGetBlockNumber(place);
-	entry->offset = ItemPointerGetOffsetNumber(place);
+	scan->entries[scan->count++] = *entry;
 }
 
 /* ---- reading ---- */
+
+/*
+ * Raises an error (55000) if the segment is stored in another file than when the
+ * batch was begun: its rows are elsewhere.
+ */
+static void
+check_file(const BatchScan *scan, int segment)
+{
+	if (segments[segment]->rd_rel->relfilenode != scan->unread.files[segment])
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"fanout.%s\" was rewritten while it was read",
+						RelationGetRelationName(segments[segment]))));
+}
 
 /* Rows of one transaction mostly come together. */
 static void
@@ -420,6 +432,8 @@ look_at_xid(Pass *pass, uint64 xid)
 	pass->xid = xid;
 	pass->pending = NULL;
 	pass->in_base = sees(pass->scan->base, xid);
+	if (pass->scan->purged != (Datum) 0 && sees(pass->scan->purged, xid))
+		pass->in_base = true;
 	pass->in_target = pass->in_base || sees(pass->scan->target, xid);
 }
 
@@ -427,27 +441,36 @@ look_at_xid(Pass *pass, uint64 xid)
 static void
 read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 {
+	BatchScan  *scan = pass->scan;
 	TupleDesc	desc = RelationGetDescr(segments[segment]);
-	BlockNumber block = ItemPointerGetBlockNumber(&row->t_self);
 	bool		isnull;
-	int64		id;
+	Entry		entry;
 
+	if (scan->topic_id != 0 &&
+		DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull)) != scan->topic_id)
+		return;
+	entry.block = ItemPointerGetBlockNumber(&row->t_self);
 	look_at_xid(pass, DatumGetUInt64(heap_getattr(row, OUTBOX_XID, desc, &isnull)));
 	if (!pass->in_target)
 	{
-		if (pass->first)
-			note_pending(pass, segment, block);
+		if (scan->first)
+			note_pending(pass, segment, entry.block);
 		return;
 	}
 	if (!HeapTupleSatisfiesVisibility(row, pass->snapshot, buffer))
 		return;					/* rolled back */
-	pass->committed[segment] = block;
+	scan->committed[segment] = entry.block;
 	if (pass->in_base)
 		return;
-	pass->scan->has_rows[segment] = true;
-	id = DatumGetInt64(heap_getattr(row, OUTBOX_ID, desc, &isnull));
-	if (id > pass->after_id)
-		add_entry(pass, id, segment, &row->t_self);
+	scan->has_rows[segment] = true;
+	entry.id = DatumGetInt64(heap_getattr(row, OUTBOX_ID, desc, &isnull));
+	if (entry.id <= scan->after_id)
+		return;
+	entry.topic_id = DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull));
+	entry.segment = segment;
+	entry.offset = ItemPointerGetOffsetNumber(&row->t_self);
+	if (scan->wanted == NULL || scan->wanted(entry.topic_id))
+		add_entry(scan, &entry);
 }
 
 static void
@@ -474,23 +497,32 @@ read_block(Pass *pass, int segment, BlockNumber block, BufferAccessStrategy stra
 		read_row(pass, segment, &row, buffer);
 	}
 	UnlockReleaseBuffer(buffer);
-	if (pass->scan->count >= MAX_ENTRIES)
-		cut_entries(pass);
+	if (pass->scan->count >= max_entries(pass->scan))
+		cut_entries(pass->scan);
 }
 
-static void
-read_range(Pass *pass, const Range *range)
+/* Reads at most so many blocks of the range that is under way; returns how many. */
+static int
+read_range(Pass *pass, int limit)
 {
+	BatchScan  *scan = pass->scan;
+	const Range *range = &scan->ranges[scan->range];
+	BlockNumber behind = Min(range->behind, scan->block + limit);
+	int			n = behind - scan->block;
 	BufferAccessStrategy strategy = range->behind - range->first < BULK_BLOCKS ? NULL :
 		GetAccessStrategy(BAS_BULKREAD);
 
-	for (BlockNumber block = range->first; block < range->behind; block++)
+	check_file(scan, range->segment);
+	for (; scan->block < behind; scan->block++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		read_block(pass, range->segment, block, strategy);
+		read_block(pass, range->segment, scan->block, strategy);
 	}
 	if (strategy != NULL)
 		FreeAccessStrategy(strategy);
+	if (scan->block >= range->behind && ++scan->range < scan->nranges)
+		scan->block = scan->ranges[scan->range].first;
+	return n;
 }
 
 /*
@@ -499,39 +531,34 @@ read_range(Pass *pass, const Range *range)
  * was left for it.
  */
 static void
-narrow_ranges(Pass *pass)
+narrow_ranges(BatchScan *scan)
 {
-	BatchScan  *scan = pass->scan;
 	int			kept = 0;
 
 	for (int i = 0; i < scan->nranges; i++)
 	{
 		Range		range = scan->ranges[i];
 
-		range.first = Max(range.first, pass->cut[range.segment]);
+		range.first = Max(range.first, scan->cut[range.segment]);
 		if (scan->has_rows[range.segment] && range.first < range.behind)
 			scan->ranges[kept++] = range;
 	}
 	scan->nranges = kept;
 }
 
-/* Reads all ranges of the batch; what is found replaces the entries. */
+/* Begins a pass over all ranges; what is found replaces the entries. */
 static void
-read_ranges(Pass *pass)
+begin_pass(BatchScan *scan, int64 after_id)
 {
-	BatchScan  *scan = pass->scan;
-
+	scan->passing = true;
+	scan->after_id = after_id;
+	scan->cut_id = 0;
 	scan->count = scan->next = 0;
 	scan->more = false;
+	scan->range = 0;
+	scan->block = scan->nranges > 0 ? scan->ranges[0].first : 0;
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-		pass->committed[i] = pass->cut[i] = InvalidBlockNumber;
-	PushActiveSnapshot(GetTransactionSnapshot());
-	pass->snapshot = GetActiveSnapshot();
-	for (int i = 0; i < scan->nranges; i++)
-		read_range(pass, &scan->ranges[i]);
-	PopActiveSnapshot();
-	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
-	narrow_ranges(pass);
+		scan->committed[i] = scan->cut[i] = InvalidBlockNumber;
 }
 
 /* ---- batches ---- */
@@ -586,15 +613,15 @@ must_read(int segment)
 }
 
 static void
-move_floor(const Pass *pass, int segment)
+move_floor(const BatchScan *scan, int segment)
 {
 	const Start *start = &starts[segment];
 	BlockNumber floor = last_block(start->blocks);
 
 	places[segment].busy = (start->announced != InvalidBlockNumber);
-	if (pass->committed[segment] == InvalidBlockNumber)
+	if (scan->committed[segment] == InvalidBlockNumber)
 		return;
-	floor = Min(floor, pass->committed[segment]);
+	floor = Min(floor, scan->committed[segment]);
 	floor = Min(floor, start->announced);
 	places[segment].floor = Max(places[segment].floor, floor);
 }
@@ -616,76 +643,180 @@ choose_ranges(BatchScan *scan, const bool *read, const bool *anywhere)
 }
 
 /*
- * Finds the rows of a batch whose ids are above after_id.  To be called after
- * scan_begin() and after target was taken.  anywhere: for each segment, whether it
- * may have rows of this batch anywhere.  base and target must stay until scan_end().
+ * Begins to look for the rows of the main cursor's batch whose ids are above
+ * after_id, of topics that are wanted.  To be called after scan_begin() and after
+ * target was taken.  anywhere: for each segment, whether it may have rows of this
+ * batch anywhere.  base and target must stay until scan_end().
  *
  * resumed: target is an old one, from the ledger.  Then nothing is noted as pending,
  * which would be all that has been committed since; the next batch reads it all from
  * the same blocks on.
  */
 void
-scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere, bool resumed)
+scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere,
+		   ScanWanted wanted, bool resumed)
 {
-	Pass		pass = {.scan = scan,.after_id = after_id,.first = !resumed};
-	bool		read[OUTBOX_SEGMENTS];
-
 	scan->base = base;
 	scan->target = target;
+	scan->topic_id = 0;
+	scan->wanted = wanted;
+	scan->first = !resumed;
 	memset(scan->has_rows, false, sizeof(scan->has_rows));
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
 		follow_file(i);
-		read[i] = must_read(i);
+		scan->read[i] = must_read(i);
 	}
-	find_unread(&scan->unread);
+	scan_unread(&scan->unread);
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
 		if (anywhere[i])
 			scan->unread.blocks[i] = 0;
 	}
-	choose_ranges(scan, read, anywhere);
-	read_ranges(&pass);
-	for (int i = 0; i < OUTBOX_SEGMENTS && !resumed; i++)
+	choose_ranges(scan, scan->read, anywhere);
+	begin_pass(scan, after_id);
+}
+
+/*
+ * Begins to look for the rows of a single topic, as scan_batch() does for the main
+ * cursor.  unread is with respect to base, or to an older one.  With the segments
+ * open.
+ */
+void
+scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topic_id,
+		   const Unread *unread, const bool *anywhere, Datum purged)
+{
+	scan->base = base;
+	scan->purged = purged;
+	scan->target = target;
+	scan->topic_id = topic_id;
+	scan->wanted = NULL;
+	scan->first = false;
+	memset(scan->has_rows, false, sizeof(scan->has_rows));
+	scan->ranges = MemoryContextAlloc(TopMemoryContext, OUTBOX_SEGMENTS * sizeof(Range));
+	scan->nranges = 0;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
-		if (read[i])
-			move_floor(&pass, i);
+		Oid			file = segments[i]->rd_rel->relfilenode;
+		bool		known = (file == unread->files[i] && !anywhere[i]);
+
+		scan->unread.files[i] = file;
+		scan->unread.blocks[i] = known ? unread->blocks[i] : 0;
+		add_range(scan, i, scan->unread.blocks[i], InvalidBlockNumber);
+	}
+	begin_pass(scan, after_id);
+}
+
+static void
+end_pass(BatchScan *scan)
+{
+	qsort(scan->entries, scan->count, sizeof(Entry), compare_entries);
+	scan->passing = false;
+	narrow_ranges(scan);
+	if (!scan->first)
+		return;
+	scan->first = false;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (scan->read[i])
+			move_floor(scan, i);
 	}
 }
 
 /*
- * Opens the segments for scan_next() and scan_fetch() in another transaction.  Raises
- * an error (55000) if one that has rows of the batch is stored in another file now:
- * they are elsewhere.
+ * Goes on with the pass that is under way, by at most so many blocks.  Returns
+ * whether the entries are complete.  With the segments open.  Raises an error
+ * (55000) if a segment is stored in another file now.
  */
+bool
+scan_step(BatchScan *scan, int blocks)
+{
+	Pass		pass = {.scan = scan};
+
+	if (!scan->passing)
+		return true;
+	PushActiveSnapshot(GetTransactionSnapshot());
+	pass.snapshot = GetActiveSnapshot();
+	while (scan->range < scan->nranges && blocks > 0)
+		blocks -= read_range(&pass, blocks);
+	PopActiveSnapshot();
+	if (scan->range < scan->nranges)
+		return false;
+	end_pass(scan);
+	return true;
+}
+
+/* Opens the segments for the calls that need them. */
 void
-scan_reopen(const BatchScan *scan)
+scan_open(void)
 {
 	open_segments();
-	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-	{
-		if (scan->has_rows[i] && segments[i]->rd_rel->relfilenode != scan->unread.files[i])
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("table \"fanout.%s\" was rewritten while it was read", RelationGetRelationName(segments[i]))));
-	}
 }
 
 /*
  * Returns the next row of the batch without taking it: the caller does that by
- * incrementing scan->next.  NULL: there are no more.  With the segments open.
+ * incrementing scan->next.  NULL: there are no more, or scan_step() has to find
+ * them (scan->passing).
  */
 const Entry *
 scan_next(BatchScan *scan)
 {
-	Pass		pass = {.scan = scan};
+	if (scan->passing)
+		return NULL;
+	if (scan->next < scan->count)
+		return &scan->entries[scan->next];
+	if (scan->more)
+		begin_pass(scan, scan->entries[scan->count - 1].id);
+	return NULL;
+}
 
-	if (scan->next == scan->count && scan->more)
+/*
+ * Tells whether a segment that has rows of the batch, or may have, is stored in another
+ * file now: they are elsewhere.  With the segments open.
+ */
+bool
+scan_moved(const BatchScan *scan)
+{
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
-		pass.after_id = scan->entries[scan->count - 1].id;
-		read_ranges(&pass);
+		if ((scan->passing || scan->has_rows[i]) &&
+			segments[i]->rd_rel->relfilenode != scan->unread.files[i])
+			return true;
 	}
-	return scan->next < scan->count ? &scan->entries[scan->next] : NULL;
+	return false;
+}
+
+/* Raises an error (55000) if scan_moved() says so. */
+void
+scan_check(const BatchScan *scan)
+{
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (scan->has_rows[i])
+			check_file(scan, i);
+	}
+}
+
+/*
+ * Writes before which blocks nothing is left of a topic's batch that is only
+ * partly read, so that who goes on with it later need not read them.
+ */
+void
+scan_left(const BatchScan *scan, Unread *unread)
+{
+	if (scan->passing)
+		return;
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		unread->files[i] = scan->unread.files[i];
+		unread->blocks[i] = scan->cut[i];
+	}
+	for (int i = scan->next; i < scan->count; i++)
+	{
+		const Entry *entry = &scan->entries[i];
+
+		unread->blocks[entry->segment] = Min(unread->blocks[entry->segment], entry->block);
+	}
 }
 
 /*
@@ -749,5 +880,5 @@ scan_end(BatchScan *scan)
 		scan->room = 0;
 	}
 	scan->count = scan->next = 0;
-	scan->more = false;
+	scan->more = scan->passing = false;
 }

@@ -45,6 +45,7 @@ typedef struct Entry
 {
 	int64		id;
 	BlockNumber block;
+	int32		topic_id;
 	OffsetNumber offset;
 	uint16		segment;
 } Entry;
@@ -57,11 +58,19 @@ typedef struct Range
 	BlockNumber behind;			/* the first one that is not read */
 } Range;
 
+/* Is a row of this topic to be among the entries?  Called for each row of a batch. */
+typedef bool (*ScanWanted) (int32 topic_id);
+
 /* A batch: the rows that base does not show and target does. */
 typedef struct BatchScan
 {
 	Datum		base;			/* pg_snapshots, the caller's */
 	Datum		target;
+	int32		topic_id;		/* rows of this topic alone; 0: those that are
+								 * wanted */
+	ScanWanted	wanted;
+	Datum		purged;			/* pg_snapshot: what it shows is passed over,
+								 * too; 0: none */
 	Unread		unread;			/* with respect to base */
 	bool		has_rows[OUTBOX_SEGMENTS];
 	Range	   *ranges;			/* where its rows are */
@@ -72,17 +81,35 @@ typedef struct BatchScan
 	int			room;
 	bool		more;			/* there are rows behind the entries: ids
 								 * above the last of them */
+
+	/* the pass over the ranges that is under way */
+	bool		passing;
+	bool		first;			/* it is the main batch's first one */
+	int			range;
+	BlockNumber block;			/* in that range, the next one */
+	int64		after_id;		/* rows with ids up to here are passed over */
+	int64		cut_id;			/* and those from here on, 0: none */
+	bool		read[OUTBOX_SEGMENTS];	/* first: segments whose floor moves */
+	BlockNumber committed[OUTBOX_SEGMENTS]; /* the last block with a row */
+	BlockNumber cut[OUTBOX_SEGMENTS];	/* the lowest block of rows that were
+										 * cut off */
 } BatchScan;
 
-/* One at a time. */
 extern void scan_load(const Unread *unread);
+extern void scan_unread(Unread *unread);
 extern void scan_begin(void);
+extern void scan_open(void);
 extern void scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool *anywhere,
-					   bool resumed);
-extern void scan_reopen(const BatchScan *scan);
+					   ScanWanted wanted, bool resumed);
+extern void scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topic_id,
+					   const Unread *unread, const bool *anywhere, Datum purged);
+extern bool scan_step(BatchScan *scan, int blocks);
+extern bool scan_moved(const BatchScan *scan);
+extern void scan_check(const BatchScan *scan);
 extern const Entry *scan_next(BatchScan *scan);
 extern HeapTuple scan_fetch(const Entry *entry, TupleDesc *desc);
 extern void scan_close(void);
+extern void scan_left(const BatchScan *scan, Unread *unread);
 extern void scan_end(BatchScan *scan);
 
 #endif							/* PGF_SCAN_H */

@@ -3,16 +3,31 @@
  * topology.c
  *		Declares on the broker what the catalog says.
  *
- * The publisher's picture of topics and bindings lives here.  It is read
- * again whenever fanout.topology_change says that it changed, in the same
- * transaction that reads the messages, so that nothing is published before
- * what was declared with it.  What the broker answers is remembered as
- * "answered" and written into the catalog by the next transaction: there is
- * none open while the broker is asked.
+ * Nothing here waits for the broker.  Topics of which something has to be asked
+ * stand in a queue.  Up to CONTROL_CHANNELS of them are worked on at a time, each
+ * on a channel of its own, one request after the other:
  *
- * A refusal (404, 403, 405, 406) concerns one topic.  It is not tried again
- * until somebody calls topology_forget_topic() for it, which the publisher
- * does with a growing delay, so that nothing loops hot.
+ *		exchange.declare -> for each queue: queue.declare -> queue.bind
+ *		-> for each queue to be dropped: look at it -> queue.delete
+ *		-> exchange.delete, if the topic is to be dropped
+ *
+ * An answer is remembered as "answered" and written into the catalog by the next
+ * transaction that records.
+ *
+ * Every request is charged to its topic:
+ *
+ * - A refusal (403, 404, 405, 406) closes that channel.  It is the error of that
+ *	 exchange or binding, which is not tried again until topology_forget_topic() is
+ *	 called.  A 403 first asks for a new login (connection_believes()).
+ *
+ * - A request that is not answered within REPLY_TIMEOUT_MS is refused, and its
+ *	 channel is abandoned.
+ *
+ * - If the connection is lost with a code that blames a request, that may be each
+ *	 of those under way.  On the next connection they go one at a time, and the one
+ *	 that is under way when it happens again is refused.
+ *
+ * Must never: wait; have more than one request under way on a channel.
  *
  *-------------------------------------------------------------------------
  */
@@ -21,503 +36,207 @@
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "utils/builtins.h"
-#include "utils/hsearch.h"
-#include "utils/jsonb.h"
 #include "utils/memutils.h"
-#include "utils/timestamp.h"
 
-#include "publish/alert.h"
-#include "publish/reader.h"
+#include "broker/broker.h"
+#include "publish/topic.h"
 #include "publish/topology.h"
-#include "publish/wire.h"
-#include "server/guc.h"
+#include "server/monotime.h"
 
-static HTAB *topics = NULL;
-static Topic *restless = NULL;	/* list of those that may not be at rest */
-static uint32 current_load = 0;
+#define CONTROL_CHANNELS 8
 
-Topic *
-topology_find(int32 topic_id)
+/* How long the broker has for the answer to a request. */
+#define REPLY_TIMEOUT_MS 10000
+
+/* How often it is looked for whether a late answer is still to be waited for. */
+#define WITNESS_MS 500
+
+/* A channel on which requests are made, and the one that is under way. */
+typedef struct Control
 {
-	return topics == NULL ? NULL : hash_search(topics, &topic_id, HASH_FIND, NULL);
-}
+	int			channel;		/* 0: none */
+	bool		open;
+	bool		asked;			/* a request is under way */
+	MonoTime	asked_at;		/* it, or the channel */
+	int32		topic_id;		/* 0: it has no topic to work on */
+	BrokerRequestKind kind;
+	char	   *group;			/* of the binding that it is about, or NULL */
+	char	   *signature;
+	bool		dropping;
+} Control;
 
-Topic *
-topology_next(int *i)
-{
-	static HASH_SEQ_STATUS scan;
-	Topic	   *topic;
+static void (*tell_declared) (Topic *topic);
+static Control controls[CONTROL_CHANNELS];
+static dlist_head queue = DLIST_STATIC_INIT(queue);
+static dlist_head unrecorded = DLIST_STATIC_INIT(unrecorded);
+static int	nqueued = 0;		/* in the queue, and being worked on */
+static bool one_at_a_time = false;
 
-	if (topics == NULL)
-		return NULL;
-	if ((*i)++ == 0)
-		hash_seq_init(&scan, topics);
-	topic = hash_seq_search(&scan);
-	return topic;
-}
+/*
+ * A request may wait behind messages that are slow to get to the broker.  So one that
+ * is not answered in time is the topic's failure only if a channel was opened that was
+ * asked for later.
+ */
+static int	witness = 0;		/* this channel; 0: none is asked for */
+static MonoTime witness_at = 0; /* when it was asked for */
+static MonoTime witnessed = 0;	/* when the last one was that was opened */
+static bool drops = false;		/* what is to be dropped may go */
 
-/* ---- topics that are not at rest ---- */
+static const char *const request_name[] = {
+	[BROKER_DECLARE_EXCHANGE] = "declare exchange",
+	[BROKER_DELETE_EXCHANGE] = "delete exchange",
+	[BROKER_DECLARE_QUEUE] = "declare queue",
+	[BROKER_INSPECT_QUEUE] = "look at queue",
+	[BROKER_BIND_QUEUE] = "bind queue",
+	[BROKER_UNBIND_QUEUE] = "unbind queue",
+	[BROKER_DELETE_QUEUE] = "delete queue",
+};
 
+/* declared: told each topic of which all was asked, or something was refused. */
 void
-topology_touch(Topic *topic)
+topology_init(void (*declared) (Topic *topic))
 {
-	if (topic->restless)
-		return;
-	topic->restless = true;
-	topic->next = restless;
-	restless = topic;
+	tell_declared = declared;
 }
 
-static bool
-answered(const Topic *topic)
+/* ---- what is known of a topic ---- */
+
+/* Returns the first refusal that keeps a topic from flowing, or NULL. */
+const char *
+topology_error(const Topic *topic)
 {
-	if (topic->answered)
-		return true;
+	if (topic->declaration.error != NULL)
+		return topic->declaration.error;
 	for (int b = 0; b < topic->nbindings; b++)
 	{
-		if (topic->bindings[b].answered)
-			return true;
+		if (topic->bindings[b].answer.error != NULL && !topic->bindings[b].dropping)
+			return topic->bindings[b].answer.error;
 	}
-	return false;
-}
-
-static bool
-at_rest(const Topic *topic)
-{
-	return !topic->held && topic->holding == 0 && !topic->stalled && !topic->stall_changed &&
-		!answered(topic) && topology_error(topic) == NULL;
-}
-
-Topic *
-topology_restless(Topic *last)
-{
-	Topic	  **next = last ? &last->next : &restless;
-
-	while (*next != NULL && at_rest(*next))
-	{
-		(*next)->restless = false;
-		*next = (*next)->next;
-	}
-	return *next;
-}
-
-/* ---- reading the catalog ---- */
-
-static void
-execute(const char *sql, int nargs, Oid *types, Datum *values, const char *nulls)
-{
-	int			result = SPI_execute_with_args(sql, nargs, types, values, nulls, false, 0);
-
-	if (result < 0)
-		elog(ERROR, "could not execute \"%s\": %s", sql, SPI_result_code_string(result));
-}
-
-static Datum
-column(int row, int number, bool *isnull)
-{
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, number, isnull);
-}
-
-static char *
-text_column(int row, int number)
-{
-	bool		isnull;
-
-	return TextDatumGetCString(column(row, number, &isnull));
-}
-
-static bool
-bool_column(int row, int number)
-{
-	bool		isnull;
-	Datum		value = column(row, number, &isnull);
-
-	return !isnull && DatumGetBool(value);
-}
-
-/* Refused to be dropped, or declared again meanwhile: as new, but no news. */
-static void
-keep_undropped(Topic *topic)
-{
-	if (topic->error != NULL)
-		pfree(topic->error);
-	topic->error = NULL;
-	topic->gone = false;
-	topic->answered = false;
-	topic->confirmed = false;
-	topic->rechecked = true;
-}
-
-static void
-load_topic(int row)
-{
-	bool		isnull;
-	bool		found;
-	size_t		len;
-	int32		topic_id = DatumGetInt32(column(row, 1, &isnull));
-	Topic	   *topic = hash_search(topics, &topic_id, HASH_ENTER, &found);
-	MemoryContext oldcontext;
-	char	   *format;
-
-	if (!found)
-	{
-		memset(topic, 0, sizeof(Topic));
-		topic->topic_id = topic_id;
-	}
-	topic->load = current_load;
-	topic->context = AllocSetContextCreate(TopMemoryContext, "pg_fanout topic", ALLOCSET_SMALL_SIZES);
-	oldcontext = MemoryContextSwitchTo(topic->context);
-	topic->name = text_column(row, 2);
-	topic->exchange = unconstify(char *, wire_utf8(topic->name, strlen(topic->name), &len));
-	format = text_column(row, 3);
-	topic->content_type = (strcmp(format, "cloudevents") == 0) ?
-		"application/cloudevents+json" : "application/json";
-	topic->dead_letters = bool_column(row, 4);
-	topic->paused = bool_column(row, 5);
-	if (topic->dropping && !bool_column(row, 6))
-		keep_undropped(topic);
-	topic->dropping = bool_column(row, 6);
-	topic->bindings = NULL;
-	topic->nbindings = 0;
-	topic->held = false;
-	MemoryContextSwitchTo(oldcontext);
-	topic->restless = false;	/* the list begins anew, too */
-	topology_touch(topic);
-}
-
-/* Arguments of queue.declare: ours, unless the caller's say otherwise. */
-static void
-set_arguments(Binding *binding, Jsonb *arguments)
-{
-	int			n;
-	BrokerField *fields = wire_fields(arguments, 2, &n);
-	int			kept = 0;
-	bool		limited = binding->classic || binding->stream;
-
-	if (fields == NULL)
-	{
-		binding->error = pstrdup("arguments cannot be converted to UTF-8, or have a number that is no double");
-		return;
-	}
-	for (int i = 0; i < n; i++)
-	{
-		if (strcmp(fields[i].name, "x-delivery-limit") == 0)
-			limited = true;
-		if (fields[i].type != BROKER_VALUE_NULL)
-			fields[kept++] = fields[i];
-	}
-	fields[kept].name = "x-queue-type";
-	fields[kept].type = BROKER_VALUE_STRING;
-	fields[kept].value.string.data = binding->classic ? "classic" : binding->stream ? "stream" : "quorum";
-	fields[kept].value.string.len = strlen(fields[kept].value.string.data);
-	kept++;
-	if (!limited)
-	{
-		fields[kept].name = "x-delivery-limit";
-		fields[kept].type = BROKER_VALUE_INT;
-		fields[kept].value.integer = NO_DELIVERY_LIMIT;
-		kept++;
-	}
-	binding->arguments = fields;
-	binding->narguments = kept;
-}
-
-static void
-load_binding(Binding *binding, int row)
-{
-	bool		isnull;
-	size_t		len;
-	char	   *queue = text_column(row, 3);
-	Jsonb	   *arguments = DatumGetJsonbPCopy(column(row, 5, &isnull));
-
-	memset(binding, 0, sizeof(Binding));
-	binding->consumer_group = text_column(row, 2);
-	binding->queue = unconstify(char *, wire_utf8(queue, strlen(queue), &len));
-	binding->classic = bool_column(row, 4);
-	binding->stream = bool_column(row, 8);
-	binding->signature = psprintf("%d %d %s", binding->classic, binding->stream,
-								  JsonbToCString(NULL, &arguments->root, VARSIZE(arguments)));
-	(void) column(row, 6, &isnull);
-	binding->dropping = !isnull;
-	binding->if_unused = bool_column(row, 6);
-	binding->if_empty = bool_column(row, 7);
-	set_arguments(binding, arguments);
-	if (binding->queue == NULL)
-		binding->error = pstrdup("name cannot be converted to UTF-8");
-}
-
-/* Carries over what was known of the same declaration. */
-static void
-inherit(Topic *topic, Binding *binding, const Binding *old, int nold)
-{
-	for (int i = 0; i < nold; i++)
-	{
-		if (strcmp(old[i].consumer_group, binding->consumer_group) != 0 ||
-			strcmp(old[i].signature, binding->signature) != 0)
-			continue;
-		if (old[i].dropping != binding->dropping)
-		{
-			/* refused to be dropped, it is still what it was */
-			binding->confirmed = old[i].dropping && old[i].confirmed && !old[i].gone;
-			return;
-		}
-		binding->confirmed = old[i].confirmed;
-		binding->answered = old[i].answered;
-		binding->gone = old[i].gone;
-		if (old[i].error != NULL)
-			binding->error = pstrdup(old[i].error);
-		return;
-	}
-	/* something new about a stalled topic is worth a try at once */
-	topic->retry_at = 0;
-}
-
-/* Rows come grouped by topic; returns how many belong to this one. */
-static int
-load_bindings_of(int first, int nrows)
-{
-	bool		isnull;
-	int32		topic_id = DatumGetInt32(column(first, 1, &isnull));
-	Topic	   *topic = topology_find(topic_id);
-	int			n = 1;
-	MemoryContext oldcontext;
-
-	while (first + n < nrows && DatumGetInt32(column(first + n, 1, &isnull)) == topic_id)
-		n++;
-	if (topic == NULL)
-		return n;
-	oldcontext = MemoryContextSwitchTo(topic->context);
-	topic->bindings = palloc0(n * sizeof(Binding));
-	topic->nbindings = n;
-	for (int i = 0; i < n; i++)
-		load_binding(&topic->bindings[i], first + i);
-	MemoryContextSwitchTo(oldcontext);
-	return n;
-}
-
-static void
-load_bindings(void)
-{
-	int			nrows;
-
-	execute("select topic_id, consumer_group, queue, queue_type = 'classic', arguments,"
-			" drop_if_unused, drop_if_empty, queue_type = 'stream' from fanout.binding order by topic_id, consumer_group",
-			0, NULL, NULL, NULL);
-	nrows = SPI_processed;
-	for (int row = 0; row < nrows;)
-		row += load_bindings_of(row, nrows);
-}
-
-static void
-set_reason(Topic *topic, const char *reason)
-{
-	char	   *copy = reason ? MemoryContextStrdup(TopMemoryContext, reason) : NULL;
-
-	if (topic->reason != NULL)
-		pfree(topic->reason);
-	topic->reason = copy;
+	return NULL;
 }
 
 /*
- * When to try again, from and to the catalog.  Somebody may have set the wall
- * clock meanwhile: no pause is longer than the longest.
+ * Tells whether all that the topic's messages need is there, as far as is known.
+ * What is only looked at again counts as there.
  */
-static MonoTime
-load_retry_at(TimestampTz stored)
+bool
+topology_ready(const Topic *topic)
 {
-	int64		left = (stored - GetCurrentTimestamp()) / 1000;
+	const Declaration *declaration = &topic->declaration;
 
-	return mono_later(Max(0, Min(left, Max(pgf_retry_interval, MAX_RETRY_MS))));
-}
+	if (topic->dropping)
+		return true;
+	if (declaration->error != NULL || !(declaration->confirmed || declaration->rechecked))
+		return false;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		const BindingAnswer *answer = &topic->bindings[b].answer;
 
-static TimestampTz
-store_retry_at(MonoTime retry_at)
-{
-	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), mono_left(mono_now(), retry_at));
+		if (!topic->bindings[b].dropping &&
+			(answer->error != NULL || !(answer->confirmed || answer->rechecked)))
+			return false;
+	}
+	return true;
 }
 
 static void
-load_stalls(void)
+set_error(Declaration *declaration, char *error)
 {
-	bool		isnull;
-
-	execute("select topic_id, stalled_at, attempts, retry_at, last_error from fanout.stall",
-			0, NULL, NULL, NULL);
-	for (int row = 0; row < SPI_processed; row++)
-	{
-		Topic	   *topic = topology_find(DatumGetInt32(column(row, 1, &isnull)));
-		MonoTime	retry_at = load_retry_at(DatumGetTimestampTz(column(row, 4, &isnull)));
-
-		if (topic == NULL)
-			continue;
-		if (topic->stalled || topic->stall_changed)
-		{
-			/* resume() may have brought the next attempt forward */
-			topic->retry_at = Min(topic->retry_at, retry_at);
-			continue;
-		}
-		topic->stalled = true;
-		topic->stalled_at = DatumGetTimestampTz(column(row, 2, &isnull));
-		topic->attempts = DatumGetInt32(column(row, 3, &isnull));
-		topic->retry_at = retry_at;
-		set_reason(topic, text_column(row, 5));
-	}
+	if (declaration->error != NULL)
+		pfree(declaration->error);
+	declaration->error = error;
 }
 
+/* Refused to be dropped, or declared again meanwhile: as new, but no news. */
 void
-topology_find_held(void)
+topology_undropped(Topic *topic)
 {
-	int32	   *ids;
-	int			n = reader_topics_held(&ids);
+	Declaration *declaration = &topic->declaration;
 
-	for (int i = 0; i < n; i++)
-	{
-		Topic	   *topic = topology_find(ids[i]);
-
-		if (topic != NULL)
-		{
-			topic->held = true;
-			topology_touch(topic);
-		}
-	}
+	set_error(declaration, NULL);
+	declaration->gone = false;
+	declaration->answered = false;
+	declaration->confirmed = false;
+	declaration->rechecked = true;
 }
 
-/* Nothing is left that could be refused: no need to wait for the next retry. */
-static void
-hurry_emptied_topics(void)
-{
-	Topic	   *topic;
-	int			i = 0;
-
-	while ((topic = topology_next(&i)) != NULL)
-	{
-		if (topic->stalled && !topic->held && topic->holding == 0 && topology_error(topic) == NULL)
-			topic->retry_at = 0;
-	}
-}
-
-/* What a topic had before this load: kept until its bindings were compared. */
-typedef struct Previous
-{
-	Topic	   *topic;
-	MemoryContext context;
-	char	   *exchange;
-	Binding    *bindings;
-	int			nbindings;
-} Previous;
-
-static Previous *
-remember_previous(int *count)
-{
-	Previous   *previous = palloc((topics ? hash_get_num_entries(topics) + 1 : 1) * sizeof(Previous));
-	Topic	   *topic;
-	int			i = 0;
-
-	*count = 0;
-	while ((topic = topology_next(&i)) != NULL)
-	{
-		Previous   *p = &previous[(*count)++];
-
-		p->topic = topic;
-		p->context = topic->context;
-		p->exchange = topic->exchange;
-		p->bindings = topic->bindings;
-		p->nbindings = topic->nbindings;
-	}
-	return previous;
-}
-
-static void
-forget_topic(Topic *topic)
-{
-	set_reason(topic, NULL);
-	if (topic->error != NULL)
-		pfree(topic->error);
-	hash_search(topics, &topic->topic_id, HASH_REMOVE, NULL);
-}
-
-static void
-merge_previous(Previous *previous, int count)
-{
-	for (int i = 0; i < count; i++)
-	{
-		Previous   *p = &previous[i];
-		Topic	   *topic = p->topic;
-
-		if (topic->load != current_load)
-			forget_topic(topic);
-		else
-		{
-			MemoryContext oldcontext = MemoryContextSwitchTo(topic->context);
-
-			for (int b = 0; b < topic->nbindings; b++)
-				inherit(topic, &topic->bindings[b], p->bindings, p->nbindings);
-			MemoryContextSwitchTo(oldcontext);
-		}
-		MemoryContextDelete(p->context);
-	}
-}
-
+/*
+ * Carries over what was known of the same binding before the catalog was read again;
+ * old: NULL if there was none.  Something new about a stalled topic is worth a try
+ * at once.  In the topic's context.
+ */
 void
-topology_load(void)
+topology_inherit(Topic *topic, Binding *binding, const Binding *old)
 {
-	Previous   *previous;
-	int			nprevious;
+	BindingAnswer *answer = &binding->answer;
 
-	if (topics == NULL)
+	if (old == NULL)
 	{
-		HASHCTL		ctl = {0};
-
-		ctl.keysize = sizeof(int32);
-		ctl.entrysize = sizeof(Topic);
-		topics = hash_create("pg_fanout topology", 64, &ctl, HASH_ELEM | HASH_BLOBS);
+		topic->flow.retry_at = 0;
+		return;
 	}
-	previous = remember_previous(&nprevious);
-	current_load++;
-	restless = NULL;
-	execute("select topic_id, topic, format, on_exhausted = 'dead_letter', paused, dropping from fanout.topic",
-			0, NULL, NULL, NULL);
-	for (int row = 0; row < SPI_processed; row++)
-		load_topic(row);
-	load_bindings();
-	merge_previous(previous, nprevious);
-	load_stalls();
-	topology_find_held();
-	hurry_emptied_topics();
+	if (old->dropping != binding->dropping)
+	{
+		/* refused to be dropped, it is still what it was */
+		answer->confirmed = old->dropping && old->answer.confirmed && !old->answer.gone;
+		return;
+	}
+	if (answer->lasting)
+		return;
+	*answer = old->answer;
+	if (answer->error != NULL)
+		answer->error = pstrdup(answer->error);
 }
 
-/* ---- declaring ---- */
+/* The topic is not in the catalog any more. */
+void
+topology_forget(Topic *topic)
+{
+	Declaration *declaration = &topic->declaration;
 
+	set_error(declaration, NULL);
+	declaration->confirmed = declaration->rechecked = false;
+	declaration->answered = false;
+	declaration->gone = true;
+	if (declaration->unrecorded)
+		dlist_delete(&declaration->unrecorded_node);
+	declaration->unrecorded = false;
+}
+
+/* Has everything of the topic declared again, whatever the broker said before. */
 void
 topology_forget_topic(Topic *topic)
 {
-	topic->confirmed = false;
-	topic->rechecked = false;
-	if (topic->error != NULL)
-		pfree(topic->error);
-	topic->error = NULL;
+	topic->declaration.confirmed = false;
+	topic->declaration.rechecked = false;
+	set_error(&topic->declaration, NULL);
 	for (int b = 0; b < topic->nbindings; b++)
 	{
-		topic->bindings[b].confirmed = false;
-		topic->bindings[b].rechecked = false;
-		if (topic->bindings[b].error != NULL &&
-			topic->bindings[b].queue != NULL && topic->bindings[b].arguments != NULL)
+		BindingAnswer *answer = &topic->bindings[b].answer;
+
+		answer->confirmed = answer->rechecked = false;
+		answer->declared = answer->inspected = false;
+		if (answer->error != NULL && !answer->lasting)
 		{
-			pfree(topic->bindings[b].error);
-			topic->bindings[b].error = NULL;
+			pfree(answer->error);
+			answer->error = NULL;
 		}
 	}
+	topology_request(topic, false);
 }
 
+/* Everything has to be declared again: another connection, or verify(). */
 void
 topology_forget_confirmed(void)
 {
 	Topic	   *topic;
 	int			i = 0;
 
-	while ((topic = topology_next(&i)) != NULL)
+	while ((topic = topic_next(&i)) != NULL)
 		topology_forget_topic(topic);
 }
+
+/* ---- looking again ---- */
 
 static Topic *
 longest_unchecked(uint32 round)
@@ -526,16 +245,24 @@ longest_unchecked(uint32 round)
 	Topic	   *chosen = NULL;
 	int			i = 0;
 
-	while ((topic = topology_next(&i)) != NULL)
+	while ((topic = topic_next(&i)) != NULL)
 	{
-		if (topic->recheck == round || topic->dropping || !topic->confirmed || topology_error(topic) != NULL)
+		const Declaration *declaration = &topic->declaration;
+
+		if (declaration->recheck == round || topic->dropping || !declaration->confirmed ||
+			topology_error(topic) != NULL)
 			continue;
-		if (chosen == NULL || topic->recheck < chosen->recheck)
+		if (chosen == NULL || declaration->recheck < chosen->declaration.recheck)
 			chosen = topic;
 	}
 	return chosen;
 }
 
+/*
+ * Has some of the topics declared again, those that were longest not looked at: a
+ * queue or a binding that somebody deleted comes back even if nothing tells of it,
+ * as when a topic's other queues still take its messages.
+ */
 void
 topology_recheck(int count)
 {
@@ -545,208 +272,637 @@ topology_recheck(int count)
 	round++;
 	while (count-- > 0 && (topic = longest_unchecked(round)) != NULL)
 	{
-		topic->recheck = round;
-		topic->rechecked = topic->confirmed;
-		topic->confirmed = false;
+		Declaration *declaration = &topic->declaration;
+
+		declaration->recheck = round;
+		declaration->rechecked = declaration->confirmed;
+		declaration->confirmed = false;
 		for (int b = 0; b < topic->nbindings; b++)
 		{
-			topic->bindings[b].rechecked = topic->bindings[b].confirmed;
-			topic->bindings[b].confirmed = false;
+			BindingAnswer *answer = &topic->bindings[b].answer;
+
+			answer->rechecked = answer->confirmed;
+			answer->confirmed = answer->declared = answer->inspected = false;
 		}
+		topology_request(topic, false);
 	}
 }
 
-const char *
-topology_error(const Topic *topic)
+/* ---- the queue ---- */
+
+/* What is to be asked next. */
+typedef struct Next
 {
-	if (topic->error != NULL)
-		return topic->error;
+	BrokerRequestKind kind;
+	Binding    *binding;		/* NULL: about the exchange */
+} Next;
+
+static bool
+next_of_binding(const Topic *topic, Binding *binding, Next *next)
+{
+	const BindingAnswer *answer = &binding->answer;
+
+	if (answer->confirmed || answer->error != NULL)
+		return false;
+	next->binding = binding;
+	if (binding->dropping)
+		next->kind = answer->inspected ? BROKER_DELETE_QUEUE : BROKER_INSPECT_QUEUE;
+	else
+		next->kind = answer->declared ? BROKER_BIND_QUEUE : BROKER_DECLARE_QUEUE;
+	return binding->dropping ? drops : topic->declaration.confirmed;
+}
+
+/* Finds out what has to be asked next of a topic; false: nothing. */
+static bool
+find_next(Topic *topic, Next *next)
+{
+	const Declaration *declaration = &topic->declaration;
+
+	next->binding = NULL;
+	if (!topic->known || declaration->gone)
+		return false;
+	if (!declaration->confirmed && declaration->error == NULL && !topic->dropping)
+	{
+		next->kind = BROKER_DECLARE_EXCHANGE;
+		return true;
+	}
 	for (int b = 0; b < topic->nbindings; b++)
 	{
-		if (topic->bindings[b].error != NULL && !topic->bindings[b].dropping)
-			return topic->bindings[b].error;
+		if (next_of_binding(topic, &topic->bindings[b], next))
+			return true;
+	}
+	next->binding = NULL;
+	next->kind = BROKER_DELETE_EXCHANGE;
+	return topic->dropping && drops && declaration->error == NULL;
+}
+
+/* Puts the topic into the queue if anything has to be asked; first: at its head. */
+void
+topology_request(Topic *topic, bool first)
+{
+	Declaration *declaration = &topic->declaration;
+	Next		next;
+
+	if (declaration->asking || !find_next(topic, &next))
+		return;
+	if (declaration->queued && !first)
+		return;
+	if (declaration->queued)
+		dlist_delete(&declaration->queue_node);
+	else
+		nqueued++;
+	declaration->queued = true;
+	if (first)
+		dlist_push_head(&queue, &declaration->queue_node);
+	else
+		dlist_push_tail(&queue, &declaration->queue_node);
+}
+
+/* The same of all topics. */
+void
+topology_request_all(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topic_next(&i)) != NULL)
+		topology_request(topic, false);
+}
+
+/* What is to be dropped may go: all that was written before was sent. */
+void
+topology_drop(void)
+{
+	drops = true;
+	topology_request_all();
+}
+
+/* What was marked to be dropped just now has to wait again. */
+void
+topology_no_drops(void)
+{
+	drops = false;
+}
+
+/* ---- answers ---- */
+
+static void
+note_answer(Topic *topic)
+{
+	Declaration *declaration = &topic->declaration;
+
+	if (declaration->unrecorded)
+		return;
+	declaration->unrecorded = true;
+	dlist_push_tail(&unrecorded, &declaration->unrecorded_node);
+}
+
+static Binding *
+binding_asked(const Control *control, const Topic *topic)
+{
+	Binding    *binding = topic_binding(topic, control->group);
+
+	if (binding == NULL || strcmp(binding->signature, control->signature) != 0 ||
+		binding->dropping != control->dropping)
+		return NULL;
+	return binding;
+}
+
+/* The answer about an exchange; error: NULL if it is yes. */
+static void
+exchange_answered(Topic *topic, BrokerRequestKind kind, int code, const char *error)
+{
+	Declaration *declaration = &topic->declaration;
+
+	if (kind == BROKER_DELETE_EXCHANGE)
+	{
+		declaration->confirmed = true;
+		declaration->gone = (error == NULL || code == 404);
+		declaration->answered = true;
+		if (declaration->gone)
+			error = NULL;
+	}
+	else
+	{
+		declaration->confirmed = (error == NULL);
+		declaration->answered = declaration->answered || error != NULL || !declaration->rechecked;
+		declaration->rechecked = false;
+	}
+	set_error(declaration, error ? MemoryContextStrdup(TopMemoryContext, error) : NULL);
+	if (declaration->answered)
+		note_answer(topic);
+}
+
+/* The answer about a queue or a binding, but for queues that are only looked at. */
+static void
+binding_answered(Topic *topic, Binding *binding, BrokerRequestKind kind, int code, const char *error)
+{
+	BindingAnswer *answer = &binding->answer;
+
+	if (kind == BROKER_DECLARE_QUEUE && error == NULL)
+	{
+		answer->declared = true;
+		return;
+	}
+	if (binding->dropping)
+	{
+		answer->answered = true;
+		answer->confirmed = true;
+		answer->gone = (error == NULL || code == 404);
+		if (answer->gone)
+			error = NULL;
+	}
+	else
+	{
+		answer->confirmed = (error == NULL);
+		answer->answered = answer->answered || error != NULL || !answer->rechecked;
+		answer->rechecked = false;
+	}
+	answer->error = error ? MemoryContextStrdup(topic->context, error) : NULL;
+	if (answer->answered)
+		note_answer(topic);
+}
+
+/*
+ * Decides whether a queue may be deleted.  Quorum queues know neither if-unused nor
+ * if-empty (RabbitMQ closes the connection with 540 NOT_IMPLEMENTED), and a queue may
+ * be of another type than the catalog says, so its counts decide alone.
+ */
+static void
+queue_inspected(Topic *topic, Binding *binding, uint32_t messages, uint32_t consumers)
+{
+	char	   *error = NULL;
+
+	if (binding->if_unused && consumers > 0)
+		error = psprintf("not dropped: the queue has %u consumers", consumers);
+	else if (binding->if_empty && messages > 0)
+		error = psprintf("not dropped: the queue has %u messages", messages);
+	if (error == NULL)
+		binding->answer.inspected = true;
+	else
+		binding_answered(topic, binding, BROKER_INSPECT_QUEUE, 0, error);
+}
+
+/* Is it the request during which the connection was lost? */
+static bool
+is_lost_request(const Control *control, const Declaration *declaration)
+{
+	return declaration->losses > 0 && declaration->lost_kind == control->kind &&
+		(declaration->lost_group == NULL) == (control->group == NULL) &&
+		(control->group == NULL || strcmp(control->group, declaration->lost_group) == 0);
+}
+
+/* What was asked is answered: with an error, or NULL. */
+static void
+answered(Control *control, int code, const char *error, const BrokerEvent *event)
+{
+	Topic	   *topic = topic_find(control->topic_id);
+	Binding    *binding;
+
+	control->asked = false;
+	if (topic == NULL || !topic->known)
+		return;
+	if (is_lost_request(control, &topic->declaration))
+		topic->declaration.losses = 0;
+	topic->declaration.code = code;
+	if (control->group == NULL)
+		exchange_answered(topic, control->kind, code, error);
+	else if ((binding = binding_asked(control, topic)) == NULL)
+		return;					/* it was declared otherwise meanwhile */
+	else if (control->kind == BROKER_INSPECT_QUEUE && error == NULL)
+		queue_inspected(topic, binding, event->messages, event->consumers);
+	else
+		binding_answered(topic, binding, control->kind, code, error);
+}
+
+/* ---- channels ---- */
+
+static Control *
+control_of(int channel)
+{
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		if (channel != 0 && controls[i].channel == channel)
+			return &controls[i];
 	}
 	return NULL;
 }
 
-static char *
-answer_text(const BrokerError *error, MemoryContext context)
-{
-	MemoryContext oldcontext = MemoryContextSwitchTo(context);
-	char	   *text = error->code != 0 ? psprintf("%d %s", error->code, error->text) : pstrdup(error->text);
-
-	MemoryContextSwitchTo(oldcontext);
-	return text;
-}
-
+/* Is it a channel of this file? */
 bool
-topology_access_refused(const Topic *topic)
+topology_owns(int channel)
 {
-	return topic->stalled && topic->reason != NULL && atoi(topic->reason) == BROKER_ACCESS_REFUSED;
+	return channel != 0 && (channel == witness || control_of(channel) != NULL);
 }
 
-/* Is it still unknown what the broker says?  A 403 may be the login's fault. */
-static bool
-unanswered(Connection *conn, Topic *topic, BrokerResult result, const BrokerError *error)
+/* The broker has taken in all that it was asked before it was asked for the witness. */
+static void
+take_witness(void)
 {
-	return result == BROKER_LOST ||
-		(result == BROKER_REFUSED && error->code == BROKER_ACCESS_REFUSED &&
-		 !connection_believes(conn, &topic->doubted_topology, topology_access_refused(topic)));
+	witnessed = witness_at;
+	witness = 0;
 }
 
-static BrokerResult
-declare_exchange(Connection *conn, Topic *topic, BrokerError *error)
+void
+topology_opened(Connection *conn, int channel)
 {
+	if (channel != witness)
+	{
+		control_of(channel)->open = true;
+		return;
+	}
+	broker_close_channel(conn->broker, witness);
+	take_witness();
+}
+
+/* The channel has no topic any more; again: it is not done with it. */
+static void
+release_topic(Control *control, bool again)
+{
+	Topic	   *topic = topic_find(control->topic_id);
+
+	control->asked = false;
+	control->topic_id = 0;
+	nqueued--;
+	if (topic == NULL)
+		return;
+	topic->declaration.asking = false;
+	if (again)
+		topology_request(topic, true);
+	else
+		topic->declaration.doubted = 0;
+	tell_declared(topic);
+}
+
+static void
+close_control(Connection *conn, Control *control)
+{
+	if (conn->broker != NULL)
+		broker_close_channel(conn->broker, control->channel);
+	control->channel = 0;
+	control->open = false;
+}
+
+static void
+open_control(Connection *conn, Control *control)
+{
+	BrokerError error;
+
+	control->channel = broker_open_channel(conn->broker, false, &error);
+	control->open = false;
+	control->asked_at = mono_now();
+}
+
+static void
+take_topic(Control *control)
+{
+	Topic	   *topic = dlist_container(Topic, declaration.queue_node, dlist_pop_head_node(&queue));
+
+	topic->declaration.queued = false;
+	topic->declaration.asking = true;
+	control->topic_id = topic->topic_id;
+	control->asked = false;
+}
+
+/* Remembers what is being asked, whatever becomes of the topic meanwhile. */
+static void
+note_request(Control *control, const Next *next)
+{
+	if (control->group != NULL)
+	{
+		pfree(control->group);
+		pfree(control->signature);
+		control->group = control->signature = NULL;
+	}
+	control->kind = next->kind;
+	if (next->binding == NULL)
+		return;
+	control->group = MemoryContextStrdup(TopMemoryContext, next->binding->consumer_group);
+	control->signature = MemoryContextStrdup(TopMemoryContext, next->binding->signature);
+	control->dropping = next->binding->dropping;
+}
+
+/* Makes the next request of the topic, or has done with it.  *busy: not now. */
+static void
+ask_next(Connection *conn, Control *control, bool *busy)
+{
+	Topic	   *topic = topic_find(control->topic_id);
+	BrokerRequest request = {0};
+	BrokerError error;
 	BrokerResult result;
+	Next		next;
 
+	if (topic == NULL || !find_next(topic, &next))
+	{
+		release_topic(control, false);
+		return;
+	}
+	note_request(control, &next);
+	request.kind = next.kind;
+	request.exchange = topic->exchange;
+	if (next.binding != NULL)
+	{
+		request.queue = next.binding->queue;
+		request.arguments = next.binding->arguments;
+		request.narguments = next.binding->narguments;
+	}
+	request.if_unused = (next.kind == BROKER_DELETE_EXCHANGE);
 	if (topic->exchange == NULL)
 	{
-		snprintf(error->text, sizeof(error->text), "name cannot be converted to UTF-8");
-		error->code = 0;
-		result = BROKER_REFUSED;
+		answered(control, 0, "name cannot be converted to UTF-8", NULL);
+		return;
 	}
-	else
-		result = broker_declare_exchange(conn->broker, topic->exchange, error);
-	if (unanswered(conn, topic, result, error))
-		return result;
-	topic->confirmed = (result == BROKER_OK);
-	topic->answered = topic->answered || !topic->confirmed || !topic->rechecked;
-	topic->rechecked = false;
-	if (result != BROKER_OK)
-		topic->error = answer_text(error, TopMemoryContext);
-	return BROKER_OK;
+	result = broker_request(conn->broker, control->channel, &request, &error);
+	control->asked = (result == BROKER_OK);
+	control->asked_at = mono_now();
+	*busy = (result == BROKER_BUSY || result == BROKER_REFUSED || result == BROKER_LOST);
+	if (result == BROKER_TOO_LARGE)
+		answered(control, 0, error.text, NULL);
 }
 
-static BrokerResult
-declare_binding(Connection *conn, Topic *topic, Binding *binding, BrokerError *error)
+/* What the request that is under way is, in words. */
+static char *
+request_text(const Control *control)
 {
-	BrokerResult result = broker_declare_queue(conn->broker, binding->queue, binding->arguments,
-											   binding->narguments, error);
+	Topic	   *topic = topic_find(control->topic_id);
+	Binding    *binding = control->group && topic ? topic_binding(topic, control->group) : NULL;
 
-	if (result == BROKER_OK)
-		result = broker_bind_queue(conn->broker, binding->queue, topic->exchange, error);
-	if (unanswered(conn, topic, result, error))
-		return result;
-	binding->confirmed = (result == BROKER_OK);
-	binding->answered = binding->answered || !binding->confirmed || !binding->rechecked;
-	binding->rechecked = false;
-	if (result != BROKER_OK)
-		binding->error = answer_text(error, topic->context);
-	return BROKER_OK;
+	return psprintf("%s \"%s\"", request_name[control->kind],
+					binding && binding->queue ? binding->queue : topic ? topic->name : "");
+}
+
+static void
+call_witness(Connection *conn)
+{
+	BrokerError error;
+
+	if (witness != 0)
+		return;
+	witness_at = mono_now();
+	witness = broker_open_channel(conn->broker, false, &error);
+}
+
+/* Gives up a request that is not answered, and its channel. */
+static void
+check_timeout(Connection *conn, Control *control)
+{
+	if (control->channel == 0 || (control->open && !control->asked) ||
+		!mono_exceeds(control->asked_at, mono_now(), REPLY_TIMEOUT_MS))
+		return;
+	if (witnessed <= control->asked_at)
+	{
+		call_witness(conn);
+		return;
+	}
+	close_control(conn, control);
+	if (control->asked)
+	{
+		answered(control, 0, psprintf("%s: the broker did not answer", request_text(control)), NULL);
+		release_topic(control, true);
+	}
+}
+
+/* Does what can be done on one channel. */
+static void
+step(Connection *conn, Control *control)
+{
+	bool		busy = false;
+
+	check_timeout(conn, control);
+	if (control->topic_id == 0 && !dlist_is_empty(&queue))
+		take_topic(control);
+	if (control->topic_id == 0)
+	{
+		if (control->channel != 0)
+			close_control(conn, control);
+		return;
+	}
+	if (control->channel == 0)
+		open_control(conn, control);
+	while (control->open && !control->asked && control->topic_id != 0 && !busy)
+		ask_next(conn, control, &busy);
 }
 
 /*
- * Quorum queues know neither if-unused nor if-empty (RabbitMQ closes the
- * connection with 540 NOT_IMPLEMENTED), so their counts are looked at first.
+ * Asks the broker for what is to be asked, without waiting.  Returns whether
+ * anything was asked just now.
  */
-static BrokerResult
-may_delete(Broker *broker, const Binding *binding, BrokerError *error)
+bool
+topology_step(Connection *conn)
 {
-	uint32_t	messages;
-	uint32_t	consumers;
-	BrokerResult result = broker_inspect_queue(broker, binding->queue, &messages, &consumers, error);
+	bool		any = false;
 
-	if (result != BROKER_OK)
-		return result;
-	error->code = 0;
-	if (binding->if_unused && consumers > 0)
-		snprintf(error->text, sizeof(error->text), "not dropped: the queue has %u consumers", consumers);
-	else if (binding->if_empty && messages > 0)
-		snprintf(error->text, sizeof(error->text), "not dropped: the queue has %u messages", messages);
-	else
-		return BROKER_OK;
-	return BROKER_REFUSED;
-}
-
-static BrokerResult
-delete_queue(Connection *conn, Topic *topic, Binding *binding, BrokerError *error)
-{
-	BrokerResult result = may_delete(conn->broker, binding, error);
-
-	if (result == BROKER_OK)
-		result = broker_delete_queue(conn->broker, binding->queue,
-									 binding->classic && binding->if_unused,
-									 binding->classic && binding->if_empty, error);
-	if (unanswered(conn, topic, result, error))
-		return result;
-	binding->answered = true;
-	binding->confirmed = true;
-	binding->gone = (result == BROKER_OK || error->code == 404);
-	if (!binding->gone)
-		binding->error = answer_text(error, topic->context);
-	return BROKER_OK;
-}
-
-static BrokerResult
-delete_exchange(Connection *conn, Topic *topic, BrokerError *error)
-{
-	BrokerResult result = broker_delete_exchange(conn->broker, topic->exchange, true, error);
-
-	if (unanswered(conn, topic, result, error))
-		return result;
-	topic->answered = true;
-	topic->confirmed = true;
-	topic->gone = (result == BROKER_OK || error->code == 404);
-	if (!topic->gone)
-		topic->error = answer_text(error, TopMemoryContext);
-	return BROKER_OK;
-}
-
-BrokerResult
-topology_declare_topic(Connection *conn, Topic *topic, bool drops, BrokerError *error)
-{
-	BrokerResult result = BROKER_OK;
-
-	topology_touch(topic);
-	if (!topic->confirmed && topic->error == NULL && !topic->dropping)
-		result = declare_exchange(conn, topic, error);
-	for (int b = 0; b < topic->nbindings && result == BROKER_OK; b++)
+	if (nqueued == 0 && controls[0].channel == 0)
+		return false;
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
 	{
-		Binding    *binding = &topic->bindings[b];
+		bool		asked = controls[i].asked;
 
-		if (binding->confirmed || binding->error != NULL)
+		if (one_at_a_time && i > 0 && controls[i].topic_id == 0)
 			continue;
-		if (binding->dropping)
-			result = drops ? delete_queue(conn, topic, binding, error) : BROKER_OK;
-		else if (topic->confirmed)
-			result = declare_binding(conn, topic, binding, error);
+		step(conn, &controls[i]);
+		any = any || (controls[i].asked && !asked);
 	}
-	if (result == BROKER_OK && drops && topic->dropping && !topic->gone && topic->error == NULL)
-		result = delete_exchange(conn, topic, error);
-	if (result == BROKER_OK)
-		topic->doubted_topology = 0;
-	return result;
+	if (nqueued == 0)
+		one_at_a_time = drops = false;
+	return any;
 }
 
-BrokerResult
-topology_declare(Connection *conn, bool drops, BrokerError *error)
+/* An answer has come, on a channel of this file. */
+void
+topology_replied(Connection *conn, const BrokerEvent *event)
 {
-	Topic	   *topic;
-	int			i = 0;
-	BrokerResult result = BROKER_OK;
-	Topic	  **all = palloc((hash_get_num_entries(topics) + 1) * sizeof(Topic *));
-	int			n = 0;
+	Control    *control = control_of(event->channel);
 
-	/* asking the broker waits, so no hash scan may be open meanwhile */
-	while ((topic = topology_next(&i)) != NULL)
-		all[n++] = topic;
-	for (i = 0; i < n && result == BROKER_OK; i++)
-		result = topology_declare_topic(conn, all[i], drops, error);
-	pfree(all);
-	return result;
+	if (control == NULL || !control->asked)
+		return;
+	answered(control, 0, NULL, event);
+}
+
+/*
+ * The broker has closed a channel of this file.  Returns false if that is a 403 that
+ * is not to be believed yet: the caller is to log in anew.
+ */
+bool
+topology_refused(Connection *conn, const BrokerEvent *event)
+{
+	Control    *control = control_of(event->channel);
+	Topic	   *topic;
+
+	if (control == NULL)
+	{
+		take_witness();
+		return true;
+	}
+	topic = topic_find(control->topic_id);
+	control->channel = 0;
+	control->open = false;
+	if (!control->asked || topic == NULL)
+		return true;
+	if (event->code == BROKER_ACCESS_REFUSED &&
+		!connection_believes(conn, &topic->declaration.doubted,
+							 topic->flow.stalled && topic->flow.code == BROKER_ACCESS_REFUSED))
+	{
+		control->asked = false;
+		return false;
+	}
+	answered(control, event->code, psprintf("%d %s", event->code, event->text), event);
+	release_topic(control, true);
+	return true;
+}
+
+/* Was the connection lost during the same request before? */
+static bool
+lost_again(Control *control, Topic *topic)
+{
+	Declaration *declaration = &topic->declaration;
+	bool		same = is_lost_request(control, declaration);
+
+	if (declaration->lost_group != NULL)
+		pfree(declaration->lost_group);
+	declaration->lost_group = control->group ? MemoryContextStrdup(TopMemoryContext, control->group) : NULL;
+	declaration->lost_kind = control->kind;
+	declaration->losses = same ? declaration->losses + 1 : 1;
+	return same;
+}
+
+/*
+ * The connection is lost.  event: with what the broker has closed it; NULL: in
+ * another way, which is no request's fault.
+ */
+void
+topology_lost(const BrokerEvent *event)
+{
+	int			asked = 0;
+
+	witness = 0;
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+		asked += controls[i].asked;
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		Control    *control = &controls[i];
+		Topic	   *topic = topic_find(control->topic_id);
+
+		control->channel = 0;
+		control->open = false;
+		if (control->asked && topic != NULL && event != NULL && event->code >= 500 &&
+			(event->class_id == 0 || broker_blames_request(event->class_id, event->method_id, control->kind)))
+		{
+			one_at_a_time = true;
+			if (lost_again(control, topic) && asked == 1)
+				answered(control, event->code,
+						 psprintf("%s: the broker closed the connection: %d %s",
+								  request_text(control), event->code, event->text), event);
+		}
+		if (control->topic_id != 0)
+			release_topic(control, true);
+	}
+}
+
+/* The broker did not read for a time: that does not count. */
+void
+topology_unblocked(void)
+{
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+		controls[i].asked_at = mono_now();
+	witness_at = mono_now();
+}
+
+/*
+ * Returns why the connection has to be given up, or NULL: not even a channel was opened
+ * in REPLY_TIMEOUT_MS, and the broker has said nothing else.  heard_at: when it last
+ * said anything but heartbeats.
+ */
+const char *
+topology_check(MonoTime now, MonoTime heard_at)
+{
+	if (witness == 0 || !mono_exceeds(Max(witness_at, heard_at), now, REPLY_TIMEOUT_MS))
+		return NULL;
+	return "the broker did not answer a request";
+}
+
+/* Is there anything that the broker has not answered yet? */
+bool
+topology_busy(void)
+{
+	return nqueued > 0;
+}
+
+/* When the next answer is overdue, or 0. */
+MonoTime
+topology_timeout(void)
+{
+	MonoTime	first = 0;
+
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		MonoTime	when = mono_plus(controls[i].asked_at, REPLY_TIMEOUT_MS);
+
+		if (when <= mono_now())
+			when = mono_later(WITNESS_MS);
+		if (controls[i].channel != 0 && (controls[i].asked || !controls[i].open) &&
+			(first == 0 || when < first))
+			first = when;
+	}
+	return first;
 }
 
 /* ---- recording ---- */
 
+/* Is there an answer to be written into the catalog? */
 bool
 topology_unrecorded(void)
 {
-	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
-	{
-		if (answered(topic) || topic->stall_changed)
-			return true;
-	}
-	return false;
+	return !dlist_is_empty(&unrecorded);
+}
+
+static void
+execute(const char *sql, int nargs, Oid *types, Datum *values, const char *nulls)
+{
+	int			result = SPI_execute_with_args(sql, nargs, types, values, nulls, false, 0);
+
+	if (result < 0)
+		elog(ERROR, "could not execute \"%s\": %s", sql, SPI_result_code_string(result));
 }
 
 static bool
@@ -787,20 +943,20 @@ record_binding(Topic *topic, Binding *binding)
 	char		nulls[3] = {' ', ' ', 'n'};
 	const char *command;
 
-	if (binding->error != NULL)
+	if (binding->answer.error != NULL)
 	{
-		values[2] = CStringGetTextDatum(binding->error);
+		values[2] = CStringGetTextDatum(binding->answer.error);
 		nulls[2] = ' ';
 	}
-	if (binding->gone)
+	if (binding->answer.gone)
 		command = "delete from fanout.binding where drop_if_unused is not null and " BINDING_KEY;
 	else if (binding->dropping)
 		command = "update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3 where " BINDING_KEY;
 	else
 		command = "update fanout.binding set last_error = $3,"
 			" declared_at = case when $3 is null then clock_timestamp() else declared_at end where " BINDING_KEY;
-	binding->answered = !change_unlocked(command, "fanout.binding", BINDING_KEY,
-										 binding->gone ? 2 : 3, types, values, nulls) &&
+	binding->answer.answered = !change_unlocked(command, "fanout.binding", BINDING_KEY,
+												binding->answer.gone ? 2 : 3, types, values, nulls) &&
 		row_exists("fanout.binding", BINDING_KEY, 2, types, values);
 }
 
@@ -814,119 +970,72 @@ forget_topic_rows(Topic *topic)
 	execute("delete from fanout.topic_stat where topic_id = $1", 1, types, values, NULL);
 }
 
-/* What was held of it in the meantime can go nowhere. */
-static void
-bury_held_rows(Topic *topic)
-{
-	Oid			types[2] = {INT4OID, TEXTOID};
-	Datum		values[2] = {Int32GetDatum(topic->topic_id), CStringGetTextDatum(topic->name)};
-
-	execute("with h as (delete from fanout.held where topic_id = $1 returning *)"
-			" insert into fanout.dead_letter (id, topic, message_id, type, key, headers, payload, queue, xid, created_at, reason, attempts)"
-			" select id, $2, message_id, type, key, headers, payload, queue, xid, created_at, 'its topic was dropped', 0 from h",
-			2, types, values, NULL);
-}
-
 #define TOPIC_KEY "topic_id = $1"
 
 static void
 record_topic(Topic *topic)
 {
+	Declaration *declaration = &topic->declaration;
 	Oid			types[2] = {INT4OID, TEXTOID};
 	Datum		values[2] = {Int32GetDatum(topic->topic_id), (Datum) 0};
 	char		nulls[2] = {' ', 'n'};
 	const char *command;
 
-	if (topic->error != NULL)
+	if (declaration->error != NULL)
 	{
-		values[1] = CStringGetTextDatum(topic->error);
+		values[1] = CStringGetTextDatum(declaration->error);
 		nulls[1] = ' ';
 	}
-	if (topic->gone)
+	if (declaration->gone)
 		command = "delete from fanout.topic where dropping and " TOPIC_KEY;
 	else if (topic->dropping)
 		command = "update fanout.topic set dropping = false, last_error = $2 where " TOPIC_KEY;
 	else
 		command = "update fanout.topic set last_error = $2,"
 			" declared_at = case when $2 is null then clock_timestamp() else declared_at end where " TOPIC_KEY;
-	if (!change_unlocked(command, "fanout.topic", TOPIC_KEY, topic->gone ? 1 : 2, types, values, nulls))
-		topic->answered = row_exists("fanout.topic", TOPIC_KEY, 1, types, values);
+	if (!change_unlocked(command, "fanout.topic", TOPIC_KEY, declaration->gone ? 1 : 2, types, values, nulls))
+		declaration->answered = row_exists("fanout.topic", TOPIC_KEY, 1, types, values);
 	else
 	{
-		topic->answered = false;
-		if (topic->gone)
-		{
+		declaration->answered = false;
+		if (declaration->gone)
 			forget_topic_rows(topic);
-			bury_held_rows(topic);
-		}
 	}
 }
 
+/* Records the answers of one topic; returns whether all are. */
+static bool
+record_answers(Topic *topic)
+{
+	bool		all = true;
+
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		if (topic->bindings[b].answer.answered)
+			record_binding(topic, &topic->bindings[b]);
+		all = all && !topic->bindings[b].answer.answered;
+	}
+	if (topic->declaration.answered)
+		record_topic(topic);
+	return all && !topic->declaration.answered;
+}
+
+/*
+ * Records the answers, in the current transaction; those whose rows are locked by
+ * others stay to be recorded.
+ */
 void
 topology_record(void)
 {
-	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
+	dlist_mutable_iter it;
+
+	dlist_foreach_modify(it, &unrecorded)
 	{
-		for (int b = 0; b < topic->nbindings; b++)
-		{
-			if (topic->bindings[b].answered)
-				record_binding(topic, &topic->bindings[b]);
-		}
-		if (topic->answered)
-			record_topic(topic);
-	}
-}
+		Topic	   *topic = dlist_container(Topic, declaration.unrecorded_node, it.cur);
 
-/* ---- stalls ---- */
-
-static void
-raise_alert(Topic *topic)
-{
-	ereport(WARNING,
-			(errmsg("topic \"%s\" was refused by the broker %d times", topic->name, topic->attempts),
-			 errdetail("The broker said: %s", topic->reason),
-			 topic->dead_letters ?
-			 errhint("The first message waiting goes to fanout.dead_letter.") :
-			 errhint("Its messages wait in order; see fanout.stat_topics and fanout.bindings.")));
-	alert_queue(topic->name, topic->attempts, topic->reason);
-	topic->alert = false;
-}
-
-static void
-record_stall(Topic *topic)
-{
-	Oid			types[5] = {INT4OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID, TEXTOID};
-	Datum		values[5] = {
-		Int32GetDatum(topic->topic_id), TimestampTzGetDatum(topic->stalled_at),
-		Int32GetDatum(topic->attempts), TimestampTzGetDatum(store_retry_at(topic->retry_at)),
-		(Datum) 0
-	};
-
-	execute("select from fanout.stall where topic_id = $1 for update skip locked", 1, types, values, NULL);
-	if (SPI_processed == 0 && row_exists("fanout.stall", TOPIC_KEY, 1, types, values))
-		return;					/* resume() has it: next time */
-	if (!topic->stalled)
-		execute("delete from fanout.stall where topic_id = $1", 1, types, values, NULL);
-	else
-	{
-		values[4] = CStringGetTextDatum(topic->reason);
-		execute("insert into fanout.stall (topic_id, stalled_at, attempts, retry_at, last_error)"
-				" values ($1, $2, $3, $4, $5)"
-				" on conflict (topic_id) do update set attempts = excluded.attempts,"
-				" retry_at = excluded.retry_at, last_error = excluded.last_error",
-				5, types, values, NULL);
-	}
-	topic->stall_changed = false;
-}
-
-void
-topology_record_stalls(void)
-{
-	for (Topic *topic = topology_restless(NULL); topic != NULL; topic = topology_restless(topic))
-	{
-		if (topic->stall_changed)
-			record_stall(topic);
-		if (topic->alert)
-			raise_alert(topic);
+		if (!record_answers(topic))
+			continue;
+		dlist_delete(&topic->declaration.unrecorded_node);
+		topic->declaration.unrecorded = false;
 	}
 }

@@ -224,7 +224,7 @@ prepare(Message *message)
 	if (message->payload_len > BROKER_MAX_BODY)
 		return psprintf("body of %zu bytes is larger than the %d that RabbitMQ can take",
 						message->payload_len, BROKER_MAX_BODY);
-	if (reader_unsendable(message))
+	if (message_unsendable(message))
 		return psprintf("headers and key of %zu bytes do not fit into a frame", message->headers_len);
 	fields = wire_fields(message->headers, OWN_HEADERS, &wire->nheaders);
 	if (fields == NULL || !set_own_headers(message, fields, &wire->nheaders))

@@ -10,8 +10,8 @@
 
 #include "postgres.h"
 
-#include "broker/broker.h"
-#include "publish/reader.h"
+#include "broker/types.h"
+#include "publish/run.h"
 
 /*
  * Fills message->wire except exchange, routing key and content type, in the

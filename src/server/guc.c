@@ -28,6 +28,7 @@
 bool		pgf_enabled = true;
 int			pgf_confirm_timeout = 60000;
 int			pgf_max_in_flight = 2000;
+int			pgf_max_channels = 256;
 int			pgf_retry_interval = 5000;
 int			pgf_retry_limit = 10;
 int			pgf_retention = 24 * 3600;
@@ -78,9 +79,13 @@ define_publishing_settings(void)
 				   NULL,
 				   &pgf_confirm_timeout, 1000, 3600 * 1000, GUC_UNIT_MS);
 	guc_define_int("pg_fanout.max_in_flight",
-				   "Maximum number of messages published and not yet confirmed.",
+				   "Maximum number of messages of a topic published and not yet confirmed.",
 				   NULL,
 				   &pgf_max_in_flight, 1, 65535, 0);
+	guc_define_int("pg_fanout.max_channels",
+				   "Maximum number of channels on which topics are published at the same time.",
+				   NULL,
+				   &pgf_max_channels, 1, 2000, 0);
 	guc_define_int("pg_fanout.retry_interval",
 				   "Time before a topic that failed is tried again, the first time.",
 				   NULL,

@@ -10,7 +10,8 @@
 
 extern bool pgf_enabled;
 extern int	pgf_confirm_timeout;	/* ms */
-extern int	pgf_max_in_flight;	/* messages */
+extern int	pgf_max_in_flight;	/* messages of a topic */
+extern int	pgf_max_channels;
 extern int	pgf_retry_interval; /* ms */
 extern int	pgf_retry_limit;	/* attempts */
 extern int	pgf_retention;		/* s */

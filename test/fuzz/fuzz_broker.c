@@ -39,7 +39,7 @@
 
 #include "broker/broker.h"
 #include "broker/clock.h"
-#include "broker/confirms.h"
+#include "confirms.h"
 #include "fuzz.h"
 #include "broker/tcp.h"
 

@@ -132,7 +132,7 @@ select fanout.purge('control');
 -- the columns of the views are part of the interface
 select c.relname as view, string_agg(a.attname || ' ' || format_type(a.atttypid, a.atttypmod), ', ' order by a.attnum) as columns
 from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
-where c.relnamespace = 'fanout'::regnamespace and c.relkind = 'v' and c.relname not in ('pending', 'capture_trigger_list') or c.oid = 'fanout.dead_letter'::regclass
+where c.relnamespace = 'fanout'::regnamespace and c.relkind = 'v' and obj_description(c.oid, 'pg_class') not like 'internal:%' or c.oid = 'fanout.dead_letter'::regclass
 group by c.relname order by c.relname \x\g\x
 -- and so are the functions that have no "internal" in their comments
 select p.oid::regprocedure as function, pg_get_function_arguments(p.oid) as arguments, pg_get_function_result(p.oid) as result

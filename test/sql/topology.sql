@@ -184,6 +184,29 @@ select fanout.drop_topic('topology_dropped');
 select fanout.declare_binding('topology_dropped', 'g');
 select topic, format, on_exhausted, consumer_group, state from topology where topic = 'topology_dropped';
 
+-- A topic is changed in place, with the captures into it, so that a dump of the schema
+-- alone says so, too; what was captured before stays as it was
+create table topology_altered (id int primary key, name text);
+select fanout.declare_topic('topology_altered');
+select fanout.capture('topology_altered', 'topology_altered', "where" => 'id > 0', old_row => true);
+begin;
+insert into topology_altered values (1, 'a');
+select fanout.alter_topic('topology_altered', format => 'row');
+insert into topology_altered values (2, 'b');
+select payload::jsonb ? 'source' as debezium, headers ->> 'format' as format
+from fanout.outbox where type like '%topology_altered%' or headers ->> 'table' = 'topology_altered' order by id;
+rollback;
+select fanout.alter_topic('topology_altered', format => 'cloudevents', on_exhausted => 'dead_letter');
+select format, on_exhausted from fanout.topics where topic = 'topology_altered';
+select name, args from fanout.capture_trigger_list where topic = 'topology_altered' order by name;
+-- declaring both again is a no-op
+select fanout.declare_topic('topology_altered', 'cloudevents', 'dead_letter');
+select fanout.capture('topology_altered', 'topology_altered', "where" => 'id > 0', old_row => true);
+select fanout.alter_topic('topology_altered', on_exhausted => 'hold', format => 'debezium');
+select name, args from fanout.capture_trigger_list where topic = 'topology_altered' order by name;
+select fanout.capture('topology_altered', 'topology_altered', "where" => 'id > 0', old_row => true);
+drop table topology_altered;
+
 -- SQLSTATEs are part of the interface
 create function sqlstate_of(command text) returns text language plpgsql as $$
 begin
@@ -200,6 +223,9 @@ select sqlstate_of(command), command from unnest(array[
     $$select fanout.declare_topic('amq.x')$$,
     $$select fanout.declare_topic('topology', 'avro')$$,
     $$select fanout.declare_topic('topology', 'row')$$,
+    $$select fanout.alter_topic('topology_unknown', 'row')$$,
+    $$select fanout.alter_topic('topology', 'avro')$$,
+    $$select fanout.alter_topic('topology', on_exhausted => 'never')$$,
     $$select fanout.declare_binding('topology', 'g', 'lazy')$$,
     $$select fanout.declare_binding('topology_new', 'g', 'classic')$$,
     $$select fanout.declare_binding('topology_a_b', 'c')$$,

@@ -151,6 +151,9 @@ sql("alter system set pg_fanout.uri = '$uri'");
 $node->reload;
 PgFanout::poll(sub { sql('select connected_to from fanout.stat_publisher') =~ /:@{[ $proxy->port ]}\b/ },
 	'a connection through the proxy');
+sql(q(insert into t (v) values ('so that its topic has a channel')));
+PgFanout::flush($node);
+$broker->amqp('purge', '--queue', 't_g');
 $proxy->command('freeze');
 sql(q(begin; insert into t (v) select 'not to stay' from generate_series(1, 100); rollback;
 	insert into t (v) select repeat(md5(i::text), 60) from generate_series(1, 20000) i));
@@ -158,10 +161,8 @@ PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') > 0 }, '
 sql("vacuum full fanout.outbox_$_") foreach 0 .. 2;
 $proxy->command('pass');
 PgFanout::flush($node, timeout => '180 s');
-like(slurp_file($node->logfile), qr/table "fanout\.outbox_\d" was rewritten while it was read/,
-	'VACUUM FULL in the middle of a batch ends the publisher');
 my %seen;
 $seen{ $_->{message_id} }++ foreach $broker->collect('t_g', expect => 20000);
-is(scalar keys %seen, 20000, 'the next one publishes all of it');
+is(scalar keys %seen, 20000, 'VACUUM FULL in the middle of a batch: all of it is published');
 
 done_testing();

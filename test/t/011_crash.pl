@@ -112,6 +112,7 @@ foreach my $time (1 .. 3)
 		'select confirmed from fanout.stat_publisher');
 	$node->safe_psql('postgres',
 		'set synchronous_commit = off; ' . select_publish('async', 1, 1));
+	$committed++;
 	PgFanout::poll(
 		sub {
 			$node->safe_psql('postgres',

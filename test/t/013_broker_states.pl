@@ -265,6 +265,10 @@ sub write_backlog
 
 	if ($before)
 	{
+		# the topic has no channel before its first message
+		write_messages(1, 100);
+		PgFanout::flush($node);
+
 		# it declares topology once more after its first second, and should not
 		# wait for an answer to that when the broker is made to say nothing
 		PgFanout::poll(

@@ -87,7 +87,9 @@ sub token_expires_under_load
 	}
 	write_token(3600);
 	PgFanout::flush($node);
-	cmp_ok(reconnects() - $before, '>=', 3, 'the publisher logged in anew') or diag reconnects();
+	# RabbitMQ asks for a channel's right to publish once, and again after a minute
+	# (channel_tick_interval), and topics keep their channels: so not each expiry is noticed
+	cmp_ok(reconnects() - $before, '>=', 1, 'the publisher logged in anew') or diag reconnects();
 	cmp_ok(reconnects() - $before, '<=', 10, 'but not more often than tokens expired');
 	is($node->safe_psql('postgres', 'select count(*) from fanout.dead_letter'), 0, 'nothing is given up');
 	$node->poll_query_until('postgres', "select count(*) = $published from got");
@@ -286,9 +288,10 @@ sub log_in_anew
 # The publisher is logged in with a token that has expired.
 sub expire
 {
-	write_token(2);
+	# a login may take more than a second on a busy machine
+	write_token(5);
 	log_in_anew();
-	Time::HiRes::sleep(3);
+	Time::HiRes::sleep(6);
 	return;
 }
 

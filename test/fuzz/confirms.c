@@ -14,7 +14,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "broker/confirms.h"
+#include "confirms.h"
 
 #include <stddef.h>
 

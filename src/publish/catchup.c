@@ -1,0 +1,433 @@
+/*-------------------------------------------------------------------------
+ *
+ * catchup.c
+ *		Topics that have left the main cursor: when they are tried again, what they
+ *		read by themselves, and how they join it again.
+ *
+ * Transitions of the state machine in flow.c that are made here:
+ *
+ *		DETACHED -> CATCHING_UP	it is not refused, and not paused (any more)
+ *		DETACHED -> PROBING		it is due, and its topology was declared anew
+ *		PROBING -> CATCHING_UP	there is nothing to be sent any more
+ *		CATCHING_UP -> JOINING	it has read as far as the main cursor, which is
+ *								between two batches, and the broker is quick
+ *
+ * A topic reads what is held of it first, and then the outbox, in batches up to the
+ * main cursor's base.  At most MAX_READERS read at once, a step at a time, so that
+ * all others are kept waiting for some milliseconds only.
+ *
+ * Must never: read further than the main cursor.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+
+#include "publish/catchup.h"
+#include "publish/flow.h"
+#include "publish/progress.h"
+#include "publish/reader.h"
+#include "publish/topic.h"
+#include "publish/topology.h"
+#include "server/guc.h"
+#include "server/worker.h"
+
+/* So many topics read at once; each has the turn for TURN_MS if others wait. */
+#define MAX_READERS 4
+#define TURN_MS 1000
+
+/* Blocks that are looked at before others get their turn: some milliseconds. */
+#define READ_BLOCKS 256
+
+/* Messages in memory of a topic that reads by itself. */
+#define MAX_MESSAGES (4 * RUN_MESSAGES)
+
+/* A topic whose oldest message has been in flight for longer does not join. */
+#define JOIN_FLIGHT_MS 200
+
+/* ---- reading by itself ---- */
+
+/* Is there anything before the main cursor that it has not read? */
+static bool
+is_behind(const Flow *flow)
+{
+	return flow->held || flow->cursor.batch != NULL || flow->cursor.number < flow_main->number;
+}
+
+/* For the reader: accepted before, or purged. */
+static bool
+skips(Flow *flow, const Message *message)
+{
+	AcceptedMessage *accepted = flow->accepted == NULL ? NULL :
+		hash_search(flow->accepted, &message->id, HASH_FIND, NULL);
+
+	if (accepted != NULL)
+	{
+		/* kept: the topic may have to go back once more */
+		accepted->passed = flow->readings;
+		return true;
+	}
+	for (int i = 0; i < flow->npurged; i++)
+	{
+		if (strcmp(flow->purged[i], message->message_id) == 0)
+			return true;
+	}
+	return false;
+}
+
+static Run *
+read_held(Flow *flow, int limit)
+{
+	bool		last;
+	Run		   *run = reader_read_held(flow, topic_of(flow)->topic_id, flow->held_after, limit, &last);
+
+	if (run != NULL)
+		flow->held_after = run->messages[run->count - 1]->id;
+	else if (flow->held_after == 0)
+		flow->held = false;
+	else if (!flow_has_runs(flow))
+		flow->held_after = 0;	/* there may be new ones before it */
+	flow->held_read = (run == NULL && flow->held_after != 0);
+	return run;
+}
+
+/* Reads the topic's next run, if there is one, and takes it in. */
+static void
+read_run(Flow *flow, int limit)
+{
+	Run		   *run;
+
+	flow->readings++;
+	worker_begin();
+	if (flow->held)
+		run = read_held(flow, limit);
+	else
+		run = reader_read_topic(&flow->cursor, flow_main, flow, limit, READ_BLOCKS, skips);
+	worker_commit();
+	if (run == NULL)
+	{
+		if (!is_behind(flow))
+			flow->backlog = flow->window.count;
+		return;
+	}
+	run->reading = flow->readings;
+	flow->bytes += run->bytes;
+	if (flow->give_up)
+	{
+		run->messages[0]->reason = MemoryContextStrdup(run->context, flow->reason);
+		run->messages[0]->attempts = flow->attempts;
+	}
+	flow_admit(run);
+}
+
+/* May the topic read its next run now? */
+static bool
+may_read(const Flow *flow)
+{
+	if (!is_behind(flow))
+		return false;
+	if (flow->held && flow->held_read && flow_has_runs(flow))
+		return false;
+	if (flow->state == FLOW_PROBING)
+		return flow->window.count == 0 && !flow_has_runs(flow);
+	return flow->state == FLOW_CATCHING_UP && flow->window.count < MAX_MESSAGES && flow->bytes < RUN_BYTES;
+}
+
+/* Makes room among those who read at once: whoever had the turn longest gives it up. */
+static bool
+take_turn(Flow *flow)
+{
+	dlist_iter	it;
+	Flow	   *longest = NULL; /* that is not in the middle of looking */
+	int			n = 0;
+
+	if (flow->cursor.open)
+		return true;
+	dlist_foreach(it, &flow_detached)
+	{
+		Flow	   *other = flow_in(it.cur);
+
+		if (!other->cursor.open)
+			continue;
+		n++;
+		if (!other->cursor.scan.passing &&
+			(longest == NULL || other->turn_since < longest->turn_since))
+			longest = other;
+	}
+	if (n >= MAX_READERS)
+	{
+		if (longest == NULL || !mono_exceeds(longest->turn_since, mono_now(), TURN_MS))
+			return false;
+		cursor_close(&longest->cursor);
+	}
+	flow->turn_since = mono_now();
+	return true;
+}
+
+/* A probe finds nothing to be sent: somebody has purged it. */
+static void
+nothing_to_probe(Flow *flow)
+{
+	if (flow->state == FLOW_PROBING && !is_behind(flow) && flow->window.count == 0 &&
+		!flow_has_runs(flow))
+	{
+		flow->give_up = false;
+		flow_recovered(flow);
+		flow_set_state(flow, FLOW_CATCHING_UP);
+	}
+}
+
+/*
+ * A segment of the outbox cannot be emptied because of messages that this topic has
+ * not sent.  If it does not send any for now, they are moved.
+ */
+void
+flow_move_to_held(int32 topic_id)
+{
+	Topic	   *topic = topic_find(topic_id);
+
+	if (topic != NULL)
+		topic->flow.moving = true;
+}
+
+/* Moves a run of what the topic has not sent to fanout.held, where it is read first. */
+static void
+move_run(Flow *flow)
+{
+	Run		   *run;
+
+	flow->readings++;
+	worker_begin();
+	run = reader_read_topic(&flow->cursor, flow_main, flow, RUN_MESSAGES, READ_BLOCKS, skips);
+	flow->moving = (flow->cursor.batch != NULL || flow->cursor.number < flow_main->number);
+	if (run != NULL)
+	{
+		reader_hold(run->messages, run->count);
+		flow->held = true;
+		run_free(run);
+	}
+	if (run != NULL || !flow->moving)
+		flow_record_position(flow, false, 0);
+	worker_commit();
+}
+
+/* Finds out how many messages wait for a topic that was detached at start. */
+static void
+count_backlog(Flow *flow)
+{
+	int64		count;
+
+	worker_begin();
+	if (reader_count_topic(&flow->cursor, flow_main, READ_BLOCKS, &count))
+		flow->backlog = Max(count - flow->npurged, 0);
+	worker_commit();
+}
+
+/*
+ * Has each topic that catches up read its next run, as far as that can be done at
+ * once.  Returns whether any did.  connected: there is a broker to publish to.
+ */
+bool
+flow_read_all(bool connected)
+{
+	dlist_mutable_iter it;
+	bool		any = false;
+
+	dlist_foreach_modify(it, &flow_detached)
+	{
+		Flow	   *flow = flow_in(it.cur);
+		bool		usable = connected || flow_is_gone(topic_of(flow)) || flow->give_up;
+
+		nothing_to_probe(flow);
+		if (flow->state == FLOW_DETACHED && flow->backlog < 0 && take_turn(flow))
+		{
+			count_backlog(flow);
+			any = true;
+		}
+		if (flow->state != FLOW_DETACHED)
+			flow->moving = false;
+		else if (flow->moving && take_turn(flow))
+		{
+			move_run(flow);
+			any = true;
+		}
+		if (!usable || !may_read(flow) || !take_turn(flow))
+			continue;
+		read_run(flow, flow->state == FLOW_PROBING ? 1 : RUN_MESSAGES);
+		any = true;
+	}
+	return any;
+}
+
+/* ---- trying again ---- */
+
+static bool
+is_exhausted(const Flow *flow)
+{
+	return topic_of(flow)->dead_letters && flow->attempts >= Max(pgf_retry_limit, 2) &&
+		!flow->stall_changed && !flow->alert;
+}
+
+/*
+ * A topic that was refused is tried again: its topology first, for the queue or the
+ * exchange may be what is missing.
+ */
+static void
+retry_topology(Flow *flow)
+{
+	Topic	   *topic = topic_of(flow);
+	const char *error = topology_error(topic);
+
+	if (!flow->redeclared)
+	{
+		flow->redeclared = true;
+		topology_forget_topic(topic);
+		topology_request(topic, true);
+	}
+	else if (error != NULL)
+		flow_refused(flow, topic->declaration.code, error);
+	else if (topology_ready(topic))
+	{
+		if (topic->paused)
+			flow_recovered(flow);
+		else
+			flow_set_state(flow, FLOW_PROBING);
+	}
+}
+
+/* Is there something to try for a topic that was refused and is paused? */
+static bool
+may_try(const Flow *flow)
+{
+	const Topic *topic = topic_of(flow);
+
+	return !topic->paused || topology_error(topic) != NULL || flow->redeclared;
+}
+
+static bool
+try_again(Flow *flow, bool connected)
+{
+	Topic	   *topic = topic_of(flow);
+
+	if (!flow->stalled)
+	{
+		if (topic->paused)
+			return false;
+		flow_set_state(flow, FLOW_CATCHING_UP);
+		return true;
+	}
+	if (flow->retry_at > mono_now() || !may_try(flow))
+		return false;
+	if (is_exhausted(flow) && !topic->paused)
+	{
+		flow->give_up = true;
+		flow_set_state(flow, FLOW_PROBING);
+		return true;
+	}
+	if (!connected)
+		return false;
+	retry_topology(flow);
+	return flow->state != FLOW_DETACHED;
+}
+
+/* Tries those again that are due.  Returns whether any goes on. */
+bool
+flow_try_all(bool connected)
+{
+	dlist_mutable_iter it;
+	bool		any = false;
+
+	dlist_foreach_modify(it, &flow_detached)
+	{
+		Flow	   *flow = flow_in(it.cur);
+
+		if (flow->state == FLOW_DETACHED)
+			any = try_again(flow, connected) || any;
+	}
+	return any;
+}
+
+/* When the next one is due, or 0. */
+MonoTime
+flow_next_retry(bool connected)
+{
+	MonoTime	next = 0;
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		const Flow *flow = flow_in(it.cur);
+
+		if (flow->state != FLOW_DETACHED || !flow->stalled || !may_try(flow) || flow->redeclared)
+			continue;
+		if (!connected && !is_exhausted(flow))
+			continue;
+		if (next == 0 || flow->retry_at < next)
+			next = Max(flow->retry_at, 1);
+	}
+	return next;
+}
+
+/* ---- joining the main cursor ---- */
+
+/* Does the broker confirm its messages soon enough? */
+static bool
+is_quick(const Flow *flow)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	return item == NULL || !mono_exceeds(item->published_at, mono_now(), JOIN_FLIGHT_MS);
+}
+
+static void
+join(Flow *flow)
+{
+	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) ||
+		flow->window.count > RUN_MESSAGES)
+		return;
+	flow->join_number = flow_main->number;
+	flow->serial = false;
+	flow->unrecorded = true;
+	flow_set_state(flow, FLOW_JOINING);
+	flow_choose_mode(flow);
+}
+
+/*
+ * Lets topics ride with the main cursor again that have read as far, or can do so with
+ * another run.  To be called while the main cursor is between two batches.
+ */
+void
+flow_join_all(bool connected)
+{
+	dlist_mutable_iter it;
+
+	dlist_foreach_modify(it, &flow_detached)
+	{
+		Flow	   *flow = flow_in(it.cur);
+
+		if (flow->state != FLOW_CATCHING_UP)
+			continue;
+		if (connected && flow->cursor.batch == NULL && !flow->held && may_read(flow) && take_turn(flow))
+			read_run(flow, RUN_MESSAGES);
+		join(flow);
+	}
+}
+
+/* Is there anything of a topic without the main cursor that is not sent? */
+bool
+flow_anything_waits(void)
+{
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		const Flow *flow = flow_in(it.cur);
+
+		if (flow->backlog != 0 || flow->held || flow->window.count > 0 || flow->unrecorded ||
+			flow->state != FLOW_DETACHED || topology_error(topic_of(flow)) != NULL)
+			return true;
+	}
+	return false;
+}

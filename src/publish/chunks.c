@@ -1,0 +1,241 @@
+/*-------------------------------------------------------------------------
+ *
+ * chunks.c
+ *		What the main cursor has read and the ledger does not say yet.
+ *
+ * A chunk is done when all messages of all its runs are.  Chunks are recorded in the
+ * order in which they were read, so the oldest one that is not done keeps all behind
+ * it.  One whose topic leaves the main cursor loses that topic's run:
+ *
+ *		read -> [ runs of topics ] -> done -> recorded, with those before it
+ *		                |
+ *		                +-- its topic leaves: the run goes with it (chunks_cut)
+ *
+ * Memory is bounded by the number of messages of all chunks, done or not, and by the
+ * bytes of those that are not done.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/memutils.h"
+
+#include "publish/chunks.h"
+#include "publish/reader.h"
+
+/*
+ * Of single messages that come a few at a time, each would cost the ledger as
+ * much as its row cost the outbox.  So they are gathered for GATHER_MS, or until
+ * they are so many.  What is gathered would be sent again after a crash, as what
+ * is in flight would be.
+ */
+#define GATHER_MS		50
+#define GATHER_MESSAGES 1000
+
+/* No more is read with so many messages, or bytes not done, in memory. */
+#define MAX_MESSAGES	(9 * RUN_MESSAGES)
+#define MAX_BYTES		RUN_BYTES
+
+static Chunk *first = NULL;
+static Chunk *last = NULL;
+static int	nmessages = 0;
+static size_t bytes = 0;
+static int	ndone = 0;			/* messages of the oldest chunks that are done */
+static MonoTime done_since = 0; /* when the first of these was */
+static Chunk *oldest = NULL;	/* that is not done */
+static MonoTime oldest_since = 0;	/* when it became that */
+
+Chunk *
+chunks_create(void)
+{
+	return MemoryContextAllocZero(TopMemoryContext, sizeof(Chunk));
+}
+
+/* Frees a chunk that has no runs. */
+void
+chunks_free(Chunk *chunk)
+{
+	if (chunk->batch != NULL)
+		batch_release(chunk->batch);
+	pfree(chunk);
+}
+
+Chunk *
+chunks_first(void)
+{
+	return first;
+}
+
+Chunk *
+chunks_last(void)
+{
+	return last;
+}
+
+/* May another chunk be read? */
+bool
+chunks_room(void)
+{
+	return nmessages <= MAX_MESSAGES && bytes <= MAX_BYTES;
+}
+
+/* ---- what is done ---- */
+
+/* Finds the oldest chunk that is not done, and counts what is done before it. */
+static void
+look_at_oldest(void)
+{
+	Chunk	   *chunk = first;
+
+	ndone = 0;
+	for (; chunk != NULL && chunk->open_runs == 0; chunk = chunk->next)
+		ndone += chunk->count;
+	if (chunk != first && done_since == 0)
+		done_since = mono_now();
+	if (chunk != oldest)
+		oldest_since = mono_now();
+	oldest = chunk;
+}
+
+/* Adds a chunk behind all others, with its runs, whose messages are not done. */
+void
+chunks_append(Chunk *chunk)
+{
+	if (last != NULL)
+		last->next = chunk;
+	else
+		first = chunk;
+	last = chunk;
+	nmessages += chunk->count;
+	bytes += chunk->bytes;
+	for (Run *run = chunk->runs; run != NULL; run = run->next_of_chunk)
+		chunk->open_runs++;
+	look_at_oldest();
+}
+
+static void
+run_closed(Chunk *chunk)
+{
+	if (--chunk->open_runs == 0)
+		look_at_oldest();
+}
+
+/* Another message of the run is done. */
+void
+chunks_message_done(Run *run, const Message *message)
+{
+	if (run->chunk == NULL)
+		return;
+	bytes -= message->bytes;
+	if (run->done == run->count)
+		run_closed(run->chunk);
+}
+
+/* Takes a run, whose topic leaves the main cursor, out of its chunk. */
+void
+chunks_cut(Run *run)
+{
+	Chunk	   *chunk = run->chunk;
+	Run		  **link = &chunk->runs;
+
+	while (*link != run)
+		link = &(*link)->next_of_chunk;
+	*link = run->next_of_chunk;
+	run->next_of_chunk = NULL;
+	run->chunk = NULL;
+	chunk->count -= run->count;
+	nmessages -= run->count;
+	for (int i = run->done; i < run->count; i++)
+		bytes -= run->messages[i]->bytes;
+	if (run->done < run->count)
+		run_closed(chunk);
+}
+
+/* When it is time to record what is done, or 0: nothing is. */
+MonoTime
+chunks_due_at(void)
+{
+	return done_since == 0 ? 0 : mono_plus(done_since, GATHER_MS);
+}
+
+/* Is it time to record what is done? */
+bool
+chunks_due(void)
+{
+	return done_since != 0 && (ndone >= GATHER_MESSAGES || mono_now() >= chunks_due_at());
+}
+
+/* Does a chunk that is done wait to be recorded for an older one that is not? */
+bool
+chunks_one_waits(void)
+{
+	return oldest != NULL && oldest->next != NULL && oldest->next->open_runs == 0;
+}
+
+/*
+ * Returns a topic's flow that the oldest chunk which is not done waits for, and since
+ * when that chunk is the oldest; NULL: there is no such chunk.
+ */
+struct Flow *
+chunks_awaited(MonoTime *since)
+{
+	if (oldest == NULL)
+		return NULL;
+	*since = oldest_since;
+	for (Run *run = oldest->runs; run != NULL; run = run->next_of_chunk)
+	{
+		if (run->done < run->count)
+			return run->flow;
+	}
+	return NULL;
+}
+
+/* ---- recording ---- */
+
+static void
+record_runs(Chunk *chunk, void (*record_run) (Run *run))
+{
+	Run		   *next;
+
+	for (Run *run = chunk->runs; run != NULL; run = next)
+	{
+		next = run->next_of_chunk;
+		record_run(run);
+	}
+	chunk->runs = NULL;
+}
+
+/*
+ * Has the runs of all chunks that are done recorded, and takes these chunks out,
+ * but for the last of them, which is returned with what concerns all of them, to be
+ * written into the ledger and freed by the caller; NULL if there is none.  *count:
+ * messages in them.  record_run() frees the run.
+ */
+Chunk *
+chunks_record(void (*record_run) (Run *run), int *count)
+{
+	Chunk	   *newest = NULL;
+
+	*count = 0;
+	while (first != NULL && first->open_runs == 0)
+	{
+		Chunk	   *chunk = first;
+
+		record_runs(chunk, record_run);
+		*count += chunk->count;
+		nmessages -= chunk->count;
+		first = chunk->next;
+		if (newest != NULL)
+		{
+			chunk->flush_ticket = Max(chunk->flush_ticket, newest->flush_ticket);
+			chunk->drops_behind = chunk->drops_behind || newest->drops_behind;
+			chunks_free(newest);
+		}
+		newest = chunk;
+	}
+	if (first == NULL)
+		last = NULL;
+	done_since = 0;
+	look_at_oldest();
+	return newest;
+}

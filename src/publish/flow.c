@@ -1,0 +1,732 @@
+/*-------------------------------------------------------------------------
+ *
+ * flow.c
+ *		The state machine of one topic's messages.
+ *
+ * Most topics ride with the main cursor, which reads for all of them at once.  One
+ * that cannot go at the pace of the others leaves it and gets a cursor of its own:
+ *
+ *		            +---------------- joined, and recorded ----------------+
+ *		            v                                                      |
+ *		        ATTACHED --- paused, refused ----> LEAVING <-----------+   |
+ *		            |                                 |                |   |
+ *		            | slow, large,        nothing in flight, recorded  |   |
+ *		            | held messages                   v                |   |
+ *		            |                             DETACHED             |   |
+ *		            |            due, and refused |      | not refused |   |
+ *		            |                             v      |             |   |
+ *		            |                          PROBING --|--- refused -+   |
+ *		            |                            acked | |             |   |
+ *		            v                                  v v             |   |
+ *		            +--------------------------> CATCHING_UP -- paused,|   |
+ *		                                              |       refused -+   |
+ *		                   read up to the main cursor v                |   |
+ *		                                           JOINING ------------+   |
+ *		                                              +--------------------+
+ *
+ *		-> LEAVING, CATCHING_UP	flow_leave(): pause(), flow_refused(), the caller
+ *		-> DETACHED				record_leaving() in progress.c
+ *		-> PROBING				try_again() in catchup.c, once its topology is declared anew
+ *		-> CATCHING_UP			try_again(), probe_settled()
+ *		-> JOINING				join() in catchup.c
+ *		-> ATTACHED				record_joining() in progress.c
+ *
+ * ATTACHED: its runs belong to chunks of the main cursor (chunks.c).
+ * LEAVING: publishes nothing new; what is in flight is awaited.
+ * DETACHED: has nothing in memory.  It is paused or was refused, or waits its turn.
+ * PROBING: one message, since those before it were refused.
+ * CATCHING_UP: reads with its own cursor, up to where the main cursor is.
+ * JOINING: has read as far as the main cursor and rides with it again, behind its own
+ *		runs; the ledger does not say so yet.
+ *
+ * In all states but ATTACHED the topic has entries of its own in the ledger, and the
+ * main cursor's do not count for it.  Its place is before its first message that is
+ * not done.  The first such entry is in the same transaction as the next main one, so
+ * that no message is passed over; the one that ends this says "attached", when the
+ * main cursor's entries are true for the topic.
+ *
+ * When the memory of a topic is given up, messages behind its place may have been
+ * accepted already.  Their ids are remembered, so that they do not go again.
+ *
+ * Messages in fanout.held are read first.  Only redrive() and rotation write them.
+ *
+ * Must never: wait for the broker; let a topic's refusal reach another.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "common/hashfn.h"
+#include "executor/spi.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "broker/connection.h"
+#include "publish/chunks.h"
+#include "publish/flow.h"
+#include "publish/ledger.h"
+#include "publish/reader.h"
+#include "publish/topic.h"
+#include "publish/topology.h"
+#include "server/guc.h"
+#include "server/query.h"
+#include "server/worker.h"
+
+#define KEY_BUCKETS 16384
+
+/* A topic with so many messages in a batch leaves the main cursor. */
+#define LARGE_BATCH 20000
+
+#define TOPIC_DROPPED "its topic was dropped"
+
+dlist_head	flow_detached = DLIST_STATIC_INIT(flow_detached);
+const Cursor *flow_main;
+const FlowSender *flow_sender;
+
+/*
+ * A row of a topic that is not known was found.  Topics may have been written while
+ * their triggers were disabled (pg_restore --disable-triggers), so nobody said that
+ * there are new ones.
+ */
+bool		flow_unknown_topic = false;
+
+static WindowKeys keys;
+static Topic *last_wanted = NULL;	/* the last one that flow_wanted() was
+									 * asked for */
+
+/* ---- setting up ---- */
+
+static void
+set_text(char **place, const char *to)
+{
+	if (*place != NULL)
+		pfree(*place);
+	*place = to ? MemoryContextStrdup(TopMemoryContext, to) : NULL;
+}
+
+/* To be called once; main: where the main cursor stands, at any time. */
+void
+flow_init(const Cursor *main, const FlowSender *to)
+{
+	WindowKey **buckets = MemoryContextAllocZero(TopMemoryContext, KEY_BUCKETS * sizeof(WindowKey *));
+
+	window_keys_init(&keys, buckets, KEY_BUCKETS);
+	flow_main = main;
+	flow_sender = to;
+}
+
+/* Begins the flow of a new topic, all zeros so far. */
+void
+flow_create(Topic *topic)
+{
+	Flow	   *flow = &topic->flow;
+
+	window_init(&flow->window, &keys);
+	dlist_init(&flow->runs);
+	flow->cursor.topic_id = topic->topic_id;
+}
+
+bool
+flow_has_runs(const Flow *flow)
+{
+	return !dlist_is_empty(unconstify(dlist_head *, &flow->runs));
+}
+
+/* Is nothing left to be done for the topic? */
+bool
+flow_at_rest(const Topic *topic)
+{
+	const Flow *flow = &topic->flow;
+
+	return flow->state == FLOW_ATTACHED && flow->window.count == 0 && flow->channel == 0 &&
+		!flow_has_runs(flow);
+}
+
+/* Frees what a flow at rest still has. */
+void
+flow_free(Topic *topic)
+{
+	Flow	   *flow = &topic->flow;
+
+	cursor_free(&flow->cursor);
+	set_text(&flow->reason, NULL);
+	set_text(&flow->returned, NULL);
+	if (flow->window.slots != NULL)
+		pfree(flow->window.slots);
+	if (flow->accepted != NULL)
+		hash_destroy(flow->accepted);
+	last_wanted = NULL;
+}
+
+bool
+flow_is_gone(const Topic *topic)
+{
+	return !topic->known || topic->declaration.gone;
+}
+
+void
+flow_set_state(Flow *flow, FlowState state)
+{
+	if (flow->state == FLOW_ATTACHED && state != FLOW_ATTACHED)
+		dlist_push_tail(&flow_detached, &flow->node);
+	else if (flow->state != FLOW_ATTACHED && state == FLOW_ATTACHED)
+		dlist_delete(&flow->node);
+	flow->state = state;
+	flow_sender->update(flow);
+}
+
+/* ---- its messages in memory ---- */
+
+static uint64
+key_hash(const Message *message, const char *key)
+{
+	return hash_bytes_extended((const unsigned char *) key, strlen(key), (uint32) message->topic_id);
+}
+
+static void
+admit_message(Flow *flow, Message *message)
+{
+	WindowItem *item = &message->item;
+
+	if (message->key != NULL)
+		item->keys[item->nkeys++].hash = key_hash(message, message->key);
+	if (message->old_key != NULL)
+		item->keys[item->nkeys++].hash = key_hash(message, message->old_key);
+	item->barrier = message->truncates;
+	item->bytes = message->wire.body_len;
+	window_add(&flow->window, item);
+}
+
+/* Messages of a topic that is gone can go nowhere. */
+static void
+discard_all(Flow *flow)
+{
+	WindowItem *item;
+
+	while ((item = window_next(&flow->window)) != NULL)
+	{
+		message_of(item)->reason = TOPIC_DROPPED;
+		window_discard(&flow->window, item);
+	}
+	flow_settle(flow);
+}
+
+/* Takes in a run that was read.  Of a chunk: it must be appended. */
+void
+flow_admit(Run *run)
+{
+	Flow	   *flow = run->flow;
+
+	dlist_push_tail(&flow->runs, &run->node);
+	for (int i = 0; i < run->count; i++)
+		admit_message(flow, run->messages[i]);
+	if (flow_is_gone(topic_of(flow)))
+		discard_all(flow);
+	flow_sender->update(flow);
+}
+
+/*
+ * For reader_fill(): returns the run of the chunk that the topic's messages go into,
+ * or NULL if it does not ride with the main cursor.
+ */
+Run *
+flow_run_for(Chunk *chunk, int32 topic_id)
+{
+	Flow	   *flow = &topic_find_or_add(topic_id)->flow;
+
+	if (!flow_rides(flow))
+	{
+		flow->backlog++;
+		return NULL;
+	}
+	if (flow->filling == NULL)
+	{
+		flow->filling = run_create(flow, flow_main->batch);
+		flow->filling->chunk = chunk;
+		flow->filling->next_of_chunk = chunk->runs;
+		chunk->runs = flow->filling;
+	}
+	return flow->filling;
+}
+
+/* A chunk is filled: runs that were begun for a message without room go. */
+void
+flow_end_runs(Chunk *chunk)
+{
+	Run		  **link = &chunk->runs;
+
+	while (*link != NULL)
+	{
+		Run		   *run = *link;
+
+		run->flow->filling = NULL;
+		if (run->count > 0)
+			link = &run->next_of_chunk;
+		else
+		{
+			*link = run->next_of_chunk;
+			run_free(run);
+		}
+	}
+}
+
+/*
+ * For scan_batch(): does the topic ride with the main cursor?  One that is not known
+ * yet will.
+ */
+bool
+flow_wanted(int32 topic_id)
+{
+	Topic	   *last = last_wanted;
+
+	if (last == NULL || last->topic_id != topic_id)
+		last = last_wanted = topic_find(topic_id);
+	if (last == NULL)
+	{
+		flow_unknown_topic = true;
+		return true;
+	}
+	if (!flow_rides(&last->flow))
+	{
+		last->flow.backlog++;
+		return false;
+	}
+	if (last->flow.batch_number != flow_main->batch->number)
+		last->flow.batch_rows = 0;
+	last->flow.batch_number = flow_main->batch->number;
+	last->flow.batch_rows++;
+	return true;
+}
+
+/*
+ * Has topics leave the main cursor that have very many messages in the batch whose
+ * rows were found just now: others would wait for all of them.
+ */
+void
+flow_leave_large(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	if (flow_main->scan.count <= LARGE_BATCH)
+		return;
+	while ((topic = topic_next(&i)) != NULL)
+	{
+		Flow	   *flow = &topic->flow;
+
+		if (flow_rides(flow) && flow->batch_rows > LARGE_BATCH &&
+			flow->batch_number == flow_main->batch->number)
+			flow_leave(flow, true);
+	}
+}
+
+/* ---- refusals ---- */
+
+void
+flow_recovered(Flow *flow)
+{
+	if (!flow->stalled)
+		return;
+	flow->stalled = false;
+	flow->attempts = 0;
+	flow->stall_changed = true;
+	ereport(LOG, (errmsg("topic \"%s\" flows again", topic_of(flow)->name)));
+}
+
+/*
+ * The broker refused a message of the topic, or its topology: one more attempt has
+ * failed.  code: what the broker said, or 0.
+ */
+void
+flow_refused(Flow *flow, int code, const char *reason)
+{
+	Topic	   *topic = topic_of(flow);
+
+	flow_leave(flow, false);
+	if (flow->stalled && flow->retry_at > mono_now())
+		return;					/* another one of the same attempt */
+	if (!flow->stalled)
+	{
+		flow->stalled = true;
+		flow->stalled_at = GetCurrentTimestamp();
+		flow->attempts = 0;
+		ereport(LOG,
+				(errmsg("topic \"%s\" is stalled", topic->name),
+				 errdetail("%s", reason)));
+	}
+	flow->attempts++;
+	flow->retry_at = mono_later(backoff(pgf_retry_interval, flow->attempts - 1,
+										Max(pgf_retry_interval, MAX_RETRY_MS)));
+	flow->alert = (flow->attempts == pgf_retry_limit);
+	flow->stall_changed = true;
+	flow->redeclared = false;
+	flow->code = code;
+	set_text(&flow->reason, reason);
+	worker_set_error(psprintf("topic \"%s\": %s", topic->name, reason));
+}
+
+/* The first of the messages that were refused says why. */
+static void
+take_refusals(Flow *flow)
+{
+	WindowItem *item;
+	bool		first = true;
+
+	while ((item = window_take_refused(&flow->window)) != NULL)
+	{
+		bool		returned = (item->refusal == WINDOW_RETURNED);
+
+		if (first)
+		{
+			flow->serial = true;
+			flow_refused(flow, returned ? 312 : 0, returned && flow->returned ? flow->returned :
+						 "nacked: a queue is full and rejects publishes, or failed");
+		}
+		first = false;
+	}
+}
+
+/* A probe has ended without a refusal. */
+static void
+probe_settled(Flow *flow)
+{
+	if (!flow->give_up)
+	{
+		flow_recovered(flow);
+		flow_set_state(flow, FLOW_CATCHING_UP);
+		return;
+	}
+	/* the message was given up: the next one gets attempts of its own */
+	flow->give_up = false;
+	flow->attempts = 0;
+	flow->retry_at = mono_now();
+	flow->stall_changed = true;
+	flow_leave(flow, false);
+}
+
+static void
+message_done(Flow *flow, Message *message)
+{
+	Run		   *run = message->run;
+
+	if (message->item.state == WINDOW_ACCEPTED)
+	{
+		topic_of(flow)->sent++;
+		pg_atomic_fetch_add_u64(&worker_slot->confirmed, 1);
+	}
+	else
+		pg_atomic_fetch_add_u64(&worker_slot->dead, 1);
+	reader_free_body(message);
+	run->done++;
+	chunks_message_done(run, message);
+	if (run->chunk == NULL)
+		flow->bytes -= message->bytes;
+	if (flow->backlog > 0)
+		flow->backlog--;
+	if (run->chunk == NULL)
+		flow->unrecorded = true;
+}
+
+/* To be called after each confirm, discard and loss: takes what is settled. */
+void
+flow_settle(Flow *flow)
+{
+	WindowItem *item;
+	bool		any = false;
+
+	while ((item = window_take_done(&flow->window)) != NULL)
+	{
+		message_done(flow, message_of(item));
+		any = true;
+	}
+	take_refusals(flow);
+	if (flow->state == FLOW_PROBING && any && flow->window.count == 0)
+		probe_settled(flow);
+	if (flow->state == FLOW_LEAVING)
+		flow->unrecorded = true;
+	if (flow_is_gone(topic_of(flow)) && window_next(&flow->window) != NULL)
+		discard_all(flow);
+	flow_sender->update(flow);
+}
+
+/* ---- leaving the main cursor ---- */
+
+/* Takes its runs out of the main cursor's chunks, and stands where that one is. */
+static void
+detach(Flow *flow)
+{
+	dlist_iter	it;
+
+	flow->bytes = 0;
+	dlist_foreach(it, &flow->runs)
+	{
+		Run		   *run = dlist_container(Run, node, it.cur);
+
+		if (run->chunk != NULL)
+			chunks_cut(run);
+		for (int i = run->done; i < run->count; i++)
+			flow->bytes += run->messages[i]->bytes;
+	}
+	cursor_leave(&flow->cursor, flow_main);
+	flow->backlog = flow->window.count;
+	flow->held_after = 0;
+	flow->record_at = 0;
+	flow->unrecorded = true;
+}
+
+/*
+ * Has the topic leave the main cursor.  keep: it goes on, at its own pace; else it
+ * publishes nothing more for now, and gives up what it has in memory.
+ */
+void
+flow_leave(Flow *flow, bool keep)
+{
+	switch (flow->state)
+	{
+		case FLOW_ATTACHED:
+		case FLOW_JOINING:
+			detach(flow);
+			flow_set_state(flow, keep ? FLOW_CATCHING_UP : FLOW_LEAVING);
+			break;
+		case FLOW_PROBING:
+		case FLOW_CATCHING_UP:
+			if (!keep)
+				flow_set_state(flow, FLOW_LEAVING);
+			break;
+		case FLOW_LEAVING:
+		case FLOW_DETACHED:
+			break;
+	}
+	if (flow->state == FLOW_LEAVING)
+		flow->unrecorded = true;
+}
+
+/* May what is in its window be published, as far as the flow is concerned? */
+bool
+flow_may_send(const Flow *flow)
+{
+	return flow->state != FLOW_LEAVING && flow->state != FLOW_DETACHED &&
+		window_next(&flow->window) != NULL;
+}
+
+/* ---- what the catalog says ---- */
+
+static bool
+wants_serial(const Topic *topic)
+{
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		if (topic->bindings[b].refuses && !topic->bindings[b].dropping)
+			return true;
+	}
+	return topic->flow.serial;
+}
+
+/* Chooses the mode of the topic's window. */
+void
+flow_choose_mode(Flow *flow)
+{
+	window_set_serial(&flow->window, wants_serial(topic_of(flow)));
+}
+
+/* The catalog was read again. */
+void
+flow_reconsider(Topic *topic)
+{
+	Flow	   *flow = &topic->flow;
+
+	if (topic->known && (topic->paused || flow->stalled))
+	{
+		if (topic->paused || flow_rides(flow))
+			flow_leave(flow, false);
+	}
+	else if (flow->held)
+		flow_leave(flow, true);
+	if (flow_is_gone(topic))
+	{
+		flow->stalled = false;
+		discard_all(flow);
+	}
+	flow_choose_mode(flow);
+	flow_sender->update(flow);
+}
+
+/* What the broker said of a topic's declaration has changed. */
+void
+flow_declared(Topic *topic)
+{
+	const char *error = topology_error(topic);
+
+	if (error != NULL && !topic->dropping && !topic->flow.stalled)
+		flow_refused(&topic->flow, topic->declaration.code, error);
+	if (flow_is_gone(topic))
+		flow_reconsider(topic);
+	flow_sender->update(&topic->flow);
+}
+
+/*
+ * Looks which topics have messages in fanout.held.  Inside a transaction.
+ */
+void
+flow_find_held(void)
+{
+	int32	   *ids;
+	int			n = reader_topics_held(&ids);
+
+	for (int i = 0; i < n; i++)
+	{
+		Flow	   *flow = &topic_find_or_add(ids[i])->flow;
+
+		flow->held = true;
+		flow->held_after = 0;
+		if (flow_rides(flow))
+			flow_leave(flow, true);
+	}
+}
+
+/*
+ * When to try again, from and to the catalog.  Somebody may have set the wall
+ * clock meanwhile: no pause is longer than the longest.
+ */
+static MonoTime
+load_retry_at(TimestampTz stored)
+{
+	int64		left = (stored - GetCurrentTimestamp()) / 1000;
+
+	return mono_later(Max(0, Min(left, Max(pgf_retry_interval, MAX_RETRY_MS))));
+}
+
+/* Reads fanout.stall: what is known already is only brought forward. */
+void
+flow_load_stalls(void)
+{
+	static CachedQuery query = {"select topic_id, stalled_at, attempts, retry_at, last_error from fanout.stall"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	for (int row = 0; row < SPI_processed; row++)
+	{
+		Topic	   *topic = topic_find(DatumGetInt32(query_value(row, 1, &isnull)));
+		MonoTime	retry_at = load_retry_at(DatumGetTimestampTz(query_value(row, 4, &isnull)));
+		Flow	   *flow = topic ? &topic->flow : NULL;
+
+		if (flow == NULL || !topic->known)
+			continue;
+		if (flow->stalled || flow->stall_changed)
+		{
+			/* resume() may have brought the next attempt forward */
+			flow->retry_at = Min(flow->retry_at, retry_at);
+			continue;
+		}
+		flow->stalled = true;
+		flow->stalled_at = DatumGetTimestampTz(query_value(row, 2, &isnull));
+		flow->attempts = DatumGetInt32(query_value(row, 3, &isnull));
+		flow->retry_at = retry_at;
+		set_text(&flow->reason, TextDatumGetCString(query_value(row, 5, &isnull)));
+		flow->code = atoi(flow->reason);
+	}
+}
+
+/* Puts the topics that had left the main cursor where the ledger says.  At start. */
+void
+flow_load_detached(void)
+{
+	int			n;
+	LedgerEntry *entries = ledger_read_detached(&n);
+
+	for (int i = 0; i < n; i++)
+	{
+		Flow	   *flow = &topic_find_or_add(entries[i].topic_id)->flow;
+
+		cursor_set(&flow->cursor, entries[i].base, entries[i].target, entries[i].last_id, &entries[i].unread);
+		flow->backlog = -1;
+		flow_set_state(flow, FLOW_DETACHED);
+	}
+}
+
+static void
+forget_purges(Flow *flow)
+{
+	cursor_purge(&flow->cursor, (Datum) 0);
+	for (int i = 0; i < flow->npurged; i++)
+		pfree(flow->purged[i]);
+	flow->npurged = 0;
+}
+
+static void
+add_purge(Flow *flow, int row)
+{
+	bool		isnull;
+	Datum		message_id = query_value(row, 3, &isnull);
+	int			n = flow->npurged;
+
+	flow->backlog = -1;
+	if (isnull)
+	{
+		cursor_purge(&flow->cursor, query_value(row, 2, &isnull));
+		return;
+	}
+	flow->purged = n == 0 && flow->purged == NULL ?
+		MemoryContextAlloc(TopMemoryContext, sizeof(char *)) :
+		repalloc(flow->purged, (n + 1) * sizeof(char *));
+	flow->purged[n] = MemoryContextStrdup(TopMemoryContext, TextDatumGetCString(message_id));
+	flow->npurged++;
+}
+
+static void
+delete_purges(int32 topic_id)
+{
+	static CachedQuery query = {"delete from fanout.purged where topic_id = $1"};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(topic_id)};
+
+	query_execute(&query, 1, types, values, NULL);
+}
+
+/*
+ * Reads what fanout.purge() gave up of messages that were not sent.  Of a topic that
+ * rides with the main cursor it is void.
+ */
+void
+flow_load_purges(void)
+{
+	static CachedQuery query = {
+		"select topic_id, snapshot, message_id::text from fanout.purged order by topic_id, pg_snapshot_xmax(snapshot)"
+	};
+	int32	   *riding;
+	int			nriding = 0;
+	int32		last_id = 0;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	riding = palloc((SPI_processed + 1) * sizeof(int32));
+	for (int row = 0; row < SPI_processed; row++)
+	{
+		bool		isnull;
+		int32		topic_id = DatumGetInt32(query_value(row, 1, &isnull));
+		Flow	   *flow = &topic_find_or_add(topic_id)->flow;
+
+		if (flow_rides(flow))
+		{
+			riding[nriding++] = topic_id;
+			continue;
+		}
+		if (topic_id != last_id)
+			forget_purges(flow);
+		last_id = topic_id;
+		add_purge(flow, row);
+	}
+	for (int i = 0; i < nriding; i++)
+		delete_purges(riding[i]);
+}
+
+/* The topic rides with the main cursor again: there is nothing left to be given up. */
+void
+flow_end_purges(Flow *flow)
+{
+	if (flow->npurged > 0 || flow->cursor.purged != (Datum) 0)
+		delete_purges(topic_of(flow)->topic_id);
+	forget_purges(flow);
+}

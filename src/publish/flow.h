@@ -1,0 +1,64 @@
+/*-------------------------------------------------------------------------
+ *
+ * flow.h
+ *		The state machine of one topic's messages.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_FLOW_H
+#define PGF_FLOW_H
+
+#include "postgres.h"
+
+#include "publish/state.h"
+#include "server/monotime.h"
+
+/* The longest pause between attempts, unless pg_fanout.retry_interval is longer. */
+#define MAX_RETRY_MS 300000
+
+/* What publishes, above the flows: told that it may have to, or must not any more. */
+typedef struct FlowSender
+{
+	void		(*update) (Flow *flow);
+	void		(*release) (Flow *flow);	/* the channel, and what is in
+											 * flight */
+} FlowSender;
+
+extern bool flow_unknown_topic;
+
+extern void flow_init(const Cursor *main, const FlowSender *to);
+extern void flow_create(Topic *topic);
+extern bool flow_at_rest(const Topic *topic);
+extern void flow_free(Topic *topic);
+extern void flow_load_detached(void);
+extern void flow_load_stalls(void);
+extern void flow_load_purges(void);
+extern void flow_find_held(void);
+extern void flow_reconsider(Topic *topic);
+extern void flow_declared(Topic *topic);
+
+extern bool flow_wanted(int32 topic_id);
+extern void flow_leave_large(void);
+extern Run *flow_run_for(Chunk *chunk, int32 topic_id);
+extern void flow_end_runs(Chunk *chunk);
+extern void flow_admit(Run *run);
+extern void flow_settle(Flow *flow);
+extern void flow_leave(Flow *flow, bool keep);
+extern void flow_refused(Flow *flow, int code, const char *reason);
+extern bool flow_may_send(const Flow *flow);
+
+/* For catchup.c and progress.c, which make transitions of their own. */
+extern dlist_head flow_detached;	/* all that are not ATTACHED */
+extern const Cursor *flow_main;
+extern const FlowSender *flow_sender;
+
+#define flow_in(list_node) dlist_container(Flow, node, list_node)
+
+extern void flow_set_state(Flow *flow, FlowState state);
+extern bool flow_is_gone(const Topic *topic);
+extern bool flow_has_runs(const Flow *flow);
+extern void flow_recovered(Flow *flow);
+extern void flow_choose_mode(Flow *flow);
+extern void flow_end_purges(Flow *flow);
+
+#endif							/* PGF_FLOW_H */

@@ -1,0 +1,36 @@
+/*-------------------------------------------------------------------------
+ *
+ * sender.h
+ *		Publishes the messages of all topics, each on a channel of its own.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef PGF_SENDER_H
+#define PGF_SENDER_H
+
+#include "postgres.h"
+
+#include "broker/connection.h"
+#include "publish/flow.h"
+
+extern void sender_init(Connection *connection);
+extern void sender_update(Flow *flow);
+extern void sender_release(Flow *flow);
+
+extern bool sender_publish(bool (*take_events) (void));
+extern bool sender_may_publish(void);
+extern bool sender_idle(void);
+
+extern bool sender_owns(int channel);
+extern void sender_opened(int channel);
+extern const char *sender_confirmed(const BrokerEvent *event);
+extern const char *sender_returned(const BrokerEvent *event);
+extern bool sender_closed(const BrokerEvent *event);
+extern void sender_lost(const BrokerEvent *event);
+
+extern const char *sender_check(MonoTime now, MonoTime unblocked_at);
+extern void sender_heard(void);
+extern MonoTime sender_heard_at(void);
+extern long sender_timeout(MonoTime now);
+
+#endif							/* PGF_SENDER_H */

@@ -1,0 +1,108 @@
+# pause() and purge() take effect when they are committed: with the broker away, in
+# the middle of a batch, after a restart; and they copy nothing.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+my $broker = PgFanout::broker(private => 1);
+my $node = PgFanout::cluster('main', $broker, conf => q(
+pg_fanout.max_in_flight = 10
+pg_fanout.retry_interval = 1s
+));
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+sub published { return sql('select published from fanout.stat_publisher'); }
+sub bodies { return map { $_->{body} } @_; }
+
+sub is_quiet
+{
+	my ($name) = @_;
+
+	select(undef, undef, undef, 0.2);
+	my $before = published();
+	select(undef, undef, undef, 1);
+	is(published() - $before, 0, $name);
+	return;
+}
+
+sql( q(select fanout.declare_binding('p', 'g', 'classic');
+	   select fanout.declare_binding('other', 'g', 'classic')));
+PgFanout::flush($node);
+
+# ---- with the broker away ----
+
+sql(q(select count(fanout.publish('p', to_jsonb(i), 'k' || i % 5)) from generate_series(1, 8000) i));
+PgFanout::poll(sub { published() > 20 }, 'some messages');
+$broker->ctl('stop_app');
+PgFanout::wait_for_publisher($node, 'disconnected');
+my $before = published();
+sql(q(select fanout.pause('p')));
+$broker->ctl('start_app');
+sql(q(select fanout.publish('other', '1')));
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 'other'));
+is(published() - $before, 1, 'a topic paused while the broker is away publishes nothing when it is back');
+is(sql(q(select count(*) from fanout.held)), 0, 'and nothing is copied');
+is(sql(q(select fanout.flush('1 s'))), 'f', 'flush() is false as long as something waits');
+
+# ---- in the middle of a batch ----
+
+sql(q(select fanout.resume('p')));
+PgFanout::poll(sub { published() > $before + 100 }, 'it to go on');
+sql(q(select fanout.pause('p')));
+is_quiet('a topic paused in the middle of its messages stops at once');
+my $state = sql(q(select string_agg(distinct state, ',' order by state) from fanout.outbox_status where topic = 'p'));
+is($state, 'held,sent', 'what it has not sent is shown as held');
+
+my $pid = PgFanout::publisher_pid($node);
+sql("select pg_terminate_backend($pid)");
+PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher where connected_to is not null') !~ /^($pid|0)$/ },
+	'a new publisher');
+sql(q(select fanout.publish('other', '2')));
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 'other'));
+is_quiet('also after the publisher is started again');
+
+sql('alter system reset pg_fanout.max_in_flight');
+$node->reload;
+sql(q(select fanout.resume('p')));
+PgFanout::flush($node, timeout => '60 s');
+my %seen;
+my @arrived = grep { !$seen{ $_->{message_id} }++ } $broker->collect('p_g', expect => 8000);
+is_deeply([ sort { $a <=> $b } bodies(@arrived) ], [ 1 .. 8000 ], 'resumed, all of it arrives');
+cmp_ok(sql(q(select count(*) from fanout.sent where topic_id is not null and attached)), '>=', 1, 'and it rides with the others again');
+is(sql(q(select count(*) from fanout.detached)), 0, 'none is left behind');
+
+# ---- purge ----
+
+sql(q(select fanout.pause('p')));
+sql(q(select count(fanout.publish('p', to_jsonb(i), 'k')) from generate_series(1, 50000) i));
+my $begin = Time::HiRes::time();
+is(sql(q(select fanout.purge('p', held => true))), 50000, 'purge() gives up what waits of a paused topic');
+cmp_ok(Time::HiRes::time() - $begin, '<', 3, 'without touching it');
+PgFanout::flush($node);
+is(sql(q(select held from fanout.stat_topics where topic = 'p')), 0, 'nothing waits any more');
+my ($first, $second) = split /\n/, sql(q(select fanout.publish('p', '"first"'); select fanout.publish('p', '"second"')));
+is(sql("select fanout.purge('p', held => true, message_id => '$first')"), 1, 'a single message can be given up, too');
+sql(q(select fanout.resume('p'); select fanout.publish('p', '"third"')));
+PgFanout::flush($node);
+is_deeply([ bodies($broker->collect('p_g', expect => 2)) ], [ 'second', 'third' ], 'resumed, only what was not given up is sent');
+is(sql('select count(*) from fanout.purged'), 0, 'and no trace is left of that');
+
+# ---- a topic that is dropped ----
+
+sql(q(select fanout.declare_topic('gone'); select fanout.pause('gone'); select fanout.publish('gone', '1')));
+my ($ok, $out, $err) = $node->psql('postgres', q(select fanout.drop_topic('gone')));
+like($err, qr/cannot drop topic/, 'a topic with messages that wait is not dropped');
+sql(q(select fanout.purge('gone', held => true); select fanout.drop_topic('gone')));
+$node->poll_query_until('postgres', q(select not exists (select from fanout.topics where topic = 'gone')));
+PgFanout::flush($node);
+ok(1, 'once they are given up, it is');
+
+done_testing();
