@@ -4199,8 +4199,7 @@ from fanout.waiting w join fanout.subscription s using (subscription_id)
 where w.error is not null
   -- as fanout.subscriber(), which readers may not call
   and (exists (select from (select) x left join fanout.subscription_bound b on b.subscription_id = s.subscription_id
-               join pg_roles r on case when b.role is not null then r.oid = b.role else r.rolname = s.role end
-               where pg_has_role(r.oid, 'usage'))
+               where pg_has_role(coalesce(b.role::oid, to_regrole(quote_ident(s.role))::oid), 'usage'))
        or has_table_privilege('fanout.waiting', 'select'));
 comment on view fanout.delivery_failure is
 'messages that a handler failed on, and that will be tried again: those of one''s own subscriptions, and with SELECT on fanout.waiting all of them';

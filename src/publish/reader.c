@@ -25,11 +25,12 @@
 
 #include "access/detoast.h"
 #include "access/htup_details.h"
+#include "access/transam.h"
 #include "access/xlog.h"
-#include "access/xlog_internal.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "storage/lwlock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
@@ -366,6 +367,29 @@ run_free(Run *run)
 	MemoryContextDelete(run->context);
 }
 
+/*
+ * Returns up to where WAL must be on disk before messages of a transaction go out;
+ * InvalidXLogRecPtr: it is.
+ *
+ * A transaction is visible once its commit record is on disk, but for one with
+ * synchronous_commit = off, of which clog keeps the record's place: a crash could
+ * take it back.  (Flushing all WAL that there is would do, too, at the cost of an
+ * fsync for every batch.)  What clog has forgotten is older than a checkpoint.
+ */
+static XLogRecPtr
+commit_lsn(uint64 xid)
+{
+	FullTransactionId next = ReadNextFullTransactionId();
+	uint64		age = U64FromFullTransactionId(next) - xid;
+	XLogRecPtr	lsn = InvalidXLogRecPtr;
+
+	LWLockAcquire(XactTruncationLock, LW_SHARED);
+	if (age <= XidFromFullTransactionId(next) - pgf_oldest_clog_xid())
+		lsn = TransactionIdGetCommitLSN((TransactionId) xid);
+	LWLockRelease(XactTruncationLock);
+	return lsn;
+}
+
 /* Adds a message to a run, and reads its body. */
 static void
 run_add(Run *run, Message *message, const Row *row)
@@ -377,6 +401,8 @@ run_add(Run *run, Message *message, const Row *row)
 	}
 	if (!message_unsendable(message))
 		take_contents(message, row);
+	if (run->batch != NULL && (run->count == 0 || run->messages[run->count - 1]->xid != message->xid))
+		run->commit_lsn = Max(run->commit_lsn, commit_lsn(message->xid));
 	message->run = run;
 	run->messages[run->count++] = message;
 	run->bytes += message->bytes;
@@ -417,28 +443,6 @@ add_message(Run *run, HeapTuple tuple, TupleDesc desc, int count, size_t bytes, 
 }
 
 /* ---- batches ---- */
-
-/*
- * Makes sure that a crash cannot take back what is about to be published:
- * with synchronous_commit = off a transaction is visible before its commit
- * record is on disk.
- */
-static void
-flush_wal(void)
-{
-	XLogRecPtr	upto = GetXLogInsertRecPtr();
-	uint32		in_page = upto % XLOG_BLCKSZ;
-
-	/*
-	 * Just after a page boundary the insert position points behind the header
-	 * of a page that no record has begun yet; XLogFlush() would complain that
-	 * there is not that much.
-	 */
-	if (in_page == SizeOfXLogShortPHD ||
-		(in_page == SizeOfXLogLongPHD && XLogSegmentOffset(upto, wal_segment_size) == in_page))
-		upto -= in_page;
-	XLogFlush(upto);
-}
 
 /*
  * Finds out which segments may have rows anywhere that are not visible in base.
@@ -507,6 +511,7 @@ void
 reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 topic_id))
 {
 	BatchScan  *scan = &cursor->scan;
+	XLogRecPtr	upto = InvalidXLogRecPtr;
 	const Entry *entry;
 
 	scan_open();
@@ -532,6 +537,7 @@ reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 t
 				break;
 			chunk->count++;
 			chunk->bytes += run->bytes - bytes;
+			upto = Max(upto, run->commit_lsn);
 		}
 		cursor->last_id = entry->id;
 		scan->next++;
@@ -542,8 +548,7 @@ reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 t
 	chunk->ends_batch = (entry == NULL && !scan->passing);
 	if (chunk->ends_batch)
 		end_batch(cursor);
-	if (chunk->count > 0)
-		flush_wal();
+	XLogFlush(upto);
 }
 
 /* ---- batches of a topic ---- */
@@ -625,7 +630,7 @@ reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int lim
 		run = NULL;
 	}
 	if (run != NULL)
-		flush_wal();
+		XLogFlush(run->commit_lsn);
 	return run;
 }
 

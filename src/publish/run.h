@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "access/xlogdefs.h"
 #include "datatype/timestamp.h"
 #include "lib/ilist.h"
 #include "storage/itemptr.h"
@@ -86,6 +87,8 @@ typedef struct Run
 	int			done;			/* from the first one on */
 	int			recorded;		/* of these */
 	size_t		bytes;			/* of payloads, headers and keys */
+	XLogRecPtr	commit_lsn;		/* WAL must be on disk up to here before they
+								 * go out */
 } Run;
 
 /* What the main cursor has read at once: the runs of several topics. */

@@ -12,6 +12,7 @@
 
 #include "postgres.h"
 
+#include "access/transam.h"
 #include "catalog/pg_database.h"
 #include "fmgr.h"
 #include "funcapi.h"
@@ -58,6 +59,17 @@ pgf_my_proc_number(void)
 	return MyProcNumber;
 #else
 	return MyProc->pgprocno;
+#endif
+}
+
+/* 17: another name; the caller holds XactTruncationLock */
+static inline TransactionId
+pgf_oldest_clog_xid(void)
+{
+#if PG_VERSION_NUM >= 170000
+	return TransamVariables->oldestClogXid;
+#else
+	return ShmemVariableCache->oldestClogXid;
 #endif
 }
 
