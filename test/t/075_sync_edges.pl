@@ -225,7 +225,7 @@ insert into holding values (1, 1);
 ));
 for my $topic (qw(rising holding))
 {
-	PgFanout::poll(sub { sql("select count(*) from fanout.inbox where subscription_id = (select subscription_id from fanout.subscription where topic = '$topic')") == 1 }, "an end of $topic", 60);
+	PgFanout::poll(sub { sql("select count(*) from fanout.inbox where inbox_id = (select inbox_id from fanout.subscription where topic = '$topic')") == 1 }, "an end of $topic", 60);
 	is(sql(q(select rolsuper from pg_roles where rolname = 'eve')), 'f', "nothing that a trigger leaves for the commit has other rights than the owner's: $topic");
 }
 
