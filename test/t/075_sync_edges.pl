@@ -10,6 +10,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use PgFanout;
+use PgFanout::Copies;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -19,6 +20,7 @@ log_statement = none
 max_worker_processes = 60
 pg_fanout.max_subscriptions = 50
 ));
+PgFanout::Copies::of($node, $broker);
 
 sql(q(create extension citext; create collation ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false)));
 
@@ -230,83 +232,3 @@ for my $topic (qw(rising holding))
 }
 
 done_testing();
-
-sub sql
-{
-	my ($sql) = @_;
-
-	return $node->safe_psql('postgres', $sql);
-}
-
-# A table and its copy.
-sub copied
-{
-	my ($table, $columns, $format, $capture, $sync) = @_;
-
-	$format ||= 'debezium';
-	$capture = $capture ? ", $capture" : '';
-	$sync = $sync ? ", $sync" : '';
-	sql(qq(
-create table $table ($columns);
-create table ${table}_copy (like $table including all);
-select fanout.declare_topic('$table', '$format'); select fanout.declare_binding('$table', 'g');
-select fanout.capture('$table', '$table'$capture);
-select fanout.sync_table('$table', 'g', '${table}_copy'$sync);
-));
-	return;
-}
-
-sub rows
-{
-	my ($table) = @_;
-
-	return sql("select string_agg(t::text, ' ' order by t) from $table t");
-}
-
-# Waits until the copy is equal to the table.
-sub equal
-{
-	my ($table, $name, $columns) = @_;
-	my $list = 'select ' . ($columns || '*') . ' from %s order by 1, 2';
-	my ($there, $here) = (sql(sprintf($list, $table)), '');
-
-	PgFanout::flush($node);
-	foreach (1 .. 200)
-	{
-		$here = sql(sprintf($list, "${table}_copy"));
-		last if $here eq $there;
-		select(undef, undef, undef, 0.1);
-	}
-	is($here, $there, "$name: equal")
-	  or diag(sql('select * from fanout.delivery_failure limit 3'), "\n", sql('select topic, reason from fanout.dead_letter limit 3'));
-	return;
-}
-
-sub stat_of
-{
-	my ($topic, $group, $column) = @_;
-
-	return sql("select $column from fanout.stat_subscriptions where topic = '$topic' and consumer_group = '$group'");
-}
-
-sub dead
-{
-	my ($topic) = @_;
-
-	return sql("select count(*) from fanout.dead_letter where topic = '$topic' and consumer_group is not null");
-}
-
-# Waits until all that was published has been handled.
-sub settled
-{
-	my ($topic, $group) = @_;
-
-	PgFanout::flush($node);
-	PgFanout::poll(
-		sub {
-			$broker->count("${topic}_$group") == 0
-			  && stat_of($topic, $group, 'delivered = applied + skipped + dead and waiting = 0 and applied > 0') eq 't';
-		},
-		"the end of ${topic}_$group", 60);
-	return;
-}
