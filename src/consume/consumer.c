@@ -113,7 +113,7 @@
 /* A probe is a delivery; if none has come for so long, one from the waiting room. */
 #define PROBE_WAIT_MS 1000
 
-/* What is said of a queue that is not what the subscription wants. */
+/* Reasons to refuse a subscription whose queue has another type than it expects. */
 #define NO_STREAM "the queue is no stream, and start_at was given for it"
 #define IS_STREAM "the queue is a stream; use fanout.alter_subscription() with start_at to read it"
 
@@ -967,8 +967,8 @@ delivered(BrokerDelivery *wire)
 }
 
 /*
- * More than the prefetch allows.  A stream delivers pieces of it whole, and is bounded
- * by memory alone.
+ * Tells whether the broker delivered far more than the prefetch allows.  It may from a
+ * stream, whose chunks it delivers whole; there consumer_memory is the only bound.
  */
 static bool
 too_many(void)

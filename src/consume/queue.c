@@ -43,7 +43,10 @@
  */
 #define LEADER_MS 500
 
-/* Of a stream this is not how many are still to be read, but how many it keeps. */
+/*
+ * Asks the broker for the depth of the queue, and shows it as the subscription's lag.  A
+ * stream's is not shown, since it counts the messages that were read, too.
+ */
 static BrokerResult
 look(Broker *broker, const SubscriptionRow *row, uint32_t *messages, uint32_t *consumers, BrokerError *error)
 {

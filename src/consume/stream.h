@@ -15,7 +15,7 @@
 #include "consume/subscription.h"
 #include "server/monotime.h"
 
-/* What is to be done with a delivery of a stream. */
+/* Says what the consumer must do with a delivery of a stream. */
 typedef enum StreamVerdict
 {
 	STREAM_TAKE,				/* its turn comes */

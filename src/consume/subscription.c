@@ -104,7 +104,7 @@ utf8(const char *s)
 	return result != NULL ? pstrdup(result) : NULL;
 }
 
-/* Of the forms that fanout.check_start_at() returns. */
+/* Parses start_at, in one of the forms that fanout.check_start_at() returns. */
 static StreamStart
 stream_start(const char *start_at)
 {
@@ -307,7 +307,10 @@ check_queue_grant(FunctionCallInfo fcinfo)
 					 text_to_cstring(PG_GETARG_TEXT_PP(1)));
 }
 
-/* Of all functions that declare and drop topics: the one in SQL has "_as" after its name. */
+/*
+ * Runs, as the extension's owner, the SQL function that has the called one's name and
+ * "_as".  All functions that declare and drop topics come here.
+ */
 Datum
 pgf_declare(PG_FUNCTION_ARGS)
 {

@@ -82,7 +82,7 @@
 #define LOCKED_MS 200
 #define PROMOTE_AGAIN_MS 1000
 
-/* What is due, the one that has been so for longest first. */
+/* Finds the messages that are due, the one that was due first at the head. */
 #define FIND_DUE \
 	"select waiting_id, key1, key2, barrier or postponed > 0 from fanout.waiting" \
 	" where subscription_id = $1 and next_try <= clock_timestamp() and not requeued order by next_try limit $2"
@@ -112,8 +112,8 @@ typedef struct DueList
 } DueList;
 
 /*
- * Of as many messages as this, or fewer, it is remembered which they are, sorted by
- * id, as long as only this worker changes them.  Of more the table is asked.
+ * The worker remembers the waiting messages, sorted by id, if there are at most so many
+ * and nobody else has changed them.  If there are more, it asks the table.
  */
 #define KNOWN_MAX 1000
 

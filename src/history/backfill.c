@@ -84,7 +84,7 @@ typedef struct Source
 	char	   *condition;		/* on "new"; NULL: all rows */
 } Source;
 
-/* What a row of the range is found by: 1 to INDEX_MAX_KEYS parameters each. */
+/* The bounds of a range of keys, as parameters: one for each column of the key. */
 typedef struct Range
 {
 	int			n;
@@ -248,7 +248,7 @@ append_keys(StringInfo sql, const WalkRow *row, Relation rel, const char *suffix
 						 quote_identifier(get_attname(RelationGetRelid(rel), row->keys[i], false)), suffix);
 }
 
-/* What the values that may be long take in the table. */
+/* Appends an expression for the bytes that a row's values of variable length take in the table. */
 static void
 append_size(StringInfo sql, Relation rel)
 {

@@ -511,7 +511,7 @@ work(void)
 	return true;
 }
 
-/* Not called: work() waits by itself, since it knows for how long. */
+/* worker_run() wants a function that waits, but never calls it: work() waits by itself. */
 static void
 wait_for_work(void)
 {

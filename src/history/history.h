@@ -25,7 +25,7 @@ typedef struct WalkQuery
 	SPIPlanPtr	plan;
 } WalkQuery;
 
-/* What the worker knows of one that runs, beyond its row in fanout.backfill. */
+/* A backfill or replay that runs: what its row in fanout.backfill does not say. */
 typedef struct Walk
 {
 	int64		id;

@@ -14,6 +14,8 @@
  * Memory is bounded by the number of messages of all chunks, done or not, and by the
  * bytes of those that are not done.
  *
+ * Must never: record a chunk before an older one; ask the broker or the tables anything.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"

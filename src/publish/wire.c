@@ -6,6 +6,9 @@
  * What this file makes is all a consumer sees, so the rules of the message
  * format (README, "Messages") are here and nowhere else.
  *
+ * Must never: change a message that cannot be sent as it is; it says so, and the caller
+ * makes it a dead letter.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"

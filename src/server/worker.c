@@ -51,6 +51,9 @@
  * - That role is gone, or may not log in or connect any more: the server ends
  *	 the process with a FATAL, and the launcher backs off.
  *
+ * Must never: touch a table before the extension is locked; wait for what SIGTERM does
+ * not end.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
