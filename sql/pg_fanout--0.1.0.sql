@@ -3103,7 +3103,8 @@ create table fanout.sync_target (
     source_table    text,
     unknown_columns text     not null,
     ignored_columns text[]   not null default '{}',
-    floor           bigint   not null default 0
+    floor           bigint   not null default 0,
+    floor_xid       bigint
 ) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
 comment on column fanout.sync_target.target is 'by the name that it had when it was last looked at; see fanout.subscription_bound';
@@ -3111,6 +3112,7 @@ comment on column fanout.sync_target.source_schema is 'of the table that it is a
 comment on column fanout.sync_target.unknown_columns is 'ignore or error';
 comment on column fanout.sync_target.ignored_columns is 'those of the latest message that the target does not have';
 comment on column fanout.sync_target.floor is 'sequence of the newest TRUNCATE';
+comment on column fanout.sync_target.floor_xid is 'its transaction at the source';
 revoke all on fanout.sync_target from public;
 select pg_extension_config_dump('fanout.sync_target', '');
 
@@ -3197,6 +3199,7 @@ create table fanout.sync_row (
     subscription_id integer not null,
     hash            uuid    not null,
     sequence        bigint  not null,
+    xid             bigint,
     taken_by        bigint,
     deleted_at      timestamptz,
     -- the hash first: plans are made when the table is empty, and use this alone
@@ -3205,9 +3208,118 @@ create table fanout.sync_row (
 create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
 comment on column fanout.sync_row.hash is 'of the key''s values';
+comment on column fanout.sync_row.xid is 'the transaction at the source that made what was last applied';
 comment on column fanout.sync_row.taken_by is 'the transaction at the source that put the row where another one was';
 comment on column fanout.sync_row.deleted_at is 'not NULL: the row is deleted; forgotten after pg_fanout.inbox_retention';
 revoke all on fanout.sync_row from public;
+
+create table fanout.sync_comparison (
+    subscription_id integer     not null,
+    run             bigint      not null,
+    repair          boolean     not null default false,
+    ranges          bigint      not null default 0,
+    ranges_sent     bigint,
+    compared        bigint      not null default 0,
+    left_out        bigint      not null default 0,
+    missing         bigint      not null default 0,
+    different       bigint      not null default 0,
+    extra           bigint      not null default 0,
+    mended          bigint      not null default 0,
+    error           text,
+    started_at      timestamptz not null default clock_timestamp(),
+    updated_at      timestamptz not null default clock_timestamp(),
+    finished_at     timestamptz,
+    primary key (subscription_id, run)
+) using heap with (fillfactor = 50);
+comment on table fanout.sync_comparison is 'internal: comparisons of copies with their sources; see the view fanout.sync_comparisons';
+comment on column fanout.sync_comparison.run is 'what fanout.compare() returned at the source';
+comment on column fanout.sync_comparison.ranges_sent is 'NULL: the last message has not come yet';
+revoke all on fanout.sync_comparison from public;
+
+create table fanout.sync_difference (
+    subscription_id integer     not null,
+    run             bigint      not null,
+    kind            text        not null check (kind in ('missing', 'different', 'extra')),
+    key             jsonb       not null,
+    columns         text[]      not null,
+    mended          boolean     not null,
+    found_at        timestamptz not null default clock_timestamp()
+) using heap;
+create index sync_difference_run_idx on fanout.sync_difference (subscription_id, run);
+comment on table fanout.sync_difference is 'internal: see the view fanout.sync_differences';
+revoke all on fanout.sync_difference from public;
+
+-- What a handler needs for a range; it runs with the rights of the extension's owner.
+create function fanout.record_comparison(subscription_id integer, run bigint, repair boolean, ranges bigint,
+                                         ranges_sent bigint, compared bigint, left_out bigint, missing bigint,
+                                         different bigint, extra bigint, mended bigint, error text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    insert into fanout.sync_comparison as c
+           (subscription_id, run, repair, ranges, ranges_sent, compared, left_out, missing, different, extra, mended, error, finished_at)
+    select record_comparison.subscription_id, record_comparison.run, record_comparison.repair, record_comparison.ranges,
+           record_comparison.ranges_sent, record_comparison.compared, record_comparison.left_out,
+           record_comparison.missing, record_comparison.different, record_comparison.extra, record_comparison.mended,
+           record_comparison.error, case when record_comparison.ranges_sent is not null then clock_timestamp() end
+    on conflict (subscription_id, run) do update
+    set repair = c.repair or excluded.repair, ranges = c.ranges + excluded.ranges,
+        ranges_sent = coalesce(excluded.ranges_sent, c.ranges_sent),
+        compared = c.compared + excluded.compared, left_out = c.left_out + excluded.left_out,
+        missing = c.missing + excluded.missing, different = c.different + excluded.different,
+        extra = c.extra + excluded.extra, mended = c.mended + excluded.mended,
+        error = coalesce(c.error, excluded.error), updated_at = clock_timestamp(),
+        finished_at = coalesce(excluded.finished_at, c.finished_at);
+    if record_comparison.ranges_sent is not null then
+        -- the ten latest are kept
+        with old as (
+            delete from fanout.sync_comparison c
+            where c.subscription_id = record_comparison.subscription_id
+              and c.run < (select min(k.run) from (select l.run from fanout.sync_comparison l
+                                                   where l.subscription_id = record_comparison.subscription_id
+                                                   order by l.run desc limit 10) k)
+            returning c.run)
+        delete from fanout.sync_difference d
+        where d.subscription_id = record_comparison.subscription_id and d.run in (select o.run from old o);
+    end if;
+end
+$$;
+comment on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text) is
+'internal: adds what the comparison of a range has found; ranges_sent: of the last message';
+revoke all on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text) from public;
+
+-- Two columns of the same text here sort the same values in the same order.
+create function fanout.key_order(rel oid, attnums smallint[]) returns text[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    with recursive base as (
+        select k.n, a.atttypid as type, a.attcollation as collation
+        from unnest(key_order.attnums) with ordinality k(attnum, n)
+             join pg_attribute a on a.attrelid = key_order.rel and a.attnum = k.attnum
+        union all
+        select b.n, t.typbasetype, b.collation from base b join pg_type t on t.oid = b.type where t.typtype = 'd')
+    select array_agg(
+        case when t.typtype = 'e' then 'enum ' || (select json_agg(e.enumlabel order by e.enumsortorder) from pg_enum e where e.enumtypid = t.oid)::text
+             when t.oid in ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) then 'integer'
+             when t.oid in ('text'::regtype, 'varchar'::regtype) then 'text'
+             else format_type(t.oid, null) end
+        || case when b.collation = 0 then ''
+                else ' collate ' || (select concat_ws(' ', case when l.collprovider = 'd' then d.locale else c.locale end,
+                                                      pg_collation_actual_version(l.oid), getdatabaseencoding())) end
+        order by b.n)
+    from base b join pg_type t on t.oid = b.type and t.typtype <> 'd'
+         left join pg_collation l on l.oid = b.collation
+         -- names of the columns differ between versions of PostgreSQL
+         left join lateral (select coalesce(to_jsonb(l) ->> 'colllocale', to_jsonb(l) ->> 'colliculocale', l.collcollate) as locale) c on true
+         left join lateral (select coalesce(to_jsonb(x) ->> 'datlocale', to_jsonb(x) ->> 'daticulocale', x.datcollate) as locale
+                            from pg_database x where x.datname = current_database()) d on true
+$$;
+comment on function fanout.key_order(oid, smallint[]) is
+'internal: of each column, what says in which order its values sort, the same at both ends of a comparison';
+revoke all on function fanout.key_order(oid, smallint[]) from public;
 
 create function fanout.sync_messages(messages fanout.message[]) returns void
 language c volatile strict
@@ -3540,6 +3652,8 @@ begin
     if fanout.target_table(old) is distinct from add_sync_target.target
        or fanout.sync_key_columns(add_sync_target.id) is distinct from add_sync_target.key then
         delete from fanout.sync_row r where r.subscription_id = add_sync_target.id;
+        delete from fanout.sync_comparison c where c.subscription_id = add_sync_target.id;
+        delete from fanout.sync_difference d where d.subscription_id = add_sync_target.id;
         delete from fanout.sync_target t where t.subscription_id = add_sync_target.id;
     end if;
     delete from fanout.sync_column k where k.subscription_id = add_sync_target.id;
@@ -4238,6 +4352,7 @@ create table fanout.backfill (
     since          timestamptz,
     until          timestamptz,
     again          boolean     not null default false,
+    repair         boolean     not null default false,
     state          text        not null default 'running'
                    check (state in ('running', 'paused', 'done', 'failed', 'cancelled')),
     key            smallint[]  not null default '{}',
@@ -4453,6 +4568,48 @@ comment on function fanout.backfill(regclass, text, text, text, integer) is
 'sends the rows that a captured table has: to the queue of one consumer group, or to the topic (NULL), as the capture would send them, with op "r" and the header "backfill", and then a message without op that has the header "last". Each is sent with a sequence that puts it among the row''s changes where it belongs. A worker does it once this transaction has committed, in short transactions, and goes on where it was after a crash; see fanout.backfills. where: SQL condition on the row, read with the caller''s search_path; rate: rows per second at most (NULL: what the broker takes, live messages first). The caller must own the table. Returns the number of the backfill. Errors: 42704 unknown topic, group not bound, or table not captured, 42501 not the owner, or row-level security applies to the owner, 0A000 rows could be missed, 55006 the same backfill is under way, 53400 too many, 22023 bad rate, 55000 a trigger is disabled, 42809 a temporary table';
 revoke all on function fanout.backfill(regclass, text, text, text, integer) from public;
 
+-- Ranges are those of the key that the copy has, too.
+create function fanout.declare_comparison(entity regclass, topic text, consumer_group text, repair boolean) returns bigint
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    c fanout.captures;
+    result bigint;
+begin
+    if declare_comparison.consumer_group is null or declare_comparison.repair is null then
+        raise exception '% must not be null', case when declare_comparison.repair is null then 'repair' else 'consumer_group' end
+            using errcode = 'null_value_not_allowed';
+    end if;
+    -- with all its checks
+    result := fanout.declare_backfill(declare_comparison.entity, declare_comparison.topic, declare_comparison.consumer_group, null, null);
+    c := fanout.check_backfill_entity(declare_comparison.entity, declare_comparison.topic);
+    if c.key is null or not exists (
+        select from fanout.backfill b
+        where b.backfill_id = result
+          and (select array_agg(a.attname::text order by a.attname) from pg_attribute a
+               where a.attrelid = declare_comparison.entity and a.attnum = any (b.key))
+              = (select array_agg(k order by k) from unnest(c.key) k)) then
+        raise exception 'table % has no unique index on the key of its capture', declare_comparison.entity
+            using errcode = 'feature_not_supported',
+                  detail = 'Ranges of keys are compared: a btree index is needed whose columns are NOT NULL, with the default order of types of PostgreSQL''s own.',
+                  hint = 'Capture the table with its primary key as "key".';
+    end if;
+    update fanout.backfill b set kind = 'compare', repair = declare_comparison.repair where b.backfill_id = result;
+    return result;
+end
+$$;
+comment on function fanout.declare_comparison(regclass, text, text, boolean) is 'internal: part of fanout.compare()';
+revoke all on function fanout.declare_comparison(regclass, text, text, boolean) from public;
+
+create function fanout.compare(entity regclass, topic text, consumer_group text, repair boolean default false) returns bigint
+language c volatile
+as 'MODULE_PATHNAME', 'pgf_compare';
+comment on function fanout.compare(regclass, text, text, boolean) is
+'has the copy that fanout.sync_table() keeps for a consumer group compared with the table, while both are written: sends the rows, range by range of the key, to the queue of that group, in messages without op that other consumers ignore, with the snapshot under which they were read. The copy lists what differs in fanout.sync_differences, and leaves out rows that were changed meanwhile. repair: also mends what differs; the rows of a range are then locked while they are read, as those of a backfill. A worker does it once this transaction has committed; see fanout.backfills here, and fanout.sync_comparisons at the copy. The caller must own the table. Returns the number of the run. Errors: as of fanout.backfill(); 22004 an argument is null, 0A000 the key of the capture has no unique index of NOT NULL columns';
+revoke all on function fanout.compare(regclass, text, text, boolean) from public;
+
 create function fanout.replay(topic text, consumer_group text, since timestamptz, until timestamptz default null,
                               again boolean default false) returns bigint
 language plpgsql volatile security definer
@@ -4566,9 +4723,9 @@ select b.backfill_id as id, b.kind, coalesce(r.oid::regclass::text, b.entity_nam
        (select string_agg(p, ', ' order by n) from unnest(b.position) with ordinality u(p, n) where b.key <> '{}' or b.kind = 'replay' and array_length(b.position, 1) = 1) as last_key,
        b.error, b.created_at, b.started_at, b.updated_at, b.finished_at
 from fanout.backfill b left join pg_class r on r.oid = b.entity;
-comment on view fanout.backfills is 'backfills and replays of this database, made by fanout.backfill() and fanout.replay(), and how far they are';
+comment on view fanout.backfills is 'backfills, replays and comparisons of this database, made by fanout.backfill(), fanout.replay() and fanout.compare(), and how far they are';
 comment on column fanout.backfills.id is 'its number, the header "backfill" of its messages';
-comment on column fanout.backfills.kind is 'backfill, or replay';
+comment on column fanout.backfills.kind is 'backfill, replay or compare';
 comment on column fanout.backfills.entity is 'the table; NULL: of a replay';
 comment on column fanout.backfills.topic is 'the topic';
 comment on column fanout.backfills.consumer_group is 'whose queue gets the rows; NULL: all of the topic';
@@ -4588,6 +4745,50 @@ comment on column fanout.backfills.started_at is 'when it wrote its first rows; 
 comment on column fanout.backfills.updated_at is 'when it last went on';
 comment on column fanout.backfills.finished_at is 'when it ended; NULL: it has not';
 revoke all on fanout.backfills from public;
+
+create view fanout.sync_comparisons as
+select c.run, s.topic, s.consumer_group, fanout.target_table(t) as target, c.repair,
+       case when c.error is not null then 'refused'
+            when c.finished_at is null then 'running'
+            when c.ranges <> c.ranges_sent then 'incomplete'
+            when c.missing + c.different + c.extra > 0 then 'different'
+            else 'equal' end as state,
+       c.compared, c.left_out, c.missing, c.different, c.extra, c.mended, c.error, c.started_at, c.updated_at, c.finished_at
+from fanout.sync_comparison c join fanout.subscription s using (subscription_id) join fanout.sync_target t using (subscription_id);
+comment on view fanout.sync_comparisons is 'comparisons of this database''s copies with their sources: the ten latest of each, made by fanout.compare() at the source';
+comment on column fanout.sync_comparisons.run is 'what fanout.compare() returned at the source';
+comment on column fanout.sync_comparisons.topic is 'the topic';
+comment on column fanout.sync_comparisons.consumer_group is 'the consumer group';
+comment on column fanout.sync_comparisons.target is 'the copy';
+comment on column fanout.sync_comparisons.repair is 'is it to mend what differs?';
+comment on column fanout.sync_comparisons.state is
+'running; equal; different: see the counts; incomplete: messages of the run were lost; refused: see error';
+comment on column fanout.sync_comparisons.compared is 'rows of the copy or the source that were compared';
+comment on column fanout.sync_comparisons.left_out is 'rows that were changed meanwhile, or have messages that wait';
+comment on column fanout.sync_comparisons.missing is 'rows that the source has and the copy has not';
+comment on column fanout.sync_comparisons.different is 'rows that both have, with other values';
+comment on column fanout.sync_comparisons.extra is 'rows that the copy has and the source has not';
+comment on column fanout.sync_comparisons.mended is 'of these, how many were mended';
+comment on column fanout.sync_comparisons.error is 'why the tables cannot be compared';
+comment on column fanout.sync_comparisons.started_at is 'when its first message was handled';
+comment on column fanout.sync_comparisons.updated_at is 'when its latest message was handled';
+comment on column fanout.sync_comparisons.finished_at is 'when its last message was handled; NULL: not yet';
+revoke all on fanout.sync_comparisons from public;
+
+create view fanout.sync_differences as
+select d.run, s.topic, s.consumer_group, fanout.target_table(t) as target, d.kind, d.key, d.columns, d.mended, d.found_at
+from fanout.sync_difference d join fanout.subscription s using (subscription_id) join fanout.sync_target t using (subscription_id);
+comment on view fanout.sync_differences is 'rows in which a copy differs from its source, the first 10,000 of each comparison; see fanout.sync_comparisons';
+comment on column fanout.sync_differences.run is 'the comparison that found it';
+comment on column fanout.sync_differences.topic is 'the topic';
+comment on column fanout.sync_differences.consumer_group is 'the consumer group';
+comment on column fanout.sync_differences.target is 'the copy';
+comment on column fanout.sync_differences.kind is 'missing: the source has the row alone; different; extra: the copy has it alone';
+comment on column fanout.sync_differences.key is 'of the row, by names of the copy''s columns';
+comment on column fanout.sync_differences.columns is 'the copy''s columns that have another value';
+comment on column fanout.sync_differences.mended is 'is it mended?';
+comment on column fanout.sync_differences.found_at is 'when it was found';
+revoke all on fanout.sync_differences from public;
 
 
 -- ---------------------------------------------------------------------------

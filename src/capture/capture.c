@@ -485,6 +485,18 @@ capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *qu
 	return body.len;
 }
 
+/*
+ * Appends a row as the capture whose trigger that is would send it: a JSON object
+ * of its columns.  Memory: the current context's, to be reset by the caller.
+ */
+void
+capture_append_row(StringInfo out, Relation rel, Trigger *trigger, HeapTuple tuple)
+{
+	TriggerData trigdata = {.tg_relation = rel,.tg_trigger = trigger};
+
+	rowjson_append(out, cache_of_trigger(&trigdata)->row, tuple, RelationGetDescr(rel));
+}
+
 /* ---- publish() ---- */
 
 static int
@@ -499,7 +511,7 @@ reserved_header(const char *name, int len)
 {
 	static const char *const reserved[] = {
 		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via",
-		"backfill", "last", "replay", "replay_of"
+		"backfill", "last", "replay", "replay_of", "compare"
 	};
 
 	for (int i = 0; i < lengthof(reserved); i++)
@@ -585,6 +597,29 @@ render_payload(Jsonb *payload, TopicFormat format, const OutboxRow *row)
 					row->key, row->created_at);
 	appendStringInfo(&out, "%s}", json);
 	return out.data;
+}
+
+/*
+ * Writes a message that tells of no change, its payload in no envelope, whatever
+ * the topic's format: JSON in the server encoding.  As capture_notice().
+ */
+void
+capture_payload(const char *topic, const char *type, const char *payload, Jsonb *headers, const char *queue)
+{
+	TopicInfo	info = cache_topic(topic);
+	OutboxRow	row;
+
+	memset(&row, 0, sizeof(row));
+	row.id = outbox_next_id();
+	row.topic_id = info.topic_id;
+	msgid_new(&row.message_id);
+	row.type = type;
+	row.headers = headers;
+	row.queue = queue;
+	row.created_at = GetCurrentTimestamp();
+	row.payload = payload;
+	row.payload_len = strlen(payload);
+	outbox_insert(&row, true);
 }
 
 /*

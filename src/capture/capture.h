@@ -11,12 +11,16 @@
 #include "postgres.h"
 
 #include "access/htup.h"
+#include "lib/stringinfo.h"
 #include "utils/jsonb.h"
 #include "utils/rel.h"
 #include "utils/reltrigger.h"
 
 extern Size capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *queue,
 							 Jsonb *headers);
+extern void capture_append_row(StringInfo out, Relation rel, Trigger *trigger, HeapTuple tuple);
+extern void capture_payload(const char *topic, const char *type, const char *payload, Jsonb *headers,
+							const char *queue);
 extern void capture_notice(const char *topic, const char *type, Jsonb *payload, Jsonb *headers,
 						   const char *queue);
 

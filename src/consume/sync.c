@@ -10,6 +10,7 @@
  *		no header "op"; another table than the source	ignored
  *		a change that has come through this very table	own
  *		not newer than what is remembered of its key	stale
+ *		header "compare", no "op"	compared (compare.c)
  *		all others					written (sync_write.c)
  *
  * A row is found by its own key columns, as their types compare, and looks as the
@@ -53,6 +54,7 @@
 
 #include "capture/headers.h"
 #include "capture/via.h"
+#include "consume/compare.h"
 #include "consume/delivery.h"
 #include "consume/handler.h"
 #include "consume/sync_target.h"
@@ -67,6 +69,7 @@ typedef enum SyncAction
 	SYNC_WRITE,
 	SYNC_DELETE,
 	SYNC_TRUNCATE,
+	SYNC_COMPARE,
 } SyncAction;
 
 /* NULL: the message has none. */
@@ -81,6 +84,7 @@ typedef struct SyncMessage
 	const char *format;
 	const char *via;
 	int64		xid;			/* 0: none */
+	int64		compare;		/* the run that it is a part of; 0: none */
 	int64		sequence;
 	bool		has_sequence;
 	char	   *body;			/* in the server encoding; NULL: it cannot be */
@@ -313,7 +317,7 @@ has_op(const SyncMessage *message, const char *op)
 static bool
 is_of_source(SyncTarget *target, const SyncMessage *message)
 {
-	if (message->op == NULL || message->schema == NULL || message->table == NULL)
+	if ((message->op == NULL && message->compare == 0) || message->schema == NULL || message->table == NULL)
 		return false;
 	if (target->source_schema == NULL)
 		sync_target_set_source(target, message->schema, message->table);
@@ -368,7 +372,9 @@ look_into(SyncTarget *target, SyncMessage *message)
 	}
 	if (!message->has_sequence)
 		sync_refuse("it has no header \"sequence\"", HINT_OTHERS);
-	if (has_op(message, "t"))
+	if (message->op == NULL)
+		message->action = SYNC_COMPARE;
+	else if (has_op(message, "t"))
 		message->action = SYNC_TRUNCATE;
 	else if (has_op(message, "d"))
 		message->action = SYNC_DELETE;
@@ -376,7 +382,7 @@ look_into(SyncTarget *target, SyncMessage *message)
 		message->action = SYNC_WRITE;
 	else
 		sync_refuse(psprintf("its header \"op\" is \"%s\"", message->op), HINT_OTHERS);
-	if (message->action != SYNC_TRUNCATE)
+	if (message->action == SYNC_WRITE || message->action == SYNC_DELETE)
 		read_values(target, message);
 }
 
@@ -398,11 +404,7 @@ is_displaced(const SyncRow *known, const SyncMessage *message)
 static void
 put_row(SyncTarget *target, const SyncMessage *message)
 {
-	if (sync_write_update(target, &message->row))
-		return;
-	if (target->skips_updates && sync_write_exists(target, &message->row))
-		counted.ignored++;
-	else if (!sync_write_insert(target, &message->row))
+	if (!sync_write_put(target, &message->row))
 		counted.ignored++;
 }
 
@@ -412,7 +414,7 @@ remember(SyncRow *known, const SyncMessage *message, bool arrives)
 {
 	bool		takes = arrives && known->live;
 
-	sync_rows_set(known, message->sequence, true);
+	sync_rows_set(known, message->sequence, message->xid, true);
 	if (takes)
 		known->taken_by = message->xid;
 }
@@ -450,7 +452,7 @@ apply_leave(SyncTarget *target, SyncRow *known, const SyncValues *key, const Syn
 
 	if (!displaced && !known->foreign && !sync_write_delete(target, key))
 		counted.ignored++;
-	sync_rows_set(known, message->sequence, displaced);
+	sync_rows_set(known, message->sequence, message->xid, displaced);
 }
 
 static void
@@ -484,7 +486,7 @@ apply_move(SyncTarget *target, const SyncMessage *message)
 		!sync_write_occupied(target, &message->row, &message->old_key_values) &&
 		sync_write_move(target, &message->row, &message->old_key_values))
 	{
-		sync_rows_set(known_old, message->sequence, false);
+		sync_rows_set(known_old, message->sequence, message->xid, false);
 		remember(known, message, true);
 		return;
 	}
@@ -526,8 +528,19 @@ apply_truncate(SyncTarget *target, const SyncMessage *message)
 		return;
 	}
 	sync_rows_store(target->subscription_id);
-	sync_target_set_floor(target, message->sequence);
+	sync_target_set_floor(target, message->sequence, message->xid);
 	sync_write_truncate(target, message->sequence, handler_more_time);
+}
+
+static void
+apply_comparison(SyncTarget *target, const SyncMessage *message)
+{
+	CompareMessage comparison = {
+		.run = message->compare,.sequence = message->sequence,.xid = message->xid,.body = message->body
+	};
+
+	sync_rows_store(target->subscription_id);
+	compare_apply(target, &comparison, handler_more_time);
 }
 
 /* Applies one; false: what was loaded of rows is gone. */
@@ -541,6 +554,9 @@ apply_one(SyncTarget *target, const SyncMessage *message)
 			break;
 		case SYNC_TRUNCATE:
 			apply_truncate(target, message);
+			return false;
+		case SYNC_COMPARE:
+			apply_comparison(target, message);
 			return false;
 		case SYNC_DELETE:
 			apply_delete(target, message);
@@ -637,6 +653,7 @@ read_message(SyncMessage *message, const Datum *values, const bool *nulls)
 	message->format = headers_string(headers, "format");
 	message->via = via_of_message(headers_string(headers, "via"), message->schema, message->table);
 	message->xid = integer_header(headers, "xid");
+	message->compare = integer_header(headers, "compare");
 	message->has_sequence = !nulls[MESSAGE_SEQUENCE];
 	if (message->has_sequence)
 		message->sequence = DatumGetInt64(values[MESSAGE_SEQUENCE]);

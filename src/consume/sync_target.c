@@ -214,15 +214,18 @@ add_columns(SyncTarget *target, Relation rel)
 		target->nkeys += target->columns[i].is_key ? 1 : 0;
 }
 
-/* Only keys' texts are ever asked for; they are equal where the values are. */
+/* Texts are equal where the values are: of keys, and of rows that are compared. */
 static void
-plan_key_text(SyncTarget *target)
+plan_texts(SyncTarget *target)
 {
-	AttrNumber *attnums = palloc((target->nkeys + 1) * sizeof(AttrNumber));
+	AttrNumber *attnums = palloc((target->ncolumns + 1) * sizeof(AttrNumber));
 
 	for (int i = 0; i < target->nkeys; i++)
 		attnums[i] = target->columns[target->keys[i]].attnum;
 	target->key_text = rowjson_plan(target->desc, attnums, target->nkeys, target->context);
+	for (int i = 0; i < target->ncolumns; i++)
+		attnums[i] = target->columns[i].attnum;
+	target->column_text = rowjson_plan(target->desc, attnums, target->ncolumns, target->context);
 }
 
 static SyncTarget *
@@ -247,7 +250,7 @@ make_target(Relation rel, int32 subscription_id, int32 version)
 	target->qualified = quote_qualified_identifier(target->schema, target->table);
 	target->desc = CreateTupleDescCopyConstr(RelationGetDescr(rel));
 	add_columns(target, rel);
-	plan_key_text(target);
+	plan_texts(target);
 	target->shape.context = AllocSetContextCreate(context, "pg_fanout sync shape", ALLOCSET_SMALL_SIZES);
 	MemoryContextSwitchTo(oldcontext);
 	return target;
@@ -346,6 +349,7 @@ read_state(SyncTarget *target, HeapTuple row, TupleDesc desc)
 	target->refuses_unknown = DatumGetBool(SPI_getbinval(row, desc, 8, &isnull));
 	value = SPI_getbinval(row, desc, 9, &isnull);
 	target->sharers = PointerGetDatum(DatumGetArrayTypePCopy(value));
+	target->floor_xid = DatumGetInt64(SPI_getbinval(row, desc, 10, &isnull));
 	target->shared = ArrayGetNItems(1, ARR_DIMS(DatumGetArrayTypeP(target->sharers))) > 1;
 }
 
@@ -366,7 +370,7 @@ sync_target_load(Datum topic, Datum consumer_group)
 		"select s.subscription_id, s.version, coalesce(b.role, fanout.subscriber(s)::oid, 0),"
 		" coalesce(b.target, fanout.target_table(t)::oid, 0), t.floor, t.source_schema, t.source_table,"
 		" t.unknown_columns = 'error',"
-		" fanout.sync_sharers(t)"
+		" fanout.sync_sharers(t), coalesce(t.floor_xid, 0)"
 		" from fanout.subscription s join fanout.sync_target t using (subscription_id)"
 		" left join fanout.subscription_bound b using (subscription_id)"
 		" where s.topic = $1 and s.consumer_group = $2"
@@ -442,16 +446,19 @@ sync_target_set_source(SyncTarget *target, const char *schema, const char *table
  *		Records the sequence of a TRUNCATE: nothing older is applied any more.
  */
 void
-sync_target_set_floor(SyncTarget *target, int64 floor)
+sync_target_set_floor(SyncTarget *target, int64 floor, uint64 xid)
 {
 	static CachedQuery query = {
-		"update fanout.sync_target set floor = $2 where subscription_id = $1"
+		"update fanout.sync_target set floor = $2, floor_xid = nullif($3, 0) where subscription_id = $1"
 	};
-	Oid			types[] = {INT4OID, INT8OID};
-	Datum		values[] = {Int32GetDatum(target->subscription_id), Int64GetDatum(floor)};
+	Oid			types[] = {INT4OID, INT8OID, INT8OID};
+	Datum		values[] = {
+		Int32GetDatum(target->subscription_id), Int64GetDatum(floor), Int64GetDatum((int64) xid)
+	};
 
-	owner_execute(&query, 2, types, values, NULL);
+	owner_execute(&query, 3, types, values, NULL);
 	target->floor = floor;
+	target->floor_xid = xid;
 }
 
 /* Records which columns messages set, and which of theirs the table lacks. */

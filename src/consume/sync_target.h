@@ -79,10 +79,12 @@ typedef struct SyncTarget
 	int			nkeys;
 	int			text_settings;	/* on which the texts of columns depend */
 	RowJson    *key_text;		/* of the key's columns */
+	RowJson    *column_text;	/* of all columns */
 	TupleDesc	desc;
 
 	/* read anew for each batch */
 	int64		floor;			/* sequence of the newest TRUNCATE */
+	uint64		floor_xid;		/* its transaction at the source; 0: not known */
 	char	   *source_schema;	/* of the one table that it is a copy of;
 								 * NULL: */
 	char	   *source_table;	/* not known yet */
@@ -96,6 +98,8 @@ typedef struct SyncTarget
 	SPIPlanPtr	delete_plan;
 	SPIPlanPtr	exists_plan;
 	SPIPlanPtr	occupied_plan;
+	SPIPlanPtr	range_plan;
+	char	   *range_sql;		/* of that */
 } SyncTarget;
 
 /* A row, or its key alone, in the target's types. */
@@ -111,7 +115,7 @@ typedef struct SyncValues
 extern SyncTarget *sync_target_load(Datum topic, Datum consumer_group);
 extern void sync_target_check_name(const SyncTarget *target);
 extern void sync_target_set_source(SyncTarget *target, const char *schema, const char *table);
-extern void sync_target_set_floor(SyncTarget *target, int64 floor);
+extern void sync_target_set_floor(SyncTarget *target, int64 floor, uint64 xid);
 extern void sync_target_set_shape(SyncTarget *target, const JsonSlice *row);
 extern void sync_target_key_slices(const SyncTarget *target, const JsonSlice *row, JsonSlice *slices);
 extern void sync_target_read_row(SyncTarget *target, const JsonSlice *row, SyncValues *values);
@@ -124,9 +128,12 @@ pg_noreturn extern void sync_refuse(const char *what, const char *hint);
 extern bool sync_write_exists(SyncTarget *target, const SyncValues *row);
 extern bool sync_write_occupied(SyncTarget *target, const SyncValues *row, const SyncValues *old_key);
 extern bool sync_write_update(SyncTarget *target, const SyncValues *row);
+extern bool sync_write_put(SyncTarget *target, const SyncValues *row);
 extern bool sync_write_insert(SyncTarget *target, const SyncValues *row);
 extern bool sync_write_move(SyncTarget *target, const SyncValues *row, const SyncValues *old_key);
 extern bool sync_write_delete(SyncTarget *target, const SyncValues *key);
+extern Portal sync_write_open_range(SyncTarget *target, const int *keys, const SyncValues *after,
+									const SyncValues *upto);
 extern void sync_write_truncate(SyncTarget *target, int64 sequence, void (*between) (void));
 extern void sync_write_check_constraints(const SyncTarget *target);
 extern void sync_write_forget(SyncTarget *target);

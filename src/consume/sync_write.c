@@ -280,6 +280,7 @@ sync_write_forget(SyncTarget *target)
 	free_plan(&target->delete_plan);
 	free_plan(&target->exists_plan);
 	free_plan(&target->occupied_plan);
+	free_plan(&target->range_plan);
 }
 
 /* ---- is there a row? ---- */
@@ -438,6 +439,20 @@ sync_write_insert(SyncTarget *target, const SyncValues *row)
 }
 
 /*
+ * sync_write_put
+ *		Makes a row look like that, or inserts it.  False: a trigger left it out.
+ */
+bool
+sync_write_put(SyncTarget *target, const SyncValues *row)
+{
+	if (sync_write_update(target, row))
+		return true;
+	if (target->skips_updates && sync_write_exists(target, row))
+		return false;
+	return sync_write_insert(target, row);
+}
+
+/*
  * sync_write_delete
  *		Deletes the row of that key, if there is one; false: a trigger left it out.
  */
@@ -481,6 +496,81 @@ sync_write_check_constraints(const SyncTarget *target)
 		elog(ERROR, "could not check constraints");
 	SetUserIdAndSecContext(user, security);
 	MemoryContextSwitchTo(context);
+}
+
+/* ---- ranges ---- */
+
+/* Appends " and row(t.a, t.b) > row($1, $2)", in the order of keys. */
+static void
+append_bound(StringInfo sql, const SyncTarget *target, const int *keys, const char *operator, int first)
+{
+	appendStringInfoString(sql, " and row(");
+	for (int i = 0; i < target->nkeys; i++)
+		appendStringInfo(sql, "%st.%s", i == 0 ? "" : ", ", target->columns[keys[i]].local);
+	appendStringInfo(sql, ") operator(pg_catalog.%s) row(", operator);
+	for (int i = 0; i < target->nkeys; i++)
+		appendStringInfo(sql, "%s$%d", i == 0 ? "" : ", ", first + i);
+	appendStringInfoChar(sql, ')');
+}
+
+/* Prepares the statement that reads a range, unless it was the last one. */
+static void
+prepare_range(SyncTarget *target, const int *keys, bool after, bool upto)
+{
+	StringInfoData sql;
+	Oid		   *types = palloc(2 * (target->nkeys + 1) * sizeof(Oid));
+	int			n = 0;
+
+	for (int side = 0; side < 2; side++)
+	{
+		for (int i = 0; (side == 0 ? after : upto) && i < target->nkeys; i++)
+			types[n++] = target->columns[keys[i]].type;
+	}
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "select ");
+	for (int i = 0; i < target->ncolumns; i++)
+		appendStringInfo(&sql, "%st.%s", i == 0 ? "" : ", ", target->columns[i].local);
+	appendStringInfoString(&sql, " from ");
+	append_target(&sql, target);
+	appendStringInfoString(&sql, " where true");
+	if (after)
+		append_bound(&sql, target, keys, ">", 1);
+	if (upto)
+		append_bound(&sql, target, keys, "<=", n - target->nkeys + 1);
+	if (target->range_plan != NULL && strcmp(target->range_sql, sql.data) == 0)
+		return;
+	free_plan(&target->range_plan);
+	target->range_plan = SPI_prepare_cursor(sql.data, n, types, CURSOR_OPT_GENERIC_PLAN);
+	if (target->range_plan == NULL || SPI_keepplan(target->range_plan) != 0)
+		elog(ERROR, "could not prepare \"%s\": %s", sql.data, SPI_result_code_string(SPI_result));
+	target->range_sql = MemoryContextStrdup(target->context, sql.data);
+}
+
+/*
+ * sync_write_open_range
+ *		Opens a cursor over the rows of a range of keys: all columns, in their order.
+ *
+ * keys: indexes of the columns in whose order keys are compared, the key's; types
+ * that have no order of PostgreSQL's own must not get here.  after: NULL, or the
+ * key behind which the range begins; upto: NULL, or the last one of it.
+ */
+Portal
+sync_write_open_range(SyncTarget *target, const int *keys, const SyncValues *after, const SyncValues *upto)
+{
+	Datum	   *values = palloc(2 * (target->nkeys + 1) * sizeof(Datum));
+	MemoryContext context = CurrentMemoryContext;
+	Portal		cursor;
+	int			n = 0;
+
+	prepare_range(target, keys, after != NULL, upto != NULL);
+	for (int i = 0; after != NULL && i < target->nkeys; i++)
+		values[n++] = after->values[keys[i]];
+	for (int i = 0; upto != NULL && i < target->nkeys; i++)
+		values[n++] = upto->values[keys[i]];
+	plan_by_index(target->range_plan);
+	cursor = SPI_cursor_open(NULL, target->range_plan, values, NULL, false);
+	MemoryContextSwitchTo(context);
+	return cursor;
 }
 
 /* ---- TRUNCATE ---- */

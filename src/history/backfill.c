@@ -64,6 +64,7 @@
 
 #include "capture/cache.h"
 #include "capture/capture.h"
+#include "capture/textform.h"
 #include "consume/owner.h"
 #include "history/history.h"
 #include "server/compat.h"
@@ -88,6 +89,7 @@ typedef struct Source
 typedef struct Range
 {
 	int			n;
+	bool		open;			/* it has no upper bound */
 	Oid			types[2 * INDEX_MAX_KEYS];
 	Datum		values[2 * INDEX_MAX_KEYS]; /* those it lies behind, then
 											 * those up to which it goes */
@@ -375,7 +377,16 @@ page_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, W
 	return true;
 }
 
-/* The statement that locks and reads the rows of the range. */
+static bool
+is_comparison(const WalkRow *row)
+{
+	return strcmp(row->kind, "compare") == 0;
+}
+
+/*
+ * The statement that reads the rows of the range, and locks them, unless they are
+ * only compared.
+ */
 static char *
 read_statement(const WalkRow *row, const Source *source, const Range *range)
 {
@@ -387,12 +398,19 @@ read_statement(const WalkRow *row, const Source *source, const Range *range)
 		appendStringInfoString(&sql, "\"new\".ctid >= $1 and \"new\".ctid < $2");
 	else
 	{
-		if (range->n > row->nkeys)
+		int			upper = range->open ? 0 : row->nkeys;
+
+		appendStringInfoString(&sql, "true");
+		if (range->n > upper)
 		{
-			append_comparison(&sql, row, source->rel, ">", 1);
 			appendStringInfoString(&sql, " and ");
+			append_comparison(&sql, row, source->rel, ">", 1);
 		}
-		append_comparison(&sql, row, source->rel, "<=", range->n - row->nkeys + 1);
+		if (!range->open)
+		{
+			appendStringInfoString(&sql, " and ");
+			append_comparison(&sql, row, source->rel, "<=", range->n - row->nkeys + 1);
+		}
 	}
 	if (source->condition != NULL)
 		appendStringInfo(&sql, " and (%s\n)", source->condition);
@@ -401,7 +419,8 @@ read_statement(const WalkRow *row, const Source *source, const Range *range)
 		appendStringInfoString(&sql, " order by ");
 		append_keys(&sql, row, source->rel, "");
 	}
-	appendStringInfoString(&sql, " for no key update of \"new\"");
+	if (!is_comparison(row) || row->repair)
+		appendStringInfoString(&sql, " for no key update of \"new\"");
 	return sql.data;
 }
 
@@ -444,6 +463,38 @@ write_rows(const Walk *walk, const WalkRow *row, const Source *source, WalkStep 
 	SPI_freetuptable(table);
 }
 
+/* The texts of a range's bounds, the same from every session. */
+static char **
+bound_texts(const Range *range, int first, int n)
+{
+	char	  **texts = palloc(n * sizeof(char *));
+
+	for (int i = 0; i < n; i++)
+	{
+		TextForm	form;
+
+		textform_prepare(&form, range->types[first + i], CurrentMemoryContext);
+		texts[i] = textform_output(&form, range->values[first + i]);
+	}
+	return texts;
+}
+
+/* Writes the message that has all rows of the range. */
+static void
+write_range(const Walk *walk, const WalkRow *row, const Source *source, const Range *range,
+			const char *snapshot, WalkStep *step)
+{
+	int			upper = range->open ? 0 : row->nkeys;
+	WalkRange	texts = {0};
+
+	if (range->n > upper)
+		texts.after = bound_texts(range, 0, row->nkeys);
+	if (!range->open)
+		texts.upto = bound_texts(range, range->n - row->nkeys, row->nkeys);
+	step->bytes = compare_write(walk, row, source->rel, source->trigger, &texts, snapshot);
+	step->sent = 1;
+}
+
 /*
  * Writes the messages of the next rows.  In a transaction of worker_begin(), which
  * the caller ends.  Fills in step: with a failure nothing was written, and the walk
@@ -463,13 +514,18 @@ backfill_step(Walk *walk, const WalkRow *row, WalkStep *step)
 	any = row->nkeys > 0 ? key_range(walk, row, &source, &range, step)
 		: page_range(walk, row, &source, &range, step);
 	step->walked = !any;
-	if (any)
+	range.open = !any;
+	if (any || is_comparison(row))
 	{
 		Caller		caller;
+		char	   *snapshot = is_comparison(row) ? compare_snapshot() : NULL;
 
 		run_as_owner(&walk->read, read_statement(row, &source, &range), &range, source.rel);
 		caller = become_table_owner(source.rel);
-		write_rows(walk, row, &source, step);
+		if (snapshot != NULL)
+			write_range(walk, row, &source, &range, snapshot, step);
+		else
+			write_rows(walk, row, &source, step);
 		become_caller(&caller);
 	}
 	relation_close(source.rel, NoLock);
@@ -534,15 +590,19 @@ canonical_where(Relation rel, const char *where)
 	return text;
 }
 
-static void
-check_owner(Relation rel)
+/*
+ * Raises an error (42501) unless the caller owns the table.  detail: a sentence, why
+ * that is asked for.
+ */
+void
+backfill_check_owner(Relation rel, const char *detail)
 {
 	if (has_privs_of_role(GetUserId(), rel->rd_rel->relowner))
 		return;
 	ereport(ERROR,
 			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 			 errmsg("must be owner of table %s", RelationGetRelationName(rel)),
-			 errdetail("A backfill reads all rows and runs its condition with the owner's rights.")));
+			 errdetail("%s", detail)));
 }
 
 /* Hands the declaration to SQL that runs with the rights of the extension's owner. */
@@ -592,7 +652,7 @@ pgf_backfill(PG_FUNCTION_ARGS)
 	{
 		Relation	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
 
-		check_owner(rel);
+		backfill_check_owner(rel, "A backfill reads all rows and runs its condition with the owner's rights.");
 		if (!PG_ARGISNULL(3) && (rel->rd_rel->relkind == RELKIND_RELATION ||
 								 rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE))
 			where = canonical_where(rel, text_to_cstring(PG_GETARG_TEXT_PP(3)));

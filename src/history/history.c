@@ -230,7 +230,7 @@ static bool
 load_row(const Walk *walk, WalkRow *row)
 {
 	static CachedQuery query = {
-		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again"
+		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair"
 		" from fanout.backfill where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
@@ -258,6 +258,7 @@ load_row(const Walk *walk, WalkRow *row)
 	row->walked = DatumGetBool(query_value(0, 10, &isnull));
 	row->sent = DatumGetInt64(query_value(0, 11, &isnull));
 	row->again = DatumGetBool(query_value(0, 12, &isnull));
+	row->repair = DatumGetBool(query_value(0, 13, &isnull));
 	return true;
 }
 
@@ -320,6 +321,18 @@ adapt(Walk *walk, const WalkRow *row, const WalkStep *step)
 		walk->next_at = mono_later(step->sent * 1000 / row->rate);
 }
 
+/* Writes the message that ends a walk. */
+static void
+tell_end(const Walk *walk, const WalkRow *row)
+{
+	if (strcmp(row->kind, "replay") == 0)
+		replay_end(walk, row);
+	else if (strcmp(row->kind, "compare") == 0)
+		compare_end(walk, row);
+	else
+		backfill_end(walk, row);
+}
+
 /*
  * Runs one transaction of a walk.  The bookkeeping comes last, so that the messages
  * are in the outbox when it is done.
@@ -330,7 +343,6 @@ run_step(Walk *walk)
 	WalkRow		row;
 	WalkStep	step;
 	uint64		xid = 0;
-	bool		replay;
 
 	worker_begin();
 	memset(&step, 0, sizeof(step));
@@ -339,16 +351,12 @@ run_step(Walk *walk)
 		worker_commit();
 		return;
 	}
-	replay = (strcmp(row.kind, "replay") == 0);
 	if (row.walked)
 	{
-		if (replay)
-			replay_end(walk, &row);
-		else
-			backfill_end(walk, &row);
+		tell_end(walk, &row);
 		set_state(walk, "done", NULL);
 	}
-	else if (replay)
+	else if (strcmp(row.kind, "replay") == 0)
 		replay_step(walk, &row, &step);
 	else
 		backfill_step(walk, &row, &step);

@@ -12,6 +12,8 @@
 
 #include "access/transam.h"
 #include "executor/spi.h"
+#include "utils/rel.h"
+#include "utils/reltrigger.h"
 
 #include "server/monotime.h"
 
@@ -60,6 +62,7 @@ typedef struct WalkRow
 	bool		walked;			/* all rows are written */
 	int64		sent;
 	bool		again;			/* a replay, under new message ids */
+	bool		repair;			/* a comparison that mends what differs */
 } WalkRow;
 
 /* What a step has done. */
@@ -75,8 +78,21 @@ typedef struct WalkStep
 	char	   *failure;		/* NULL, or why it cannot go on */
 } WalkStep;
 
+/* Between which keys the rows of a step lie: texts, in the key's order. */
+typedef struct WalkRange
+{
+	char	  **after;			/* NULL: from the beginning */
+	char	  **upto;			/* included; NULL: to the end */
+} WalkRange;
+
+extern void backfill_check_owner(Relation rel, const char *detail);
 extern void backfill_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void backfill_end(const Walk *walk, const WalkRow *row);
+
+extern char *compare_snapshot(void);
+extern Size compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigger,
+						  const WalkRange *range, const char *snapshot);
+extern void compare_end(const Walk *walk, const WalkRow *row);
 
 extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void replay_end(const Walk *walk, const WalkRow *row);

@@ -1,0 +1,735 @@
+/*-------------------------------------------------------------------------
+ *
+ * compare.c
+ *		Compares rows of a copy with those that its source has sent for that.
+ *
+ * A message of a comparison has all rows of one range of keys, and the snapshot
+ * under which, or after which, the source read them.  Ranges follow each other
+ * without gaps, so rows of the copy that are in the range, but not in the message,
+ * are too many.
+ *
+ * The message stands in the queue behind all changes that its snapshot saw: these
+ * were committed, with lower ids, before the message was.  It may stand behind
+ * others, too.  So all that was applied before is known, but for rows whose last
+ * change the snapshot did not see; these are left out:
+ *
+ *		last applied change of the key		snapshot saw it		compared
+ *											did not				left out
+ *											none is known		compared
+ *		newest TRUNCATE						did not				all is left out
+ *		messages of the key wait								left out
+ *		the row is another subscription's						left out
+ *
+ * Values are compared as the copy has them: those of the message are read as any
+ * change's would be, and then both must have the same text.  So columns that are
+ * mapped, ignored, or of another type need nothing of their own.
+ *
+ * A repair writes what it finds.  The source has locked the rows, so the message's
+ * sequence stands among those of their changes where the lock does, and is
+ * remembered with the row.  A row too many is deleted, and its sequence stays:
+ * a change that the snapshot did not see may be on its way with a lower one than
+ * the message has.
+ *
+ * It must never write the table unless it is to repair, and never list a row that
+ * was only changed meanwhile.
+ *
+ * Memory: the rows of a message, and PIECE rows of the copy.  Differences: the
+ * first MAX_LISTED of a run are listed, all are counted.
+ *
+ * Locks: see sync_target.c; those of the statements that repair.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/hsearch.h"
+#include "utils/json.h"
+#include "utils/memutils.h"
+#include "utils/xid8.h"
+
+#include "consume/compare.h"
+#include "consume/inbox.h"
+#include "server/query.h"
+
+/* Rows of the copy that are fetched at once. */
+#define PIECE 1000
+
+/* Differences of a run that are listed. */
+#define MAX_LISTED 10000
+
+/* A row that the source has. */
+typedef struct SourceRow
+{
+	SyncHash	hash;			/* first, as of every hash table */
+	SyncValues	values;
+	bool		left_out;
+	bool		found;			/* the copy has it */
+	Bitmapset  *differs;		/* columns that have another value there */
+} SourceRow;
+
+typedef struct Comparison
+{
+	SyncTarget *target;
+	const CompareMessage *message;
+	MemoryContext context;
+
+	/* of the message */
+	bool		repair;
+	Datum		snapshot;		/* pg_snapshot */
+	int		   *keys;			/* indexes of columns, in the source's order */
+	bool		has_after;
+	bool		has_upto;
+	SyncValues	after;
+	SyncValues	upto;
+	HTAB	   *rows;			/* of SourceRow */
+	bool		waiting;		/* messages of the subscription wait */
+
+	/* what was found */
+	int64		listed;			/* of the run; -1: not counted yet */
+	int64		compared;
+	int64		left_out;
+	int64		missing;
+	int64		different;
+	int64		extra;
+	int64		mended;
+	int64		ranges;
+	int64		ranges_sent;	/* -1: this is not the last message */
+	char	   *error;			/* NULL: none */
+} Comparison;
+
+/* ---- the message ---- */
+
+pg_noreturn static void
+malformed(void)
+{
+	sync_refuse("it is no part of a comparison", "Only messages of pg_fanout can be applied to a table.");
+}
+
+/* Finds a member of an object; a null if there is none. */
+static JsonSlice
+member(const JsonSlice *object, const char *quoted_name)
+{
+	JsonSlice	found = {.kind = JSON_IS_NULL,.text = "null",.len = 4};
+	JsonSlice	name;
+	JsonSlice	value;
+	JsonCursor	cursor;
+	JsonStep	step;
+
+	jsonscan_enter(object, &cursor);
+	while ((step = jsonscan_member(&cursor, &name, &value)) == JSON_FOUND)
+	{
+		if (name.len == strlen(quoted_name) && memcmp(name.text, quoted_name, name.len) == 0)
+			found = value;
+	}
+	if (step == JSON_MALFORMED)
+		malformed();
+	return found;
+}
+
+/* Takes an array of as many elements as the key has columns apart. */
+static JsonSlice *
+key_elements(const SyncTarget *target, const JsonSlice *array)
+{
+	JsonSlice  *elements = palloc((target->nkeys + 1) * sizeof(JsonSlice));
+	JsonSlice	element;
+	JsonCursor	cursor;
+	int			n = 0;
+
+	if (array->kind != JSON_IS_ARRAY)
+		malformed();
+	jsonscan_enter(array, &cursor);
+	for (; jsonscan_element(&cursor, &element) == JSON_FOUND; n++)
+	{
+		if (n < target->nkeys)
+			elements[n] = element;
+	}
+	return n == target->nkeys ? elements : NULL;
+}
+
+/* The place of a column in the copy's key; -1: it is none of it. */
+static int
+place_in_key(const SyncTarget *target, const char *remote)
+{
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		const SyncColumn *column = &target->columns[target->keys[i]];
+
+		if (column->remote != NULL && strcmp(column->remote, remote) == 0)
+			return i;
+	}
+	return -1;
+}
+
+/* Reads a key that bounds the range; names: in the same order.  False: none does. */
+static bool
+read_bound(const SyncTarget *target, const JsonSlice *names, JsonSlice array, SyncValues *key)
+{
+	JsonSlice  *slices;
+	JsonSlice  *ordered = palloc((target->nkeys + 1) * sizeof(JsonSlice));
+
+	if (array.kind == JSON_IS_NULL)
+		return false;
+	slices = key_elements(target, &array);
+	if (slices == NULL)
+		malformed();
+	for (int i = 0; i < target->nkeys; i++)
+		ordered[place_in_key(target, readjson_string(&names[i]))] = slices[i];
+	sync_target_read_key(target, ordered, key);
+	return true;
+}
+
+/* What says how the copy's key sorts, for each column in the source's order. */
+static Datum *
+key_order(const Comparison *c)
+{
+	static CachedQuery query = {"select fanout.key_order($1, $2)"};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum	   *attnums = palloc((c->target->nkeys + 1) * sizeof(Datum));
+	Datum		values[2];
+	Datum	   *order;
+	int			n;
+	bool		isnull;
+
+	for (int i = 0; i < c->target->nkeys; i++)
+		attnums[i] = Int16GetDatum(c->target->columns[c->keys[i]].attnum);
+	values[0] = ObjectIdGetDatum(c->target->relid);
+	values[1] = PointerGetDatum(construct_array(attnums, c->target->nkeys, INT2OID, 2, true, TYPALIGN_SHORT));
+	owner_execute(&query, 2, types, values, NULL);
+	deconstruct_array(DatumGetArrayTypePCopy(query_value(0, 1, &isnull)), TEXTOID, -1, false, TYPALIGN_INT,
+					  &order, NULL, &n);
+	if (n != c->target->nkeys)
+		elog(ERROR, "the key of table %s has %d columns, not %d", c->target->qualified, n, c->target->nkeys);
+	return order;
+}
+
+/*
+ * Finds the columns of the source's key, and whether both ends sort it alike.  If
+ * not, says why in the comparison, and returns NULL.
+ */
+static JsonSlice *
+read_key(Comparison *c, const JsonSlice *body)
+{
+	SyncTarget *target = c->target;
+	JsonSlice	array = member(body, "\"key\"");
+	JsonSlice	order_array = member(body, "\"order\"");
+	JsonSlice  *names = key_elements(target, &array);
+	JsonSlice  *order = key_elements(target, &order_array);
+	Datum	   *own_order;
+
+	if (names != NULL && order == NULL)
+		malformed();
+	c->keys = palloc((target->nkeys + 1) * sizeof(int));
+	for (int i = 0; names != NULL && i < target->nkeys; i++)
+	{
+		int			place = place_in_key(target, readjson_string(&names[i]));
+
+		if (place < 0)
+			names = NULL;
+		else
+			c->keys[i] = target->keys[place];
+	}
+	if (names == NULL)
+	{
+		c->error = "the key of the copy has other columns than that of the source's capture";
+		return NULL;
+	}
+	own_order = key_order(c);
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		char	   *own = TextDatumGetCString(own_order[i]);
+		char	   *remote = readjson_string(&order[i]);
+
+		if (strcmp(own, remote) == 0)
+			continue;
+		c->error = psprintf("column \"%s\" of the key sorts in another way than at the source: as %s, and there as %s",
+							target->columns[c->keys[i]].name, own, remote);
+		return NULL;
+	}
+	return names;
+}
+
+/* Reads the rows, as any message's would be. */
+static void
+read_rows(Comparison *c, const JsonSlice *rows)
+{
+	HASHCTL		control = {.keysize = sizeof(SyncHash),.entrysize = sizeof(SourceRow),.hcxt = c->context};
+	JsonCursor	cursor;
+	JsonSlice	row;
+	JsonStep	step;
+
+	if (rows->kind != JSON_IS_ARRAY)
+		malformed();
+	c->rows = hash_create("pg_fanout compared rows", 256, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	jsonscan_enter(rows, &cursor);
+	while ((step = jsonscan_element(&cursor, &row)) == JSON_FOUND)
+	{
+		SyncValues	values;
+		SourceRow  *entry;
+
+		if (row.kind != JSON_IS_OBJECT)
+			malformed();
+		sync_target_set_shape(c->target, &row);
+		sync_target_read_row(c->target, &row, &values);
+		entry = hash_search(c->rows, &values.hash, HASH_ENTER, NULL);
+		memset((char *) entry + sizeof(SyncHash), 0, sizeof(SourceRow) - sizeof(SyncHash));
+		entry->values = values;
+	}
+	if (step == JSON_MALFORMED)
+		malformed();
+}
+
+/* Reads the whole message.  False: its range cannot be compared, c->error says why. */
+static bool
+read_range(Comparison *c, const JsonSlice *body)
+{
+	JsonSlice	rows = member(body, "\"rows\"");
+	JsonSlice	snapshot = member(body, "\"snapshot\"");
+	JsonSlice  *names = read_key(c, body);
+
+	if (names == NULL)
+		return false;
+	if (snapshot.kind != JSON_IS_STRING)
+		malformed();
+	c->snapshot = DirectFunctionCall1(pg_snapshot_in, CStringGetDatum(readjson_string(&snapshot)));
+	c->has_after = read_bound(c->target, names, member(body, "\"after\""), &c->after);
+	c->has_upto = read_bound(c->target, names, member(body, "\"upto\""), &c->upto);
+	read_rows(c, &rows);
+	return true;
+}
+
+/* ---- what is left out ---- */
+
+static bool
+is_seen(const Comparison *c, uint64 xid)
+{
+	FullTransactionId fxid = FullTransactionIdFromU64(xid);
+
+	return xid == 0 ||
+		DatumGetBool(DirectFunctionCall2(pg_visible_in_snapshot, FullTransactionIdGetDatum(fxid), c->snapshot));
+}
+
+/* Does a key's newest change say that the row cannot be compared? */
+static bool
+is_changed(const Comparison *c, const SyncRow *known)
+{
+	return known->foreign || known->sequence >= c->message->sequence || !is_seen(c, known->xid);
+}
+
+static void
+look_for_waiting(Comparison *c)
+{
+	static CachedQuery query = {"select exists (select from fanout.waiting where subscription_id = $1)"};
+	Oid			types[] = {INT4OID};
+	Datum		values[] = {Int32GetDatum(c->target->subscription_id)};
+	bool		isnull;
+
+	owner_execute(&query, 1, types, values, NULL);
+	c->waiting = DatumGetBool(query_value(0, 1, &isnull));
+}
+
+/* The key as messages have it in their header. */
+static char *
+header_key(const SyncTarget *target, const SyncValues *row)
+{
+	StringInfoData text;
+
+	if (target->nkeys == 1)
+		return rowjson_text(target->key_text, 0, row->values[target->keys[0]], row->nulls[target->keys[0]]);
+	initStringInfo(&text);
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		appendStringInfoChar(&text, i == 0 ? '[' : ',');
+		rowjson_append_value(&text, target->key_text, i, row->values[target->keys[i]], row->nulls[target->keys[i]]);
+	}
+	appendStringInfoChar(&text, ']');
+	return text.data;
+}
+
+/* Do messages of the row wait to be tried again? */
+static bool
+has_waiting(const Comparison *c, const SyncValues *row)
+{
+	static CachedQuery query = {
+		"select exists (select from fanout.waiting where subscription_id = $1"
+		" and (key = $2 or headers operator(pg_catalog.->>) 'old_key' = $2))"
+	};
+	Oid			types[] = {INT4OID, TEXTOID};
+	Datum		values[] = {Int32GetDatum(c->target->subscription_id), (Datum) 0};
+	char	   *key;
+	bool		isnull;
+
+	if (!c->waiting)
+		return false;
+	key = header_key(c->target, row);
+	if (key == NULL)
+		return false;
+	values[1] = CStringGetTextDatum(key);
+	owner_execute(&query, 2, types, values, NULL);
+	return DatumGetBool(query_value(0, 1, &isnull));
+}
+
+/* Loads what is known of the rows of the message. */
+static void
+load_known(Comparison *c)
+{
+	long		room = hash_get_num_entries(c->rows) + 1;
+	SyncHash   *hashes = palloc(room * sizeof(SyncHash));
+	int			n = 0;
+	HASH_SEQ_STATUS status;
+	SourceRow  *row;
+
+	hash_seq_init(&status, c->rows);
+	while ((row = hash_seq_search(&status)) != NULL)
+		hashes[n++] = row->hash;
+	sync_rows_load(c->target->subscription_id, c->target->sharers, hashes, n);
+}
+
+static void
+leave_out_changed(Comparison *c)
+{
+	HASH_SEQ_STATUS status;
+	SourceRow  *row;
+
+	load_known(c);
+	hash_seq_init(&status, c->rows);
+	while ((row = hash_seq_search(&status)) != NULL)
+		row->left_out = is_changed(c, sync_rows_find(&row->hash));
+}
+
+/* ---- what is found ---- */
+
+/* {"id":7}, by the copy's names. */
+static char *
+key_object(const SyncTarget *target, const SyncValues *row)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		int			column = target->keys[i];
+
+		appendStringInfoChar(&text, i == 0 ? '{' : ',');
+		escape_json(&text, target->columns[column].name);
+		appendStringInfoChar(&text, ':');
+		rowjson_append_value(&text, target->key_text, i, row->values[column], row->nulls[column]);
+	}
+	appendStringInfoChar(&text, '}');
+	return text.data;
+}
+
+static int64
+count_listed(const Comparison *c)
+{
+	static CachedQuery query = {
+		"select count(*) from fanout.sync_difference where subscription_id = $1 and run = $2"
+	};
+	Oid			types[] = {INT4OID, INT8OID};
+	Datum		values[] = {Int32GetDatum(c->target->subscription_id), Int64GetDatum(c->message->run)};
+	bool		isnull;
+
+	owner_execute(&query, 2, types, values, NULL);
+	return DatumGetInt64(query_value(0, 1, &isnull));
+}
+
+/* Lists a difference; columns: NULL, or those that have another value. */
+static void
+record_difference(Comparison *c, const char *kind, const SyncValues *row, Bitmapset *columns, bool mended)
+{
+	static CachedQuery query = {
+		"insert into fanout.sync_difference (subscription_id, run, kind, key, columns, mended)"
+		" values ($1, $2, $3, $4::text::jsonb, $5, $6)"
+	};
+	Oid			types[] = {INT4OID, INT8OID, TEXTOID, TEXTOID, TEXTARRAYOID, BOOLOID};
+	Datum	   *names = palloc((c->target->ncolumns + 1) * sizeof(Datum));
+	Datum		values[6];
+	int			n = 0;
+
+	c->mended += mended ? 1 : 0;
+	if (c->listed < 0)
+		c->listed = count_listed(c);
+	if (c->listed++ >= MAX_LISTED)
+		return;
+	for (int i = -1; (i = bms_next_member(columns, i)) >= 0;)
+		names[n++] = CStringGetTextDatum(c->target->columns[i].name);
+	values[0] = Int32GetDatum(c->target->subscription_id);
+	values[1] = Int64GetDatum(c->message->run);
+	values[2] = CStringGetTextDatum(kind);
+	values[3] = CStringGetTextDatum(key_object(c->target, row));
+	values[4] = PointerGetDatum(construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT));
+	values[5] = BoolGetDatum(mended);
+	owner_execute(&query, 6, types, values, NULL);
+}
+
+/* Adds what was found to what is known of the run. */
+static void
+record(const Comparison *c)
+{
+	static CachedQuery query = {
+		"select fanout.record_comparison($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+	};
+	Oid			types[] = {
+		INT4OID, INT8OID, BOOLOID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID
+	};
+	char		nulls[12] = "            ";
+	Datum		values[] = {
+		Int32GetDatum(c->target->subscription_id), Int64GetDatum(c->message->run), BoolGetDatum(c->repair),
+		Int64GetDatum(c->ranges), Int64GetDatum(c->ranges_sent), Int64GetDatum(c->compared),
+		Int64GetDatum(c->left_out), Int64GetDatum(c->missing), Int64GetDatum(c->different),
+		Int64GetDatum(c->extra), Int64GetDatum(c->mended), (Datum) 0
+	};
+
+	values[11] = query_text_param(c->error, &nulls[11]);
+	if (c->ranges_sent < 0)
+		nulls[4] = 'n';
+	owner_execute(&query, 12, types, values, nulls);
+}
+
+/* ---- rows of the copy ---- */
+
+/* Tells whether a column has another value than the source says. */
+static bool
+value_differs(const SyncTarget *target, int column, const SyncValues *a, const SyncValues *b)
+{
+	Form_pg_attribute attr = TupleDescAttr(target->desc, target->columns[column].attnum - 1);
+	StringInfoData texts[2];
+
+	if (a->nulls[column] || b->nulls[column])
+		return a->nulls[column] != b->nulls[column];
+	if (datum_image_eq(a->values[column], b->values[column], attr->attbyval, attr->attlen))
+		return false;
+	for (int i = 0; i < 2; i++)
+	{
+		const SyncValues *values = (i == 0) ? a : b;
+
+		initStringInfo(&texts[i]);
+		rowjson_append_value(&texts[i], target->column_text, column, values->values[column], false);
+	}
+	return strcmp(texts[0].data, texts[1].data) != 0;
+}
+
+static void
+compare_row(Comparison *c, SourceRow *row, const SyncValues *own)
+{
+	MemoryContext oldcontext;
+
+	row->found = true;
+	if (row->left_out)
+		return;
+	for (int i = -1; (i = bms_next_member(row->values.columns, i)) >= 0;)
+	{
+		if (!value_differs(c->target, i, &row->values, own))
+			continue;
+		oldcontext = MemoryContextSwitchTo(c->context);
+		row->differs = bms_add_member(row->differs, i);
+		MemoryContextSwitchTo(oldcontext);
+	}
+}
+
+/* The row's last sequence stays: see the head of this file. */
+static bool
+delete_extra(Comparison *c, SyncRow *known, const SyncValues *row)
+{
+	if (!sync_write_delete(c->target, row))
+		return false;
+	if (known->sequence > 0)
+		sync_rows_set(known, known->sequence, known->xid, false);
+	return true;
+}
+
+/* Looks at rows that the source does not have. */
+static void
+check_extra(Comparison *c, const SyncValues *rows, const SyncHash *hashes, int n)
+{
+	sync_rows_load(c->target->subscription_id, c->target->sharers, hashes, n);
+	for (int i = 0; i < n; i++)
+	{
+		SyncRow    *known = sync_rows_find(&hashes[i]);
+
+		if (is_changed(c, known) || has_waiting(c, &rows[i]))
+		{
+			c->left_out++;
+			continue;
+		}
+		c->compared++;
+		c->extra++;
+		record_difference(c, "extra", &rows[i], NULL, c->repair && delete_extra(c, known, &rows[i]));
+	}
+	sync_rows_store(c->target->subscription_id);
+}
+
+/* The values of a row that was fetched; they are of the result. */
+static void
+take_row(const SyncTarget *target, HeapTuple tuple, TupleDesc desc, SyncValues *row)
+{
+	row->columns = NULL;
+	row->values = palloc((target->ncolumns + 1) * sizeof(Datum));
+	row->nulls = palloc((target->ncolumns + 1) * sizeof(bool));
+	heap_deform_tuple(tuple, desc, row->values, row->nulls);
+	sync_target_hash_key(target, row->values, row->nulls, &row->hash);
+}
+
+static void
+compare_piece(Comparison *c, SPITupleTable * table, uint64 count)
+{
+	SyncValues *extra = palloc((count + 1) * sizeof(SyncValues));
+	SyncHash   *hashes = palloc((count + 1) * sizeof(SyncHash));
+	int			n = 0;
+
+	for (uint64 i = 0; i < count; i++)
+	{
+		SourceRow  *row;
+
+		take_row(c->target, table->vals[i], table->tupdesc, &extra[n]);
+		row = hash_search(c->rows, &extra[n].hash, HASH_FIND, NULL);
+		if (row != NULL)
+			compare_row(c, row, &extra[n]);
+		else
+		{
+			hashes[n] = extra[n].hash;
+			n++;
+		}
+	}
+	if (n > 0)
+		check_extra(c, extra, hashes, n);
+}
+
+/* Compares all rows that the copy has in the range. */
+static void
+compare_copy(Comparison *c, void (*between) (void))
+{
+	MemoryContext piece = AllocSetContextCreate(c->context, "pg_fanout compared piece", ALLOCSET_DEFAULT_SIZES);
+	Portal		cursor = sync_write_open_range(c->target, c->keys, c->has_after ? &c->after : NULL,
+											   c->has_upto ? &c->upto : NULL);
+
+	for (;;)
+	{
+		SPITupleTable *table;
+
+		SPI_cursor_fetch(cursor, true, PIECE);
+		table = SPI_tuptable;
+		if (SPI_processed == 0)
+			break;
+		MemoryContextSwitchTo(piece);
+		compare_piece(c, table, SPI_processed);
+		MemoryContextSwitchTo(c->context);
+		SPI_freetuptable(table);
+		MemoryContextReset(piece);
+		between();
+	}
+	SPI_cursor_close(cursor);
+	MemoryContextSwitchTo(c->context);
+}
+
+/* ---- rows of the source ---- */
+
+static bool
+put_row(Comparison *c, const SourceRow *row)
+{
+	if (!sync_write_put(c->target, &row->values))
+		return false;
+	sync_rows_set(sync_rows_find(&row->hash), c->message->sequence, c->message->xid, true);
+	return true;
+}
+
+static void
+settle_row(Comparison *c, const SourceRow *row)
+{
+	bool		equal = row->found && row->differs == NULL;
+
+	if (row->left_out || (!equal && has_waiting(c, &row->values)))
+	{
+		c->left_out++;
+		return;
+	}
+	c->compared++;
+	if (equal)
+		return;
+	if (row->found)
+		c->different++;
+	else
+		c->missing++;
+	record_difference(c, row->found ? "different" : "missing", &row->values, row->differs,
+					  c->repair && put_row(c, row));
+}
+
+/* Says of each row of the message what became of it. */
+static void
+settle_rows(Comparison *c)
+{
+	HASH_SEQ_STATUS status;
+	SourceRow  *row;
+
+	load_known(c);
+	hash_seq_init(&status, c->rows);
+	while ((row = hash_seq_search(&status)) != NULL)
+		settle_row(c, row);
+	sync_rows_store(c->target->subscription_id);
+}
+
+/* ---- a message ---- */
+
+static void
+compare_range(Comparison *c, void (*between) (void))
+{
+	if (c->message->sequence <= c->target->floor || !is_seen(c, c->target->floor_xid))
+	{
+		c->left_out = hash_get_num_entries(c->rows);
+		return;
+	}
+	look_for_waiting(c);
+	leave_out_changed(c);
+	compare_copy(c, between);
+	settle_rows(c);
+}
+
+/* Reads a number of the message that has to be there. */
+static int64
+read_number(const JsonSlice *body, const char *quoted_name)
+{
+	JsonSlice	number = member(body, quoted_name);
+
+	if (number.kind != JSON_IS_NUMBER)
+		malformed();
+	return DatumGetInt64(DirectFunctionCall1(int8in, CStringGetDatum(readjson_string(&number))));
+}
+
+/*
+ * compare_apply
+ *		Compares the rows of the message's range, and records what it finds.
+ *
+ * As the table's owner, with SPI connected; all rows that were changed before must
+ * have been stored.  What was loaded of rows is gone afterwards.  between() is
+ * called after each PIECE rows.  Memory is freed but for what the message takes.
+ * Errors: 22023 the message is no part of a comparison; of types' input functions;
+ * of a repair, all that writing raises.
+ */
+void
+compare_apply(SyncTarget *target, const CompareMessage *message, void (*between) (void))
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout comparison", ALLOCSET_DEFAULT_SIZES);
+	MemoryContext oldcontext = MemoryContextSwitchTo(context);
+	Comparison	c = {.target = target,.message = message,.context = context,.listed = -1,.ranges_sent = -1};
+	JsonSlice	body;
+
+	if (message->body == NULL || !jsonscan_text(message->body, strlen(message->body), &body) ||
+		body.kind != JSON_IS_OBJECT)
+		malformed();
+	c.repair = (member(&body, "\"repair\"").kind == JSON_IS_BOOLEAN && member(&body, "\"repair\"").text[0] == 't');
+	if (member(&body, "\"ranges\"").kind != JSON_IS_NULL)
+		c.ranges_sent = read_number(&body, "\"ranges\"");
+	else
+	{
+		c.ranges = 1;
+		if (read_range(&c, &body))
+			compare_range(&c, between);
+	}
+	record(&c);
+	MemoryContextSwitchTo(oldcontext);
+	MemoryContextDelete(context);
+}

@@ -1,0 +1,240 @@
+/*-------------------------------------------------------------------------
+ *
+ * compare.c
+ *		The source's part of a comparison: ranges of rows, to messages; and the SQL
+ *		function compare().
+ *
+ * A comparison is walked as a backfill is (backfill.c), by a unique index on the
+ * key.  Each step writes one message, for that group's queue alone: all rows of its
+ * range, as the capture would send them, and a snapshot that was taken before they
+ * were read.
+ *
+ *		after < keys <= upto		the next step begins after this upto
+ *		after < keys				the last one
+ *
+ * Then a message says how many ranges there were.  Neither has "op", so consumers
+ * other than the copy's ignore them; consume/compare.c has the rest, and why this is
+ * exact.
+ *
+ * Whole rows are sent, not hashes: the copy may lack some of the columns, or have
+ * them with other types, so that a hash of the row would tell nothing, and hashes of
+ * all columns are as long as most of the values.
+ *
+ * It must never take the snapshot after the rows were read.
+ *
+ * Locks: ROW SHARE on the table; of a repair, FOR NO KEY UPDATE on the rows, so that
+ * the message's sequence stands among those of their changes where the lock does.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/relation.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "lib/stringinfo.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/json.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+
+#include "capture/capture.h"
+#include "consume/owner.h"
+#include "history/history.h"
+#include "server/query.h"
+
+PG_FUNCTION_INFO_V1(pgf_compare);
+
+/*
+ * Returns a snapshot (pg_snapshot) as text.  To be called before a range is read, in
+ * a transaction of worker_begin(), with the rights of pg_fanout.
+ */
+char *
+compare_snapshot(void)
+{
+	static CachedQuery query = {"select pg_catalog.pg_current_snapshot()::text"};
+	bool		isnull;
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+	return TextDatumGetCString(query_value(0, 1, &isnull));
+}
+
+static Jsonb *
+make_headers(const Walk *walk, Relation rel, bool last)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	appendStringInfo(&text, "{\"compare\":" INT64_FORMAT ",\"schema\":", walk->id);
+	escape_json(&text, get_namespace_name(RelationGetNamespace(rel)));
+	appendStringInfoString(&text, ",\"table\":");
+	escape_json(&text, RelationGetRelationName(rel));
+	appendStringInfoString(&text, last ? ",\"last\":true}" : "}");
+	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
+}
+
+/* The names of the key's columns, and what says how they sort. */
+static void
+append_key(StringInfo out, const WalkRow *row, Relation rel)
+{
+	static CachedQuery query = {"select array_to_json(fanout.key_order($1, $2))::text"};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum	   *attnums = palloc((row->nkeys + 1) * sizeof(Datum));
+	Datum		values[2];
+	bool		isnull;
+	Caller		caller = become_owner();
+
+	appendStringInfoString(out, ",\"key\":");
+	for (int i = 0; i < row->nkeys; i++)
+	{
+		attnums[i] = Int16GetDatum(row->keys[i]);
+		appendStringInfoChar(out, i == 0 ? '[' : ',');
+		escape_json(out, get_attname(RelationGetRelid(rel), row->keys[i], false));
+	}
+	values[0] = ObjectIdGetDatum(RelationGetRelid(rel));
+	values[1] = PointerGetDatum(construct_array(attnums, row->nkeys, INT2OID, 2, true, TYPALIGN_SHORT));
+	query_execute(&query, 2, types, values, NULL);
+	appendStringInfo(out, "],\"order\":%s", TextDatumGetCString(query_value(0, 1, &isnull)));
+	become_caller(&caller);
+}
+
+/* Values are strings, which the copy's input functions read, or are JSON anyway. */
+static void
+append_bound(StringInfo out, const char *name, char **texts, const WalkRow *row, Relation rel)
+{
+	appendStringInfo(out, ",\"%s\":", name);
+	if (texts == NULL)
+	{
+		appendStringInfoString(out, "null");
+		return;
+	}
+	for (int i = 0; i < row->nkeys; i++)
+	{
+		Oid			type = TupleDescAttr(RelationGetDescr(rel), row->keys[i] - 1)->atttypid;
+
+		appendStringInfoChar(out, i == 0 ? '[' : ',');
+		if (getBaseType(type) == JSONBOID)
+			appendStringInfoString(out, texts[i]);
+		else
+			escape_json(out, texts[i]);
+	}
+	appendStringInfoChar(out, ']');
+}
+
+static void
+append_rows(StringInfo out, Relation rel, Trigger *trigger, SPITupleTable * table, uint64 n)
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout row", ALLOCSET_DEFAULT_SIZES);
+
+	appendStringInfoString(out, ",\"rows\":[");
+	for (uint64 i = 0; i < n; i++)
+	{
+		MemoryContext old_context = MemoryContextSwitchTo(context);
+		bool		isnull;
+		HeapTupleHeader header = DatumGetHeapTupleHeader(SPI_getbinval(table->vals[i], table->tupdesc, 1, &isnull));
+		HeapTupleData tuple = {.t_len = HeapTupleHeaderGetDatumLength(header),.t_data = header};
+
+		CHECK_FOR_INTERRUPTS();
+		if (i > 0)
+			appendStringInfoChar(out, ',');
+		capture_append_row(out, rel, trigger, &tuple);
+		MemoryContextSwitchTo(old_context);
+		MemoryContextReset(context);
+	}
+	appendStringInfoString(out, "]}");
+}
+
+/*
+ * Writes the message of a range whose rows, of one composite column, are in
+ * SPI_tuptable.  snapshot: of compare_snapshot().  As the table's owner.  Returns the
+ * bytes of the body.  Errors: of output functions; 54000 if the body passes 1 GB.
+ */
+Size
+compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigger,
+			  const WalkRange *range, const char *snapshot)
+{
+	SPITupleTable *table = SPI_tuptable;
+	uint64		n = SPI_processed;
+	StringInfoData body;
+
+	initStringInfo(&body);
+	appendStringInfo(&body, "{\"compare\":" INT64_FORMAT ",\"repair\":%s,\"snapshot\":\"%s\"",
+					 walk->id, row->repair ? "true" : "false", snapshot);
+	append_key(&body, row, rel);
+	append_bound(&body, "after", range->after, row, rel);
+	append_bound(&body, "upto", range->upto, row, rel);
+	append_rows(&body, rel, trigger, table, n);
+	SPI_freetuptable(table);
+	capture_payload(row->topic, "pg_fanout.compare", body.data, make_headers(walk, rel, false), row->queue);
+	return body.len;
+}
+
+/*
+ * Tells the copy how many ranges it has been sent.  In a transaction of
+ * worker_begin().  A table that was dropped meanwhile has no end.
+ */
+void
+compare_end(const Walk *walk, const WalkRow *row)
+{
+	Relation	rel = try_relation_open(row->entity, AccessShareLock);
+	char	   *body = psprintf("{\"compare\":" INT64_FORMAT ",\"repair\":%s,\"ranges\":" INT64_FORMAT "}",
+								walk->id, row->repair ? "true" : "false", row->sent);
+
+	if (rel == NULL)
+		return;
+	capture_payload(row->topic, "pg_fanout.compare", body, make_headers(walk, rel, true), row->queue);
+	relation_close(rel, NoLock);
+}
+
+/* ---- the SQL function ---- */
+
+/* Hands the declaration to SQL that runs with the rights of the extension's owner. */
+static int64
+declare(FunctionCallInfo fcinfo)
+{
+	static const char *const sql = "select fanout.declare_comparison($1, $2, $3, $4)";
+	Oid			types[4] = {REGCLASSOID, TEXTOID, TEXTOID, BOOLOID};
+	Datum		values[4];
+	char		nulls[4];
+	Caller		caller = become_owner();
+	bool		isnull;
+	int64		id;
+
+	for (int i = 0; i < 4; i++)
+	{
+		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
+		nulls[i] = PG_ARGISNULL(i) ? 'n' : ' ';
+	}
+	if (SPI_connect() != SPI_OK_CONNECT ||
+		SPI_execute_with_args(sql, 4, types, values, nulls, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not declare a comparison");
+	id = DatumGetInt64(query_value(0, 1, &isnull));
+	SPI_finish();
+	become_caller(&caller);
+	return id;
+}
+
+/*
+ * compare(entity, topic, consumer_group, repair).  In C because the caller's rights
+ * on the table count, while the rest is done with those of the extension's owner.
+ */
+Datum
+pgf_compare(PG_FUNCTION_ARGS)
+{
+	Relation	rel;
+
+	PreventCommandIfReadOnly("fanout.compare()");
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("entity must not be null")));
+	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
+	backfill_check_owner(rel, "A comparison reads all rows with the owner's rights.");
+	relation_close(rel, NoLock);
+	PG_RETURN_INT64(declare(fcinfo));
+}
