@@ -91,8 +91,34 @@ select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1
 select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": ["x"], "rows": []}', 10);
 select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null, "rows": [7]}', 10);
 select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null}', 10);
+-- what the snapshot did not see is left out: a row that was written, deleted, moved, and all after a TRUNCATE
+create function pg_temp.change(sequence bigint, xid bigint, op text, id int, old_key text default null) returns void
+language sql as $$
+    select fanout.sync_messages(array[
+        row(gen_random_uuid(), 'item', 'two', null, id::text, sequence,
+            jsonb_build_object('op', op, 'schema', 'public', 'table', 'items', 'format', 'row', 'sequence', sequence, 'xid', xid)
+            || case when old_key is null then '{}' else jsonb_build_object('old_key', old_key, 'key_columns', '["id"]') end,
+            jsonb_build_object('id', id, 'a', sequence), null, now(), false, 1, 'application/json')::fanout.message])
+$$;
+select pg_temp.change(100 + i, 50, 'c', i) from generate_series(11, 18) i;
+select pg_temp.change(121, 150, 'u', 11), pg_temp.change(122, 150, 'd', 12), pg_temp.change(123, 150, 'u', 23, '13'), pg_temp.change(124, 90, 'u', 14);
+update copy set a = 0 where id in (11, 14, 15, 23);
+delete from copy where id in (16, 17);
+\set body '{"key": ["id"], "order": ["integer"], "snapshot": "100:200:120", "after": ["10"], "upto": ["30"], "rows": [{"id": 11, "a": 111}, {"id": 12, "a": 112}, {"id": 13, "a": 113}, {"id": 14, "a": 124}, {"id": 15, "a": 115}, {"id": 16, "a": 116}, {"id": 18, "a": 118}]}'
+select pg_temp.compare(130, replace(:'body', '200:120', '200:120,150')::jsonb, 20);
+select kind, key, columns from fanout.sync_differences where run = 20 order by key;
+select pg_temp.compare(131, :'body', 21);
+select kind, key, columns from fanout.sync_differences where run = 21 order by key;
+select pg_temp.compare(132, replace(:'body', '200:120"', '200:120,150", "repair": true')::jsonb, 22);
+select * from copy where id > 10 order by id;
+-- what a repair has written is as new as its message
+select pg_temp.change(129, 160, 'u', 14), pg_temp.change(133, 160, 'u', 15);
+select * from copy where id in (14, 15) order by id;
+select pg_temp.change(140, 170, 't', 0);
+select pg_temp.compare(141, replace(:'body', '200:120', '200:170')::jsonb, 23);
+select pg_temp.compare(142, :'body', 24);
 -- the ten latest are kept
-select count(*) from generate_series(21, 40) i, pg_temp.compare(i + 10, '{"ranges": 0}', i);
+select count(*) from generate_series(31, 50) i, pg_temp.compare(i + 200, '{"ranges": 0}', i);
 select count(*), min(run) from fanout.sync_comparisons;
 select count(*) from fanout.sync_differences;
 
