@@ -4762,7 +4762,7 @@ comment on column fanout.sync_comparisons.consumer_group is 'the consumer group'
 comment on column fanout.sync_comparisons.target is 'the copy';
 comment on column fanout.sync_comparisons.repair is 'is it to mend what differs?';
 comment on column fanout.sync_comparisons.state is
-'running; equal; different: see the counts; incomplete: messages of the run were lost; refused: see error';
+'running; equal; different: see the counts; incomplete: messages of the run were lost, or wait to be tried again; refused: see error';
 comment on column fanout.sync_comparisons.compared is 'rows of the copy or the source that were compared';
 comment on column fanout.sync_comparisons.left_out is 'rows that were changed meanwhile, or have messages that wait';
 comment on column fanout.sync_comparisons.missing is 'rows that the source has and the copy has not';
