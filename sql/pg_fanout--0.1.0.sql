@@ -84,6 +84,8 @@ create table fanout.binding (
     queue          text not null unique,
     queue_type     text not null check (queue_type in ('quorum', 'classic', 'stream')),
     arguments      jsonb not null default '{}',
+    dead_letter    boolean not null default false,
+    dead_letters   bigint,
     drop_if_unused boolean,     -- not null: to be dropped
     drop_if_empty  boolean,
     declared_at    timestamptz,
@@ -92,6 +94,8 @@ create table fanout.binding (
 ) using heap;
 comment on table fanout.binding is
 'internal: one row per consumer group of a topic, that is, per queue; see the view fanout.bindings';
+comment on column fanout.binding.dead_letter is 'there is a queue of dead letters, whose name is the queue''s with "_dead" after it';
+comment on column fanout.binding.dead_letters is 'messages in it when the publisher last looked';
 revoke all on fanout.binding from public;
 
 -- Which database these tables belong to.  CREATE EXTENSION writes a row, and a
@@ -146,7 +150,7 @@ on fanout.topic
 for each statement execute function fanout.topology_changed();
 
 create trigger topology_changed
-after insert or delete or truncate or update of queue, queue_type, arguments, drop_if_unused, drop_if_empty
+after insert or delete or truncate or update of queue, queue_type, arguments, dead_letter, drop_if_unused, drop_if_empty
 on fanout.binding
 for each statement execute function fanout.topology_changed();
 
@@ -679,7 +683,104 @@ comment on function fanout.check_stream_arguments(text, jsonb) is
 'internal: raises an error if queue arguments are for streams, and it is none, or the other way round, or wrong ones of a stream';
 revoke all on function fanout.check_stream_arguments(text, jsonb) from public;
 
-create function fanout.declare_binding_as(role regrole, topic text, consumer_group text, queue_type text, arguments jsonb)
+-- What a queue with dead letters is declared with, besides the caller's arguments.
+-- At-least-once needs reject-publish, though a queue without a length never refuses.
+create function fanout.dead_letter_arguments(queue text) returns jsonb
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select jsonb_build_object('x-dead-letter-exchange', '', 'x-dead-letter-routing-key', queue || '_dead',
+                              'x-dead-letter-strategy', 'at-least-once', 'x-overflow', 'reject-publish')
+$$;
+comment on function fanout.dead_letter_arguments(text) is
+'internal: arguments that make a quorum queue hand its dead letters to "<queue>_dead"';
+revoke all on function fanout.dead_letter_arguments(text) from public;
+
+create function fanout.queue_arguments(b fanout.binding) returns jsonb
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when b.dead_letter then '{"x-delivery-limit": 20}' || b.arguments || fanout.dead_letter_arguments(b.queue)
+                else b.arguments end
+$$;
+comment on function fanout.queue_arguments(fanout.binding) is 'internal: the arguments that the queue of a binding is declared with';
+revoke all on function fanout.queue_arguments(fanout.binding) from public;
+
+create function fanout.check_dead_letter(queue text, queue_type text, arguments jsonb) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    name text;
+    value jsonb;
+    problem text;
+begin
+    if queue_type <> 'quorum' then
+        raise exception 'a queue of type "%" does not hand dead letters on at least once', queue_type
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Use queue_type => ''quorum'', or leave dead_letter out.';
+    end if;
+    for name, value in select * from jsonb_each(fanout.dead_letter_arguments(queue)) loop
+        if arguments -> name <> value then
+            raise exception 'argument "%" contradicts dead_letter', name
+                using errcode = 'invalid_parameter_value',
+                      detail = pg_catalog.format('It is %s where there is a queue of dead letters.', value),
+                      hint = 'Leave the argument out, or dead_letter.';
+        end if;
+    end loop;
+    value := arguments -> 'x-delivery-limit';
+    -- not in one condition: what is no number must not be cast
+    if jsonb_typeof(value) <> 'number' then
+        problem := 'it is no number';
+    elsif value::numeric <> trunc(value::numeric) or value::numeric not between 0 and 1000000 then
+        problem := 'it is no integer from 0 to 1000000';
+    end if;
+    if problem is not null then
+        raise exception 'argument "x-delivery-limit" contradicts dead_letter'
+            using errcode = 'invalid_parameter_value',
+                  detail = pg_catalog.format('With %s, %s.', value, problem),
+                  hint = 'A queue of dead letters gets what was given back more often than that; the default is 20.';
+    end if;
+    perform fanout.check_name('queue of dead letters', queue || '_dead');
+end
+$$;
+comment on function fanout.check_dead_letter(text, text, jsonb) is
+'internal: raises an error if a queue cannot have a queue of dead letters. Errors: 22023, 42622';
+revoke all on function fanout.check_dead_letter(text, text, jsonb) from public;
+
+-- A queue must not have the name of another one's queue of dead letters.  The lock,
+-- on that name, makes two transactions that declare both see each other.
+create function fanout.check_dead_queue(queue text, dead_letter boolean) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    other text;
+begin
+    if check_dead_queue.queue like '%\_dead' then
+        perform pg_advisory_xact_lock(hashtextextended('pg_fanout queue ' || check_dead_queue.queue, 0));
+        select b.queue into other from fanout.binding b
+        where b.queue = left(check_dead_queue.queue, -5) and b.dead_letter;
+    end if;
+    if other is null and check_dead_queue.dead_letter then
+        perform pg_advisory_xact_lock(hashtextextended('pg_fanout queue ' || check_dead_queue.queue || '_dead', 0));
+        select b.queue into other from fanout.binding b where b.queue = check_dead_queue.queue || '_dead';
+    end if;
+    if other is not null then
+        raise exception 'queue "%" and queue "%" exclude each other', check_dead_queue.queue, other
+            using errcode = 'duplicate_object',
+                  detail = 'One has the name of the other''s queue of dead letters.',
+                  hint = 'Choose another consumer group.';
+    end if;
+end
+$$;
+comment on function fanout.check_dead_queue(text, boolean) is
+'internal: raises an error if a queue, or its queue of dead letters, is another one''s queue of dead letters, or queue. Errors: 42710';
+revoke all on function fanout.check_dead_queue(text, boolean) from public;
+
+create function fanout.declare_binding_as(role regrole, topic text, consumer_group text, queue_type text, arguments jsonb,
+                                          dead_letter boolean)
 returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -701,15 +802,21 @@ begin
                   hint = 'Queue types are "quorum", "classic" and "stream".';
     end if;
     perform fanout.check_stream_arguments(declare_binding_as.queue_type, declare_binding_as.arguments);
+    if declare_binding_as.dead_letter is null then
+        raise exception 'dead_letter must not be null' using errcode = 'null_value_not_allowed';
+    elsif declare_binding_as.dead_letter then
+        perform fanout.check_dead_letter(queue_name, declare_binding_as.queue_type, declare_binding_as.arguments);
+    end if;
+    perform fanout.check_dead_queue(queue_name, declare_binding_as.dead_letter);
 
     if fanout.keep_topic(declare_binding_as.topic) is null then
         perform fanout.declare_topic_as(declare_binding_as.role, declare_binding_as.topic, 'debezium', 'hold');
     end if;
     id := fanout.require_topic(declare_binding_as.topic);
 
-    insert into fanout.binding as b (topic_id, consumer_group, queue, queue_type, arguments)
+    insert into fanout.binding as b (topic_id, consumer_group, queue, queue_type, arguments, dead_letter)
     values (id, declare_binding_as.consumer_group, queue_name,
-            declare_binding_as.queue_type, declare_binding_as.arguments)
+            declare_binding_as.queue_type, declare_binding_as.arguments, declare_binding_as.dead_letter)
     on conflict do nothing;
     if found then
         return;
@@ -731,7 +838,8 @@ begin
         pg_catalog.format('binding of topic "%s" to consumer group "%s"',
                           declare_binding_as.topic, declare_binding_as.consumer_group),
         array_remove(array[fanout.difference('queue_type', old.queue_type, declare_binding_as.queue_type),
-                           fanout.difference('arguments', old.arguments::text, declare_binding_as.arguments::text)],
+                           fanout.difference('arguments', old.arguments::text, declare_binding_as.arguments::text),
+                           fanout.difference('dead_letter', old.dead_letter::text, declare_binding_as.dead_letter::text)],
                      null));
     if old.drop_if_unused is not null then
         update fanout.binding b set drop_if_unused = null, drop_if_empty = null
@@ -739,17 +847,17 @@ begin
     end if;
 end
 $$;
-comment on function fanout.declare_binding_as(regrole, text, text, text, jsonb) is 'internal: what fanout.declare_binding() does with the rights of pg_fanout';
-revoke all on function fanout.declare_binding_as(regrole, text, text, text, jsonb) from public;
+comment on function fanout.declare_binding_as(regrole, text, text, text, jsonb, boolean) is 'internal: what fanout.declare_binding() does with the rights of pg_fanout';
+revoke all on function fanout.declare_binding_as(regrole, text, text, text, jsonb, boolean) from public;
 
 create function fanout.declare_binding(topic text, consumer_group text, queue_type text default 'quorum',
-                                       arguments jsonb default '{}')
+                                       arguments jsonb default '{}', dead_letter boolean default false)
 returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_declare';
-comment on function fanout.declare_binding(text, text, text, jsonb) is
-'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum", "classic" or "stream"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out); of a stream "x-max-age" and "x-max-length-bytes" bound what it keeps. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
-revoke all on function fanout.declare_binding(text, text, text, jsonb) from public;
+comment on function fanout.declare_binding(text, text, text, jsonb, boolean) is
+'declares a consumer group''s durable queue "<topic>_<consumer_group>" and binds it to the topic, which is declared too if it does not exist. queue_type: "quorum", "classic" or "stream"; arguments: of queue.declare (strings, numbers, booleans; null leaves a default of pg_fanout out); of a stream "x-max-age" and "x-max-length-bytes" bound what it keeps; dead_letter: of a quorum queue, declares "<queue>_dead", too, which gets what consumers reject, or give back more often than "x-delivery-limit" (20), see fanout.recover_dead(). Errors: 22004, 42602, 42622, 42939 for the names, 22023 for the rest, 42710 if it exists with another declaration';
+revoke all on function fanout.declare_binding(text, text, text, jsonb, boolean) from public;
 
 create function fanout.declare_bindings_as(role regrole, bindings jsonb)
 returns void
@@ -782,7 +890,7 @@ begin
             perform fanout.declare_topic_as(role, topic_name, 'debezium', 'hold');
         end if;
         for consumer_group in select jsonb_array_elements_text(groups) loop
-            perform fanout.declare_binding_as(role, topic_name, consumer_group, 'quorum', '{}');
+            perform fanout.declare_binding_as(role, topic_name, consumer_group, 'quorum', '{}', false);
         end loop;
     end loop;
 end
@@ -827,7 +935,7 @@ returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_declare';
 comment on function fanout.drop_binding(text, text, boolean, boolean) is
-'deletes a consumer group''s queue once this transaction has committed. if_unused, if_empty: only if the queue has no consumers, no messages; if the broker has a reason to refuse, the binding stays and fanout.bindings shows the reason. Errors: 42704 if there is no such binding';
+'deletes a consumer group''s queue, and its queue of dead letters, once this transaction has committed. if_unused, if_empty: only if neither has consumers, messages; if the broker has a reason to refuse, the binding stays and fanout.bindings shows the reason. Errors: 42704 if there is no such binding';
 revoke all on function fanout.drop_binding(text, text, boolean, boolean) from public;
 
 create function fanout.capture_trigger() returns trigger
@@ -2740,7 +2848,7 @@ as $$
     select format('queue "%s" has a delivery limit of %s, and drops what on_failure "requeue" with max_attempts %s gives back to it more often',
                   b.queue, b.arguments ->> 'x-delivery-limit', s.max_attempts)
     from fanout.bindings b
-    where b.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue'
+    where b.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue' and not b.dead_letter
       and case when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'number'
                then (b.arguments ->> 'x-delivery-limit')::numeric between 0 and s.max_attempts - 2 end
 $$;
@@ -4048,7 +4156,7 @@ select t.topic, b.consumer_group, b.queue, b.queue_type, b.arguments,
             when b.last_error is not null then 'error'
             when b.declared_at is null then 'pending'
             else 'declared' end as state,
-       b.declared_at, b.last_error
+       b.declared_at, b.last_error, b.dead_letter, b.dead_letters
 from fanout.binding b join fanout.topic t using (topic_id);
 comment on view fanout.bindings is 'queues of consumer groups, and what the broker said of them';
 comment on column fanout.bindings.topic is 'the topic the queue is bound to';
@@ -4059,6 +4167,8 @@ comment on column fanout.bindings.arguments is 'arguments as declared, without p
 comment on column fanout.bindings.state is 'pending: not declared yet; declared; error: refused, see last_error; dropping';
 comment on column fanout.bindings.declared_at is 'when the broker last confirmed queue and binding; NULL: never';
 comment on column fanout.bindings.last_error is 'what the broker said when it last refused; NULL: it did not';
+comment on column fanout.bindings.dead_letter is 'the queue has a queue of dead letters, "<queue>_dead"';
+comment on column fanout.bindings.dead_letters is 'messages in the queue of dead letters when the publisher last looked; NULL: not yet, or there is none';
 revoke all on fanout.bindings from public;
 
 create view fanout.outbox_status as
@@ -4663,6 +4773,47 @@ comment on function fanout.replay(text, text, timestamptz, timestamptz, boolean)
 'sends messages of a topic that were sent already, and that the outbox still has (pg_fanout.retention), once more to the queue of one consumer group, in their order: those of since up to until (NULL: now). With the same message ids, headers and sequence, and the header "replay"; with again, under new message ids, so that subscriptions of pg_fanout, which skip ids they know, take them anew, and with the header "replay_of". Then comes a message without op that has the header "last". A worker does it, see fanout.backfills; fanout.cancel_backfill() and its like work. A NOTICE tells the oldest time that is still there. Returns its number. Errors: 42704 unknown topic, or group not bound, 22004 an argument is null, 22023 until is not later than since, 55006 one is under way, 53400 too many';
 revoke all on function fanout.replay(text, text, timestamptz, timestamptz, boolean) from public;
 
+create function fanout.recover_dead(topic text, consumer_group text) returns bigint
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    recovered_id integer;
+    group_queue text;
+    result bigint;
+begin
+    if recover_dead.topic is null or recover_dead.consumer_group is null then
+        raise exception '% must not be null', case when recover_dead.topic is null then 'topic' else 'consumer_group' end
+            using errcode = 'null_value_not_allowed';
+    end if;
+    recovered_id := fanout.require_topic(recover_dead.topic);
+    group_queue := fanout.check_backfill_group(recover_dead.topic, recover_dead.consumer_group);
+    if not exists (select from fanout.binding b where b.queue = group_queue and b.dead_letter) then
+        raise exception 'queue "%" has no queue of dead letters', group_queue
+            using errcode = 'object_not_in_prerequisite_state',
+                  hint = 'fanout.declare_binding() makes one if it is called with dead_letter.';
+    end if;
+    lock table fanout.backfill in share row exclusive mode;
+    select b.backfill_id into result from fanout.backfill b
+    where b.kind = 'recover_dead' and b.queue = group_queue and b.state in ('running', 'paused') limit 1;
+    if found then
+        raise exception 'recovery % of queue "%" is under way', result, group_queue
+            using errcode = 'object_in_use', hint = 'Wait for it, or use fanout.cancel_backfill().';
+    elsif (select count(*) from fanout.backfill b where b.state in ('running', 'paused')) >= 100 then
+        raise exception 'too many backfills are under way'
+            using errcode = 'configuration_limit_exceeded', detail = 'There can be 100.';
+    end if;
+    insert into fanout.backfill (kind, topic, topic_id, consumer_group, queue)
+    values ('recover_dead', recover_dead.topic, recovered_id, recover_dead.consumer_group, group_queue)
+    returning backfill_id into result;
+    return result;
+end
+$$;
+comment on function fanout.recover_dead(text, text) is
+'moves the dead letters of a consumer group''s queue, those that are in "<queue>_dead" when it begins, back to the queue, as they were: with their properties, headers and bodies, and "x-death" among the headers. None is lost; after a failure some may be in the queue twice, with the same message id. A worker does it, see fanout.backfills; fanout.cancel_backfill() and its like work. Returns its number. Errors: 42704 unknown topic, or group not bound, 22004 an argument is null, 55000 the queue has no queue of dead letters, 55006 one is under way, 53400 too many';
+revoke all on function fanout.recover_dead(text, text) from public;
+
 create function fanout.set_backfill_state(id bigint, state text, allowed text[]) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -4723,10 +4874,10 @@ select b.backfill_id as id, b.kind, coalesce(r.oid::regclass::text, b.entity_nam
        (select string_agg(p, ', ' order by n) from unnest(b.position) with ordinality u(p, n) where b.key <> '{}' or b.kind = 'replay' and array_length(b.position, 1) = 1) as last_key,
        b.error, b.created_at, b.started_at, b.updated_at, b.finished_at
 from fanout.backfill b left join pg_class r on r.oid = b.entity;
-comment on view fanout.backfills is 'backfills, replays and comparisons of this database, made by fanout.backfill(), fanout.replay() and fanout.compare(), and how far they are';
+comment on view fanout.backfills is 'backfills, replays, comparisons and recoveries of dead letters of this database, made by fanout.backfill(), fanout.replay(), fanout.compare() and fanout.recover_dead(), and how far they are';
 comment on column fanout.backfills.id is 'its number, the header "backfill" of its messages';
-comment on column fanout.backfills.kind is 'backfill, replay or compare';
-comment on column fanout.backfills.entity is 'the table; NULL: of a replay';
+comment on column fanout.backfills.kind is 'backfill, replay, compare or recover_dead';
+comment on column fanout.backfills.entity is 'the table; NULL: of a replay or a recovery';
 comment on column fanout.backfills.topic is 'the topic';
 comment on column fanout.backfills.consumer_group is 'whose queue gets the rows; NULL: all of the topic';
 comment on column fanout.backfills."where" is 'condition on the row; NULL: all rows';
@@ -4735,9 +4886,9 @@ comment on column fanout.backfills.until is 'of a replay: and up to then';
 comment on column fanout.backfills.rate is 'rows per second at most; NULL: what the broker takes';
 comment on column fanout.backfills.state is
 'waiting: for the worker; running; paused; done: all was sent; failed: see error, fanout.resume_backfill() goes on; cancelled';
-comment on column fanout.backfills.rows_done is 'rows looked at';
-comment on column fanout.backfills.rows_estimated is 'rows the table had, by ANALYZE; NULL: not known';
-comment on column fanout.backfills.rows_sent is 'messages written to the outbox';
+comment on column fanout.backfills.rows_done is 'rows looked at; of recover_dead, messages moved';
+comment on column fanout.backfills.rows_estimated is 'rows the table had, by ANALYZE; of recover_dead, messages there were when it began; NULL: not known';
+comment on column fanout.backfills.rows_sent is 'messages written to the outbox; of recover_dead, to the queue';
 comment on column fanout.backfills.last_key is 'up to which it is done, of a replay the sequence; NULL: at the beginning, or walked by pages';
 comment on column fanout.backfills.error is 'why it failed, or what holds it up';
 comment on column fanout.backfills.created_at is 'when it was declared';
@@ -5075,9 +5226,10 @@ as $$
                   fanout.option('on_exhausted', t.on_exhausted, 'hold'))
     from (select * from fanout.topic where not dropping order by topic) t
     union all
-    select format('select fanout.declare_binding(%L, %L%s%s);', b.topic, b.consumer_group,
+    select format('select fanout.declare_binding(%L, %L%s%s%s);', b.topic, b.consumer_group,
                   fanout.option('queue_type', b.queue_type, 'quorum'),
-                  fanout.option('arguments', b.arguments::text, '{}'))
+                  fanout.option('arguments', b.arguments::text, '{}'),
+                  fanout.option('dead_letter', b.dead_letter::text, 'false'))
     from (select t.topic, b.* from fanout.binding b join fanout.topic t using (topic_id)
           where not t.dropping and b.drop_if_unused is null order by t.topic, b.consumer_group) b
     union all
@@ -5327,6 +5479,12 @@ as $$
            case b.state when 'pending' then 'The publisher has not declared it yet.'
                         when 'error' then 'Remove what stands in the way on the broker, or the lack of rights; it is tried again by itself.' end
     from fanout.bindings b
+    union all
+    select format('dead letters of queue "%s"', b.queue), coalesce(b.dead_letters, 0) = 0,
+           coalesce(b.dead_letters::text, 'not known yet'),
+           case when b.dead_letters > 0 then 'Once what they failed for is mended, use fanout.recover_dead().' end
+    from fanout.bindings b
+    where b.dead_letter
     union all
     select format('topic "%s" has a consumer group', t.topic), false, 'nothing is bound to it',
            'Its messages are held until a queue is bound; use fanout.declare_binding().'

@@ -131,6 +131,9 @@
 
 #define USER_TIMEOUT_MS		10000
 
+/* A content header but for its properties, and delivery_mode, which may be added. */
+#define HEADER_OVERHEAD		(FRAME_ENVELOPE + 12 + 1)
+
 /* How often a wait for room to write looks for frames to read. */
 #define WRITE_SLICE_MS		20
 
@@ -213,7 +216,17 @@ struct Broker
 	/* Room for the table being sent */
 	amqp_table_entry_t *entries;
 	int			nentries;
+	amqp_pool_t forwarded;		/* the properties of what is forwarded */
 };
+
+/* A message to be written: its properties and its body. */
+typedef struct Content
+{
+	amqp_basic_properties_t properties;
+	size_t		header_size;	/* of their frame, at most */
+	const char *body;
+	size_t		body_len;
+} Content;
 
 /* A connection that opens a TLS socket; read by signal handlers. */
 static amqp_connection_state_t volatile handshaking = NULL;
@@ -274,8 +287,13 @@ static bool wait_for_frames(Broker *broker, int64_t deadline);
 
 /* Publishing */
 static void fill_properties(const BrokerMessage *message, amqp_basic_properties_t *properties);
-static bool send_content_header(Broker *broker, int channel, const BrokerMessage *message,
-								size_t size, long timeout_ms);
+static BrokerResult publish_content(Broker *broker, int channel, amqp_basic_publish_t *publish,
+									const Content *content, long timeout_ms, BrokerError *error);
+static bool may_publish(Broker *broker, int channel);
+static void tidy_properties(amqp_basic_properties_t *properties);
+static bool is_named(const amqp_table_entry_t *entry, const char *name);
+static bool send_content_header(Broker *broker, int channel, const Content *content,
+								long timeout_ms);
 static bool send_content_body(Broker *broker, int channel, const char *body, size_t len,
 							  long timeout_ms);
 
@@ -284,6 +302,7 @@ static BrokerResult settle_delivery(Broker *broker, amqp_method_number_t method,
 									long timeout_ms, BrokerError *error);
 static bool begin_delivery(Broker *broker, const amqp_basic_deliver_t *deliver);
 static bool take_properties(Broker *broker, const amqp_basic_properties_t *properties);
+static bool keep_properties(BrokerDelivery *delivery, amqp_bytes_t encoded);
 static void delivery_assembled(Broker *broker, Channel *channel);
 static BrokerField *keep_table(BrokerDelivery *delivery, const amqp_table_t *table, int depth);
 static BrokerField *keep_array(BrokerDelivery *delivery, const amqp_array_t *array, int depth);
@@ -391,6 +410,7 @@ broker_close(Broker *broker, bool polite)
 	broker_free_delivery(broker->delivery);
 	channels_destroy(&broker->channels);
 	events_destroy(&broker->events);
+	empty_amqp_pool(&broker->forwarded);
 	free(broker->entries);
 	free(broker);
 }
@@ -579,6 +599,7 @@ new_broker(const BrokerAddress *address, const BrokerOptions *options)
 		free(broker);
 		return NULL;
 	}
+	init_amqp_pool(&broker->forwarded, 4096);
 	broker->options = options;
 	broker->fd = -1;
 	broker->frame_max = FRAME_MIN;
@@ -1276,38 +1297,114 @@ wait_for_frames(Broker *broker, int64_t deadline)
  */
 
 /*
- * The channel may be closed by the broker at each wait for room.  Then the rest of a
- * message that was begun is written all the same, and close-ok behind it.
+ * Writes a message: method, content header, body.  The channel may be closed by the
+ * broker at each wait for room.  Then the rest of a message that was begun is written
+ * all the same, and close-ok behind it.
  */
-BrokerResult
-broker_publish(Broker *broker, int channel, const BrokerMessage *message, long timeout_ms,
-			   BrokerError *error)
+static BrokerResult
+publish_content(Broker *broker, int channel, amqp_basic_publish_t *publish, const Content *content,
+				long timeout_ms, BrokerError *error)
 {
 	Channel    *c = channels_get(&broker->channels, channel);
-	amqp_basic_publish_t publish = {
-		.exchange = bytes_of(message->exchange),
-		.routing_key = bytes_of(message->routing_key),
-		.mandatory = 1,
-	};
-	size_t		header_size;
 	bool		sent;
 
-	if (broker->lost || c == NULL || c->state != CHANNEL_OPEN || c->use != CHANNEL_PUBLISHES)
-		return fail_channel(broker, channel, error);
-	if (!message_check(message, broker->frame_max, &header_size, error))
-		return BROKER_TOO_LARGE;
-
-	sent = send_method(broker, channel, AMQP_BASIC_PUBLISH_METHOD, &publish,
-					   publish.exchange.len + publish.routing_key.len + 32, timeout_ms);
+	sent = send_method(broker, channel, AMQP_BASIC_PUBLISH_METHOD, publish,
+					   publish->exchange.len + publish->routing_key.len + 32, timeout_ms);
 	broker->mid_message = sent;
-	sent = sent && send_content_header(broker, channel, message, header_size, timeout_ms) &&
-		send_content_body(broker, channel, message->body, message->body_len, timeout_ms);
+	sent = sent && send_content_header(broker, channel, content, timeout_ms) &&
+		send_content_body(broker, channel, content->body, content->body_len, timeout_ms);
 	broker->mid_message = false;
 	if (!sent || c->state != CHANNEL_OPEN)
 		return fail_channel(broker, channel, error);
 
 	c->published++;
 	return BROKER_OK;
+}
+
+static bool
+may_publish(Broker *broker, int channel)
+{
+	const Channel *c = channels_get(&broker->channels, channel);
+
+	return !broker->lost && c != NULL && c->state == CHANNEL_OPEN && c->use == CHANNEL_PUBLISHES;
+}
+
+BrokerResult
+broker_publish(Broker *broker, int channel, const BrokerMessage *message, long timeout_ms,
+			   BrokerError *error)
+{
+	amqp_basic_publish_t publish = {
+		.exchange = bytes_of(message->exchange),
+		.routing_key = bytes_of(message->routing_key),
+		.mandatory = 1,
+	};
+	Content		content = {.body = message->body,.body_len = message->body_len};
+
+	if (!may_publish(broker, channel))
+		return fail_channel(broker, channel, error);
+	if (!message_check(message, broker->frame_max, &content.header_size, error))
+		return BROKER_TOO_LARGE;
+	fill_properties(message, &content.properties);
+	if (!fill_table(broker, message->headers, message->nheaders, &content.properties.headers))
+		return fail_channel(broker, channel, error);
+	return publish_content(broker, channel, &publish, &content, timeout_ms, error);
+}
+
+/*
+ * Takes out what the broker would act on, or refuse: user_id, which it compares with
+ * the login; CC and BCC, which are more queues; and the count of deliveries, which is
+ * about the queue that the message was in.
+ */
+static void
+tidy_properties(amqp_basic_properties_t *properties)
+{
+	amqp_table_t *headers = &properties->headers;
+	int			kept = 0;
+
+	properties->_flags &= ~(amqp_flags_t) AMQP_BASIC_USER_ID_FLAG;
+	properties->_flags |= AMQP_BASIC_DELIVERY_MODE_FLAG;
+	properties->delivery_mode = AMQP_DELIVERY_PERSISTENT;
+	if (!(properties->_flags & AMQP_BASIC_HEADERS_FLAG))
+		return;
+	for (int i = 0; i < headers->num_entries; i++)
+	{
+		if (!is_named(&headers->entries[i], "CC") && !is_named(&headers->entries[i], "BCC") &&
+			!is_named(&headers->entries[i], "x-delivery-count"))
+			headers->entries[kept++] = headers->entries[i];
+	}
+	headers->num_entries = kept;
+}
+
+/* The properties are decoded into memory that the next call, or the end, frees. */
+BrokerResult
+broker_forward(Broker *broker, int channel, const char *queue, const BrokerDelivery *delivery,
+			   long timeout_ms, BrokerError *error)
+{
+	amqp_basic_publish_t publish = {.routing_key = bytes_of(queue),.mandatory = 1};
+	Content		content = {.body = delivery->body,.body_len = delivery->body_len};
+	amqp_bytes_t encoded = {delivery->properties_len, (void *) delivery->properties};
+	void	   *decoded;
+
+	if (!may_publish(broker, channel))
+		return fail_channel(broker, channel, error);
+	if (!message_check_short("queue name", queue, BROKER_MAX_SHORTSTR, error))
+		return BROKER_TOO_LARGE;
+	recycle_amqp_pool(&broker->forwarded);
+	if (amqp_decode_properties(AMQP_BASIC_CLASS, &broker->forwarded, encoded, &decoded) < 0)
+	{
+		lose(broker, 0, "out of memory");
+		return fail_lost(broker, error);
+	}
+	content.properties = *(amqp_basic_properties_t *) decoded;
+	tidy_properties(&content.properties);
+	/* the property that may have been added */
+	content.header_size = delivery->properties_len + HEADER_OVERHEAD;
+	if (content.header_size > (size_t) broker->frame_max)
+	{
+		error_set(error, 0, "properties of %zu bytes do not fit into a frame", delivery->properties_len);
+		return BROKER_TOO_LARGE;
+	}
+	return publish_content(broker, channel, &publish, &content, timeout_ms, error);
 }
 
 bool
@@ -1361,22 +1458,16 @@ fill_properties(const BrokerMessage *message, amqp_basic_properties_t *propertie
 }
 
 static bool
-send_content_header(Broker *broker, int channel, const BrokerMessage *message, size_t size,
-					long timeout_ms)
+send_content_header(Broker *broker, int channel, const Content *content, long timeout_ms)
 {
-	amqp_basic_properties_t properties;
 	amqp_frame_t frame;
-
-	fill_properties(message, &properties);
-	if (!fill_table(broker, message->headers, message->nheaders, &properties.headers))
-		return false;
 
 	frame.frame_type = AMQP_FRAME_HEADER;
 	frame.channel = (amqp_channel_t) channel;
 	frame.payload.properties.class_id = AMQP_BASIC_CLASS;
-	frame.payload.properties.body_size = message->body_len;
-	frame.payload.properties.decoded = &properties;
-	return send_frame(broker, &frame, size, timeout_ms);
+	frame.payload.properties.body_size = content->body_len;
+	frame.payload.properties.decoded = (void *) &content->properties;
+	return send_frame(broker, &frame, content->header_size, timeout_ms);
 }
 
 /* Pieces are as large as a frame and the credit allow. */
@@ -1504,6 +1595,15 @@ take_properties(Broker *broker, const amqp_basic_properties_t *properties)
 		delivery->nheaders = properties->headers.num_entries;
 	}
 	return delivery->nheaders == 0 || delivery->headers != NULL;
+}
+
+/* Keeps the properties as they came.  Returns false if there is no memory for them. */
+static bool
+keep_properties(BrokerDelivery *delivery, amqp_bytes_t encoded)
+{
+	delivery->properties = delivery_keep_text(delivery, encoded.bytes, encoded.len);
+	delivery->properties_len = encoded.len;
+	return delivery->properties != NULL;
 }
 
 static void
@@ -1680,6 +1780,12 @@ fill_entry(const BrokerField *field, amqp_table_entry_t *entry)
 			entry->value.value.bytes.len = field->value.string.len;
 			break;
 	}
+}
+
+static bool
+is_named(const amqp_table_entry_t *entry, const char *name)
+{
+	return entry->key.len == strlen(name) && memcmp(entry->key.bytes, name, entry->key.len) == 0;
 }
 
 static amqp_table_entry_t
@@ -2362,7 +2468,9 @@ content_header(Broker *broker, Channel *channel, const amqp_frame_t *frame)
 		return ASSEMBLE_VIOLATION;
 	}
 	if (is_delivery(broker, channel) && content->state == ASSEMBLE_HEADER &&
-		!take_properties(broker, properties))
+		(!take_properties(broker, properties) ||
+		 (broker->options->forwards &&
+		  !keep_properties(broker->delivery, frame->payload.properties.raw))))
 	{
 		content->problem = "out of memory for its properties";
 		return ASSEMBLE_VIOLATION;

@@ -47,6 +47,7 @@ typedef struct BrokerOptions
 	int			away_s;			/* so long may the caller serve nothing; the
 								 * heartbeat is at least half of it */
 	bool		consumer;		/* opens a channel that consumes */
+	bool		forwards;		/* keeps what broker_forward() needs */
 	int			max_channels;	/* how many broker_open_channel() may open,
 								 * unless the broker allows fewer; those that
 								 * are being closed count */
@@ -159,6 +160,16 @@ extern BrokerResult broker_request(Broker *broker, int channel, const BrokerRequ
  */
 extern BrokerResult broker_publish(Broker *broker, int channel, const BrokerMessage *message,
 								   long timeout_ms, BrokerError *error);
+
+/*
+ * Publishes a message that was delivered, to one queue: with its body and all of its
+ * properties, as broker_publish() does, but for what the broker would act on or refuse:
+ * it is persistent, user_id is left out, and so are the headers CC, BCC and
+ * x-delivery-count.  The connection's options must have said "forwards".
+ */
+extern BrokerResult broker_forward(Broker *broker, int channel, const char *queue,
+								   const BrokerDelivery *delivery, long timeout_ms,
+								   BrokerError *error);
 
 /*
  * Can broker_publish() send a message of so many bytes, headers included,

@@ -179,6 +179,8 @@ struct BrokerDelivery
 	int			nheaders;
 	char	   *body;			/* NULL if body_len is 0 */
 	size_t		body_len;
+	const void *properties;		/* as they came, if the options say so */
+	size_t		properties_len;
 	size_t		size;			/* of all of it in memory, about */
 	struct BrokerBlock *memory; /* private */
 };

@@ -5,7 +5,8 @@
  *
  * One for each database that has something to send, started when a row of
  * fanout.backfill is running, and gone when none is.  It writes messages into the
- * outbox, the publisher sends them; it knows no broker.  The first MAX_WALKS that
+ * outbox, the publisher sends them; only to move dead letters back does it talk to the
+ * broker (recover.c), between transactions.  The first MAX_WALKS that
  * run take turns, a transaction each; the others wait until one of them is done.
  *
  *		           backfill()
@@ -55,6 +56,7 @@
 #include "utils/snapmgr.h"
 
 #include "history/history.h"
+#include "publish/wire.h"
 #include "server/query.h"
 #include "server/worker.h"
 
@@ -93,6 +95,7 @@ forget_walk(int i)
 {
 	forget_query(&walks[i].bounds);
 	forget_query(&walks[i].read);
+	recover_stop(walks[i].id, true);
 	walks[i] = walks[--nwalks];
 }
 
@@ -108,7 +111,7 @@ find_walk(int64 id)
 }
 
 static void
-list_walk(int64 id, int32 topic_id, uint64 last_xid)
+list_walk(int64 id, int32 topic_id, uint64 last_xid, bool recovers)
 {
 	Walk	   *walk = find_walk(id);
 
@@ -118,6 +121,7 @@ list_walk(int64 id, int32 topic_id, uint64 last_xid)
 		memset(walk, 0, sizeof(*walk));
 		walk->id = id;
 		walk->topic_id = topic_id;
+		walk->recovers = recovers;
 		walk->rows = FEWEST_ROWS;
 		walk->last_xid = last_xid;
 	}
@@ -130,7 +134,7 @@ static void
 read_walks(void)
 {
 	static CachedQuery query = {
-		"select backfill_id, topic_id, coalesce(last_xid::text, '0')::bigint from fanout.backfill"
+		"select backfill_id, topic_id, coalesce(last_xid::text, '0')::bigint, kind = 'recover_dead' from fanout.backfill"
 		" where state = 'running' order by backfill_id limit 8"
 	};
 	bool		isnull;
@@ -140,7 +144,7 @@ read_walks(void)
 	query_execute(&query, 0, NULL, NULL, NULL);
 	for (int i = 0; i < SPI_processed; i++)
 		list_walk(DatumGetInt64(query_value(i, 1, &isnull)), DatumGetInt32(query_value(i, 2, &isnull)),
-				  DatumGetInt64(query_value(i, 3, &isnull)));
+				  DatumGetInt64(query_value(i, 3, &isnull)), DatumGetBool(query_value(i, 4, &isnull)));
 	for (int i = nwalks - 1; i >= 0; i--)
 	{
 		if (!walks[i].listed)
@@ -230,7 +234,8 @@ static bool
 load_row(const Walk *walk, WalkRow *row)
 {
 	static CachedQuery query = {
-		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair"
+		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair,"
+		" rows_done, coalesce(rows_estimated, -1)"
 		" from fanout.backfill where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
@@ -259,6 +264,8 @@ load_row(const Walk *walk, WalkRow *row)
 	row->sent = DatumGetInt64(query_value(0, 11, &isnull));
 	row->again = DatumGetBool(query_value(0, 12, &isnull));
 	row->repair = DatumGetBool(query_value(0, 13, &isnull));
+	row->done = DatumGetInt64(query_value(0, 14, &isnull));
+	row->estimated = DatumGetInt64(query_value(0, 15, &isnull));
 	return true;
 }
 
@@ -285,7 +292,7 @@ save_step(const Walk *walk, const WalkStep *step, uint64 xid)
 		values[3] = PointerGetDatum(construct_array(elements, step->nposition, TEXTOID, -1, false, TYPALIGN_INT));
 	else
 		nulls[3] = 'n';
-	nulls[6] = (step->sent > 0) ? ' ' : 'n';
+	nulls[6] = (xid != 0) ? ' ' : 'n';
 	query_change(&query, 7, types, values, nulls, 1);
 }
 
@@ -331,6 +338,71 @@ tell_end(const Walk *walk, const WalkRow *row)
 		compare_end(walk, row);
 	else
 		backfill_end(walk, row);
+}
+
+static void
+save_estimate(const Walk *walk, int64 estimated)
+{
+	static CachedQuery query = {"update fanout.backfill set rows_estimated = $2 where backfill_id = $1"};
+	Oid			types[2] = {INT8OID, INT8OID};
+	Datum		values[2] = {Int64GetDatum(walk->id), Int64GetDatum(estimated)};
+
+	query_change(&query, 2, types, values, NULL, 1);
+}
+
+/* Records what a recovery has done, and what has become of it. */
+static void
+save_recovery(const Walk *walk, const WalkRow *row, const WalkStep *step)
+{
+	worker_begin();
+	if (step->estimated != row->estimated)
+		save_estimate(walk, step->estimated);
+	if (step->rows > 0 || step->walked)
+		save_step(walk, step, 0);
+	if (step->failure != NULL)
+		set_state(walk, "failed", step->failure);
+	else if (step->walked)
+		set_state(walk, "done", NULL);
+	else if (step->waits != NULL)
+		set_state(walk, "running", step->waits);
+	worker_commit();
+}
+
+/*
+ * Moves dead letters for a while: reads the row, talks to the broker with no
+ * transaction open, and records what came of it in another one.
+ */
+static void
+run_recovery(Walk *walk)
+{
+	MemoryContext context = CurrentMemoryContext;
+	WalkRow		row;
+	WalkStep	step;
+	const char *queue = NULL;
+	size_t		len;
+	bool		runs;
+
+	memset(&step, 0, sizeof(step));
+	worker_begin();
+	runs = load_row(walk, &row);
+	if (runs && (queue = wire_utf8(row.queue, strlen(row.queue), &len)) != NULL)
+		row.queue = MemoryContextStrdup(context, queue);
+	worker_commit();
+	MemoryContextSwitchTo(context);
+	if (!runs)
+		return;
+	step.estimated = row.estimated;
+	/* an interrupt would lose the connection that is being made */
+	worker_allow_cancel(false);
+	if (queue != NULL)
+		recover_step(walk, &row, &step);
+	else
+		step.failure = "name cannot be converted to UTF-8";
+	worker_allow_cancel(true);
+	if (step.rows > 0 || step.walked || step.failure != NULL || step.waits != NULL ||
+		step.estimated != row.estimated)
+		save_recovery(walk, &row, &step);
+	walk->failures = 0;
 }
 
 /*
@@ -412,6 +484,7 @@ after_error(Walk *walk, const ErrorData *error)
 {
 	bool		passing = is_passing(error->sqlerrcode);
 
+	recover_stop(walk->id, false);
 	walk->failures++;
 	walk->rows = Max(1, walk->rows / 4);
 	walk->next_at = mono_later(Min(MAX_RETRY, (long) FIRST_RETRY << Min(walk->failures - 1, 7)));
@@ -426,7 +499,10 @@ try_step(Walk *walk)
 	worker_allow_cancel(true);	/* lock_timeout is such a signal */
 	PG_TRY();
 	{
-		run_step(walk);
+		if (walk->recovers)
+			run_recovery(walk);
+		else
+			run_step(walk);
 	}
 	PG_CATCH();
 	{

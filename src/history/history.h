@@ -32,6 +32,7 @@ typedef struct Walk
 {
 	int64		id;
 	int32		topic_id;
+	bool		recovers;		/* it moves dead letters */
 	bool		listed;			/* it still runs */
 	int			rows;			/* for the next transaction */
 	uint64		previous_xid;	/* of its transactions that may not be sent
@@ -60,7 +61,9 @@ typedef struct WalkRow
 	char	  **position;
 	Oid			file;
 	bool		walked;			/* all rows are written */
+	int64		done;			/* rows looked at, or dead letters moved */
 	int64		sent;
+	int64		estimated;		/* -1: not known */
 	bool		again;			/* a replay, under new message ids */
 	bool		repair;			/* a comparison that mends what differs */
 } WalkRow;
@@ -75,7 +78,9 @@ typedef struct WalkStep
 	int			nposition;
 	char	  **position;		/* the next step goes on behind it */
 	Oid			file;
-	char	   *failure;		/* NULL, or why it cannot go on */
+	const char *failure;		/* NULL, or why it cannot go on */
+	int64		estimated;		/* of a recovery; -1: not known */
+	const char *waits;			/* NULL, or why a recovery stands still */
 } WalkStep;
 
 /* Between which keys the rows of a step lie: texts, in the key's order. */
@@ -96,5 +101,8 @@ extern void compare_end(const Walk *walk, const WalkRow *row);
 
 extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void replay_end(const Walk *walk, const WalkRow *row);
+
+extern void recover_step(Walk *walk, const WalkRow *row, WalkStep *step);
+extern void recover_stop(int64 walk_id, bool polite);
 
 #endif							/* PGF_HISTORY_H */

@@ -55,6 +55,12 @@ typedef struct BindingAnswer
 {
 	bool		declared;		/* the queue, but not the binding yet */
 	bool		inspected;		/* the queue may be deleted */
+	bool		deleted;		/* the queue, but not that of dead letters */
+	bool		dead_declared;	/* the queue of dead letters */
+	bool		dead_inspected; /* it may be deleted, or is gone */
+	bool		depth_known;	/* of the queue of dead letters */
+	bool		depth_changed;	/* to be recorded */
+	uint32		depth;
 	bool		confirmed;		/* on this connection */
 	bool		rechecked;		/* it was before, so that is no news */
 	bool		answered;		/* there is an answer to record */
@@ -83,6 +89,7 @@ typedef struct Declaration
 								 * request: */
 	BrokerRequestKind lost_kind;
 	char	   *lost_group;		/* TopMemoryContext; NULL: of the exchange */
+	bool		lost_dead;		/* of the group's queue of dead letters */
 } Declaration;
 
 /*
@@ -167,6 +174,7 @@ typedef struct Binding
 {
 	char	   *consumer_group; /* server encoding */
 	char	   *queue;			/* UTF-8; NULL if it cannot be converted */
+	char	   *dead_queue;		/* UTF-8; NULL: no queue of dead letters */
 	BrokerField *arguments;		/* NULL if they cannot be converted */
 	int			narguments;
 	char	   *signature;		/* equal if the declaration is equal */

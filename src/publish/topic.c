@@ -201,6 +201,31 @@ load_topic(int row)
 	MemoryContextSwitchTo(oldcontext);
 }
 
+/*
+ * Tells whether the queue may refuse a message by design, so that its topic has one
+ * message per key in flight.  At-least-once dead lettering needs reject-publish, but
+ * the queue refuses only what is beyond a maximum length: without one among the
+ * arguments the messages of a key are pipelined.  (A maximum from a policy shows at
+ * the first refusal, like that of any queue.)
+ */
+static bool
+refuses_by_design(const Binding *binding, const BrokerField *fields, int n)
+{
+	bool		rejects = false;
+	bool		bounded = false;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (strcmp(fields[i].name, "x-overflow") == 0 && fields[i].type == BROKER_VALUE_STRING &&
+			strncmp(fields[i].value.string.data, "reject-publish", strlen("reject-publish")) == 0)
+			rejects = true;
+		if (strncmp(fields[i].name, "x-max-length", strlen("x-max-length")) == 0 &&
+			fields[i].type != BROKER_VALUE_NULL)
+			bounded = true;
+	}
+	return rejects && (bounded || binding->dead_queue == NULL);
+}
+
 /* Arguments of queue.declare: ours, unless the caller's say otherwise. */
 static void
 set_arguments(Binding *binding, Jsonb *arguments)
@@ -212,13 +237,11 @@ set_arguments(Binding *binding, Jsonb *arguments)
 
 	if (fields == NULL)
 		return;
+	binding->refuses = refuses_by_design(binding, fields, n);
 	for (int i = 0; i < n; i++)
 	{
 		if (strcmp(fields[i].name, "x-delivery-limit") == 0)
 			limited = true;
-		if (strcmp(fields[i].name, "x-overflow") == 0 && fields[i].type == BROKER_VALUE_STRING &&
-			strncmp(fields[i].value.string.data, "reject-publish", strlen("reject-publish")) == 0)
-			binding->refuses = true;
 		if (fields[i].type != BROKER_VALUE_NULL)
 			fields[kept++] = fields[i];
 	}
@@ -249,6 +272,8 @@ load_binding(Binding *binding, int row)
 	memset(binding, 0, sizeof(Binding));
 	binding->consumer_group = text_value(row, 2);
 	binding->queue = unconstify(char *, wire_utf8(queue, strlen(queue), &len));
+	if (bool_value(row, 9) && binding->queue != NULL)
+		binding->dead_queue = psprintf("%s_dead", binding->queue);
 	binding->classic = bool_value(row, 4);
 	binding->stream = bool_value(row, 8);
 	binding->signature = psprintf("%d %d %s", binding->classic, binding->stream,
@@ -292,8 +317,9 @@ static void
 load_bindings(void)
 {
 	static CachedQuery query = {
-		"select topic_id, consumer_group, queue, queue_type = 'classic', arguments,"
-		" drop_if_unused, drop_if_empty, queue_type = 'stream' from fanout.binding order by topic_id, consumer_group"
+		"select topic_id, consumer_group, queue, queue_type = 'classic', fanout.queue_arguments(b),"
+		" drop_if_unused, drop_if_empty, queue_type = 'stream', dead_letter"
+		" from fanout.binding b order by topic_id, consumer_group"
 	};
 	int			nrows;
 

@@ -11,6 +11,11 @@
  *		-> for each queue to be dropped: look at it -> queue.delete
  *		-> exchange.delete, if the topic is to be dropped
  *
+ * Where a queue has a queue of dead letters, that one is declared first, so that there
+ * is no time in which a dead letter has no place to go to, and deleted last.  Both are
+ * looked at before any of them is deleted.  How many messages are in the queue of dead
+ * letters is in the answer to its declaration.
+ *
  * An answer is remembered as "answered" and written into the catalog by the next
  * transaction that records.
  *
@@ -62,6 +67,7 @@ typedef struct Control
 	BrokerRequestKind kind;
 	char	   *group;			/* of the binding that it is about, or NULL */
 	char	   *signature;
+	bool		dead;			/* it is about the queue of dead letters */
 	bool		dropping;
 } Control;
 
@@ -81,6 +87,12 @@ static int	witness = 0;		/* this channel; 0: none is asked for */
 static MonoTime witness_at = 0; /* when it was asked for */
 static MonoTime witnessed = 0;	/* when the last one was that was opened */
 static bool drops = false;		/* what is to be dropped may go */
+
+/* A queue of dead letters keeps what it has, however often it is given back. */
+static const BrokerField dead_queue_arguments[] = {
+	{.name = "x-queue-type",.type = BROKER_VALUE_STRING,.value.string = {"quorum", 6}},
+	{.name = "x-delivery-limit",.type = BROKER_VALUE_INT,.value.integer = NO_DELIVERY_LIMIT},
+};
 
 static const char *const request_name[] = {
 	[BROKER_DECLARE_EXCHANGE] = "declare exchange",
@@ -203,6 +215,15 @@ topology_forget(Topic *topic)
 	declaration->unrecorded = false;
 }
 
+/* Has all requests of a binding made again. */
+static void
+forget_answer(BindingAnswer *answer)
+{
+	answer->confirmed = false;
+	answer->declared = answer->dead_declared = false;
+	answer->inspected = answer->dead_inspected = answer->deleted = false;
+}
+
 /* Has everything of the topic declared again, whatever the broker said before. */
 void
 topology_forget_topic(Topic *topic)
@@ -214,8 +235,8 @@ topology_forget_topic(Topic *topic)
 	{
 		BindingAnswer *answer = &topic->bindings[b].answer;
 
-		answer->confirmed = answer->rechecked = false;
-		answer->declared = answer->inspected = false;
+		forget_answer(answer);
+		answer->rechecked = false;
 		if (answer->error != NULL && !answer->lasting)
 		{
 			pfree(answer->error);
@@ -282,7 +303,7 @@ topology_recheck(int count)
 			BindingAnswer *answer = &topic->bindings[b].answer;
 
 			answer->rechecked = answer->confirmed;
-			answer->confirmed = answer->declared = answer->inspected = false;
+			forget_answer(answer);
 		}
 		topology_request(topic, false);
 	}
@@ -295,7 +316,21 @@ typedef struct Next
 {
 	BrokerRequestKind kind;
 	Binding    *binding;		/* NULL: about the exchange */
+	bool		dead;			/* about the binding's queue of dead letters */
 } Next;
+
+/* Of a binding whose queue is to be dropped. */
+static void
+next_drop(const Binding *binding, Next *next)
+{
+	const BindingAnswer *answer = &binding->answer;
+
+	next->dead = binding->dead_queue != NULL && (!answer->dead_inspected || answer->deleted);
+	if (next->dead)
+		next->kind = answer->dead_inspected ? BROKER_DELETE_QUEUE : BROKER_INSPECT_QUEUE;
+	else
+		next->kind = answer->inspected ? BROKER_DELETE_QUEUE : BROKER_INSPECT_QUEUE;
+}
 
 static bool
 next_of_binding(const Topic *topic, Binding *binding, Next *next)
@@ -305,8 +340,9 @@ next_of_binding(const Topic *topic, Binding *binding, Next *next)
 	if (answer->confirmed || answer->error != NULL)
 		return false;
 	next->binding = binding;
+	next->dead = binding->dead_queue != NULL && !answer->dead_declared;
 	if (binding->dropping)
-		next->kind = answer->inspected ? BROKER_DELETE_QUEUE : BROKER_INSPECT_QUEUE;
+		next_drop(binding, next);
 	else
 		next->kind = answer->declared ? BROKER_BIND_QUEUE : BROKER_DECLARE_QUEUE;
 	return binding->dropping ? drops : topic->declaration.confirmed;
@@ -319,6 +355,7 @@ find_next(Topic *topic, Next *next)
 	const Declaration *declaration = &topic->declaration;
 
 	next->binding = NULL;
+	next->dead = false;
 	if (!topic->known || declaration->gone)
 		return false;
 	if (!declaration->confirmed && declaration->error == NULL && !topic->dropping)
@@ -332,6 +369,7 @@ find_next(Topic *topic, Next *next)
 			return true;
 	}
 	next->binding = NULL;
+	next->dead = false;
 	next->kind = BROKER_DELETE_EXCHANGE;
 	return topic->dropping && drops && declaration->error == NULL;
 }
@@ -463,21 +501,56 @@ binding_answered(Topic *topic, Binding *binding, BrokerRequestKind kind, int cod
 		note_answer(topic);
 }
 
+/* The queue of dead letters was declared: the answer says how many it has. */
+static void
+dead_declared(Topic *topic, BindingAnswer *answer, uint32_t messages)
+{
+	answer->dead_declared = true;
+	if (answer->depth_known && answer->depth == messages)
+		return;
+	answer->depth_known = answer->depth_changed = true;
+	answer->depth = messages;
+	note_answer(topic);
+}
+
+/*
+ * Takes an answer about dropping that is not the last one, if it is: what was looked
+ * at may be deleted, or one of two queues is gone.
+ */
+static bool
+drop_goes_on(Binding *binding, const Control *control, int code, const char *error)
+{
+	BindingAnswer *answer = &binding->answer;
+
+	if (!binding->dropping || binding->dead_queue == NULL || (error != NULL && code != 404))
+		return false;
+	if (control->dead && control->kind == BROKER_INSPECT_QUEUE)
+		answer->dead_inspected = true;
+	else if (!control->dead)
+		answer->deleted = true;
+	else
+		return false;
+	return true;
+}
+
 /*
  * Decides whether a queue may be deleted.  Quorum queues know neither if-unused nor
  * if-empty (RabbitMQ closes the connection with 540 NOT_IMPLEMENTED), and a queue may
  * be of another type than the catalog says, so its counts decide alone.
  */
 static void
-queue_inspected(Topic *topic, Binding *binding, uint32_t messages, uint32_t consumers)
+queue_inspected(Topic *topic, Binding *binding, bool dead, uint32_t messages, uint32_t consumers)
 {
+	const char *what = dead ? "queue of dead letters" : "queue";
 	char	   *error = NULL;
 
 	if (binding->if_unused && consumers > 0)
-		error = psprintf("not dropped: the queue has %u consumers", consumers);
+		error = psprintf("not dropped: the %s has %u consumers", what, consumers);
 	else if (binding->if_empty && messages > 0)
-		error = psprintf("not dropped: the queue has %u messages", messages);
-	if (error == NULL)
+		error = psprintf("not dropped: the %s has %u messages", what, messages);
+	if (error == NULL && dead)
+		binding->answer.dead_inspected = true;
+	else if (error == NULL)
 		binding->answer.inspected = true;
 	else
 		binding_answered(topic, binding, BROKER_INSPECT_QUEUE, 0, error);
@@ -488,6 +561,7 @@ static bool
 is_lost_request(const Control *control, const Declaration *declaration)
 {
 	return declaration->losses > 0 && declaration->lost_kind == control->kind &&
+		declaration->lost_dead == control->dead &&
 		(declaration->lost_group == NULL) == (control->group == NULL) &&
 		(control->group == NULL || strcmp(control->group, declaration->lost_group) == 0);
 }
@@ -510,8 +584,10 @@ answered(Control *control, int code, const char *error, const BrokerEvent *event
 	else if ((binding = binding_asked(control, topic)) == NULL)
 		return;					/* it was declared otherwise meanwhile */
 	else if (control->kind == BROKER_INSPECT_QUEUE && error == NULL)
-		queue_inspected(topic, binding, event->messages, event->consumers);
-	else
+		queue_inspected(topic, binding, control->dead, event->messages, event->consumers);
+	else if (control->kind == BROKER_DECLARE_QUEUE && control->dead && error == NULL)
+		dead_declared(topic, &binding->answer, event->messages);
+	else if (!drop_goes_on(binding, control, code, error))
 		binding_answered(topic, binding, control->kind, code, error);
 }
 
@@ -615,6 +691,7 @@ note_request(Control *control, const Next *next)
 		control->group = control->signature = NULL;
 	}
 	control->kind = next->kind;
+	control->dead = next->dead;
 	if (next->binding == NULL)
 		return;
 	control->group = MemoryContextStrdup(TopMemoryContext, next->binding->consumer_group);
@@ -640,7 +717,13 @@ ask_next(Connection *conn, Control *control, bool *busy)
 	note_request(control, &next);
 	request.kind = next.kind;
 	request.exchange = topic->exchange;
-	if (next.binding != NULL)
+	if (next.dead)
+	{
+		request.queue = next.binding->dead_queue;
+		request.arguments = dead_queue_arguments;
+		request.narguments = lengthof(dead_queue_arguments);
+	}
+	else if (next.binding != NULL)
 	{
 		request.queue = next.binding->queue;
 		request.arguments = next.binding->arguments;
@@ -667,8 +750,11 @@ request_text(const Control *control)
 	Topic	   *topic = topic_find(control->topic_id);
 	Binding    *binding = control->group && topic ? topic_binding(topic, control->group) : NULL;
 
-	return psprintf("%s \"%s\"", request_name[control->kind],
-					binding && binding->queue ? binding->queue : topic ? topic->name : "");
+	const char *name = topic ? topic->name : "";
+
+	if (binding != NULL && binding->queue != NULL)
+		name = control->dead && binding->dead_queue ? binding->dead_queue : binding->queue;
+	return psprintf("%s \"%s\"", request_name[control->kind], name);
 }
 
 static void
@@ -802,6 +888,7 @@ lost_again(Control *control, Topic *topic)
 		pfree(declaration->lost_group);
 	declaration->lost_group = control->group ? MemoryContextStrdup(TopMemoryContext, control->group) : NULL;
 	declaration->lost_kind = control->kind;
+	declaration->lost_dead = control->dead;
 	declaration->losses = same ? declaration->losses + 1 : 1;
 	return same;
 }
@@ -960,6 +1047,22 @@ record_binding(Topic *topic, Binding *binding)
 		row_exists("fanout.binding", BINDING_KEY, 2, types, values);
 }
 
+/* Records how many messages a queue of dead letters has. */
+static void
+record_depth(Topic *topic, Binding *binding)
+{
+	Oid			types[3] = {INT4OID, TEXTOID, INT8OID};
+	Datum		values[3] = {
+		Int32GetDatum(topic->topic_id), CStringGetTextDatum(binding->consumer_group),
+		Int64GetDatum(binding->answer.depth)
+	};
+
+	binding->answer.depth_changed =
+		!change_unlocked("update fanout.binding set dead_letters = $3 where " BINDING_KEY,
+						 "fanout.binding", BINDING_KEY, 3, types, values, NULL) &&
+		row_exists("fanout.binding", BINDING_KEY, 2, types, values);
+}
+
 static void
 forget_topic_rows(Topic *topic)
 {
@@ -1011,9 +1114,13 @@ record_answers(Topic *topic)
 
 	for (int b = 0; b < topic->nbindings; b++)
 	{
-		if (topic->bindings[b].answer.answered)
-			record_binding(topic, &topic->bindings[b]);
-		all = all && !topic->bindings[b].answer.answered;
+		Binding    *binding = &topic->bindings[b];
+
+		if (binding->answer.depth_changed)
+			record_depth(topic, binding);
+		if (binding->answer.answered)
+			record_binding(topic, binding);
+		all = all && !binding->answer.answered && !binding->answer.depth_changed;
 	}
 	if (topic->declaration.answered)
 		record_topic(topic);
