@@ -118,7 +118,45 @@ is(recover('item', 'g'), 'done|2|2|', 'they are moved back, too');
 is($broker->count('item_other'), 0, 'and to no other queue');
 is($broker->count('item_g'), 2, 'but to their own');
 
-# ---- with messages of another queue's limit, and failures ----
+# ---- a consumer that rejects what comes back; two recoveries at a time ----
+
+$broker->amqp('purge', '--queue', $_) foreach 'item_g', 'few_g';
+$broker->amqp('publish', '--routing-key', 'item_g_dead', '--confirm', '--count', 500, '{}');
+$broker->amqp('publish', '--routing-key', 'few_g_dead', '--confirm', '{}');
+my $rejecting = fork // die;
+exec('/usr/bin/python3', '-c', $consumer, $broker->uri, 'item_g', 'reject', 500) if $rejecting == 0;
+my $beside = sql("select fanout.recover_dead('few', 'g')");
+is(recover('item', 'g'), 'done|500|500|', 'what becomes a dead letter again is not moved in a circle');
+waitpid($rejecting, 0);
+PgFanout::poll(sub { $broker->count('item_g_dead') == 500 }, 'dead letters again');
+PgFanout::poll(sub { sql("select state = 'done' from fanout.backfills where id = $beside") eq 't' }, 'the other recovery');
+is($broker->count('few_g'), 1, 'and another one beside it ends, too');
+$broker->amqp('purge', '--queue', $_) foreach 'item_g_dead', 'item_other';
+
+# ---- how its topic flows ----
+
+sql(q(
+select fanout.declare_binding('free', 'g', dead_letter => true);
+select fanout.declare_binding('bounded', 'g', arguments => '{"x-max-length-bytes": 100000}', dead_letter => true);
+));
+PgFanout::flush($node);
+foreach my $case ([ 'bounded', 1 ], [ 'free', 50 ])
+{
+	my ($topic, $in_flight) = @$case;
+
+	sql("select fanout.publish('$topic', '{}')");    # its channel is open then
+	PgFanout::flush($node);
+	$broker->freeze;
+	sql("select fanout.publish('$topic', '{}', key => 'k') from generate_series(1, 50)");
+	PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') >= $in_flight }, "messages of $topic", 20);
+	sleep 1;
+	is(sql('select in_flight from fanout.stat_publisher'), $in_flight,
+		"of a queue that is $topic and has dead letters, $in_flight messages of a key are in flight");
+	$broker->thaw;
+	PgFanout::flush($node);
+}
+
+# ---- failures in the midst ----
 
 sub reject_many
 {
