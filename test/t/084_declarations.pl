@@ -43,6 +43,7 @@ sql('original', q(
 	select fanout.declare_topic('dropped');
 	select fanout.declare_bindings('{"plain": ["a", "b"]}');
 	select fanout.declare_binding('rows', 'it''s', queue_type => 'classic', arguments => '{"x-max-length": 7, "x-overflow": "reject-publish", "x-none": null}');
+	select fanout.declare_binding('rows', 'rejects', arguments => '{"x-delivery-limit": 3}', dead_letter => true);
 	select fanout.declare_binding('it''s "odd" \\ é', 'g');
 	select fanout.drop_topic('dropped');
 	select fanout.pause('rows');
@@ -115,7 +116,7 @@ sub state_of
 	my ($database) = @_;
 	my %views = (
 		topics => "'declared_at', 'state', 'last_error'",
-		bindings => "'declared_at', 'state', 'last_error'",
+		bindings => "'declared_at', 'state', 'last_error', 'dead_letters'",
 		captures => "'none'",
 		subscriptions => "'subscribed_at'",
 		sync_target => "'subscription_id'");
