@@ -21,13 +21,10 @@
 #include <math.h>
 #include <uuid/uuid.h>
 
-#include "catalog/namespace.h"
 #include "common/hashfn.h"
 #include "lib/stringinfo.h"
-#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
-#include "utils/memutils.h"
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
@@ -35,6 +32,7 @@
 #include "capture/via.h"
 #include "consume/delivery.h"
 #include "server/compat.h"
+#include "server/utf8.h"
 
 StaticAssertDecl(sizeof(uuid_t) == UUID_LEN, "libuuid and the server agree on UUIDs");
 
@@ -46,44 +44,12 @@ static const uuid_t id_namespace = {
 /* Objects of no more fields than this are made in order. */
 #define FEW_FIELDS 32
 
-/* ---- encodings ---- */
-
-/*
- * Returns the bytes in the server's encoding, in the current context; NULL if
- * they are not UTF-8, or cannot be converted.
- */
-char *
-delivery_text(const char *utf8, size_t len)
-{
-	int			encoding = GetDatabaseEncoding();
-	Oid			proc;
-	size_t		room;
-	char	   *out;
-
-	if (len > MaxAllocSize / MAX_CONVERSION_GROWTH - 1 || !pg_verify_mbstr(PG_UTF8, utf8, len, true))
-		return NULL;
-	if (encoding == PG_UTF8 || encoding == PG_SQL_ASCII)
-		return pnstrdup(utf8, len);
-
-	proc = FindDefaultConversionProc(PG_UTF8, encoding);
-	if (!OidIsValid(proc))
-		return NULL;
-	room = len * MAX_CONVERSION_GROWTH + 1;
-	out = palloc(room);
-	if (pg_do_encoding_conversion_buf(proc, PG_UTF8, encoding,
-									  (unsigned char *) unconstify(char *, utf8), len,
-									  (unsigned char *) out, room, true) != len)
-	{
-		pfree(out);
-		return NULL;
-	}
-	return out;
-}
+/* ---- texts ---- */
 
 static char *
 optional_text(const char *utf8)
 {
-	return utf8 != NULL ? delivery_text(utf8, strlen(utf8)) : NULL;
+	return utf8 != NULL ? utf8_decode(utf8, strlen(utf8)) : NULL;
 }
 
 /* ---- JSON ---- */
@@ -145,7 +111,7 @@ delivery_via(const MessageValues *message)
 static Datum
 delivery_json(const char *bytes, size_t len, bool *isnull)
 {
-	char	   *text = len > 0 ? delivery_text(bytes, len) : NULL;
+	char	   *text = len > 0 ? utf8_decode(bytes, len) : NULL;
 
 	*isnull = true;
 	return text !=NULL ? parse_json(text, isnull) : (Datum) 0;
@@ -159,7 +125,7 @@ static JsonbValue
 text_value(const char *utf8, size_t len)
 {
 	JsonbValue	value = {.type = jbvNull};
-	char	   *text = delivery_text(utf8, len);
+	char	   *text = utf8_decode(utf8, len);
 
 	if (text !=NULL)
 	{
@@ -418,7 +384,7 @@ find_key(const BrokerDelivery *wire, const char *name, KeyHeader *space)
 static char *
 text_header(const BrokerField *field)
 {
-	return field ? delivery_text(field->value.string.data, field->value.string.len) : NULL;
+	return field ? utf8_decode(field->value.string.data, field->value.string.len) : NULL;
 }
 
 static uint64
@@ -607,7 +573,7 @@ void
 delivery_body(const MessageValues *message, Datum *values, char *nulls)
 {
 	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
-	char	   *payload = delivery_text(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
+	char	   *payload = utf8_decode(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
 
 	nulls[0] = (payload != NULL) ? ' ' : 'n';
 	values[0] = (payload != NULL) ? CStringGetTextDatum(payload) : (Datum) 0;

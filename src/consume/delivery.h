@@ -113,6 +113,5 @@ extern void delivery_values(const Delivery *delivery, const char *topic,
 extern void delivery_body(const MessageValues *message, Datum *values, char *nulls);
 extern char *delivery_via(const MessageValues *message);
 extern void delivery_set_body(MessageValues *message);
-extern char *delivery_text(const char *utf8, size_t len);
 
 #endif							/* PGF_DELIVERY_H */

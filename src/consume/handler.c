@@ -56,6 +56,7 @@
 
 #include "capture/via.h"
 #include "consume/handler.h"
+#include "server/utf8.h"
 #include "server/worker.h"
 
 /*
@@ -157,6 +158,8 @@ handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext conte
 	bool		found;
 
 	worker_begin();
+	/* deliveries are read outside of transactions */
+	utf8_init();
 	found = read_anew(row, subscription_id, context);
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);

@@ -37,9 +37,9 @@
 #include "capture/rights.h"
 #include "consume/owner.h"
 #include "consume/subscription.h"
-#include "publish/wire.h"
 #include "server/query.h"
 #include "server/shmem.h"
+#include "server/utf8.h"
 #include "server/wakeup.h"
 
 PG_FUNCTION_INFO_V1(pgf_declare);
@@ -99,7 +99,7 @@ static char *
 utf8(const char *s)
 {
 	size_t		len;
-	const char *result = wire_utf8(s, strlen(s), &len);
+	const char *result = utf8_encode(s, strlen(s), &len);
 
 	return result != NULL ? pstrdup(result) : NULL;
 }

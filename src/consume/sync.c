@@ -59,6 +59,7 @@
 #include "consume/handler.h"
 #include "consume/sync_target.h"
 #include "server/shmem.h"
+#include "server/utf8.h"
 #include "server/worker.h"
 
 PG_FUNCTION_INFO_V1(pgf_sync_messages);
@@ -632,7 +633,7 @@ read_body(const Datum *values, const bool *nulls)
 	bytea	   *raw = nulls[MESSAGE_RAW] ? NULL : DatumGetByteaPP(values[MESSAGE_RAW]);
 
 	if (raw != NULL && VARSIZE_ANY_EXHDR(raw) > 0)
-		return delivery_text(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
+		return utf8_decode(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
 	if (nulls[MESSAGE_BODY])
 		return NULL;
 	return DatumGetCString(DirectFunctionCall1(jsonb_out, values[MESSAGE_BODY]));

@@ -56,8 +56,8 @@
 #include "utils/snapmgr.h"
 
 #include "history/history.h"
-#include "publish/wire.h"
 #include "server/query.h"
+#include "server/utf8.h"
 #include "server/worker.h"
 
 #define MAX_WALKS		8
@@ -385,7 +385,7 @@ run_recovery(Walk *walk)
 	memset(&step, 0, sizeof(step));
 	worker_begin();
 	runs = load_row(walk, &row);
-	if (runs && (queue = wire_utf8(row.queue, strlen(row.queue), &len)) != NULL)
+	if (runs && (queue = utf8_encode(row.queue, strlen(row.queue), &len)) != NULL)
 		row.queue = MemoryContextStrdup(context, queue);
 	worker_commit();
 	MemoryContextSwitchTo(context);

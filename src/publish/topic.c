@@ -26,6 +26,7 @@
 #include "publish/topic.h"
 #include "publish/wire.h"
 #include "server/query.h"
+#include "server/utf8.h"
 
 static const TopicKeepers *keepers;
 static HTAB *topics = NULL;
@@ -188,7 +189,7 @@ load_topic(int row)
 	topic->known = true;
 	oldcontext = MemoryContextSwitchTo(topic->context);
 	topic->name = text_value(row, 2);
-	topic->exchange = unconstify(char *, wire_utf8(topic->name, strlen(topic->name), &len));
+	topic->exchange = unconstify(char *, utf8_encode(topic->name, strlen(topic->name), &len));
 	topic->content_type = (strcmp(text_value(row, 3), "cloudevents") == 0) ?
 		"application/cloudevents+json" : "application/json";
 	topic->dead_letters = bool_value(row, 4);
@@ -271,7 +272,7 @@ load_binding(Binding *binding, int row)
 
 	memset(binding, 0, sizeof(Binding));
 	binding->consumer_group = text_value(row, 2);
-	binding->queue = unconstify(char *, wire_utf8(queue, strlen(queue), &len));
+	binding->queue = unconstify(char *, utf8_encode(queue, strlen(queue), &len));
 	if (bool_value(row, 9) && binding->queue != NULL)
 		binding->dead_queue = psprintf("%s_dead", binding->queue);
 	binding->classic = bool_value(row, 4);

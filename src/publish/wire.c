@@ -15,50 +15,22 @@
 
 #include <math.h>
 
-#include "catalog/namespace.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
-#include "utils/memutils.h"
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
 #include "capture/outbox.h"
 #include "capture/via.h"
 #include "publish/wire.h"
+#include "server/utf8.h"
 
 StaticAssertDecl(OUTBOX_MAX_TYPE == BROKER_MAX_SHORTSTR,
 				 "whatever type may be written to the outbox must go into a message");
 
 /* Our own headers, set by set_own_headers(). */
 #define OWN_HEADERS 4
-
-const char *
-wire_utf8(const char *s, size_t len, size_t *utf8_len)
-{
-	int			encoding = GetDatabaseEncoding();
-	Oid			proc;
-	Size		room;
-	char	   *out;
-
-	*utf8_len = len;
-	if (encoding == PG_UTF8)
-		return s;
-	if (encoding == PG_SQL_ASCII)
-		return pg_verify_mbstr(PG_UTF8, s, len, true) ? s : NULL;
-
-	proc = FindDefaultConversionProc(encoding, PG_UTF8);
-	room = Min(len * MAX_CONVERSION_GROWTH + 1, INT_MAX);
-	if (!OidIsValid(proc))
-		return NULL;
-	out = palloc_extended(room, MCXT_ALLOC_HUGE);
-	if (pg_do_encoding_conversion_buf(proc, encoding, PG_UTF8,
-									  (unsigned char *) unconstify(char *, s), len,
-									  (unsigned char *) out, room, true) != len)
-		return NULL;
-	*utf8_len = strlen(out);
-	return out;
-}
 
 /*
  * A number is an integer if it is one and fits 64 bits, else a double.
@@ -88,7 +60,7 @@ static bool
 set_string(BrokerField *field, const char *s, size_t len)
 {
 	field->type = BROKER_VALUE_STRING;
-	field->value.string.data = wire_utf8(s, len, &field->value.string.len);
+	field->value.string.data = utf8_encode(s, len, &field->value.string.len);
 	return field->value.string.data != NULL;
 }
 
@@ -130,7 +102,7 @@ wire_fields(Jsonb *object, int extra, int *count)
 		size_t		len;
 		char	   *name = pnstrdup(v.val.string.val, v.val.string.len);
 
-		field->name = wire_utf8(name, v.val.string.len, &len);
+		field->name = utf8_encode(name, v.val.string.len, &len);
 		(void) JsonbIteratorNext(&it, &v, true);
 		if (field->name == NULL || !set_field(field, &v))
 			return NULL;
@@ -209,7 +181,7 @@ static const char *
 short_string(const char *s)
 {
 	size_t		len;
-	const char *utf8 = wire_utf8(s, strlen(s), &len);
+	const char *utf8 = utf8_encode(s, strlen(s), &len);
 
 	if (utf8 == NULL || len <= BROKER_MAX_SHORTSTR)
 		return utf8;
@@ -238,7 +210,7 @@ prepare(Message *message)
 		(uint64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;
 	if (message->type != NULL && (wire->type = short_string(message->type)) == NULL)
 		return "type cannot be converted to UTF-8";
-	wire->body = wire_utf8(message->payload, message->payload_len, &wire->body_len);
+	wire->body = utf8_encode(message->payload, message->payload_len, &wire->body_len);
 	if (wire->body == NULL)
 		return "body is not valid in the database's encoding, so it cannot be converted to UTF-8";
 	return NULL;

@@ -22,12 +22,6 @@
 extern void wire_prepare(Message *message, MemoryContext context);
 
 /*
- * A text in UTF-8 (s itself if it is already), or NULL if it cannot be
- * converted.  Needs a transaction.
- */
-extern const char *wire_utf8(const char *s, size_t len, size_t *utf8_len);
-
-/*
  * The scalar members of a JSON object as AMQP fields, in the current context;
  * room is left for extra more.  Returns NULL if one cannot be converted.
  */
