@@ -21,11 +21,23 @@
 #include "broker/errors.h"
 #include "broker/message.h"
 
-/* One piece of a delivery's memory. */
+/*
+ * Memory of a delivery, of which pieces are given out.  Most deliveries have one
+ * block, though dozens of names and strings.
+ */
 typedef struct BrokerBlock
 {
 	struct BrokerBlock *next;
+	size_t		used;			/* of the data */
+	size_t		room;
+	char		data[];			/* aligned as a pointer is */
 } BrokerBlock;
+
+/* The least that is allocated at once. */
+#define BLOCK_SIZE (1024 - sizeof(BrokerBlock))
+
+/* Pieces are aligned for what BrokerField has. */
+#define PIECE_SIZE(size) (((size) + 7) & ~(size_t) 7)
 
 static bool check_table(const BrokerField *fields, int nfields, BrokerError *error);
 static size_t table_size(const BrokerField *fields, int nfields);
@@ -247,18 +259,38 @@ broker_free_delivery(BrokerDelivery *delivery)
 	free(delivery);
 }
 
+/* Adds a block with room for at least so many bytes; NULL if there is no memory. */
+static BrokerBlock *
+add_block(BrokerDelivery *delivery, size_t size)
+{
+	size_t		room = size > BLOCK_SIZE ? size : BLOCK_SIZE;
+	BrokerBlock *block = malloc(sizeof(BrokerBlock) + room);
+
+	if (block == NULL)
+		return NULL;
+	block->used = 0;
+	block->room = room;
+	block->next = delivery->memory;
+	delivery->memory = block;
+	delivery->size += sizeof(BrokerBlock) + room;
+	return block;
+}
+
 /* Returns memory that is freed with the delivery, or NULL if there is none. */
 void *
 delivery_keep(BrokerDelivery *delivery, size_t size)
 {
-	BrokerBlock *block = malloc(sizeof(BrokerBlock) + size);
+	BrokerBlock *block = delivery->memory;
+	void	   *piece;
 
+	size = PIECE_SIZE(size);
+	if (block == NULL || size > block->room - block->used)
+		block = add_block(delivery, size);
 	if (block == NULL)
 		return NULL;
-	block->next = delivery->memory;
-	delivery->memory = block;
-	delivery->size += sizeof(BrokerBlock) + size;
-	return block + 1;
+	piece = block->data + block->used;
+	block->used += size;
+	return piece;
 }
 
 /* Returns a terminated copy in the delivery's memory, or NULL. */

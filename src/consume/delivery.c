@@ -18,19 +18,18 @@
  */
 #include "postgres.h"
 
-#include <math.h>
 #include <uuid/uuid.h>
 
 #include "common/hashfn.h"
 #include "lib/stringinfo.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
-#include "utils/numeric.h"
 #include "utils/timestamp.h"
 
 #include "capture/headers.h"
 #include "capture/via.h"
 #include "consume/delivery.h"
+#include "consume/jsonbuild.h"
 #include "server/compat.h"
 #include "server/utf8.h"
 
@@ -40,9 +39,6 @@ StaticAssertDecl(sizeof(uuid_t) == UUID_LEN, "libuuid and the server agree on UU
 static const uuid_t id_namespace = {
 	0x6f, 0x0c, 0x7b, 0x52, 0x3e, 0x41, 0x4d, 0x0a, 0x9a, 0x64, 0x1f, 0x27, 0xd3, 0x88, 0x5b, 0xe1
 };
-
-/* Objects of no more fields than this are made in order. */
-#define FEW_FIELDS 32
 
 /* ---- texts ---- */
 
@@ -111,156 +107,14 @@ delivery_via(const MessageValues *message)
 static Datum
 delivery_json(const char *bytes, size_t len, bool *isnull)
 {
-	char	   *text = len > 0 ? utf8_decode(bytes, len) : NULL;
+	size_t		text_len = 0;
+	const char *text = len > 0 ? utf8_view(bytes, len, &text_len) : NULL;
+	Jsonb	   *json = text !=NULL ? jsonbuild_text(text, text_len) : NULL;
 
-	*isnull = true;
-	return text !=NULL ? parse_json(text, isnull) : (Datum) 0;
-}
-
-/* ---- headers ---- */
-
-static JsonbValue *push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names);
-
-static JsonbValue
-text_value(const char *utf8, size_t len)
-{
-	JsonbValue	value = {.type = jbvNull};
-	char	   *text = utf8_decode(utf8, len);
-
-	if (text !=NULL)
-	{
-		value.type = jbvString;
-		value.val.string.val = text;
-
-		value.val.string.len = strlen(text);
-	}
-	return value;
-}
-
-/* All digits of it; jsonb has neither infinity nor NaN. */
-static JsonbValue
-double_value(double real)
-{
-	JsonbValue	value = {.type = jbvNull};
-
-	if (isfinite(real))
-	{
-		value.type = jbvNumeric;
-		value.val.numeric = DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(psprintf("%.17g", real)),
-																ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-	}
-	return value;
-}
-
-static JsonbValue
-scalar_value(const BrokerField *field)
-{
-	JsonbValue	value = {.type = jbvNull};
-
-	switch (field->type)
-	{
-		case BROKER_VALUE_BOOL:
-			value.type = jbvBool;
-			value.val.boolean = field->value.boolean;
-			break;
-		case BROKER_VALUE_INT:
-			value.type = jbvNumeric;
-			value.val.numeric = int64_to_numeric(field->value.integer);
-			break;
-		case BROKER_VALUE_DOUBLE:
-			return double_value(field->value.real);
-		case BROKER_VALUE_STRING:
-			return text_value(field->value.string.data, field->value.string.len);
-		default:
-			break;
-	}
-	return value;
-}
-
-static void
-push_field(JsonbParseState **state, JsonbIteratorToken token, const BrokerField *field)
-{
-	JsonbValue	value;
-
-	if (field->type == BROKER_VALUE_TABLE || field->type == BROKER_VALUE_ARRAY)
-		(void) push_fields(state, field->value.nested.fields, field->value.nested.count,
-						   field->type == BROKER_VALUE_TABLE);
-	else
-	{
-		value = scalar_value(field);
-		(void) pushJsonbValue(state, token, &value);
-	}
-}
-
-static void
-push_named(JsonbParseState **state, const BrokerField *field)
-{
-	JsonbValue	name = text_value(field->name, strlen(field->name));
-
-	if (name.type != jbvString)
-		return;
-	(void) pushJsonbValue(state, WJB_KEY, &name);
-	push_field(state, WJB_VALUE, field);
-}
-
-/* Does the name come behind the other in a jsonb object? */
-static bool
-is_behind(const BrokerField *field, const BrokerField *other)
-{
-	size_t		len = strlen(field->name);
-	size_t		other_len = strlen(other->name);
-
-	return len != other_len ? len > other_len : memcmp(field->name, other->name, len) > 0;
-}
-
-/*
- * Sorts few fields as a jsonb object keeps its keys: done here that costs less than
- * there.  Those of one name stay in order, for the last of them counts.
- */
-static void
-sort_fields(const BrokerField *fields, int count, const BrokerField **sorted)
-{
-	for (int i = 0; i < count; i++)
-	{
-		int			place = i;
-
-		for (; place > 0 && is_behind(sorted[place - 1], &fields[i]); place--)
-			sorted[place] = sorted[place - 1];
-		sorted[place] = &fields[i];
-	}
-}
-
-static JsonbValue *
-push_object(JsonbParseState **state, const BrokerField *fields, int count)
-{
-	const BrokerField *sorted[FEW_FIELDS];
-
-	if (count <= FEW_FIELDS)
-		sort_fields(fields, count, sorted);
-	(void) pushJsonbValue(state, WJB_BEGIN_OBJECT, NULL);
-	for (int i = 0; i < count; i++)
-		push_named(state, count <= FEW_FIELDS ? sorted[i] : &fields[i]);
-	return pushJsonbValue(state, WJB_END_OBJECT, NULL);
-}
-
-/* An object, or an array; nested no deeper than the connection lets them be. */
-static JsonbValue *
-push_fields(JsonbParseState **state, const BrokerField *fields, int count, bool names)
-{
-	if (names)
-		return push_object(state, fields, count);
-	(void) pushJsonbValue(state, WJB_BEGIN_ARRAY, NULL);
-	for (int i = 0; i < count; i++)
-		push_field(state, WJB_ELEM, &fields[i]);
-	return pushJsonbValue(state, WJB_END_ARRAY, NULL);
-}
-
-static Jsonb *
-headers_json(const BrokerField *headers, int count)
-{
-	JsonbParseState *state = NULL;
-
-	return JsonbValueToJsonb(push_fields(&state, headers, count, true));
+	*isnull = (json == NULL);
+	if (text == NULL || json != NULL)
+		return JsonbPGetDatum(json);
+	return parse_json(pnstrdup(text, text_len), isnull);
 }
 
 /* ---- ids ---- */
@@ -300,7 +154,7 @@ parse_uuid(const char *s, pg_uuid_t *id)
 static void
 append_header(StringInfo name, const BrokerField *header)
 {
-	Jsonb	   *json = headers_json(header, 1);
+	Jsonb	   *json = jsonbuild_fields(header, 1);
 
 	appendBinaryStringInfo(name, VARDATA(json), VARSIZE(json) - VARHDRSZ);
 }
@@ -545,7 +399,7 @@ delivery_values(const Delivery *delivery, const char *topic, const char *consume
 	set_text(message, MESSAGE_KEY, delivery->key);
 	message->values[MESSAGE_SEQUENCE] = Int64GetDatum(delivery->sequence);
 	message->nulls[MESSAGE_SEQUENCE] = !delivery->has_sequence;
-	message->values[MESSAGE_HEADERS] = JsonbPGetDatum(headers_json(wire->headers, wire->nheaders));
+	message->values[MESSAGE_HEADERS] = JsonbPGetDatum(jsonbuild_fields(wire->headers, wire->nheaders));
 	message->nulls[MESSAGE_BODY] = true;
 	message->values[MESSAGE_RAW] =
 		PointerGetDatum(cstring_to_text_with_len(wire->body_len > 0 ? wire->body : "", wire->body_len));

@@ -118,6 +118,32 @@ test_texts(void)
 	ok(error.code == 5 && error.class_id == 0 && strlen(error.text) == sizeof(long_name) - 1, "an error has its text");
 }
 
+/* Pieces of all sizes, each full of its number. */
+static void
+test_pieces(BrokerDelivery *delivery)
+{
+	enum
+	{
+		PIECES = 200
+	};
+	unsigned char *pieces[PIECES];
+	bool		whole = true;
+
+	for (int i = 0; i < PIECES; i++)
+	{
+		pieces[i] = delivery_keep(delivery, (size_t) i * i % 3001);
+		if (pieces[i] == NULL || (uintptr_t) pieces[i] % sizeof(void *) != 0)
+			abort();
+		memset(pieces[i], i, (size_t) i * i % 3001);
+	}
+	for (int i = 0; i < PIECES; i++)
+	{
+		for (int j = 0; j < i * i % 3001; j++)
+			whole = whole && pieces[i][j] == i;
+	}
+	ok(whole && delivery->size > 200000, "pieces of its memory do not overlap");
+}
+
 static void
 test_memory(void)
 {
@@ -128,6 +154,7 @@ test_memory(void)
 	delivery->message_id = delivery_keep_text(delivery, "id\0x", 4);
 	delivery->body = malloc(3);
 	ok(strcmp(delivery->message_id, "id") == 0 && delivery->size > 5, "a delivery counts what it keeps");
+	test_pieces(delivery);
 	broker_free_delivery(delivery);
 	broker_free_delivery(NULL);
 	ok(true, "and all of it is freed");
