@@ -2466,18 +2466,34 @@ comment on function fanout.handler_owner(fanout.subscription) is
 'internal: the role that owned the handler when it was subscribed; NULL: there is none';
 revoke all on function fanout.handler_owner(fanout.subscription) from public;
 
+-- A role, by oid, and by name where the oid means nothing: unlike regrole, it can be
+-- restored where the role is missing.
+create type fanout.grantee;
+create function fanout.grantee_in(cstring) returns fanout.grantee
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_grantee_in';
+comment on function fanout.grantee_in(cstring) is 'internal: part of fanout.grantee';
+revoke all on function fanout.grantee_in(cstring) from public;
+create function fanout.grantee_out(fanout.grantee) returns cstring
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_grantee_out';
+comment on function fanout.grantee_out(fanout.grantee) is 'internal: part of fanout.grantee';
+revoke all on function fanout.grantee_out(fanout.grantee) from public;
+create type fanout.grantee (input = fanout.grantee_in, output = fanout.grantee_out, internallength = 68, alignment = int4);
+comment on type fanout.grantee is 'internal: a role that something is granted to; its text is the name that the role has now, empty if it was dropped';
+
 create table fanout.topic_grant (
-    role           regrole not null,
+    role           fanout.grantee not null,
     topic          text,
     consumer_group text,
-    what           text    not null
+    what           text           not null
 ) using heap;
-create unique index topic_grant_idx on fanout.topic_grant (role, coalesce(topic, ''), coalesce(consumer_group, ''), what);
+alter table fanout.topic_grant replica identity full;
 comment on table fanout.topic_grant is 'internal: who may do what with a topic, by fanout.grant_topic()';
 comment on column fanout.topic_grant.topic is 'NULL: all topics';
 comment on column fanout.topic_grant.consumer_group is 'NULL: all consumer groups';
 revoke all on fanout.topic_grant from public;
-select pg_extension_config_dump('fanout.topic_grant', '');
+select pg_extension_config_dump('fanout.topic_grant', $$where role::text <> ''$$);
 
 create table fanout.inbox (
     segment    smallint not null,
@@ -2592,13 +2608,16 @@ comment on function fanout.check_number(text, integer, integer, integer) is 'int
 revoke all on function fanout.check_number(text, integer, integer, integer) from public;
 
 create function fanout.check_grant(role regrole, what text[], consumer_group text) returns void
-language plpgsql immutable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
     if check_grant.role is null or check_grant.what is null then
         raise exception 'role and what must not be null'
             using errcode = 'null_value_not_allowed';
+    elsif not exists (select from pg_roles r where r.oid = check_grant.role) then
+        raise exception 'role with OID % does not exist', check_grant.role::oid
+            using errcode = 'undefined_object';
     elsif not check_grant.what <@ '{declare,capture,publish,subscribe}' then
         raise exception 'what must be among declare, capture, publish and subscribe'
             using errcode = 'invalid_parameter_value';
@@ -2620,13 +2639,20 @@ as $$
 #variable_conflict use_column
 begin
     perform fanout.check_grant(grant_topic.role, grant_topic.what, grant_topic.consumer_group);
+    -- who asks for a right only reads it
+    lock table fanout.topic_grant in share row exclusive mode;
+    delete from fanout.topic_grant g where g.role::text = '';
     insert into fanout.topic_grant (role, topic, consumer_group, what)
-    select grant_topic.role, grant_topic.topic, grant_topic.consumer_group, w from unnest(grant_topic.what) w
-    on conflict do nothing;
+    select pg_get_userbyid(grant_topic.role)::text::fanout.grantee, grant_topic.topic, grant_topic.consumer_group, w
+    from (select distinct unnest(grant_topic.what)) u(w)
+    where not exists (
+        select from fanout.topic_grant g
+        where g.role::text = pg_get_userbyid(grant_topic.role)::text and g.topic is not distinct from grant_topic.topic
+          and g.consumer_group is not distinct from grant_topic.consumer_group and g.what = u.w);
 end
 $$;
 comment on function fanout.grant_topic(text, regrole, text[], text) is
-'lets a role, and all that have its privileges, use a topic (NULL: all topics): what is among declare (and drop), capture, publish and subscribe; with a consumer_group, declare and subscribe are of its queue alone. A role needs EXECUTE on the functions, too; members of the role that owns pg_fanout, and superusers, need no grant. For administrators. Errors: 22004, 22023';
+'lets a role, and all that have its privileges, use a topic (NULL: all topics): what is among declare (and drop), capture, publish and subscribe; with a consumer_group, declare and subscribe are of its queue alone. A role needs EXECUTE on the functions, too; members of the role that owns pg_fanout, and superusers, need no grant. It follows a role that is renamed, and ends with one that is dropped; a dump has it by the role''s name. For administrators. Errors: 22004, 22023, 42704';
 revoke all on function fanout.grant_topic(text, regrole, text[], text) from public;
 
 create function fanout.revoke_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
@@ -2638,12 +2664,12 @@ as $$
 begin
     perform fanout.check_grant(revoke_topic.role, revoke_topic.what, revoke_topic.consumer_group);
     delete from fanout.topic_grant g
-    where g.role = revoke_topic.role and g.topic is not distinct from revoke_topic.topic
+    where g.role::text = pg_get_userbyid(revoke_topic.role)::text and g.topic is not distinct from revoke_topic.topic
       and g.consumer_group is not distinct from revoke_topic.consumer_group and g.what = any (revoke_topic.what);
 end
 $$;
 comment on function fanout.revoke_topic(text, regrole, text[], text) is
-'takes back what fanout.grant_topic() gave with the same arguments; subscriptions that there are go on. For administrators. Errors: 22004, 22023';
+'takes back what fanout.grant_topic() gave with the same arguments; subscriptions that there are go on. For administrators. Errors: 22004, 22023, 42704';
 revoke all on function fanout.revoke_topic(text, regrole, text[], text) from public;
 
 create function fanout.check_failing(ordered boolean, on_failure text, wait_for text[]) returns void
@@ -5267,10 +5293,9 @@ create function fanout.declared_topic_grants() returns setof text
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select format('select fanout.grant_topic(%L, %L, %L%s);', g.topic, g.role, array[g.what]::text,
+    select format('select fanout.grant_topic(%L, %L, %L%s);', g.topic, quote_ident(r.rolname), array[g.what]::text,
                   fanout.option('consumer_group', g.consumer_group, null))
-    from fanout.topic_grant g
-    where exists (select from pg_roles r where r.oid = g.role)
+    from fanout.topic_grant g join pg_roles r on r.rolname = g.role::text
     order by g.role::text, g.topic, g.consumer_group, g.what
 $$;
 comment on function fanout.declared_topic_grants() is 'internal: part of fanout.declarations()';

@@ -40,6 +40,7 @@
 #include "utils/syscache.h"
 
 #include "capture/cache.h"
+#include "capture/grantee.h"
 #include "capture/rights.h"
 #include "server/tables.h"
 
@@ -81,9 +82,9 @@ static bool
 permits(HeapTuple tuple, TupleDesc desc, Oid role, const char *topic, const char *what, const char *consumer_group)
 {
 	bool		isnull;
-	Oid			granted = DatumGetObjectId(heap_getattr(tuple, GRANT_ROLE, desc, &isnull));
+	Oid			granted = grantee_role((Grantee *) DatumGetPointer(heap_getattr(tuple, GRANT_ROLE, desc, &isnull)));
 
-	return covers(tuple, desc, GRANT_WHAT, what) && covers(tuple, desc, GRANT_TOPIC, topic) &&
+	return OidIsValid(granted) && covers(tuple, desc, GRANT_WHAT, what) && covers(tuple, desc, GRANT_TOPIC, topic) &&
 		covers(tuple, desc, GRANT_CONSUMER_GROUP, consumer_group) && has_privs_of_role(role, granted);
 }
 
