@@ -17,10 +17,20 @@
  * left out.  An id is that of the server's data and of the database in it: that of
  * a promoted standby stays, a copy made from a dump has another.
  *
+ * A transaction may handle several messages, which have come on different ways, and
+ * what they leave for its end (deferred triggers) is anybody's.  That carries what all
+ * of them have in common: a way that is too long would have a change left out where it
+ * has never been, which loses it; one that is too short sends it there once more.
+ *
+ *		       via_begin()                via_begin_deferred()
+ *		NONE -----------------> MESSAGE         NONE ----------------> DEFERRED
+ *		  ^                        |              ^                       |
+ *		  '----- via_end(), end of the transaction or a subtransaction that failed
+ *
  * It must never cost anything where no message is being handled.
  *
- * State: what this session is handling, until the transaction ends or fails.
- * No locks.
+ * State: what this session is handling, and what has come of it in the transaction,
+ * until that ends or fails.  No locks.
  *
  *-------------------------------------------------------------------------
  */
@@ -35,8 +45,11 @@
 #include "capture/cache.h"
 #include "capture/via.h"
 
-/* in TopMemoryContext; NULL: no message is being handled */
+/* In TopMemoryContext.  NULL: none is being handled, or its way is not known. */
 static char *current = NULL;
+
+/* What the ways of the transaction's messages have in common; NULL: there was none. */
+static char *common = NULL;
 
 /*
  * via_database
@@ -59,12 +72,13 @@ append_table(StringInfo out, const char *schema, const char *table)
 	cache_append_segment(out, table);
 }
 
+/* A producer may send any header: an empty element is in no list. */
 static bool
 list_has(const char *list, const char *element)
 {
 	size_t		len = strlen(element);
 
-	for (const char *p = list; (p = strstr(p, element)) != NULL; p += len)
+	for (const char *p = list; len > 0 && (p = strstr(p, element)) != NULL; p += len)
 	{
 		if ((p == list || p[-1] == ',') && (p[len] == ',' || p[len] == '\0'))
 			return true;
@@ -121,81 +135,104 @@ via_contains(const char *via, const char *schema, const char *table)
 }
 
 static void
-forget(void)
+replace(char **way, const char *by)
 {
-	if (current != NULL)
-		pfree(current);
-	current = NULL;
+	if (*way != NULL)
+		pfree(*way);
+	*way = by != NULL ? MemoryContextStrdup(TopMemoryContext, by) : NULL;
 }
 
 static void
 xact_ended(XactEvent event, void *arg)
 {
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
-		forget();
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT && event != XACT_EVENT_PREPARE)
+		return;
+	replace(&current, NULL);
+	replace(&common, NULL);
 }
 
 static void
 subxact_ended(SubXactEvent event, SubTransactionId subid, SubTransactionId parent, void *arg)
 {
 	if (event == SUBXACT_EVENT_ABORT_SUB)
-		forget();
+		replace(&current, NULL);
 }
 
-/*
- * via_set
- *		Says that what is written from now on comes of a message that has come this
- *		way; NULL: of none.  It ends with the transaction, and with an error.
- */
-void
-via_set(const char *via)
+static void
+watch_transactions(void)
 {
 	static bool watching = false;
 
-	if (via == NULL && current == NULL)
+	if (watching)
 		return;
-	if (!watching)
+	RegisterXactCallback(xact_ended, NULL);
+	RegisterSubXactCallback(subxact_ended, NULL);
+	watching = true;
+}
+
+/* Leaves in "common" what is in the list, too. */
+static void
+intersect(const char *via)
+{
+	StringInfoData both;
+	char	   *rest = pstrdup(common);
+	char	   *element;
+
+	initStringInfo(&both);
+	while ((element = strsep(&rest, ",")) != NULL)
 	{
-		RegisterXactCallback(xact_ended, NULL);
-		RegisterSubXactCallback(subxact_ended, NULL);
-		watching = true;
+		if (list_has(via, element))
+			appendStringInfo(&both, "%s%s", both.len > 0 ? "," : "", element);
 	}
-	forget();
-	if (via != NULL)
-		current = MemoryContextStrdup(TopMemoryContext, via);
+	replace(&common, both.data);
+	pfree(both.data);
 }
 
 /*
- * via_add
- *		Says that what is written from now on may come of such a message, too.
+ * via_begin
+ *		Says that what is written from now on comes of a message that has come this
+ *		way; NULL: the message does not tell.
+ *
+ * It ends with via_end(), with the transaction, and with an error.
  */
 void
-via_add(const char *via)
+via_begin(const char *via)
 {
-	if (via == NULL || (current != NULL && strcmp(current, via) == 0))
-		return;
-	if (current == NULL)
-		via_set(via);
-	else
-	{
-		StringInfoData both;
-		char	   *rest = pstrdup(via);
-		char	   *element;
+	const char *way = via != NULL ? via : "";
 
-		initStringInfo(&both);
-		appendStringInfoString(&both, current);
-		while ((element = strsep(&rest, ",")) != NULL)
-		{
-			if (!list_has(both.data, element))
-				appendStringInfo(&both, ",%s", element);
-		}
-		via_set(both.data);
-	}
+	watch_transactions();
+	replace(&current, via);
+	if (common == NULL)
+		replace(&common, way);
+	else if (strcmp(common, way) != 0)
+		intersect(way);
+}
+
+/*
+ * via_begin_deferred
+ *		Says that what is written from now on may come of any of the messages that
+ *		the transaction has handled.  It ends as with via_begin().
+ */
+void
+via_begin_deferred(void)
+{
+	replace(&current, common != NULL && common[0] != '\0' ? common : NULL);
+}
+
+/*
+ * via_end
+ *		Says that what is written from now on comes of no message.
+ */
+void
+via_end(void)
+{
+	replace(&current, NULL);
 }
 
 /*
  * via_current
- *		Returns the way of the message that is being handled; NULL: none is.
+ *		Returns the way of the message that is being handled; NULL: none is, or it
+ *		is not known.
  */
 const char *
 via_current(void)

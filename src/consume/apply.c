@@ -23,8 +23,9 @@
  *		GROUPS		a savepoint for GROUP calls: an error undoes these, and all but
  *					the one that failed are made again
  *
- * Of a handler of arrays TOGETHER is one call; in GROUPS an array that fails is cut
- * in halves until the message is found.
+ * Of a handler of arrays TOGETHER is one call, or one for each run of messages that
+ * have come the same way (via.c); in GROUPS an array that fails is cut in halves until
+ * the message is found.
  *
  * A message that met a conflict, or ran out of resources, is only blamed for that
  * if it was the first in its transaction; after others, which hold locks, the
@@ -303,13 +304,36 @@ choose_runnable(Delivery **deliveries, int n, Delivery **chosen)
 	return count;
 }
 
+/*
+ * How many can be in one array, from the first on: those that have come the same way,
+ * which is then that of all that is written meanwhile.  sync_table() tells them apart.
+ */
+static int
+count_same_way(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	int			same = 1;
+
+	if (OidIsValid(row->sync_target))
+		return n;
+	while (same < n && deliveries[same]->way == deliveries[0]->way)
+		same++;
+	return Min(same, n);
+}
+
 /* Returns false if the transaction is to end. */
 static bool
 apply_array(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 {
 	Delivery  **chosen = palloc((n + 1) * sizeof(Delivery *));
 	int			count = choose_runnable(deliveries, n, chosen);
+	int			same = count_same_way(row, chosen, count);
 
+	if (same < count)
+	{
+		if (!apply_array(row, batch, chosen, same))
+			return false;
+		return !over_time(batch) && apply_array(row, batch, chosen + same, count - same);
+	}
 	if (count == 0 || call_in_savepoint(row, batch, chosen, count) < 0)
 		return true;
 	if (count == 1)
@@ -337,8 +361,11 @@ apply_arrays(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 	}
 	chosen = palloc((batch->n + 1) * sizeof(Delivery *));
 	n = choose_runnable(batch->deliveries, batch->n, chosen);
-	if (n > 0)
-		call(row, batch, chosen, n);
+	for (int done = 0, same; done < n && !over_time(batch); done += same)
+	{
+		same = count_same_way(row, chosen + done, n - done);
+		call(row, batch, chosen + done, same);
+	}
 }
 
 /* ---- the transaction ---- */

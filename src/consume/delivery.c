@@ -100,6 +100,15 @@ delivery_via(const MessageValues *message)
 	return via_of_message(via, headers_string(headers, "schema"), headers_string(headers, "table"));
 }
 
+/* Returns a hash of that way; messages without one have the same. */
+uint64
+delivery_way(const MessageValues *message)
+{
+	char	   *via = delivery_via(message);
+
+	return via != NULL ? hash_bytes_extended((const unsigned char *) via, strlen(via), 0) : 0;
+}
+
 /*
  * Returns the bytes as jsonb, in the current context; NULL if they are not JSON
  * in UTF-8.
@@ -277,6 +286,25 @@ set_order(Delivery *delivery, const BrokerField *key, const BrokerField *old_key
 	delivery->order.barrier = delivery->truncates;
 }
 
+/* As delivery_way(), of the headers that it reads; not the same number. */
+static uint64
+way_on_wire(const BrokerDelivery *wire)
+{
+	static const char *const names[] = {"schema", "table", "via"};
+	uint64		way = 0;
+
+	if (find_header(wire, "via", BROKER_VALUE_STRING) == NULL)
+		return 0;
+	for (int i = 0; i < lengthof(names); i++)
+	{
+		const BrokerField *field = find_header(wire, names[i], BROKER_VALUE_STRING);
+
+		if (field != NULL)
+			way = hash_combine64(way, key_hash(field->value.string.data, field->value.string.len));
+	}
+	return way;
+}
+
 /*
  * Reads from the wire what has to be known before a delivery is handled: id,
  * keys, sequence.  Takes over the wire.  In the current context, freed by
@@ -306,6 +334,7 @@ delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 	delivery->old_key = text_header(old_key);
 	delivery->sequence = integer_header(wire, "sequence", &delivery->has_sequence);
 	delivery->truncates = (op != NULL && strcmp(op->value.string.data, "t") == 0);
+	delivery->way = way_on_wire(wire);
 	if (ordered)
 		set_order(delivery, key, old_key);
 	return delivery;

@@ -64,6 +64,7 @@ typedef struct Delivery
 	bool		has_sequence;
 	int64		place;			/* sequence, or that of the one before it */
 	bool		truncates;
+	uint64		way;			/* hash of the way it has come, see via.h */
 
 	/* of attempts */
 	int			attempts;		/* that count, the present one included once
@@ -112,6 +113,7 @@ extern void delivery_values(const Delivery *delivery, const char *topic,
 							const char *consumer_group, MessageValues *message);
 extern void delivery_body(const MessageValues *message, Datum *values, char *nulls);
 extern char *delivery_via(const MessageValues *message);
+extern uint64 delivery_way(const MessageValues *message);
 extern void delivery_set_body(MessageValues *message);
 
 #endif							/* PGF_DELIVERY_H */

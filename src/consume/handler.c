@@ -183,8 +183,8 @@ message_datum(MessageValues *message)
 }
 
 /*
- * In the current memory context; what it took to make it is let go.  What is written
- * from now on may come of it.
+ * Makes a message, in the current memory context; what that took is let go.  What is
+ * written from now on comes of it.
  */
 static Datum
 delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
@@ -195,7 +195,7 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
 	set_body(row, &message);
-	via_add(delivery_via(&message));
+	via_begin(delivery_via(&message));
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
 }
@@ -289,8 +289,8 @@ forget_call(void)
 }
 
 /*
- * Calls the handler on one message, or on several if it takes an array; it has
- * timeout_ms milliseconds.  others: the transaction has called it before.  Raises
+ * Calls the handler on one message, or on several of the same way if it takes an
+ * array; it has timeout_ms milliseconds.  others: the transaction has called it before.  Raises
  * the handler's errors; see handler_failed().
  */
 void
@@ -304,7 +304,7 @@ handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeo
 	for (int i = 0; i < n; i++)
 		messages[i] = delivery_datum(row, deliveries[i]);
 	call(row->batch ? array_datum(row, messages, n) : messages[0], timeout_ms, others);
-	via_set(NULL);
+	via_end();
 	MemoryContextSwitchTo(oldcontext);
 }
 
@@ -316,9 +316,9 @@ handler_call_message(const SubscriptionRow *row, MessageValues *values)
 
 	set_body(row, values);
 	message = message_datum(values);
-	via_add(delivery_via(values));
+	via_begin(delivery_via(values));
 	call(row->batch ? array_datum(row, &message, 1) : message, row->handler_timeout, false);
-	via_set(NULL);
+	via_end();
 }
 
 /* ---- transactions ---- */
@@ -386,7 +386,9 @@ handler_finish(const SubscriptionRow *row)
 
 	bound_lock_wait(0);
 	start_timer(row->handler_timeout);
+	via_begin_deferred();
 	AfterTriggerFireDeferred();
+	via_end();
 	stop_timer();
 	PortalHashTableDeleteAll();
 	AtEOXact_GUC(false, settings);

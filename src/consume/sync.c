@@ -548,7 +548,7 @@ apply_comparison(SyncTarget *target, const SyncMessage *message)
 static bool
 apply_one(SyncTarget *target, const SyncMessage *message)
 {
-	via_set(message->via);
+	via_begin(message->via);
 	switch (message->action)
 	{
 		case SYNC_NOTHING:
@@ -584,8 +584,9 @@ apply_all(SyncTarget *target, SyncMessage *messages, int count)
 			load_rows(target, messages + i + 1, count - i - 1);
 	}
 	sync_rows_store(target->subscription_id);
+	via_begin_deferred();
 	sync_write_check_constraints(target);
-	via_set(NULL);
+	via_end();
 	sync_target_check_name(target);
 }
 

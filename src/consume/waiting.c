@@ -1117,6 +1117,7 @@ read_delivery(int result)
 	delivery->waits_since = DatumGetTimestampTz(query_value(result, 7, &isnull));
 	delivery->error = text_value(result, 8);
 	delivery->stored = read_message(result);
+	delivery->way = delivery_way(delivery->stored);
 	memcpy(&delivery->message_id, DatumGetUUIDP(delivery->stored->values[MESSAGE_ID]), UUID_LEN);
 	delivery->key = text_value(result, 9 + MESSAGE_KEY);
 	strlcpy(delivery->sqlstate, delivery->error ? text_value(result, 9 + MESSAGE_ATTRIBUTES) : "",

@@ -55,6 +55,9 @@ our $lib = Cwd::abs_path(dirname(__FILE__));
 our @brokers;
 our @proxies;
 
+# What ends a test is told with its results, not in its log alone.
+$SIG{__DIE__} = sub { diag($_[0]) if defined $^S && !$^S; };
+
 =pod
 
 =head1 FUNCTIONS
@@ -249,7 +252,7 @@ sub poll
 
 	until ($condition->())
 	{
-		die "timed out waiting for: $what" if time > $deadline;
+		die 'timed out waiting for: ' . (ref $what ? $what->() : $what) if time > $deadline;
 		select(undef, undef, undef, 0.1);
 	}
 	return;
