@@ -1170,15 +1170,15 @@ begin
     if not found then
         perform fanout.require_topic(drop_topic_as.topic);
     end if;
-    select string_agg(object, E'\n') into dependents
-    from (select pg_catalog.format('consumer group "%s" is bound to it', b.consumer_group)
+    select string_agg(object, E'\n' order by kind, object collate "C") into dependents
+    from (select 1, pg_catalog.format('consumer group "%s" is bound to it', b.consumer_group)
           from fanout.binding b where b.topic_id = dropped_id
           union all
-          select pg_catalog.format('table %s is captured into it', c.entity)
+          select 2, pg_catalog.format('table %s is captured into it', c.entity)
           from fanout.captures c where c.topic = drop_topic_as.topic
           union all
-          select pg_catalog.format('%s messages are held for it', s.held)
-          from fanout.stat_topics s where s.topic = drop_topic_as.topic and s.held > 0) d(object);
+          select 3, pg_catalog.format('%s messages are held for it', s.held)
+          from fanout.stat_topics s where s.topic = drop_topic_as.topic and s.held > 0) d(kind, object);
     if dependents is not null then
         raise exception 'cannot drop topic "%" because something depends on it', drop_topic_as.topic
             using errcode = 'dependent_objects_still_exist',
@@ -3379,9 +3379,35 @@ create table fanout.sync_difference (
     mended          boolean     not null,
     found_at        timestamptz not null default clock_timestamp()
 ) using heap;
+alter table fanout.sync_difference replica identity full;
 create index sync_difference_run_idx on fanout.sync_difference (subscription_id, run);
 comment on table fanout.sync_difference is 'internal: see the view fanout.sync_differences';
 revoke all on fanout.sync_difference from public;
+
+-- Somebody may delete subscriptions by hand; their numbers come again when data of a
+-- dump are restored, and then are those of others.
+create function fanout.forget_subscriptions() returns trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    relation text;
+begin
+    foreach relation in array '{subscription_bound,waiting,sync_target,sync_column,sync_row,sync_comparison,sync_difference}'::text[] loop
+        execute format('delete from fanout.%I x where not exists (select from fanout.subscription s where s.subscription_id = x.subscription_id)', relation);
+    end loop;
+    delete from fanout.stream_offset o where not exists (select from fanout.subscription s where s.inbox_id = o.inbox_id);
+    return null;
+end
+$$;
+comment on function fanout.forget_subscriptions() is
+'internal: statement trigger on subscriptions, removes what belongs to those that were deleted';
+revoke all on function fanout.forget_subscriptions() from public;
+create trigger forget_subscriptions
+after delete or truncate
+on fanout.subscription
+for each statement execute function fanout.forget_subscriptions();
+alter table fanout.subscription enable always trigger forget_subscriptions;
 
 -- What a handler needs for a range; it runs with the rights of the extension's owner.
 create function fanout.record_comparison(subscription_id integer, run bigint, repair boolean, ranges bigint,
@@ -5689,7 +5715,7 @@ as $$
     from pg_trigger t join pg_class c on c.oid = t.tgrelid
     where t.tgfoid in ('fanout.guard()'::regprocedure, 'fanout.topology_changed()'::regprocedure,
                        'fanout.identity_changed()'::regprocedure,
-                       'fanout.subscriptions_changed()'::regprocedure)
+                       'fanout.subscriptions_changed()'::regprocedure, 'fanout.forget_subscriptions()'::regprocedure)
       and t.tgenabled <> 'A'
     group by c.oid
     union all

@@ -53,6 +53,18 @@ where d.deptype in ('n', 'a', 'i')
   and not exists (select from member m where (m.classid, m.objid) = (d.refclassid, d.refobjid))
   and d.refclassid not in ('pg_namespace'::regclass, 'pg_constraint'::regclass);
 
+-- what is updated and deleted can be so while all tables are published; the ledger never is
+select c.oid::regclass as without_replica_identity from pg_class c
+join member on classid = 'pg_class'::regclass and objid = c.oid
+where relkind = 'r' and relreplident = 'd' and relname !~ '^sent_' and not exists (select from pg_index where indrelid = c.oid and indisprimary);
+
+-- what belongs to a subscription ends when that is deleted
+select a.attrelid::regclass as stays_without_subscription from pg_attribute a
+join member on classid = 'pg_class'::regclass and objid = attrelid
+join pg_class c on c.oid = attrelid
+where relkind = 'r' and attname = 'subscription_id' and c.relname <> 'subscription'
+  and not (select prosrc from pg_proc where oid = 'fanout.forget_subscriptions()'::regprocedure) ~ ('\m' || c.relname || '\M');
+
 -- PUBLIC may do nothing, but what the server asks of whoever writes to a captured table
 select 'schema ' || n.oid::regnamespace as open_to_public, privilege_type
 from pg_namespace n, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) where n.nspname = 'fanout' and grantee = 0

@@ -185,6 +185,21 @@ select fanout.unsubscribe('t', 'b');
 reset role;
 
 select fanout.unsubscribe('users', 'b');
+
+-- nothing of a subscription stays when it is deleted by hand
+create temp view of_subscriptions as
+select 'subscription_bound' as relation, subscription_id from fanout.subscription_bound
+union all select 'sync_target', subscription_id from fanout.sync_target
+union all select 'sync_column', subscription_id from fanout.sync_column
+union all select 'sync_row', subscription_id from fanout.sync_row;
+select relation from of_subscriptions join fanout.subscription using (subscription_id) where topic in ('t', 'users') group by 1 order by 1;
+delete from fanout.subscription where topic in ('t', 'users');
+select relation from of_subscriptions where not exists (select from fanout.subscription s where s.subscription_id = of_subscriptions.subscription_id);
+begin;
+truncate fanout.subscription;
+select relation from of_subscriptions;
+rollback;
+
 drop function message, problem;
 drop table users, no_key, unlogged, deferrable_key, deferrable_unique, excluded, with_rule, parted;
 drop view a_view;
