@@ -379,6 +379,17 @@ take_recorded(const SubscriptionRow *row, Batch *batch, MemoryContext context)
 		batch->deliveries[0]->begun = true;
 }
 
+/* Takes those whose time has not come for due: a probe may be of any message. */
+static void
+take_early(Batch *batch)
+{
+	for (int i = 0; i < batch->n; i++)
+	{
+		if (batch->deliveries[i]->outcome == OUTCOME_EARLY)
+			batch->deliveries[i]->outcome = OUTCOME_NONE;
+	}
+}
+
 /*
  * Gets the messages, and what they must wait for.  What the waiting room gives
  * was chosen so that it waits for nothing.
@@ -392,6 +403,8 @@ get_messages(const SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryCon
 	{
 		inbox_look_up(row->inbox_id, batch->deliveries, batch->n);
 		waiting_filter(row, batch->deliveries, batch->n, &order);
+		if (batch->probe || batch->store)
+			take_early(batch);
 	}
 	else if (mode == MODE_AGAIN || mode == MODE_GIVE_UP)
 		take_recorded(row, batch, context);
@@ -521,7 +534,7 @@ reset_outcomes(Batch *batch)
 		delivery->outcome = OUTCOME_NONE;
 		delivery->attempts = delivery->postponed = 0;
 		delivery->waiting_id = 0;
-		delivery->waits_since = 0;
+		delivery->waits_since = delivery->next_try = 0;
 	}
 	if (batch->from_room)
 		batch->n = 0;

@@ -482,9 +482,18 @@ report(const Delivery *delivery)
 			log_failure(delivery);
 			break;
 		case OUTCOME_BEHIND:
+		case OUTCOME_EARLY:
 		case OUTCOME_NONE:
 			break;
 	}
+}
+
+/* Is it to be given back to the queue, when it is due? */
+static bool
+goes_back(const Delivery *delivery, bool stored)
+{
+	return delivery->outcome == OUTCOME_EARLY ||
+		(con.row.requeue && !stored && delivery->outcome == OUTCOME_FAILED);
 }
 
 /*
@@ -507,7 +516,7 @@ settle(Delivery **deliveries, int n, bool stored)
 		if (deliveries[i]->outcome == OUTCOME_NONE)
 			continue;
 		report(deliveries[i]);
-		if (con.row.requeue && !stored && deliveries[i]->outcome == OUTCOME_FAILED)
+		if (goes_back(deliveries[i], stored))
 		{
 			hold(deliveries[i]);
 			continue;

@@ -18,14 +18,15 @@
 #include "server/monotime.h"
 
 /*
- * What became of a message in a transaction.  All but NONE are settled by it, and
- * a delivery can be acked.
+ * What became of a message in a transaction.  All but NONE and EARLY are settled by it,
+ * and a delivery can be acked.
  */
 typedef enum DeliveryOutcome
 {
 	OUTCOME_NONE,				/* its turn did not come */
 	OUTCOME_APPLIED,
 	OUTCOME_SEEN,				/* was applied, given up or stored before */
+	OUTCOME_EARLY,				/* given back before, and not due yet */
 	OUTCOME_BEHIND,				/* stored behind one of its key that waits */
 	OUTCOME_FAILED,				/* stored to be tried again */
 	OUTCOME_DEAD,				/* given up */
@@ -72,7 +73,7 @@ typedef struct Delivery
 	bool		begun;			/* the present one was recorded before it */
 	int			postponed;		/* tries that did not count, in a row */
 	TimestampTz waits_since;	/* first failure of those of wait_for; 0: none */
-	TimestampTz next_try;		/* if OUTCOME_FAILED */
+	TimestampTz next_try;		/* if OUTCOME_FAILED or EARLY */
 	MonoTime	requeue_at;		/* if it is given back to its queue then */
 	bool		breaks;			/* the last error may be no fault of its own */
 	char		sqlstate[6];	/* of the last error */

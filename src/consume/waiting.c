@@ -78,6 +78,9 @@
 	" where w.waiting_id = f.waiting_id returning 1)" \
 	" select (select count(*) from wanted) - (select count(*) from done)"
 
+/* A message given back to its queue that is due in so many milliseconds is due. */
+#define DUE_SOON_MS 5
+
 /* After so many milliseconds it is looked whether others have let go of messages. */
 #define LOCKED_MS 200
 #define PROMOTE_AGAIN_MS 1000
@@ -309,9 +312,24 @@ collect_keys(Delivery **deliveries, int n, bool (*chosen) (const Delivery *deliv
 	return count;
 }
 
-/* What is known of a delivery that was given back to its queue, or was stored. */
+/*
+ * Tells whether an attempt is due later.  If it is by more than any attempt is put off,
+ * the clock was set back, and it is due.
+ */
+static bool
+is_early(const SubscriptionRow *row, TimestampTz next_try)
+{
+	TimestampTz wait = next_try - GetCurrentTimestamp();
+
+	return wait > DUE_SOON_MS * INT64CONST(1000) && wait <= row->max_retry_delay * INT64CONST(1250);
+}
+
+/*
+ * Takes what is known of a delivery that was given back to its queue, or was stored.
+ * The broker delivers it again at once if the connection was lost while it was held.
+ */
 static void
-recall(Delivery *delivery, int result)
+recall(const SubscriptionRow *row, Delivery *delivery, int result)
 {
 	bool		isnull;
 
@@ -324,13 +342,16 @@ recall(Delivery *delivery, int result)
 	delivery->attempts = DatumGetInt32(query_value(result, 4, &isnull));
 	delivery->postponed = DatumGetInt32(query_value(result, 5, &isnull));
 	delivery->waits_since = DatumGetTimestampTz(query_value(result, 6, &isnull));
+	delivery->next_try = DatumGetTimestampTz(query_value(result, 7, &isnull));
+	if (row->requeue && is_early(row, delivery->next_try))
+		delivery->outcome = OUTCOME_EARLY;
 }
 
 static void
 find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
 {
 	static CachedQuery query = {
-		"select message_id, requeued, waiting_id, attempts, postponed, waits_since"
+		"select message_id, requeued, waiting_id, attempts, postponed, waits_since, next_try"
 		" from fanout.waiting where subscription_id = $1 and message_id = any ($2)"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
@@ -349,7 +370,7 @@ find_stored(const SubscriptionRow *row, Delivery **deliveries, int n)
 		for (int i = 0; i < n; i++)
 		{
 			if (memcmp(id, &deliveries[i]->message_id, UUID_LEN) == 0 && deliveries[i]->outcome == OUTCOME_NONE)
-				recall(deliveries[i], found);
+				recall(row, deliveries[i], found);
 		}
 	}
 }
@@ -507,8 +528,8 @@ filter_known(const SubscriptionRow *row, Delivery **deliveries, int n, Order *or
 
 /*
  * Tells what the room means for deliveries: the outcome of those that are in it
- * is SEEN, those that were given back to their queue get their attempts, and order
- * gets what the others must wait for.
+ * is SEEN, those that were given back to their queue get their attempts, or are EARLY,
+ * and order gets what the others must wait for.
  */
 void
 waiting_filter(const SubscriptionRow *row, Delivery **deliveries, int n, Order *order)

@@ -58,6 +58,34 @@ wait_until('b', q((select count(*) = 1 from fanout.dead_letter)));
 is(sql('b', 'select attempts from fanout.dead_letter'), '3', 'attempts survive the worker');
 sql('b', q(select fanout.purge()));
 
+# the connection is lost while it is held: the broker delivers it at once
+sql('b', q(select fanout.alter_subscription('t', 'g', retry_delay => '5 s', max_retry_delay => '5 s')));
+wait_until('b', q((select state = 'idle' from fanout.stat_subscriptions)));
+sql('b', q(select fanout.publish('t', '{"fails": "b"}')));
+foreach my $attempt (1, 2)
+{
+	wait_until('b', qq((select attempts = $attempt from fanout.delivery_failure)));
+	my $due = sql('b', 'select next_try from fanout.delivery_failure');
+
+	if ($attempt == 1)
+	{
+		sql('b', q(select pg_terminate_backend(pid) from fanout.stat_subscriptions));
+	}
+	else
+	{
+		$broker->ctl('close_all_connections', '-p', $broker->vhost, 'test');
+	}
+	sql('b', q(select fanout.publish('t', '{"n": 2}')));
+	wait_until('b', q(exists (select from log where body ->> 'n' = '2')));
+	sql('b', q(delete from log where body ->> 'n' = '2'));
+	wait_until('b', 'exists (select from ' . ($attempt == 1 ? 'fanout.delivery_failure where attempts = 2' : 'fanout.dead_letter') . ')');
+	is(sql('b', $attempt == 1 ? qq(select failed_at >= '$due' from fanout.delivery_failure) : qq(select dead_at >= '$due' from fanout.dead_letter)), 't',
+		$attempt == 1 ? 'after the end of its worker it is not tried before it is due' : 'nor after a connection that was lost');
+}
+is(sql('b', 'select attempts from fanout.dead_letter'), '3', 'and no attempt is lost');
+sql('b', q(select fanout.purge(); select fanout.alter_subscription('t', 'g', retry_delay => '1 s', max_retry_delay => '1 s')));
+wait_until('b', q((select state = 'idle' from fanout.stat_subscriptions)));
+
 # ---- another instance ----
 
 sql('c', sprintf($subscribe, 10));
