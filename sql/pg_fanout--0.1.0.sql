@@ -2882,6 +2882,28 @@ comment on function fanout.queue_problem(fanout.subscription) is
 'internal: why a queue that is declared in this database would lose messages of a subscription; NULL: it would not';
 revoke all on function fanout.queue_problem(fanout.subscription) from public;
 
+create function fanout.check_queue_is_free(topic text, consumer_group text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    other fanout.subscription;
+begin
+    select * into other from fanout.subscription s
+    where s.topic || '_' || s.consumer_group = check_queue_is_free.topic || '_' || check_queue_is_free.consumer_group
+      and s.topic <> check_queue_is_free.topic and s.active;
+    if found then
+        raise exception 'queue "%" is consumed already', other.topic || '_' || other.consumer_group
+            using errcode = 'duplicate_object',
+                  detail = pg_catalog.format('Consumer group "%s" is subscribed to topic "%s".', other.consumer_group, other.topic);
+    end if;
+end
+$$;
+comment on function fanout.check_queue_is_free(text, text) is
+'internal: raises an error if a subscription of another topic and consumer group consumes the queue';
+revoke all on function fanout.check_queue_is_free(text, text) from public;
+
 create function fanout.add_subscription(role regrole, topic text, consumer_group text, handler regprocedure,
                                         prefetch integer, max_attempts integer, retry_delay interval,
                                         max_retry_delay interval, ordered boolean, handler_timeout interval,
@@ -2895,6 +2917,7 @@ as $$
 declare
     old fanout.subscription;
     new fanout.subscription;
+    violated text;
 begin
     perform fanout.check_name('topic', add_subscription.topic);
     perform fanout.check_name('consumer group', add_subscription.consumer_group);
@@ -2911,14 +2934,7 @@ begin
     new.start_at := fanout.check_start_at(add_subscription.start_at);
     perform fanout.check_stream(add_subscription.topic, add_subscription.consumer_group, new.start_at, add_subscription.on_failure);
 
-    select * into old from fanout.subscription s
-    where s.topic || '_' || s.consumer_group = add_subscription.topic || '_' || add_subscription.consumer_group
-      and s.topic <> add_subscription.topic and s.active;
-    if found then
-        raise exception 'queue "%" is consumed already', add_subscription.topic || '_' || add_subscription.consumer_group
-            using errcode = 'duplicate_object',
-                  detail = pg_catalog.format('Consumer group "%s" is subscribed to topic "%s".', old.consumer_group, old.topic);
-    end if;
+    perform fanout.check_queue_is_free(add_subscription.topic, add_subscription.consumer_group);
     if not exists (select from fanout.topic t where t.topic = add_subscription.topic and not t.dropping)
        and not exists (select from fanout.subscription s where s.topic = add_subscription.topic)
     then
@@ -2932,23 +2948,34 @@ begin
     from pg_proc p join pg_namespace n on n.oid = p.pronamespace
     where p.oid = add_subscription.handler;
 
-    insert into fanout.subscription as s
-        (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
-         retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait, start_at)
-    values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
-            new.role, add_subscription.prefetch, add_subscription.max_attempts,
-            add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
-            add_subscription.handler_timeout, add_subscription.on_failure, add_subscription.wait_for,
-            add_subscription.max_wait, new.start_at)
-    on conflict (topic, consumer_group) do update
-        set handler = excluded.handler, batch = excluded.batch, handler_owner = excluded.handler_owner,
-            role = excluded.role, prefetch = excluded.prefetch, max_attempts = excluded.max_attempts,
-            retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
-            ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
-            on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
-            start_at = excluded.start_at, queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
-        where not s.active
-    returning s.subscription_id into new.subscription_id;
+    begin
+        insert into fanout.subscription as s
+            (topic, consumer_group, handler, batch, handler_owner, role, prefetch, max_attempts,
+             retry_delay, max_retry_delay, ordered, handler_timeout, on_failure, wait_for, max_wait, start_at)
+        values (add_subscription.topic, add_subscription.consumer_group, new.handler, new.batch, new.handler_owner,
+                new.role, add_subscription.prefetch, add_subscription.max_attempts,
+                add_subscription.retry_delay, add_subscription.max_retry_delay, add_subscription.ordered,
+                add_subscription.handler_timeout, add_subscription.on_failure, add_subscription.wait_for,
+                add_subscription.max_wait, new.start_at)
+        on conflict (topic, consumer_group) do update
+            set handler = excluded.handler, batch = excluded.batch, handler_owner = excluded.handler_owner,
+                role = excluded.role, prefetch = excluded.prefetch, max_attempts = excluded.max_attempts,
+                retry_delay = excluded.retry_delay, max_retry_delay = excluded.max_retry_delay,
+                ordered = excluded.ordered, handler_timeout = excluded.handler_timeout,
+                on_failure = excluded.on_failure, wait_for = excluded.wait_for, max_wait = excluded.max_wait,
+                start_at = excluded.start_at, queue_declared = null, paused = false, drop_queue = false, active = true, version = s.version + 1, subscribed_at = now()
+            where not s.active
+        returning s.subscription_id into new.subscription_id;
+    exception when unique_violation then
+        get stacked diagnostics violated = constraint_name;
+        if violated <> 'subscription_queue_idx' then
+            raise;
+        end if;
+        -- another session was faster; it may be too new for this transaction's snapshot
+        perform fanout.check_queue_is_free(add_subscription.topic, add_subscription.consumer_group);
+        raise exception 'queue "%" is consumed already', add_subscription.topic || '_' || add_subscription.consumer_group
+            using errcode = 'duplicate_object';
+    end;
     if found then
         insert into fanout.subscription_bound as b (subscription_id, role, handler_owner)
         select new.subscription_id, add_subscription.role, p.proowner from pg_proc p where p.oid = add_subscription.handler
