@@ -21,6 +21,7 @@
  *
  *		(broker) -> DUE LATER, BEHIND	waiting_store()
  *		DUE -> gone, DUE LATER			waiting_settle()
+ *		DUE LATER -> gone				drop_superseded(), called by both
  *		BEHIND -> DUE					promote(), called by both
  *		DUE -> BEHIND					waiting_take()
  *
@@ -594,6 +595,61 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	run_promote(&query, 2, types, values);
 }
 
+/* Has it failed because it waits for something else (wait_for)? */
+static bool
+waits_for_other(const Delivery *delivery)
+{
+	return delivery->outcome == OUTCOME_FAILED && delivery->waits_since != 0;
+}
+
+/* A change of the row of w, which a later message l makes superfluous. */
+#define LATER_CHANGE(columns, key) \
+	"exists (select from fanout.waiting l where l.subscription_id = w.subscription_id and l." columns " = w.key1" \
+	" and " key " = w.key and not l.barrier and l.headers ->> 'op' in ('c', 'u', 'r', 'd')" \
+	" and (l.place, l.waiting_id) > (w.place, w.waiting_id))"
+
+/*
+ * Removes messages of sync_table() that wait for something, typically the other row of
+ * a foreign key, if a later message of the same row is there: that has the whole row,
+ * and what the earlier one waits for may never come, because it is gone by now at the
+ * source.  Makes the later ones due.  One that changes a key is kept, since it tells
+ * of two rows.  Returns true if there were any.
+ */
+static bool
+drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
+{
+	static CachedQuery query = {
+		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2) and key1 is not null"
+		" and key2 is null and not barrier and headers ->> 'op' in ('c', 'u', 'r', 'd')"
+		" and (" LATER_CHANGE("key1", "l.key") " or " LATER_CHANGE("key2", "l.headers ->> 'old_key'") ")"
+		" returning message_id, key1"
+	};
+	Oid			types[2] = {INT4OID, UUIDARRAYOID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
+	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	int			count = 0;
+	bool		isnull;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (waits_for_other(deliveries[i]))
+			ids[count++] = UUIDPGetDatum(&deliveries[i]->message_id);
+	}
+	if (count == 0 || !OidIsValid(row->sync_target))
+		return false;
+	values[1] = PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	owner_execute(&query, 2, types, values, NULL);
+	count = SPI_processed;
+	for (int i = 0; i < count; i++)
+	{
+		forget(DatumGetUUIDP(query_value(i, 1, &isnull)));
+		ids[i] = query_value(i, 2, &isnull);
+	}
+	set_count(waiting_room.count - count);
+	promote(row, ids, count);
+	return count > 0;
+}
+
 /* Those that failed may be due before all others. */
 static void
 note_next_due(Delivery **deliveries, int n)
@@ -747,7 +803,7 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	set_count(waiting_room.count + stored);
 	note_next_due(deliveries, n);
 	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
-	if (any_behind(deliveries, n))
+	if (drop_superseded(row, deliveries, n) || any_behind(deliveries, n))
 		find_next_due(row);
 }
 
@@ -923,6 +979,7 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 		promote_all(row);
 	else
 		promote(row, keys, collect_keys(deliveries, n, is_done, keys));
+	(void) drop_superseded(row, deliveries, n);
 	find_next_due(row);
 }
 
