@@ -1,6 +1,11 @@
-# Random tables, changes, DDL at both ends and faults: at every pause the copies are
-# equal to their sources.  And a copy that is begun late gets the rows that were
-# there before, by the README's recipe, while they are written to.
+# Random tables, changes, DDL at both ends, faults and restores of either database: at
+# every pause the copies are equal to their sources, and compare() says so.  And a copy
+# that is begun late gets the rows that were there before, by the README's recipe, while
+# they are written to.
+#
+# A source that is restored from its last dump, and one that has lost what came after
+# its dump, are restored in its place; so is the copies' database.  What was lost is
+# mended by the README's way, compare() with repair.
 #
 # PGF_SYNC_SECONDS: how long (20); PGF_SYNC_SEED: repeats a run, as far as faults
 # come at the same moments.
@@ -19,22 +24,24 @@ use Time::HiRes qw(time);
 my $seconds = $ENV{PGF_SYNC_SECONDS} || 20;
 my $seed = $ENV{PGF_SYNC_SEED} || time;
 my $tables = 5;
-my $last_value = 0;
+my $pairs = 3;
+my $dir = PostgreSQL::Test::Utils::tempdir();
 
 note("PGF_SYNC_SEED=$seed");
 srand($seed);
 
 my $broker = PgFanout::broker();
-my $node = PgFanout::cluster('main', $broker, conf => q(
+my $node = PgFanout::cluster('main', $broker, extension => 0, conf => q(
 log_statement = none
 max_worker_processes = 60
 pg_fanout.max_subscriptions = 40
 pg_fanout.retry_interval = 1s
 ));
-my %at = (a => 'postgres', b => 'copies');
+my %at = (a => 'source', b => 'copies');
 
-sql('a', q(create database copies));
-sql('b', q(create extension pg_fanout; create schema s0));
+$node->safe_psql('postgres', "create database $_") foreach values %at;
+sql('a', 'create extension pg_fanout');
+sql('b', 'create extension pg_fanout', 'create schema s0');
 
 my %keys = (
 	id => [ [ 'id', 'int', sub { int(rand(40)) } ] ],
@@ -55,25 +62,38 @@ my %types = (
 	interval => sub { ('1 mon -2 days', '-01:00', '0')[ rand 3 ] },
 );
 my @made = map { make_table($_) } 1 .. $tables;
+my @families = map { make_family($_) } 1 .. $pairs;
+my @restores = qw(moved_source old_source moved_copy old_copy);
 my $end = time + $seconds;
 my ($rounds, $statements, %did) = (0, 0);
 
-while (time < $end || $rounds < 3)
+while (Test::More->builder->is_passing && (time < $end || $rounds < 3))
 {
-	my $statements_before = $statements;
-
-	change($_) for map { $made[ rand @made ] } 1 .. 5 + rand(20);
+	changes();
 	fault() if rand() < 0.4;
-	change($_) for map { $made[ rand @made ] } 1 .. 5 + rand(20);
+	changes();
 	ddl($made[ rand @made ]) if rand() < 0.8;
-	change($_) for map { $made[ rand @made ] } 1 .. 5 + rand(20);
-	equal($_) or last for @made;
-	last if !Test::More->builder->is_passing;
+	changes();
+	restore($restores[ rand @restores ]) if rand() < 0.15;
+	all_equal();
 	$rounds++;
+}
+foreach my $kind (grep { !$did{$_} } @restores)
+{
+	last if !Test::More->builder->is_passing;
+	restore($kind);
+	changes();
+	all_equal();
 }
 ok(Test::More->builder->is_passing, "copies equal at each of $rounds pauses, after $statements statements")
   or diag("PGF_SYNC_SEED=$seed");
 note(join ', ', map { "$_: $did{$_}" } sort keys %did);
+foreach my $t (@made, map { @$_ } @families)
+{
+	my ($state) = compared($t);
+
+	is($state, 'equal', "compare() says that $t->{name} and its copy are equal");
+}
 is(sql('b', q(select count(*) from fanout.dead_letter)), 0, 'no message was given up');
 my $missing = '';
 foreach (1 .. 100)
@@ -96,7 +116,7 @@ select fanout.capture('old', 'old');
 ));
 sql('b', q(create table old (id int primary key, x int); select fanout.sync_table('old', 'g', 'old')));
 my $writer = IPC::Run::start(
-	[ 'psql', '-XqAt', '-d', $node->connstr('postgres'), '-c', q(
+	[ 'psql', '-XqAt', '-d', $node->connstr($at{a}), '-c', q(
 do $$
 begin
     for i in 1 .. 3000 loop
@@ -115,11 +135,26 @@ pass('rows that were there before come to the copy while they are written to');
 
 done_testing();
 
+# Each statement is a transaction.  One at the copies may be the victim of a deadlock
+# with a consumer, as with any session that writes several of its tables: it is made
+# again.  At the source pg_fanout must not be the cause of any error.
 sub sql
 {
-	my ($where, $sql) = @_;
+	my ($where, @statements) = @_;
+	my ($out, $err, $result);
 
-	return $node->safe_psql($at{$where}, $sql);
+	foreach my $statement (@statements)
+	{
+		foreach my $attempt (1 .. 10)
+		{
+			($out, $err) = ('', '');
+			$result = $node->psql($at{$where}, $statement, stdout => \$out, stderr => \$err, on_error_stop => 1);
+			last if $result == 0 || $where eq 'a' || $err !~ /deadlock detected/;
+			$did{deadlock}++;
+		}
+		die "psql ended with $result in database $at{$where}: $err\nafter: $statement\nPGF_SYNC_SEED=$seed" if $result != 0;
+	}
+	return $out;
 }
 
 sub quote
@@ -146,9 +181,14 @@ sub make_table
 	add_column($t, 'int');
 	add_column($t, (sort keys %types)[ rand keys %types ]) for 1 .. 1 + rand(4);
 	$columns .= join '', map { ", $_->{name} $_->{type}" } @{ $t->{columns} };
-	sql('a', "create table t$n ($columns$made, primary key (" . join(', ', @names) . "))");
-	sql('b', qq(
-create table s0.t$n (note text default 'local', serial_no serial, $columns$made, primary key (@{[join ', ', @reversed]}));
+	my $identity = rand() < 0.5;
+	my $source_identity = $identity ? ', ident int generated ' . ('always', 'by default')[ rand 2 ] . ' as identity' : '';
+	my $copy_identity = $identity ? ', ident int' . ('', ' generated by default as identity')[ rand 2 ] : '';
+
+	$t->{fixed} = [ ($made ? 'made' : ()), ($identity ? 'ident' : ()) ];
+	sql('a', "create table t$n ($columns$made$source_identity, primary key (" . join(', ', @names) . "))");
+	sql('b', split /;\n/, qq(
+create table s0.t$n (note text default 'local', serial_no serial, $columns$made, local_made int generated always as (c0 % 10) stored$copy_identity, primary key (@{[join ', ', @reversed]}));
 create table s0.child$n (@{[join ', ', map { "$_->[0] $_->[1]" } @$key]}, foreign key (@{[join ', ', @names]}) references s0.t$n (@{[join q(, ), @names]}) on update cascade on delete cascade);
 create table s0.log$n (what text);
 create function s0.log$n() returns trigger language plpgsql as \$\$ begin insert into s0.log$n values (tg_op); return new; end \$\$;
@@ -161,6 +201,62 @@ select fanout.capture('t$n', 't$n');
 ));
 	sql('b', "select fanout.sync_table('t$n', 'g', 's0.t$n', prefetch => " . (1, 7, 100, 1000)[ rand 4 ] . ')');
 	return $t;
+}
+
+# Two tables, one of which refers to the other, and their copies, which do so, too.  A
+# key that was deleted does not come again.
+sub make_family
+{
+	my ($n) = @_;
+	my $action = ('cascade', 'set null', 'no action')[ ($n - 1) % 3 ];
+	my ($parent, $child) = map { { name => "$_$n", copy => "s0.$_$n", key => [ [ 'id', 'int' ] ], columns => [], fixed => $_ eq 'p' ? ['x'] : [ 'parent', 'x' ] } } 'p', 'c';
+
+	foreach my $where ('a', 'b')
+	{
+		my $schema = $where eq 'a' ? '' : 's0.';
+
+		sql($where, "create table ${schema}p$n (id int primary key" . ($where eq 'a' ? ' generated by default as identity' : '') . ', x int)',
+			"create table ${schema}c$n (id int primary key" . ($where eq 'a' ? ' generated always as identity' : '') .
+			  ", parent int references ${schema}p$n on update cascade on delete $action, x int)");
+	}
+	sql('a', map { ("select fanout.declare_binding('$_', 'g')", "select fanout.capture('$_', '$_')") } "p$n", "c$n");
+	sql('b', map { "select fanout.sync_table('$_', 'g', 's0.$_', prefetch => " . (1, 7, 100)[ rand 3 ] . ", retry_delay => '50 ms', max_retry_delay => '500 ms')" } "c$n", "p$n");
+	return [ $parent, $child ];
+}
+
+# A transaction of a few statements on two such tables.
+sub change_family
+{
+	my ($family) = @_;
+	my ($p, $c) = map { $_->{name} } @$family;
+	my $some_parent = "(select id from $p order by random() limit 1)";
+	my $some_child = "(select id from $c order by random() limit 1)";
+	my @sql = ('begin');
+
+	foreach (1 .. 1 + rand(6))
+	{
+		my $kind = rand();
+
+		push @sql,
+			$kind < 0.25 ? "insert into $p (x) values (@{[int(rand(100))]})"
+		  : $kind < 0.6 ? "insert into $c (parent, x) values ($some_parent, @{[int(rand(100))]})"
+		  : $kind < 0.7 ? "update $c set parent = $some_parent where id = $some_child"
+		  : $kind < 0.75 ? "update $p set x = x + 1 where id = $some_parent"
+		  : $kind < 0.83 ? "update $p set id = nextval('${p}_id_seq') where id = $some_parent"
+		  : $kind < 0.9 ? "delete from $c where id = $some_child"
+		  : $kind < 0.99 ? ("create temp table gone on commit drop as select $some_parent as id", "delete from $c where parent = (select id from gone)", "delete from $p where id = (select id from gone)", 'drop table gone')
+		  :                "truncate $p, $c";
+	}
+	$statements += @sql;
+	sql('a', join(';', @sql, rand() < 0.1 ? 'rollback' : 'commit'));
+	return;
+}
+
+sub changes
+{
+	change($_) foreach map { $made[ rand @made ] } 1 .. 5 + rand(20);
+	change_family($_) foreach map { $families[ rand @families ] } 1 .. rand(6);
+	return;
 }
 
 sub add_column
@@ -252,15 +348,16 @@ sub ddl
 	if ($kind eq 'rename_copy')
 	{
 		my ($schema) = $t->{copy} =~ /^(\w+)/;
+		my $name = "r$t->{n}_$serial";
 
-		sql('b', "alter table $t->{copy} rename to r$serial; create table $t->{copy} (like $schema.r$serial including all)");
-		$t->{copy} = "$schema.r$serial";
+		sql('b', "alter table $t->{copy} rename to $name", "create table $t->{copy} (like $schema.$name including all)");
+		$t->{copy} = "$schema.$name";
 	}
 	elsif ($kind eq 'move_copy')
 	{
 		my ($name) = $t->{copy} =~ /(\w+)$/;
 
-		sql('b', "create schema m$t->{n}_$serial; alter table $t->{copy} set schema m$t->{n}_$serial");
+		sql('b', "create schema m$t->{n}_$serial", "alter table $t->{copy} set schema m$t->{n}_$serial");
 		$t->{copy} = "m$t->{n}_$serial.$name";
 	}
 	elsif ($kind eq 'rename_column' && $column->{name} ne 'c0')
@@ -323,6 +420,58 @@ sub fault
 	return;
 }
 
+# Restores one of the databases in its place.  "old": from a dump that does not have
+# what was written, or came, since; and it is mended as the README says.
+sub restore
+{
+	my ($kind) = @_;
+	my $where = $kind =~ /source/ ? 'a' : 'b';
+
+	$did{$kind}++;
+	PgFanout::flush($node, dbname => $at{a}) if $kind eq 'moved_source';
+	all_equal() if $kind eq 'moved_copy';
+	$node->command_ok([ 'pg_dump', '-f', "$dir/dump.sql", $node->connstr($at{$where}) ], "$kind: a dump");
+	if ($kind =~ /old/)
+	{
+		changes();
+		sql('a', 'select fanout.flush()') if rand() < 0.5;
+	}
+	$node->safe_psql('postgres', "drop database $at{$where} with (force)");
+	$node->safe_psql('postgres', "create database $at{$where}");
+	$node->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', "$dir/dump.sql", $node->connstr($at{$where}) ], "$kind: it is restored");
+	changes() if rand() < 0.5;
+	sql($where, 'select fanout.activate()');
+	changes() if rand() < 0.5;
+	if ($kind =~ /old/)
+	{
+		compared($_, 1) foreach @made, map { @$_ } @families;
+	}
+	return;
+}
+
+# Has a copy compared, and returns what it finds.
+sub compared
+{
+	my ($t, $repair) = @_;
+	my $run = sql('a', "select fanout.compare('$t->{name}', '$t->{name}', 'g'" . ($repair ? ', true)' : ')'));
+	my $state = '';
+
+	PgFanout::poll(
+		sub {
+			$state = sql('b', "select state from fanout.sync_comparisons where run = $run and topic = '$t->{name}' and finished_at is not null");
+			return $state ne '';
+		},
+		sub { "comparison $run of $t->{name} " . sql('a', "select * from fanout.backfills where id = $run") . sql('b', 'select * from fanout.sync_comparisons') . told() }, 180);
+	$did{compared}++;
+	return $state;
+}
+
+sub told
+{
+	return join "\n", '', map { sql(@$_) } [ 'b', 'select * from fanout.stat_subscriptions' ], [ 'b', 'select topic, error from fanout.delivery_failure limit 3' ],
+	  [ 'b', 'select topic, reason from fanout.dead_letter limit 3' ], [ 'a', 'select * from fanout.stat_publisher' ], [ 'a', 'select * from fanout.stat_topics where held > 0 or pending > 0' ];
+}
+
 sub list
 {
 	my ($where, $table, $columns) = @_;
@@ -331,26 +480,34 @@ sub list
 	return sql($where, qq(select md5(string_agg(t::text, E'\\n' order by t::text)) from $table t));
 }
 
+sub all_equal
+{
+	foreach my $t (@made, map { @$_ } @families)
+	{
+		equal($t) or return;
+	}
+	return;
+}
+
 # Waits until the copy is equal to the table, in the columns that both have.
 sub equal
 {
 	my ($t, $without) = @_;
 	my @columns = grep { !defined $without || $_ != $without } @{ $t->{columns} };
-	my $keys = join ', ', map { $_->[0] } @{ $t->{key} };
+	my $keys = join ', ', (map { $_->[0] } @{ $t->{key} }), @{ $t->{fixed} };
 	my $there_columns = join ', ', $keys, map { $_->{name} } @columns;
 	my $here_columns = join ', ', $keys, map { $_->{here} } @columns;
 	my ($there, $here) = (list('a', $t->{name}, $there_columns), '');
 
-	foreach (1 .. 600)
+	my $give_up = time + 180;
+
+	while (time < $give_up)
 	{
 		$here = list('b', $t->{copy}, $here_columns);
 		return 1 if $here eq $there;
 		select(undef, undef, undef, 0.1);
 	}
 	fail("$t->{name} and $t->{copy} are equal");
-	diag("there:\n", substr($there, 0, 2000), "\nhere:\n", substr($here, 0, 2000), "\n",
-		sql('b', 'select * from fanout.stat_subscriptions'), "\n",
-		sql('b', 'select topic, error from fanout.delivery_failure limit 3'), "\n",
-		sql('b', 'select topic, reason from fanout.dead_letter limit 3'));
+	diag("there:\n", substr($there, 0, 2000), "\nhere:\n", substr($here, 0, 2000), told(), "\nPGF_SYNC_SEED=$seed");
 	return 0;
 }
