@@ -1,5 +1,7 @@
 -- What fanout.backfill() refuses, who may use it, and what it declares.
 create extension pg_fanout;
+-- so that numbers are the same each time
+alter sequence fanout.backfill_backfill_id_seq restart;
 select fanout.declare_binding('item', 'one');
 create table items (id int primary key, a int, t text);
 select fanout.capture('items', 'item');
