@@ -4,23 +4,28 @@
 //
 // An example to start from: manual acks, nack when processing failed, repeats
 // recognised by their message id, nothing older written over something newer, keys
-// that change, TRUNCATE, and messages that can never be processed.  The copy is in
-// memory here.  A service has it in its database, and writes what it has seen and
-// what came of it in one transaction, before the ack.
+// that change, TRUNCATE, messages that can never be processed, and a connection that
+// is lost.  The copy is in memory here.  A service has it in its database, and writes
+// what it has seen and what came of it in one transaction, before the ack.  SIGTERM
+// ends it.
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"log"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 const prefetch = 100
+const reconnect = time.Second
 
 // A row of the copy.  Of a deleted one the sequence stays, so that no late message
 // revives it.
@@ -114,7 +119,8 @@ func (c *consumer) handle(d amqp.Delivery, failOnce bool) error {
 	return d.Ack(false)
 }
 
-func (c *consumer) consume(deliveries <-chan amqp.Delivery, idle time.Duration, failOnce bool) error {
+// Until it is to end, with nil.
+func (c *consumer) consume(ctx context.Context, deliveries <-chan amqp.Delivery, idle time.Duration, failOnce bool) error {
 	for {
 		select {
 		case d, open := <-deliveries:
@@ -124,6 +130,8 @@ func (c *consumer) consume(deliveries <-chan amqp.Delivery, idle time.Duration, 
 			if err := c.handle(d, failOnce); err != nil {
 				return err
 			}
+		case <-ctx.Done():
+			return nil
 		case <-time.After(idle):
 			return nil
 		}
@@ -142,7 +150,7 @@ func (c *consumer) report() error {
 	return json.NewEncoder(os.Stdout).Encode(result)
 }
 
-func run(uri, queue string, idle time.Duration, failOnce bool) error {
+func (c *consumer) connect(ctx context.Context, uri, queue string, idle time.Duration, failOnce bool) error {
 	connection, err := amqp.Dial(uri)
 	if err != nil {
 		return err
@@ -159,23 +167,31 @@ func run(uri, queue string, idle time.Duration, failOnce bool) error {
 	if err != nil {
 		return err
 	}
-	c := consumer{
-		inbox:  map[string]bool{},
-		entity: map[string]entry{},
-		failed: map[string]bool{},
-		counts: map[string]int{"processed": 0, "repeats": 0, "failed": 0, "bad": 0},
-	}
-	if err := c.consume(deliveries, idle, failOnce); err != nil {
-		return err
-	}
-	return c.report()
+	return c.consume(ctx, deliveries, idle, failOnce)
 }
 
 func main() {
 	idle := flag.Float64("idle", 1e9, "end when nothing came for so many `seconds`")
 	failOnce := flag.Bool("fail-once", false, "each message at its first delivery")
 	flag.Parse()
-	if err := run(flag.Arg(0), flag.Arg(1), time.Duration(*idle*float64(time.Second)), *failOnce); err != nil {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	c := consumer{
+		inbox:  map[string]bool{},
+		entity: map[string]entry{},
+		failed: map[string]bool{},
+		counts: map[string]int{"processed": 0, "repeats": 0, "failed": 0, "bad": 0},
+	}
+	// what was not acked when a connection was lost comes again
+	for ctx.Err() == nil {
+		err := c.connect(ctx, flag.Arg(0), flag.Arg(1), time.Duration(*idle*float64(time.Second)), *failOnce)
+		if err == nil {
+			break
+		}
+		log.Print(err)
+		time.Sleep(reconnect)
+	}
+	if err := c.report(); err != nil {
 		log.Fatal(err)
 	}
 }

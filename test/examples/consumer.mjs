@@ -4,14 +4,17 @@
 //
 // An example to start from: manual acks, nack when processing failed, repeats
 // recognised by their message id, nothing older written over something newer, keys
-// that change, TRUNCATE, and messages that can never be processed.  The copy is in
-// memory here.  A service has it in its database, and writes what it has seen and
-// what came of it in one transaction, before the ack.
+// that change, TRUNCATE, messages that can never be processed, and a connection that
+// is lost.  The copy is in memory here.  A service has it in its database, and writes
+// what it has seen and what came of it in one transaction, before the ack.  SIGTERM
+// ends it.
 
+import nodeProcess from 'node:process'
 import { parseArgs } from 'node:util'
 import amqplib from 'amqplib'
 
 const PREFETCH = 100
+const RECONNECT = 1000 // ms
 
 const { values: options, positionals: [uri, queue] } = parseArgs({
   allowPositionals: true,
@@ -82,25 +85,26 @@ function processOrPutAside (message) {
 }
 
 function handle (channel, message) {
+  let result
   try {
     if (options['fail-once'] && !failed.has(message.properties.messageId)) {
       failed.add(message.properties.messageId)
       throw new Error('on purpose')
     }
-    counts[processOrPutAside(message)]++
-    channel.ack(message)
+    result = processOrPutAside(message)
   } catch {
     // a real service waits before it gives a message back
     counts.failed++
-    channel.nack(message, false, true)
+    return channel.nack(message, false, true)
   }
+  counts[result]++
+  channel.ack(message)
 }
 
-const connection = await amqplib.connect(uri)
-const channel = await connection.createChannel()
-await channel.prefetch(PREFETCH)
-
+let connection
+let ended = false
 let idle
+
 function restartIdleTimer () {
   if (options.idle === undefined) return
   clearTimeout(idle)
@@ -108,15 +112,42 @@ function restartIdleTimer () {
 }
 
 async function finish () {
-  await connection.close()
+  ended = true
+  clearTimeout(idle)
+  await connection?.close().catch(() => {})
   const rows = [...entity].map(([key, { row }]) => [key, row])
   console.log(JSON.stringify({ ...counts, rows: Object.fromEntries(rows) }))
 }
 
-await channel.consume(queue, message => {
-  // null: the queue was deleted
-  if (message === null) return finish()
-  restartIdleTimer()
-  handle(channel, message)
-})
-restartIdleTimer()
+function reconnect (error) {
+  if (error) console.error(error.message)
+  if (!ended) setTimeout(connect, RECONNECT)
+}
+
+// What was not acked when a connection was lost comes again.
+async function connect () {
+  try {
+    connection = await amqplib.connect(uri)
+  } catch (error) {
+    return reconnect(error)
+  }
+  connection.on('error', () => {}) // 'close' follows
+  connection.on('close', reconnect)
+  try {
+    const channel = await connection.createChannel()
+    channel.on('error', () => connection.close().catch(() => {}))
+    await channel.prefetch(PREFETCH)
+    await channel.consume(queue, message => {
+      // null: the queue was deleted
+      if (message === null) return finish()
+      restartIdleTimer()
+      handle(channel, message)
+    })
+    restartIdleTimer()
+  } catch {
+    connection.close().catch(() => {})
+  }
+}
+
+nodeProcess.on('SIGTERM', finish)
+await connect()

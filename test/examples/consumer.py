@@ -5,18 +5,22 @@
 
 An example to start from: manual acks, nack when processing failed, repeats
 recognised by their message id, nothing older written over something newer, keys
-that change, TRUNCATE, and messages that can never be processed.  What was seen
-and what came of it are written in one transaction, here to SQLite, and acked
-after its commit.
+that change, TRUNCATE, messages that can never be processed, and a connection that
+is lost.  What was seen and what came of it are written in one transaction, here to
+SQLite, and acked after its commit.  SIGTERM ends it.
 """
 
 import argparse
 import json
+import signal
 import sqlite3
+import sys
+import time
 
 import pika
 
 PREFETCH = 100
+RECONNECT = 1   # seconds
 
 
 class BadMessage(Exception):
@@ -96,19 +100,48 @@ def handle(channel, db, method, properties, body):
     return result
 
 
-def consume(channel, queue, db, idle, fail_once):
-    failed = set()
-    counts = {'processed': 0, 'repeats': 0, 'failed': 0, 'bad': 0}
-    for method, properties, body in channel.consume(queue, inactivity_timeout=idle):
-        if method is None:
-            return counts
-        if fail_once and properties.message_id not in failed:
-            failed.add(properties.message_id)
+class Consumer:
+    def __init__(self, args):
+        self.args = args
+        self.db = open_copy(args.copy)
+        self.failed = set()
+        self.counts = {'processed': 0, 'repeats': 0, 'failed': 0, 'bad': 0}
+        self.ended = False
+
+    def end(self, *_):
+        self.ended = True
+
+    def deliver(self, channel, method, properties, body):
+        if self.args.fail_once and properties.message_id not in self.failed:
+            self.failed.add(properties.message_id)
             channel.basic_nack(method.delivery_tag, requeue=True)
-            counts['failed'] += 1
+            self.counts['failed'] += 1
         else:
-            counts[handle(channel, db, method, properties, body)] += 1
-    return counts
+            self.counts[handle(channel, self.db, method, properties, body)] += 1
+
+    def consume(self, channel):
+        """Until it is to end."""
+        idle_since = time.monotonic()
+        channel.basic_qos(prefetch_count=PREFETCH)
+        for method, properties, body in channel.consume(self.args.queue, inactivity_timeout=0.5):
+            if method is not None:
+                self.deliver(channel, method, properties, body)
+                idle_since = time.monotonic()
+            elif self.args.idle is not None and time.monotonic() - idle_since > self.args.idle:
+                self.end()
+            if self.ended:
+                return
+
+    def run(self):
+        """What was not acked when a connection was lost comes again."""
+        while not self.ended:
+            try:
+                connection = pika.BlockingConnection(pika.URLParameters(self.args.uri))
+                self.consume(connection.channel())
+                connection.close()
+            except pika.exceptions.AMQPError as error:
+                print(repr(error), file=sys.stderr)
+                time.sleep(RECONNECT)
 
 
 def main():
@@ -119,13 +152,11 @@ def main():
     parser.add_argument('copy')
     parser.add_argument('--idle', type=float, help='end when nothing came for so many seconds')
     parser.add_argument('--fail-once', action='store_true', help='each message at its first delivery')
-    args = parser.parse_args()
+    consumer = Consumer(parser.parse_args())
 
-    connection = pika.BlockingConnection(pika.URLParameters(args.uri))
-    channel = connection.channel()
-    channel.basic_qos(prefetch_count=PREFETCH)
-    print(json.dumps(consume(channel, args.queue, open_copy(args.copy), args.idle, args.fail_once)))
-    connection.close()
+    signal.signal(signal.SIGTERM, consumer.end)
+    consumer.run()
+    print(json.dumps(consumer.counts))
 
 
 if __name__ == '__main__':
