@@ -497,6 +497,18 @@ capture_append_row(StringInfo out, Relation rel, Trigger *trigger, HeapTuple tup
 	rowjson_append(out, cache_of_trigger(&trigdata)->row, tuple, RelationGetDescr(rel));
 }
 
+/*
+ * Returns the names of the columns that make the key of the capture's messages, a
+ * JSON array in the key's order.  It lives as long as the cached capture.
+ */
+const char *
+capture_key_columns(Relation rel, Trigger *trigger)
+{
+	TriggerData trigdata = {.tg_relation = rel,.tg_trigger = trigger};
+
+	return cache_of_trigger(&trigdata)->key_columns;
+}
+
 /* ---- publish() ---- */
 
 static int

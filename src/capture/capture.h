@@ -19,6 +19,7 @@
 extern Size capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *queue,
 							 Jsonb *headers);
 extern void capture_append_row(StringInfo out, Relation rel, Trigger *trigger, HeapTuple tuple);
+extern const char *capture_key_columns(Relation rel, Trigger *trigger);
 extern void capture_payload(const char *topic, const char *type, const char *payload, Jsonb *headers,
 							const char *queue);
 extern void capture_notice(const char *topic, const char *type, Jsonb *payload, Jsonb *headers,

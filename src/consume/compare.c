@@ -81,7 +81,9 @@ typedef struct Comparison
 	/* of the message */
 	bool		repair;
 	Datum		snapshot;		/* pg_snapshot */
-	int		   *keys;			/* indexes of columns, in the source's order */
+	int		   *keys;			/* indexes of columns, in the order of the
+								 * source's index */
+	int		   *header_keys;	/* the same, in that of messages' headers */
 	bool		has_after;
 	bool		has_upto;
 	SyncValues	after;
@@ -207,39 +209,32 @@ key_order(const Comparison *c)
 	return order;
 }
 
-/*
- * Finds the columns of the source's key, and whether both ends sort it alike.  If
- * not, says why in the comparison, and returns NULL.
- */
-static JsonSlice *
-read_key(Comparison *c, const JsonSlice *body)
+/* Finds the columns that names are of, as indexes; NULL: they are not those of the key. */
+static int *
+find_columns(const SyncTarget *target, const JsonSlice *names)
 {
-	SyncTarget *target = c->target;
-	JsonSlice	array = member(body, "\"key\"");
-	JsonSlice	order_array = member(body, "\"order\"");
-	JsonSlice  *names = key_elements(target, &array);
-	JsonSlice  *order = key_elements(target, &order_array);
-	Datum	   *own_order;
+	int		   *found = palloc((target->nkeys + 1) * sizeof(int));
 
-	if (names != NULL && order == NULL)
-		malformed();
-	c->keys = palloc((target->nkeys + 1) * sizeof(int));
-	for (int i = 0; names != NULL && i < target->nkeys; i++)
+	if (names == NULL)
+		return NULL;
+	for (int i = 0; i < target->nkeys; i++)
 	{
 		int			place = place_in_key(target, readjson_string(&names[i]));
 
 		if (place < 0)
-			names = NULL;
-		else
-			c->keys[i] = target->keys[place];
+			return NULL;
+		found[i] = target->keys[place];
 	}
-	if (names == NULL)
-	{
-		c->error = "the key of the copy has other columns than that of the source's capture";
-		return NULL;
-	}
-	own_order = key_order(c);
-	for (int i = 0; i < target->nkeys; i++)
+	return found;
+}
+
+/* Do both ends sort the key alike?  If not, says why in the comparison. */
+static bool
+sorts_alike(Comparison *c, const JsonSlice *order)
+{
+	Datum	   *own_order = key_order(c);
+
+	for (int i = 0; i < c->target->nkeys; i++)
 	{
 		char	   *own = TextDatumGetCString(own_order[i]);
 		char	   *remote = readjson_string(&order[i]);
@@ -247,10 +242,35 @@ read_key(Comparison *c, const JsonSlice *body)
 		if (strcmp(own, remote) == 0)
 			continue;
 		c->error = psprintf("column \"%s\" of the key sorts in another way than at the source: as %s, and there as %s",
-							target->columns[c->keys[i]].name, own, remote);
+							c->target->columns[c->keys[i]].name, own, remote);
+		return false;
+	}
+	return true;
+}
+
+/*
+ * Finds the columns of the source's key, and whether both ends sort it alike.
+ * Returns their names; or NULL, and says why in the comparison.
+ */
+static JsonSlice *
+read_key(Comparison *c, const JsonSlice *body)
+{
+	JsonSlice	array = member(body, "\"key\"");
+	JsonSlice	order_array = member(body, "\"order\"");
+	JsonSlice	header_array = member(body, "\"key_columns\"");
+	JsonSlice  *names = key_elements(c->target, &array);
+	JsonSlice  *order = key_elements(c->target, &order_array);
+
+	if (names != NULL && order == NULL)
+		malformed();
+	c->keys = find_columns(c->target, names);
+	c->header_keys = find_columns(c->target, key_elements(c->target, &header_array));
+	if (c->keys == NULL || c->header_keys == NULL)
+	{
+		c->error = "the key of the copy has other columns than that of the source's capture";
 		return NULL;
 	}
-	return names;
+	return sorts_alike(c, order) ? names : NULL;
 }
 
 /* Reads the rows, as any message's would be. */
@@ -332,10 +352,23 @@ look_for_waiting(Comparison *c)
 	c->waiting = DatumGetBool(query_value(0, 1, &isnull));
 }
 
+/* The place of a column in the copy's key. */
+static int
+key_place(const SyncTarget *target, int column)
+{
+	for (int i = 0; i < target->nkeys; i++)
+	{
+		if (target->keys[i] == column)
+			return i;
+	}
+	elog(ERROR, "column %d is not one of the key's", column);
+}
+
 /* The key as messages have it in their header. */
 static char *
-header_key(const SyncTarget *target, const SyncValues *row)
+header_key(const Comparison *c, const SyncValues *row)
 {
+	const SyncTarget *target = c->target;
 	StringInfoData text;
 
 	if (target->nkeys == 1)
@@ -343,8 +376,10 @@ header_key(const SyncTarget *target, const SyncValues *row)
 	initStringInfo(&text);
 	for (int i = 0; i < target->nkeys; i++)
 	{
+		int			column = c->header_keys[i];
+
 		appendStringInfoChar(&text, i == 0 ? '[' : ',');
-		rowjson_append_value(&text, target->key_text, i, row->values[target->keys[i]], row->nulls[target->keys[i]]);
+		rowjson_append_value(&text, target->key_text, key_place(target, column), row->values[column], row->nulls[column]);
 	}
 	appendStringInfoChar(&text, ']');
 	return text.data;
@@ -365,7 +400,7 @@ has_waiting(const Comparison *c, const SyncValues *row)
 
 	if (!c->waiting)
 		return false;
-	key = header_key(c->target, row);
+	key = header_key(c, row);
 	if (key == NULL)
 		return false;
 	values[1] = CStringGetTextDatum(key);

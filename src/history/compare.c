@@ -166,6 +166,7 @@ compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigg
 	appendStringInfo(&body, "{\"compare\":" INT64_FORMAT ",\"repair\":%s,\"snapshot\":\"%s\"",
 					 walk->id, row->repair ? "true" : "false", snapshot);
 	append_key(&body, row, rel);
+	appendStringInfo(&body, ",\"key_columns\":%s", capture_key_columns(rel, trigger));
 	append_bound(&body, "after", range->after, row, rel);
 	append_bound(&body, "upto", range->upto, row, rel);
 	append_rows(&body, rel, trigger, table, n);

@@ -66,7 +66,7 @@ language sql as $$
     select format('%s: compared %s, left out %s, missing %s, different %s, extra %s, mended %s %s', state, compared, left_out, missing, different, extra, mended, error)
     from fanout.sync_comparisons where run = compare.run
 $$;
-\set key '"key": ["id"], "order": ["integer"], "snapshot": "1000:1000:"'
+\set key '"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "1000:1000:"'
 select pg_temp.compare(10, ('{' || :'key' || ', "after": null, "upto": ["5"], "rows": [{"id": 1, "a": 1, "t": "x"}, {"id": 2, "a": 2}, {"id": 3, "a": 3}, {"id": 5, "a": null}]}')::jsonb);
 select kind, key, columns, mended from fanout.sync_differences order by key;
 select pg_temp.compare(11, ('{' || :'key' || ', "after": ["5"], "upto": null, "rows": []}')::jsonb);
@@ -81,18 +81,18 @@ select pg_temp.compare(17, '{"ranges": 1}', 4);
 -- one that is of another table, one that is older than what was applied, and others
 select pg_temp.compare(18, ('{' || :'key' || ', "after": null, "upto": null, "rows": []}')::jsonb, 5, 'others');
 select pg_temp.compare(13, ('{' || :'key' || ', "after": ["1"], "upto": ["3"], "repair": true, "rows": []}')::jsonb, 6);
-select pg_temp.compare(19, '{"key": ["id"], "order": ["text collate C UTF8"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 7);
-select pg_temp.compare(20, '{"key": ["a"], "order": ["integer"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 8);
-select pg_temp.compare(21, '{"key": ["id", "a"], "order": ["integer", "integer"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 9);
+select pg_temp.compare(19, '{"key": ["id"], "key_columns": ["id"], "order": ["text collate C UTF8"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 7);
+select pg_temp.compare(20, '{"key": ["a"], "key_columns": ["a"], "order": ["integer"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 8);
+select pg_temp.compare(21, '{"key": ["id", "a"], "key_columns": ["id", "a"], "order": ["integer", "integer"], "snapshot": "1000:1000:", "after": null, "upto": null, "rows": []}', 9);
 select pg_temp.compare(22, '{}', 10);
 select pg_temp.compare(22, '[]', 10);
 select pg_temp.compare(22, '{"ranges": "x"}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": 7, "after": null, "upto": null, "rows": []}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "x", "after": null, "upto": null, "rows": []}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": [], "upto": null, "rows": []}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": ["x"], "rows": []}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null, "rows": [7]}', 10);
-select pg_temp.compare(22, '{"key": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": 7, "after": null, "upto": null, "rows": []}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "x", "after": null, "upto": null, "rows": []}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": [], "upto": null, "rows": []}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": ["x"], "rows": []}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null, "rows": [7]}', 10);
+select pg_temp.compare(22, '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "1:1:", "after": null, "upto": null}', 10);
 -- what the snapshot did not see is left out: a row that was written, deleted, moved, and all after a TRUNCATE
 create function pg_temp.change(sequence bigint, xid bigint, op text, id int, old_key text default null) returns void
 language sql as $$
@@ -106,7 +106,7 @@ select pg_temp.change(100 + i, 50, 'c', i) from generate_series(11, 18) i;
 select pg_temp.change(121, 150, 'u', 11), pg_temp.change(122, 150, 'd', 12), pg_temp.change(123, 150, 'u', 23, '13'), pg_temp.change(124, 90, 'u', 14);
 update copy set a = 0 where id in (11, 14, 15, 23);
 delete from copy where id in (16, 17);
-\set body '{"key": ["id"], "order": ["integer"], "snapshot": "100:200:120", "after": ["10"], "upto": ["30"], "rows": [{"id": 11, "a": 111}, {"id": 12, "a": 112}, {"id": 13, "a": 113}, {"id": 14, "a": 124}, {"id": 15, "a": 115}, {"id": 16, "a": 116}, {"id": 18, "a": 118}]}'
+\set body '{"key": ["id"], "key_columns": ["id"], "order": ["integer"], "snapshot": "100:200:120", "after": ["10"], "upto": ["30"], "rows": [{"id": 11, "a": 111}, {"id": 12, "a": 112}, {"id": 13, "a": 113}, {"id": 14, "a": 124}, {"id": 15, "a": 115}, {"id": 16, "a": 116}, {"id": 18, "a": 118}]}'
 select pg_temp.compare(130, replace(:'body', '200:120', '200:120,150')::jsonb, 20);
 select kind, key, columns from fanout.sync_differences where run = 20 order by key;
 select pg_temp.compare(131, :'body', 21);
