@@ -232,6 +232,8 @@ my ($load, $out, $err);
 
 sub start_load
 {
+	local $ENV{PGAPPNAME} = 'pgbench';
+
 	$load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '100', '-T', '1200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
 		'<', \undef, '>', \$out, '2>', \$err);
 	return;

@@ -93,7 +93,7 @@ update accounts set balance = balance + 1 where id between :id and :id + 2 and i
 \endif
 ));
 my ($out, $err) = ('', '');
-my $load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '200', '-T', '1200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
+my $load = IPC::Run::start([ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', '200', '-T', '1200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
 	'<', \undef, '>', \$out, '2>', \$err);
 
 foreach my $i (1 .. $runs)

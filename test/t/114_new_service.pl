@@ -111,6 +111,8 @@ update accounts set balance = balance + 1 where id between :id and :id + 2;
 
 sub start_load
 {
+	local $ENV{PGAPPNAME} = 'pgbench';
+
 	run_beside('load', 'pgbench', '-n', '-c', '2', '-R', '100', '-T', $patience, '-f', "$directory/load.sql", $node->connstr('postgres'));
 	return;
 }

@@ -55,6 +55,8 @@ update accounts set balance = balance + 1 where id between :id and :id + 2 and i
 
 sub start_load
 {
+	local $ENV{PGAPPNAME} = 'pgbench';
+
 	$load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '100', '-T', 3600, '-f', "$directory/load.sql", $node->connstr('postgres') ],
 		'<', \undef, '>', \$out, '2>', \$err);
 	return;
