@@ -39,12 +39,14 @@ def say(text):
 class Environment:
     """Where a run happens, and how large it is."""
 
-    def __init__(self, scratch, suite, quick, rounds, names):
+    def __init__(self, scratch, suite, quick, rounds, rows, names):
         self.scratch = scratch
-        self.command = ' '.join(['bash test/bench --suite', suite, '--rounds', str(rounds), *names])
+        size = ['--rows', str(rows)] if rows else []
+        self.command = ' '.join(['bash test/bench --suite', suite, '--rounds', str(rounds), *size, *names])
         self.suite = suite
         self.quick = quick
         self.rounds = 1 if quick else rounds
+        self.rows = rows
         self.load = os.getloadavg()[0]  # what the machine did before we came
         config = os.environ['PG_CONFIG']
         self.bindir = output(config, '--bindir')

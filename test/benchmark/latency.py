@@ -32,7 +32,7 @@ class Latency(Backlog):
         super().__init__(env, 300, self.transactions * CLIENTS)
         execute(self.db, 'create table plain (key text primary key, payload json)')
         execute(self.db, 'create table captured (key text primary key, payload json)')
-        execute(self.db, "select fanout.capture('captured', %s)", (self.topic,))
+        execute(self.db, "select fanout.capture('captured', %s, '{insert}')", (self.topic,))
 
     def consumer(self):
         consumer = bare('consume', self.env.broker.port, self.queues[0], self.count, 1000)

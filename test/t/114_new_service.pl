@@ -165,7 +165,7 @@ my @kinds = (
 
 sub progress
 {
-	my $done = ask(q(select sum(rows_done), count(*) filter (where state = 'running') from fanout.backfills));
+	my $done = ask(q(select sum(rows_done), count(*) filter (where state not in ('done', 'failed', 'cancelled')) from fanout.backfills));
 
 	return $done =~ /^(\d+)\|(\d+)$/ ? ($1, $2) : (0, 1);
 }
