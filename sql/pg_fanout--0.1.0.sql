@@ -90,8 +90,12 @@ create table fanout.binding (
     drop_if_empty  boolean,
     declared_at    timestamptz,
     last_error     text,
-    primary key (topic_id, consumer_group)
+    primary key (topic_id, consumer_group),
+    check (not (dead_letter and queue like '%\_dead'))
 ) using heap;
+-- No queue has the name of another one's queue of dead letters, in no isolation level.
+create unique index binding_dead_queue on fanout.binding
+    ((case when queue like '%\_dead' then queue when dead_letter then queue || '_dead' end));
 comment on table fanout.binding is
 'internal: one row per consumer group of a topic, that is, per queue; see the view fanout.bindings';
 comment on column fanout.binding.dead_letter is 'there is a queue of dead letters, whose name is the queue''s with "_dead" after it';
@@ -741,6 +745,11 @@ begin
                   detail = pg_catalog.format('With %s, %s.', value, problem),
                   hint = 'A queue of dead letters gets what was given back more often than that; the default is 20.';
     end if;
+    if queue like '%\_dead' then
+        raise exception 'queue "%" has a name of queues of dead letters', queue
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Leave dead_letter out, or choose another consumer group.';
+    end if;
     perform fanout.check_name('queue of dead letters', queue || '_dead');
 end
 $$;
@@ -748,24 +757,20 @@ comment on function fanout.check_dead_letter(text, text, jsonb) is
 'internal: raises an error if a queue cannot have a queue of dead letters. Errors: 22023, 42622';
 revoke all on function fanout.check_dead_letter(text, text, jsonb) from public;
 
--- A queue must not have the name of another one's queue of dead letters.  The lock,
--- on that name, makes two transactions that declare both see each other.
 create function fanout.check_dead_queue(queue text, dead_letter boolean) returns void
-language plpgsql volatile
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
-#variable_conflict use_column
 declare
     other text;
 begin
-    if check_dead_queue.queue like '%\_dead' then
-        perform pg_advisory_xact_lock(hashtextextended('pg_fanout queue ' || check_dead_queue.queue, 0));
-        select b.queue into other from fanout.binding b
-        where b.queue = left(check_dead_queue.queue, -5) and b.dead_letter;
-    end if;
+    select b.queue into other from fanout.binding b
+    where b.queue || '_dead' = check_dead_queue.queue and b.dead_letter
+       or b.queue = check_dead_queue.queue || '_dead' and check_dead_queue.dead_letter
+    limit 1;
     if other is null and check_dead_queue.dead_letter then
-        perform pg_advisory_xact_lock(hashtextextended('pg_fanout queue ' || check_dead_queue.queue || '_dead', 0));
-        select b.queue into other from fanout.binding b where b.queue = check_dead_queue.queue || '_dead';
+        select s.topic || '_' || s.consumer_group into other from fanout.subscription s
+        where s.topic || '_' || s.consumer_group = check_dead_queue.queue || '_dead' and s.active;
     end if;
     if other is not null then
         raise exception 'queue "%" and queue "%" exclude each other', check_dead_queue.queue, other
@@ -826,6 +831,7 @@ begin
     where b.topic_id = id and b.consumer_group = declare_binding_as.consumer_group
     for update;
     if not found then
+        perform fanout.check_dead_queue(queue_name, declare_binding_as.dead_letter);
         raise exception 'queue "%" belongs to another topic already', queue_name
             using errcode = 'duplicate_object',
                   detail = coalesce((select pg_catalog.format('Topic "%s" and consumer group "%s" give the same queue name.',
@@ -2933,6 +2939,7 @@ begin
     perform fanout.check_subscriber(add_subscription.role, add_subscription.handler);
     new.start_at := fanout.check_start_at(add_subscription.start_at);
     perform fanout.check_stream(add_subscription.topic, add_subscription.consumer_group, new.start_at, add_subscription.on_failure);
+    perform fanout.check_dead_queue(add_subscription.topic || '_' || add_subscription.consumer_group, false);
 
     perform fanout.check_queue_is_free(add_subscription.topic, add_subscription.consumer_group);
     if not exists (select from fanout.topic t where t.topic = add_subscription.topic and not t.dropping)
