@@ -131,8 +131,8 @@
 
 #define USER_TIMEOUT_MS		10000
 
-/* A content header but for its properties, and delivery_mode, which may be added. */
-#define HEADER_OVERHEAD		(FRAME_ENVELOPE + 12 + 1)
+/* A content header but for its properties. */
+#define HEADER_OVERHEAD		(FRAME_ENVELOPE + 12)
 
 /* How often a wait for room to write looks for frames to read. */
 #define WRITE_SLICE_MS		20
@@ -1351,10 +1351,18 @@ broker_publish(Broker *broker, int channel, const BrokerMessage *message, long t
 }
 
 /*
- * Takes out what the broker would act on, or refuse: user_id, which it compares with
- * the login; CC and BCC, which are more queues; and the count of deliveries, which is
- * about the queue that the message was in.
+ * Is it a header that the broker would act on: CC and BCC, which are more queues?  Or one
+ * that it adds to each delivery: how often the message was delivered from the queue that
+ * it was in (x-acquired-count since RabbitMQ 4.3)?
  */
+static bool
+stays_behind(const amqp_table_entry_t *entry)
+{
+	return is_named(entry, "CC") || is_named(entry, "BCC") ||
+		is_named(entry, "x-delivery-count") || is_named(entry, "x-acquired-count");
+}
+
+/* Takes out those, and user_id, which the broker compares with the login. */
 static void
 tidy_properties(amqp_basic_properties_t *properties)
 {
@@ -1362,14 +1370,11 @@ tidy_properties(amqp_basic_properties_t *properties)
 	int			kept = 0;
 
 	properties->_flags &= ~(amqp_flags_t) AMQP_BASIC_USER_ID_FLAG;
-	properties->_flags |= AMQP_BASIC_DELIVERY_MODE_FLAG;
-	properties->delivery_mode = AMQP_DELIVERY_PERSISTENT;
 	if (!(properties->_flags & AMQP_BASIC_HEADERS_FLAG))
 		return;
 	for (int i = 0; i < headers->num_entries; i++)
 	{
-		if (!is_named(&headers->entries[i], "CC") && !is_named(&headers->entries[i], "BCC") &&
-			!is_named(&headers->entries[i], "x-delivery-count"))
+		if (!stays_behind(&headers->entries[i]))
 			headers->entries[kept++] = headers->entries[i];
 	}
 	headers->num_entries = kept;
@@ -1397,13 +1402,8 @@ broker_forward(Broker *broker, int channel, const char *queue, const BrokerDeliv
 	}
 	content.properties = *(amqp_basic_properties_t *) decoded;
 	tidy_properties(&content.properties);
-	/* the property that may have been added */
+	/* no more than came in one frame */
 	content.header_size = delivery->properties_len + HEADER_OVERHEAD;
-	if (content.header_size > (size_t) broker->frame_max)
-	{
-		error_set(error, 0, "properties of %zu bytes do not fit into a frame", delivery->properties_len);
-		return BROKER_TOO_LARGE;
-	}
 	return publish_content(broker, channel, &publish, &content, timeout_ms, error);
 }
 

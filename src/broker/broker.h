@@ -162,10 +162,11 @@ extern BrokerResult broker_publish(Broker *broker, int channel, const BrokerMess
 								   long timeout_ms, BrokerError *error);
 
 /*
- * Publishes a message that was delivered, to one queue: with its body and all of its
- * properties, as broker_publish() does, but for what the broker would act on or refuse:
- * it is persistent, user_id is left out, and so are the headers CC, BCC and
- * x-delivery-count.  The connection's options must have said "forwards".
+ * Publishes a message that was delivered on this connection, to one queue, as
+ * broker_publish() does: with its body and all of its properties, but for what the broker
+ * would act on or refuse, or has counted: user_id, and the headers CC, BCC,
+ * x-delivery-count and x-acquired-count.  The connection's options must have said
+ * "forwards".
  */
 extern BrokerResult broker_forward(Broker *broker, int channel, const char *queue,
 								   const BrokerDelivery *delivery, long timeout_ms,

@@ -50,6 +50,12 @@ select dead_letter.error($$select fanout.declare_binding('dead', 'other_dead')$$
 select dead_letter.error($$select fanout.declare_binding('dead', 'other', dead_letter => true)$$);
 select dead_letter.error($$select fanout.declare_binding('dead', 'other')$$);
 
+create function dead_letter.note(m fanout.message) returns void language sql as 'select';
+select dead_letter.error($$select fanout.subscribe('dead', 'g_dead', 'dead_letter.note(fanout.message)')$$);
+select dead_letter.error($$select fanout.subscribe('dead', 'later_dead', 'dead_letter.note(fanout.message)')$$);
+select dead_letter.error($$select fanout.declare_binding('dead', 'later', dead_letter => true)$$);
+select fanout.unsubscribe('dead', 'later_dead');
+
 -- ---- recover_dead() ----
 
 select arguments, dead_letter.error(format('select fanout.recover_dead(%s)', arguments))
@@ -76,4 +82,5 @@ drop role regress_dead_letter;
 drop schema dead_letter cascade;
 delete from fanout.backfill where topic = 'dead';
 delete from fanout.binding where queue like 'dead%';
+delete from fanout.subscription where topic = 'dead';
 delete from fanout.topic where topic = 'dead';
