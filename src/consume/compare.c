@@ -511,7 +511,7 @@ record(const Comparison *c)
 	Oid			types[] = {
 		INT4OID, INT8OID, BOOLOID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID
 	};
-	char		nulls[12] = "            ";
+	char		nulls[13] = "            ";
 	Datum		values[] = {
 		Int32GetDatum(c->target->subscription_id), Int64GetDatum(c->message->run), BoolGetDatum(c->repair),
 		Int64GetDatum(c->ranges), Int64GetDatum(c->ranges_sent), Int64GetDatum(c->compared),
