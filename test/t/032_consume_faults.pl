@@ -102,7 +102,8 @@ sql('a', q(insert into ledger select fanout.publish('late', case i when 20 then 
 	from generate_series(1, 100) i));
 verdict('consumer_timeout of the broker, exceeded by a handler', 'one transaction');
 cmp_ok(sql('b', q(select reconnects from fanout.stat_subscriptions where topic = 'late')), '>', 0, 'the broker has closed the channel, and it was opened again');
-like(sql('b', q(select last_error from fanout.stat_subscriptions where topic = 'late')), qr/406 .*timeout/i, 'last_error says why');
+# up to 4.2 it closes the channel, since then it cancels the consumer
+like(sql('b', q(select last_error from fanout.stat_subscriptions where topic = 'late')), qr{406 .*timeout|its consumer_timeout is over}i, 'last_error says why');
 sql('b', q(select fanout.unsubscribe('late', 'g')));
 $broker->ctl('eval', "application:set_env(rabbit, $_).") foreach 'consumer_timeout, 1800000', 'channel_tick_interval, 60000';
 

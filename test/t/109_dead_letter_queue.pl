@@ -24,7 +24,8 @@ channel.basic_qos(prefetch_count=20)
 for method, _, _ in channel.consume(queue, inactivity_timeout=20):
     if method is None:
         sys.exit(1)
-    channel.basic_nack(method.delivery_tag, requeue=(how == 'requeue'))
+    # since RabbitMQ 4.3 a nack with requeue does not count
+    channel.basic_reject(method.delivery_tag, requeue=(how == 'requeue'))
     number -= 1
     if number == 0:
         break
