@@ -90,13 +90,43 @@ forget_query(WalkQuery *query)
 		pfree(query->sql);
 }
 
+/*
+ * Counts dead letters that were moved when their recovery did not run any more.  It waits
+ * for no lock: without them the recovery, resumed, looks for more than there are.
+ */
 static void
-forget_walk(int i)
+count_moved(int64 id, int64 moved)
 {
-	forget_query(&walks[i].bounds);
-	forget_query(&walks[i].read);
-	recover_stop(walks[i].id, true);
-	walks[i] = walks[--nwalks];
+	static CachedQuery query = {
+		"update fanout.backfill set rows_done = rows_done + $2, rows_sent = rows_sent + $2"
+		" where backfill_id in (select backfill_id from fanout.backfill where backfill_id = $1"
+		" for no key update skip locked)"
+	};
+	Oid			types[2] = {INT8OID, INT8OID};
+	Datum		values[2] = {Int64GetDatum(id), Int64GetDatum(moved)};
+
+	worker_begin();
+	query_execute(&query, 2, types, values, NULL);
+	worker_commit();
+}
+
+/* Forgets the walks that do not run any more.  Not in a transaction. */
+static void
+forget_ended(void)
+{
+	for (int i = nwalks - 1; i >= 0; i--)
+	{
+		int64		moved;
+
+		if (walks[i].listed)
+			continue;
+		moved = recover_stop(walks[i].id, true);
+		if (moved > 0)
+			count_moved(walks[i].id, moved);
+		forget_query(&walks[i].bounds);
+		forget_query(&walks[i].read);
+		walks[i] = walks[--nwalks];
+	}
 }
 
 static Walk *
@@ -145,11 +175,6 @@ read_walks(void)
 	for (int i = 0; i < SPI_processed; i++)
 		list_walk(DatumGetInt64(query_value(i, 1, &isnull)), DatumGetInt32(query_value(i, 2, &isnull)),
 				  DatumGetInt64(query_value(i, 3, &isnull)), DatumGetBool(query_value(i, 4, &isnull)));
-	for (int i = nwalks - 1; i >= 0; i--)
-	{
-		if (!walks[i].listed)
-			forget_walk(i);
-	}
 }
 
 /* ---- what is not sent yet ---- */
@@ -484,7 +509,7 @@ after_error(Walk *walk, const ErrorData *error)
 {
 	bool		passing = is_passing(error->sqlerrcode);
 
-	recover_stop(walk->id, false);
+	(void) recover_stop(walk->id, false);
 	walk->failures++;
 	walk->rows = Max(1, walk->rows / 4);
 	walk->next_at = mono_later(Min(MAX_RETRY, (long) FIRST_RETRY << Min(walk->failures - 1, 7)));
@@ -544,6 +569,7 @@ look_around(void)
 	worker_begin();
 	read_walks();
 	worker_commit();
+	forget_ended();
 	if (nwalks == 0 && shmem_end_history(worker_history))
 		worker_end(WORKER_RESTART);
 }

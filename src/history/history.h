@@ -103,6 +103,6 @@ extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void replay_end(const Walk *walk, const WalkRow *row);
 
 extern void recover_step(Walk *walk, const WalkRow *row, WalkStep *step);
-extern void recover_stop(int64 walk_id, bool polite);
+extern int64 recover_stop(int64 walk_id, bool polite);
 
 #endif							/* PGF_HISTORY_H */

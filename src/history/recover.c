@@ -13,7 +13,7 @@
  * connection is lost in between, the queue has the copy, and the dead letter is moved
  * once more, or stays: with the same message id.
  *
- *		NONE --take_over()--> CONNECTED --channel opened--> CONSUMING
+ *		NONE --connect_again()--> CONNECTED --channel opened--> CONSUMING
  *		  ^                       |                             |
  *		  +------ lose() ---------+-----------------------------+
  *		  +------ recover_stop(): it is over, or does not run any more
@@ -81,7 +81,7 @@ typedef struct Recovery
 	uint64		published;		/* on the channel */
 	int			nin_flight;
 	InFlight	in_flight[MAX_IN_FLIGHT];	/* in order of both tags */
-	const char *queue;			/* of this step's walk, UTF-8 */
+	char	   *queue;			/* of the walk, UTF-8 */
 	int64		left;			/* dead letters still to be taken, without
 								 * those in flight */
 	int64		moved;			/* in this step */
@@ -107,20 +107,6 @@ static void
 lose(const char *text)
 {
 	connection_failed(&recovery.conn, text);
-	forget_channels();
-}
-
-/*
- * Ends the recovery's use of the connection, if it has it; what is unacked goes back.
- * polite: see broker_close().
- */
-void
-recover_stop(int64 walk_id, bool polite)
-{
-	if (recovery.walk_id != walk_id)
-		return;
-	recovery.walk_id = 0;
-	connection_close(&recovery.conn, polite);
 	forget_channels();
 }
 
@@ -172,31 +158,6 @@ initialize(void)
 	recovery.conn.options.away_s = AWAY;
 	before_shmem_exit(say_goodbye, (Datum) 0);
 	recovery.initialized = true;
-}
-
-/* Makes the connection, if there is none.  Returns whether there is one. */
-static bool
-take_over(Walk *walk)
-{
-	BrokerError error;
-
-	if (!recovery.initialized)
-		initialize();
-	recovery.walk_id = walk->id;
-	if (connection_settings_changed(&recovery.conn))
-	{
-		connection_close(&recovery.conn, true);
-		forget_channels();
-		connection_use_settings(&recovery.conn);
-	}
-	if (recovery.conn.broker != NULL)
-		return true;
-	if (recovery.conn.connect_at > mono_now() || !connection_open(&recovery.conn))
-		return false;
-	recovery.channel = broker_open_channel(recovery.conn.broker, true, &error);
-	if (recovery.channel == 0)
-		lose(error.text);
-	return recovery.channel != 0;
 }
 
 /* ---- messages ---- */
@@ -350,19 +311,6 @@ goes_on(void)
 		(recovery.left > 0 || recovery.nin_flight > 0);
 }
 
-/*
- * Ends the consumer before the connection, so that the channel has taken all acks in
- * when the broker is told to end it.
- */
-static void
-finish(void)
-{
-	BrokerError error;
-
-	if (recovery.consuming && recovery.nin_flight == 0)
-		(void) broker_cancel(recovery.conn.broker, "pg_fanout", &error);
-}
-
 /* Takes what the broker says until there is no more to move, or the time is over. */
 static void
 move_messages(void)
@@ -385,6 +333,98 @@ move_messages(void)
 							   Min(mono_left(mono_now(), deadline), broker_next_heartbeat(recovery.conn.broker)));
 	}
 }
+
+/* ---- beginning and end ---- */
+
+/*
+ * Ends the consumer before the connection, so that the channel has taken all acks in
+ * when the broker is told to end it.
+ */
+static void
+end_consumer(void)
+{
+	BrokerError error;
+
+	if (recovery.conn.broker != NULL && recovery.consuming)
+		(void) broker_cancel(recovery.conn.broker, "pg_fanout", &error);
+}
+
+/*
+ * Closes the connection in good order: takes nothing new, and waits about STEP_MS for the
+ * confirms of what is in flight, so that it need not come twice.
+ */
+static void
+settle_and_close(void)
+{
+	recovery.left = 0;
+	move_messages();
+	if (recovery.conn.broker != NULL)
+		ack_confirmed();
+	end_consumer();
+	connection_close(&recovery.conn, true);
+	forget_channels();
+}
+
+/*
+ * Ends the recovery's use of the connection, if it has it; what is unacked goes back.
+ * polite: the connection is in order, and may be waited for.  Returns how many dead
+ * letters were moved on that occasion.  Not in a transaction.
+ */
+int64
+recover_stop(int64 walk_id, bool polite)
+{
+	int64		moved = recovery.moved;
+
+	if (recovery.walk_id != walk_id)
+		return 0;
+	if (polite)
+		settle_and_close();
+	else
+		connection_close(&recovery.conn, false);
+	forget_channels();
+	recovery.walk_id = 0;
+	pfree(recovery.queue);
+	recovery.queue = NULL;
+	return recovery.moved - moved;
+}
+
+static void
+begin_walk(const Walk *walk, const WalkRow *row)
+{
+	if (!recovery.initialized)
+		initialize();
+	if (recovery.walk_id == 0)
+		recovery.queue = MemoryContextStrdup(TopMemoryContext, row->queue);
+	recovery.walk_id = walk->id;
+	recovery.left = row->estimated - row->done - recovery.nin_flight;
+	recovery.moved = 0;
+	recovery.failure = NULL;
+}
+
+/* Makes the connection, if there is none.  Returns whether there is one. */
+static bool
+connect_again(void)
+{
+	BrokerError error;
+	int64		left = recovery.left;
+
+	if (connection_settings_changed(&recovery.conn))
+	{
+		settle_and_close();
+		recovery.left = left - recovery.moved;
+		connection_use_settings(&recovery.conn);
+	}
+	if (recovery.conn.broker != NULL)
+		return true;
+	if (recovery.conn.connect_at > mono_now() || !connection_open(&recovery.conn))
+		return false;
+	recovery.channel = broker_open_channel(recovery.conn.broker, true, &error);
+	if (recovery.channel == 0)
+		lose(error.text);
+	return recovery.channel != 0;
+}
+
+/* ---- a step ---- */
 
 /*
  * Has somebody else taken the rest?  Then nothing will ever come.  A queue without
@@ -412,15 +452,14 @@ run(WalkStep *step)
 		step->estimated = recovery.left = messages;
 	}
 	move_messages();
-	if (recovery.conn.broker != NULL && recovery.failure == NULL)
+	/* also before a failure: what was confirmed until then is in the queue */
+	if (recovery.conn.broker != NULL)
 		ack_confirmed();
 	if (recovery.conn.broker == NULL || recovery.failure != NULL)
 		return;
 	if (recovery.moved > 0)
 		connection_works(&recovery.conn);
 	step->walked = (recovery.left <= 0 && recovery.nin_flight == 0) || is_empty();
-	if (step->walked && recovery.conn.broker != NULL)
-		finish();
 }
 
 /*
@@ -438,16 +477,13 @@ recover_step(Walk *walk, const WalkRow *row, WalkStep *step)
 		walk->next_at = mono_later(NEXT_TURN);
 		return;
 	}
-	recovery.queue = row->queue;
-	recovery.left = row->estimated - row->done - recovery.nin_flight;
-	recovery.moved = 0;
-	recovery.failure = NULL;
-	if (take_over(walk))
+	begin_walk(walk, row);
+	if (connect_again())
 		run(step);
 	step->rows = step->sent = recovery.moved;
 	step->failure = recovery.failure;
 	if (step->walked || step->failure != NULL)
-		recover_stop(walk->id, true);
+		(void) recover_stop(walk->id, true);
 	else if (recovery.conn.broker == NULL)
 	{
 		step->waits = pstrdup(recovery.conn.last_failure);
