@@ -32,8 +32,8 @@
  *
  * Errors: a lock that was not got in LOCK_TIMEOUT, a deadlock, a lack of resources:
  * the step is tried again with fewer rows, after a pause that doubles up to
- * MAX_RETRY.  All others end the walk, with the error in the view; resume_backfill()
- * goes on where it was.
+ * MAX_RETRY.  All others end the walk, with the error in the view, and so does the
+ * drop of its queue's binding; resume_backfill() goes on where it was.
  *
  * It must never wait for a lock while application sessions wait for those it has,
  * for longer than LOCK_TIMEOUT; and never run code of users with more rights than
@@ -72,6 +72,8 @@
 #define FIRST_RETRY		100
 #define MAX_RETRY		10000
 #define LOOK_AGAIN		1000
+
+#define QUEUE_NOT_BOUND "the consumer group is not bound to the topic any more"
 
 /* Failures in a row of which the view tells. */
 #define TOLD_FAILURES	5
@@ -260,8 +262,9 @@ load_row(const Walk *walk, WalkRow *row)
 {
 	static CachedQuery query = {
 		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair,"
-		" rows_done, coalesce(rows_estimated, -1)"
-		" from fanout.backfill where backfill_id = $1 and state = 'running' for no key update"
+		" rows_done, coalesce(rows_estimated, -1),"
+		" queue is null or exists (select from fanout.binding n where n.queue = f.queue)"
+		" from fanout.backfill f where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
 	Datum		values[1] = {Int64GetDatum(walk->id)};
@@ -291,6 +294,7 @@ load_row(const Walk *walk, WalkRow *row)
 	row->repair = DatumGetBool(query_value(0, 13, &isnull));
 	row->done = DatumGetInt64(query_value(0, 14, &isnull));
 	row->estimated = DatumGetInt64(query_value(0, 15, &isnull));
+	row->bound = DatumGetBool(query_value(0, 16, &isnull));
 	return true;
 }
 
@@ -419,7 +423,9 @@ run_recovery(Walk *walk)
 	step.estimated = row.estimated;
 	/* an interrupt would lose the connection that is being made */
 	worker_allow_cancel(false);
-	if (queue != NULL)
+	if (!row.bound)
+		step.failure = QUEUE_NOT_BOUND;
+	else if (queue != NULL)
 		recover_step(walk, &row, &step);
 	else
 		step.failure = "name cannot be converted to UTF-8";
@@ -448,7 +454,9 @@ run_step(Walk *walk)
 		worker_commit();
 		return;
 	}
-	if (row.walked)
+	if (!row.bound)
+		step.failure = QUEUE_NOT_BOUND;
+	else if (row.walked)
 	{
 		tell_end(walk, &row);
 		set_state(walk, "done", NULL);

@@ -53,6 +53,7 @@ typedef struct WalkRow
 	Oid			entity;
 	char	   *topic;
 	char	   *queue;			/* NULL: the topic's exchange */
+	bool		bound;			/* the queue's binding is there */
 	char	   *where;			/* NULL: all rows */
 	int32		rate;			/* rows per second; 0: no limit */
 	int			nkeys;			/* 0: by place in the file */

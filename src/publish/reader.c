@@ -285,6 +285,20 @@ raw_size(Datum value)
 	return value == (Datum) 0 ? 0 : toast_raw_datum_size(value) - VARHDRSZ;
 }
 
+/* Returns the queue that a message is for alone, in UTF-8; one that has no such name: "". */
+static char *
+queue_name(Datum value)
+{
+	char	   *queue = text_or_null(value);
+	const char *utf8;
+	size_t		len;
+
+	if (queue == NULL)
+		return NULL;
+	utf8 = wire_utf8(queue, strlen(queue), &len);
+	return utf8 == queue ? queue : pstrdup(utf8 != NULL ? utf8 : "");
+}
+
 /* All but key, headers and payload, of which it notes the sizes.  In the current context. */
 static Message *
 make_message(const Row *row)
@@ -296,7 +310,7 @@ make_message(const Row *row)
 	message->topic_id = DatumGetInt32(row->values[OUTBOX_TOPIC_ID]);
 	msgid_format(DatumGetUUIDP(row->values[OUTBOX_MESSAGE_ID]), message->message_id);
 	message->type = text_or_null(row->values[OUTBOX_TYPE]);
-	message->queue = text_or_null(row->values[OUTBOX_QUEUE]);
+	message->queue = queue_name(row->values[OUTBOX_QUEUE]);
 	message->created_at = DatumGetTimestampTz(row->values[OUTBOX_CREATED_AT]);
 	message->headers_len = raw_size(row->values[OUTBOX_KEY]) + raw_size(row->values[OUTBOX_HEADERS]);
 	message->payload_len = raw_size(row->values[OUTBOX_PAYLOAD]);

@@ -41,14 +41,15 @@ typedef struct Message
 	char	   *payload;		/* no zero byte ends it */
 	size_t		payload_len;
 	size_t		headers_len;	/* of headers and key, in the table */
-	char	   *queue;			/* NULL: the topic's exchange */
+	char	   *queue;			/* UTF-8; NULL: the topic's exchange */
 	TimestampTz created_at;
 	int			segment;		/* of the outbox; OUTBOX_SEGMENTS: fanout.held */
 	ItemPointerData place;		/* in a segment of the outbox */
 	bool		truncates;		/* TRUNCATE: orders with all keys */
 	size_t		bytes;			/* that it counts for in its run */
-	BrokerMessage wire;			/* as it goes out; exchange and routing key
-								 * are set when it does */
+	const char *content_type;	/* NULL: the topic's */
+	BrokerMessage wire;			/* as it goes out; exchange, routing key and
+								 * content type are set when it does */
 	char	   *reason;			/* why it cannot be sent, NULL otherwise */
 	int			attempts;		/* with a reason: made before it was given up */
 } Message;

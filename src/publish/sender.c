@@ -366,7 +366,7 @@ publish(Flow *flow, Message *message)
 
 	wire->exchange = message->queue ? "" : topic->exchange;
 	wire->routing_key = message->queue ? message->queue : "";
-	wire->content_type = topic->content_type;
+	wire->content_type = message->content_type ? message->content_type : topic->content_type;
 	result = broker_publish(conn->broker, flow->channel, wire, PUBLISH_TIMEOUT_MS, &error);
 	if (result == BROKER_TOO_LARGE)
 	{
@@ -386,12 +386,36 @@ publish(Flow *flow, Message *message)
 	pg_atomic_fetch_add_u64(&worker_slot->published, 1);
 }
 
+/*
+ * Is the message for one queue, of a backfill or a replay, whose binding was dropped?
+ * Returned by the broker it would keep the topic's other messages waiting.
+ */
+static bool
+queue_is_gone(const Topic *topic, const Message *message)
+{
+	if (message->queue == NULL)
+		return false;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		const char *queue = topic->bindings[b].queue;
+
+		if (queue != NULL && strcmp(queue, message->queue) == 0)
+			return false;
+	}
+	return true;
+}
+
 /* Publishes or gives up one message; returns false if it cannot be done now. */
 static bool
 send_next(Flow *flow)
 {
 	Message    *message = message_of(window_next(&flow->window));
 
+	if (message->reason == NULL && queue_is_gone(topic_of(flow), message))
+	{
+		discard(flow, message, "its queue is not bound any more");
+		return true;
+	}
 	if (message->reason != NULL)
 	{
 		discard(flow, message, NULL);

@@ -180,6 +180,7 @@ load_topic(int row)
 	int32		topic_id = DatumGetInt32(query_value(row, 1, &isnull));
 	Topic	   *topic = topic_find(topic_id);
 	MemoryContext oldcontext;
+	char	   *format;
 
 	if (topic != NULL)			/* what it had is freed in merge_previous() */
 		topic->context = AllocSetContextCreate(TopMemoryContext, "pg_fanout topic", ALLOCSET_SMALL_SIZES);
@@ -190,8 +191,8 @@ load_topic(int row)
 	oldcontext = MemoryContextSwitchTo(topic->context);
 	topic->name = text_value(row, 2);
 	topic->exchange = unconstify(char *, utf8_encode(topic->name, strlen(topic->name), &len));
-	topic->content_type = (strcmp(text_value(row, 3), "cloudevents") == 0) ?
-		"application/cloudevents+json" : "application/json";
+	format = text_value(row, 3);
+	topic->content_type = wire_content_type(format, strlen(format));
 	topic->dead_letters = bool_value(row, 4);
 	topic->paused = bool_value(row, 5);
 	if (topic->dropping && !bool_value(row, 6))

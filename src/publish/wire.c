@@ -158,6 +158,30 @@ set_integer(BrokerField *fields, int *count, const char *name, int64 value)
 	field->value.integer = value;
 }
 
+const char *
+wire_content_type(const char *format, size_t len)
+{
+	static const char cloudevents[] = "cloudevents";
+
+	return len == strlen(cloudevents) && memcmp(format, cloudevents, len) == 0 ?
+		"application/cloudevents+json" : "application/json";
+}
+
+/*
+ * Returns the content type of a row, by the format that it was rendered in, which its
+ * topic may not have any more; NULL: it is no row.
+ */
+static const char *
+content_type_of_row(const BrokerField *fields, int count)
+{
+	for (int i = 0; i < count; i++)
+	{
+		if (strcmp(fields[i].name, "format") == 0 && fields[i].type == BROKER_VALUE_STRING)
+			return wire_content_type(fields[i].value.string.data, fields[i].value.string.len);
+	}
+	return NULL;
+}
+
 static bool
 set_own_headers(Message *message, BrokerField *fields, int *count)
 {
@@ -205,6 +229,7 @@ prepare(Message *message)
 	if (fields == NULL || !set_own_headers(message, fields, &wire->nheaders))
 		return "headers cannot be converted to UTF-8, or have a number that is no double";
 	wire->headers = fields;
+	message->content_type = content_type_of_row(fields, wire->nheaders);
 	wire->message_id = message->message_id;
 	wire->timestamp = message->created_at / USECS_PER_SEC +
 		(uint64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY;

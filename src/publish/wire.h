@@ -14,12 +14,15 @@
 #include "publish/run.h"
 
 /*
- * Fills message->wire except exchange, routing key and content type, in the
- * chunk's context: UTF-8 texts, and the headers op, schema, table, key,
- * sequence, xid with the caller's own.  Sets message->reason if that cannot
+ * Fills message->wire except exchange, routing key and content type, and the content
+ * type of a row, in the chunk's context: UTF-8 texts, and the headers op, schema, table,
+ * key, sequence, xid with the caller's own.  Sets message->reason if that cannot
  * be done.  Needs a transaction (encoding conversion reads the catalog).
  */
 extern void wire_prepare(Message *message, MemoryContext context);
+
+/* The content type of bodies in a format, a constant. */
+extern const char *wire_content_type(const char *format, size_t len);
 
 /*
  * The scalar members of a JSON object as AMQP fields, in the current context;
