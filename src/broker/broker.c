@@ -329,6 +329,7 @@ static void refill_credit(Broker *broker);
 
 /* Reading */
 static void nothing_to_fetch(Broker *broker, BrokerEvent *event);
+static void set_empty_event(BrokerEvent *event, BrokerEventType type);
 static bool read_frame(Broker *broker, amqp_frame_t *frame);
 static int	receive_frame(Broker *broker, amqp_frame_t *frame);
 static int	decode_received(Broker *broker, amqp_frame_t *frame);
@@ -1948,7 +1949,7 @@ broker_next_event(Broker *broker, BrokerEvent *event)
 	{
 		if (frames++ > READS_AT_ONCE)
 		{
-			event->type = BROKER_MORE;
+			set_empty_event(event, BROKER_MORE);
 			return;
 		}
 		if (!read_frame(broker, &frame))
@@ -1964,15 +1965,25 @@ static void
 nothing_to_fetch(Broker *broker, BrokerEvent *event)
 {
 	pay_debts(broker);
-	event->channel = 0;
-	event->type = broker->lost ? BROKER_DISCONNECTED : BROKER_NOTHING;
+	set_empty_event(event, broker->lost ? BROKER_DISCONNECTED : BROKER_NOTHING);
 	if (!broker->lost)
 		return;
 	event->code = broker->why.code;
 	event->class_id = broker->why.class_id;
 	event->method_id = broker->why.method_id;
-	event->delivery = NULL;
 	memcpy(event->text, broker->why.text, sizeof(event->text));
+}
+
+/*
+ * Makes an event of no channel.  The caller's event may still have the delivery of the
+ * one before, or one that was dropped and freed.
+ */
+static void
+set_empty_event(BrokerEvent *event, BrokerEventType type)
+{
+	event->type = type;
+	event->channel = 0;
+	event->delivery = NULL;
 }
 
 /*

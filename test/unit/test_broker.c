@@ -381,6 +381,35 @@ test_turns(void)
 	stop_server(pid);
 }
 
+/*
+ * An event of this type has no delivery: not the one either that the caller took with the
+ * event before, and has freed.
+ */
+static void
+no_old_delivery(BrokerEventType type, const char *what)
+{
+	unsigned char frame[100];
+	BrokerError error;
+	BrokerEvent event;
+	pid_t		pid;
+	int64_t		deadline = now_ms() + 5000;
+	Broker	   *broker;
+
+	bad_bytes = frame;
+	bad_len = make_frame(frame, 8, 0, "", 0);
+	broker = connect_to(script_flood, &pid, &error);
+	if (type != BROKER_MORE)
+		kill(pid, type == BROKER_NOTHING ? SIGSTOP : SIGKILL);
+	do
+	{
+		event.delivery = (BrokerDelivery *) &event;
+		broker_next_event(broker, &event);
+	} while (event.type != type && now_ms() < deadline);
+	ok(event.type == type && event.delivery == NULL && event.channel == 0, "%s has no delivery", what);
+	broker_close(broker, true);
+	stop_server(pid);
+}
+
 static bool
 publish_small(Broker *broker)
 {
@@ -494,6 +523,9 @@ main(void)
 	test_frames();
 	test_floods();
 	test_turns();
+	no_old_delivery(BROKER_NOTHING, "an event that says that there is none");
+	no_old_delivery(BROKER_MORE, "an event that says that there is more");
+	no_old_delivery(BROKER_DISCONNECTED, "the end of the connection");
 	test_acks_first();
 	test_silent_tls();
 	test_fuzz();
