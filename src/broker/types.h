@@ -24,6 +24,9 @@
 /* The reply code with which a login, a channel or a declaration is not allowed. */
 #define BROKER_ACCESS_REFUSED 403
 
+/* The reply code with which an operator, or a broker that ends, closes a connection. */
+#define BROKER_CONNECTION_FORCED 320
+
 typedef enum BrokerResult
 {
 	BROKER_OK,

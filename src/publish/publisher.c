@@ -324,7 +324,7 @@ connect_broker(void)
 		return true;
 	if (pub.conn.logins > 1)
 		pg_atomic_fetch_add_u64(&worker_slot->reconnects, 1);
-	topology_forget_confirmed();
+	topology_forget_confirmed(true);
 	/* nothing goes out before that */
 	pub.look = true;
 	pub.look_at = 0;
@@ -692,7 +692,7 @@ take_requests(void)
 	if (verify > pub.verify_pending)
 	{
 		pub.verify_pending = verify;
-		topology_forget_confirmed();
+		topology_forget_confirmed(false);
 	}
 	if (pg_atomic_read_u32(&worker_slot->dirty) != 0)
 		pub.more = true;

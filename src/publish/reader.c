@@ -49,6 +49,7 @@
 #include "server/compat.h"
 #include "server/query.h"
 #include "server/tables.h"
+#include "server/utf8.h"
 
 /* Rows of fanout.held that are fetched at once; they are all in memory together. */
 #define FETCH_MAX 50
@@ -295,7 +296,7 @@ queue_name(Datum value)
 
 	if (queue == NULL)
 		return NULL;
-	utf8 = wire_utf8(queue, strlen(queue), &len);
+	utf8 = utf8_encode(queue, strlen(queue), &len);
 	return utf8 == queue ? queue : pstrdup(utf8 != NULL ? utf8 : "");
 }
 

@@ -7,7 +7,12 @@
  * been idle for IDLE_MS, when its state machine gives up what is in flight, or when
  * others wait for one of the pg_fanout.max_channels:
  *
- *		none -> asked for -> open -> (idle, given up, closed by the broker) -> none
+ *		none -> waits -> asked for -> open -> (idle, given up, closed by the broker) -> none
+ *		                               |                 ^
+ *		            others wait, and its turn is over    | nothing is in flight any more,
+ *		                               +-> yields -------+ or no confirm comes
+ *
+ * Those that wait get one in the order in which they came.
  *
  * Topics with something to publish stand in a ring.  Each publishes at most
  * TURN_MESSAGES and goes to the end of it; confirms are taken between turns.  The
@@ -18,6 +23,19 @@
  * isolates: it sends those again that were in flight, one at a time, and the one
  * that is alone in flight when it happens again is the culprit.  So do all topics
  * together, if the broker has closed the connection because of what it was sent.
+ *
+ * A connection that is lost otherwise may be the fault of a message as well: somebody on
+ * the way to the broker, or the broker itself, may end it whenever that message comes.
+ * So each topic is suspected during whose messages it was lost twice, none of which was
+ * confirmed meanwhile.  Those that are suspected publish one after the other, beside all
+ * that are not:
+ *
+ *		none -> lost -> lost again: suspected -> on trial -> lost again: refused
+ *
+ * and none again once all messages are settled that were in flight.  A topic that was
+ * refused stays suspected.  It isolates, so that what came before the message is settled
+ * for good, and each of its probes is a trial.  Where nothing at all is confirmed
+ * meanwhile, it is the broker, and no topic is refused.
  *
  * A confirm that does not come may be the fault of the topic's queue or of the whole
  * broker.  So something else is asked of the broker then, and if it answers, it was
@@ -51,8 +69,14 @@
 /* A backlog is worked off at full speed if the others are idle for so long. */
 #define BACKLOG_ALONE_MS 1000
 
+/* Losses of the connection until a topic is suspected; how long it is on trial. */
+#define SUSPECT_LOSSES 2
+#define TRIAL_MS 1000
+
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
-#define YIELD_MS 1000			/* a channel that others wait for */
+#define YIELD_MS 1000			/* a turn, if others wait for a channel */
+#define HUNG_MS 3000			/* without a confirm: the channel is given up,
+								 * if others wait for it */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
 								 * most */
 
@@ -65,9 +89,14 @@ static uint64 in_flight = 0;
 static size_t bytes_in_flight = 0;
 static int	isolate = 0;		/* messages of all topics to be sent one at a
 								 * time */
+static Flow *trial = NULL;		/* of those suspected, the one that publishes */
+static MonoTime trial_at = 0;	/* its last message went out */
+static MonoTime acked_at = 0;	/* the last message of any topic was */
 static MonoTime riding_at = 0;	/* a message of a topic that rides with the
 								 * main cursor went out */
-static bool waiting = false;	/* somebody got no channel */
+static int	nchannels = 0;		/* that topics have */
+static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
+static int	nwaiters = 0;
 static MonoTime checked_at = 0;
 
 /* Is the broker there at all? */
@@ -129,6 +158,47 @@ lose(Flow *flow)
 	after_change(flow);
 }
 
+/* ---- suspects ---- */
+
+static bool
+is_suspected(const Flow *flow)
+{
+	return flow->losses >= SUSPECT_LOSSES;
+}
+
+/* The topic is not the reason why the connection was lost. */
+static void
+acquit(Flow *flow)
+{
+	flow->losses = flow->doubtful = 0;
+	if (trial == flow)
+		trial = NULL;
+}
+
+/* Messages of the topic were settled, the first ones that were doubtful. */
+static void
+note_settled(Flow *flow, int count)
+{
+	flow->doubtful -= Min(count, flow->doubtful);
+	if (flow->doubtful == 0)
+		acquit(flow);
+}
+
+/* The connection was lost while n of the topic's messages were in flight. */
+static void
+note_loss(Flow *flow, int n, bool on_trial, const BrokerEvent *event)
+{
+	if (flow->losses++ == 0)
+		flow->lost_at = mono_now();
+	flow->doubtful = Max(flow->doubtful, n);
+	if (!on_trial || acked_at <= flow->lost_at)
+		return;
+	flow->isolate = Max(flow->isolate, n);
+	flow_refused(flow, event->code,
+				 psprintf("the connection was lost again and again while the topic's messages were published: %s",
+						  event->code == 0 ? event->text : psprintf("%d %s", event->code, event->text)));
+}
+
 /* ---- the ring of those that may publish ---- */
 
 static bool
@@ -137,6 +207,19 @@ may_send(const Flow *flow)
 	const Topic *topic = topic_of(flow);
 
 	return flow_may_send(flow) && (topology_ready(topic) || topic->declaration.gone || !topic->known);
+}
+
+static void
+set_in_line(Flow *flow, bool in_line)
+{
+	if (flow->in_line == in_line)
+		return;
+	flow->in_line = in_line;
+	nwaiters += in_line ? 1 : -1;
+	if (in_line)
+		dlist_push_tail(&waiters, &flow->wait_node);
+	else
+		dlist_delete(&flow->wait_node);
 }
 
 /* To be called when anything changes on which it depends whether a topic may publish. */
@@ -155,7 +238,10 @@ sender_update(Flow *flow)
 	if (ready)
 		dlist_push_tail(&ring, &flow->ready_node);
 	else
+	{
 		dlist_delete(&flow->ready_node);
+		set_in_line(flow, false);
+	}
 }
 
 /* ---- channels ---- */
@@ -165,6 +251,8 @@ set_channel(Flow *flow, int channel)
 {
 	if (flow->channel != 0)
 		flows[flow->channel] = NULL;
+	if (trial == flow)
+		trial = NULL;
 	if (channel >= nflows)
 	{
 		int			n = Max(64, 2 * channel);
@@ -176,9 +264,11 @@ set_channel(Flow *flow, int channel)
 	}
 	if (channel != 0)
 		flows[channel] = flow;
+	nchannels += (channel != 0) - (flow->channel != 0);
 	flow->channel = channel;
 	flow->channel_open = false;
-	flow->channel_since = mono_now();
+	flow->channel_at = flow->channel_since = mono_now();
+	flow->yields = false;
 }
 
 /* Gives the topic's channel up, with what is in flight on it. */
@@ -213,49 +303,53 @@ sender_opened(int channel)
 	flows[channel]->channel_since = mono_now();
 }
 
-/* May the topic's channel be given to another that waits? */
+/* May the topic's channel be given at once to another that waits? */
 static bool
 may_yield(const Flow *flow, MonoTime now)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
 	if (item != NULL)
-		return mono_exceeds(item->published_at, now, YIELD_MS);
-	return !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
+		return mono_exceeds(Max(item->published_at, flow->confirmed_at), now, HUNG_MS);
+	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
 }
 
-/* Closes the channel that was not used for the longest time. */
+/*
+ * Closes the channel that was not used for the longest time.  If all are in use, the
+ * topic that had one for the longest time publishes nothing more, and will give it up
+ * once all is confirmed: so what was published need not go again.
+ */
 static void
 make_room(void)
 {
 	MonoTime	now = mono_now();
 	Flow	   *chosen = NULL;
+	Flow	   *longest = NULL;
+	int			nyield = 0;
 
 	for (int i = 0; i < nflows; i++)
 	{
 		Flow	   *flow = flows[i];
 
-		if (flow != NULL && may_yield(flow, now) &&
-			(chosen == NULL || flow->channel_since < chosen->channel_since))
+		if (flow == NULL)
+			continue;
+		nyield += flow->yields;
+		if (may_yield(flow, now) && (chosen == NULL || flow->channel_since < chosen->channel_since))
 			chosen = flow;
+		if (!flow->yields && mono_exceeds(flow->channel_at, now, YIELD_MS) &&
+			(longest == NULL || flow->channel_at < longest->channel_at))
+			longest = flow;
 	}
-	if (chosen == NULL)
-		return;
-	sender_release(chosen);
-	flow_settle(chosen);
+	if (chosen != NULL)
+	{
+		sender_release(chosen);
+		flow_settle(chosen);
+	}
+	else if (longest != NULL && nyield < nwaiters)
+		longest->yields = true;
 }
 
-static int
-count_channels(void)
-{
-	int			n = 0;
-
-	for (int i = 0; i < nflows; i++)
-		n += (flows[i] != NULL);
-	return n;
-}
-
-/* Does the topic have an open channel?  If not, one is asked for. */
+/* Does the topic have an open channel?  If not, one is asked for, when it is its turn. */
 static bool
 has_channel(Flow *flow)
 {
@@ -263,16 +357,21 @@ has_channel(Flow *flow)
 	int			channel = 0;
 
 	if (flow->channel != 0)
-		return flow->channel_open;
-	if (count_channels() < pgf_max_channels)
-		channel = broker_open_channel(conn->broker, true, &error);
-	if (channel != 0)
-		set_channel(flow, channel);
-	else
 	{
-		waiting = true;
-		make_room();
+		flow->yields = flow->yields && nwaiters > 0;
+		return flow->channel_open;
 	}
+	set_in_line(flow, true);
+	if (dlist_head_node(&waiters) != &flow->wait_node)
+		return false;
+	if (nchannels >= pgf_max_channels)
+		make_room();
+	if (nchannels < pgf_max_channels)
+		channel = broker_open_channel(conn->broker, true, &error);
+	if (channel == 0)
+		return false;
+	set_in_line(flow, false);
+	set_channel(flow, channel);
 	return false;
 }
 
@@ -319,6 +418,10 @@ window_limit(const Flow *flow)
 static bool
 has_room(const Flow *flow)
 {
+	if (flow->yields)
+		return false;
+	if (is_suspected(flow) && trial != NULL && trial != flow)
+		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;
 	return flow->isolate == 0 && isolate == 0 && flow->window.in_flight < window_limit(flow) &&
@@ -352,6 +455,7 @@ discard(Flow *flow, Message *message, const char *reason)
 	if (message->reason == NULL)
 		message->reason = MemoryContextStrdup(message->run->context, reason);
 	window_discard(&flow->window, &message->item);
+	note_settled(flow, 1);
 	flow_settle(flow);
 }
 
@@ -381,6 +485,11 @@ publish(Flow *flow, Message *message)
 	before_change(flow);
 	window_published(&flow->window, &message->item, next_tag(flow), mono_now());
 	after_change(flow);
+	if (is_suspected(flow))
+	{
+		trial = flow;
+		trial_at = message->item.published_at;
+	}
 	if (flow_rides(flow))
 		riding_at = message->item.published_at;
 	pg_atomic_fetch_add_u64(&worker_slot->published, 1);
@@ -481,7 +590,6 @@ sender_publish(bool (*take_events) (void))
 
 	if (!sender_may_publish())
 		return false;
-	waiting = false;
 	broker_cork(conn->broker);
 	while (sent < ROUND_MESSAGES && (n = round_of_turns(take_events)) > 0)
 		sent += n;
@@ -518,14 +626,17 @@ sender_confirmed(const BrokerEvent *event)
 	if (!ok)
 		return "the broker confirmed a message that was not in flight";
 	sender_heard();
+	flow->confirmed_at = heard_at;
 	if (ack)
 	{
+		acked_at = heard_at;
 		connection_works(conn);
 		flow->doubted = 0;
 	}
 	else
 		pg_atomic_fetch_add_u64(&worker_slot->nacked, before - flow->window.in_flight);
 	isolated_settled(flow);
+	note_settled(flow, before - flow->window.in_flight);
 	flow_settle(flow);
 	return NULL;
 }
@@ -615,8 +726,36 @@ blames_content(const BrokerEvent *event)
 }
 
 /*
+ * May a message be the reason why the connection was lost?  Not if the broker ends, or
+ * an operator has closed it, or the broker says that it was something else.
+ */
+static bool
+may_blame_message(const BrokerEvent *event)
+{
+	return event != NULL && event->code != BROKER_CONNECTION_FORCED && !broker_blocked(conn->broker) &&
+		(event->class_id == 0 || broker_blames_publish(event->class_id, event->method_id));
+}
+
+/* The same of one topic; only: its message alone was in flight, of all topics. */
+static void
+flow_lost(Flow *flow, bool only, const BrokerEvent *event)
+{
+	Message    *culprit = only && blames_content(event) ? message_of(window_oldest(&flow->window)) : NULL;
+	int			n = flow->window.in_flight;
+	bool		on_trial = (flow == trial);
+
+	set_channel(flow, 0);
+	lose(flow);
+	if (culprit != NULL)
+		discard(flow, culprit, psprintf("%d %s", event->code, event->text));
+	else if (n > 0 && !blames_content(event) && may_blame_message(event))
+		note_loss(flow, n, on_trial, event);
+	flow_settle(flow);
+}
+
+/*
  * The connection is lost: all that was in flight is unknown.  event: with what the
- * broker has closed it, or NULL.
+ * broker has closed it, or NULL: this process did.
  */
 void
 sender_lost(const BrokerEvent *event)
@@ -625,18 +764,8 @@ sender_lost(const BrokerEvent *event)
 
 	for (int i = 0; i < nflows; i++)
 	{
-		Flow	   *flow = flows[i];
-		WindowItem *only = NULL;
-
-		if (flow == NULL)
-			continue;
-		if (n == 1 && flow->window.in_flight == 1 && blames_content(event))
-			only = window_oldest(&flow->window);
-		set_channel(flow, 0);
-		lose(flow);
-		if (only != NULL)
-			discard(flow, message_of(only), psprintf("%d %s", event->code, event->text));
-		flow_settle(flow);
+		if (flows[i] != NULL)
+			flow_lost(flows[i], n == 1 && flows[i]->window.in_flight == 1, event);
 	}
 	if (n > 1 && blames_content(event))
 		isolate = n;
@@ -712,6 +841,8 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 		if (flows[i] != NULL)
 			check_flow(flows[i], now, unblocked_at);
 	}
+	if (trial != NULL && mono_exceeds(Max(trial_at, unblocked_at), now, TRIAL_MS))
+		acquit(trial);
 	if (ping_at == 0)
 		return NULL;
 	if (answered)
@@ -729,7 +860,7 @@ sender_timeout(MonoTime now)
 
 	if (in_flight > 0 || ping_at != 0)
 		timeout = Min(timeout, 500);
-	if (waiting)
+	if (nwaiters > 0 || trial != NULL)
 		timeout = Min(timeout, 100);
 	for (int i = 0; i < nflows; i++)
 	{

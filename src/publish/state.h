@@ -90,6 +90,8 @@ typedef struct Declaration
 	BrokerRequestKind lost_kind;
 	char	   *lost_group;		/* TopMemoryContext; NULL: of the exchange */
 	bool		lost_dead;		/* of the group's queue of dead letters */
+	bool		lost_for_it;	/* it was refused for that, and is not to be
+								 * asked again for a new connection's sake */
 } Declaration;
 
 /*
@@ -163,9 +165,18 @@ typedef struct Flow
 	int			channel;		/* 0: none */
 	bool		channel_open;
 	MonoTime	channel_since;	/* asked for, or used last */
+	MonoTime	channel_at;		/* has it since then */
+	MonoTime	confirmed_at;	/* the last confirm came */
+	bool		yields;			/* others wait for it: publishes nothing more */
+	bool		in_line;		/* in the list of those that wait for one */
+	dlist_node	wait_node;
 	bool		ready;			/* in the list of those that may publish */
 	dlist_node	ready_node;
 	int			isolate;		/* messages to be sent one at a time */
+	int			losses;			/* of the connection in a row, while any of
+								 * these was in flight: */
+	int			doubtful;		/* so many messages, not settled since */
+	MonoTime	lost_at;		/* the first of these losses */
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;
 

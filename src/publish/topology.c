@@ -30,7 +30,9 @@
  *
  * - If the connection is lost with a code that blames a request, that may be each
  *	 of those under way.  On the next connection they go one at a time, and the one
- *	 that is under way when it happens again is refused.
+ *	 that is under way when it happens again is refused.  So it is if the connection is
+ *	 lost without a word (somebody on the way may not like a request), but that may be
+ *	 chance: then once more is needed.
  *
  * Must never: wait; have more than one request under way on a channel.
  *
@@ -52,6 +54,13 @@
 
 /* How long the broker has for the answer to a request. */
 #define REPLY_TIMEOUT_MS 10000
+
+/*
+ * A request during which the connection is lost so often in a row is refused: with a code
+ * that blames it; otherwise.
+ */
+#define BLAMED_LOSSES 2
+#define SILENT_LOSSES 3
 
 /* How often it is looked for whether a late answer is still to be waited for. */
 #define WITNESS_MS 500
@@ -230,6 +239,7 @@ topology_forget_topic(Topic *topic)
 {
 	topic->declaration.confirmed = false;
 	topic->declaration.rechecked = false;
+	topic->declaration.lost_for_it = false;
 	set_error(&topic->declaration, NULL);
 	for (int b = 0; b < topic->nbindings; b++)
 	{
@@ -246,15 +256,23 @@ topology_forget_topic(Topic *topic)
 	topology_request(topic, false);
 }
 
-/* Everything has to be declared again: another connection, or verify(). */
+/*
+ * Everything has to be declared again: another connection (anew), or verify().  What
+ * costs the connection is left to the topic's next attempt: else connections would be
+ * made and lost for it all the time.
+ */
 void
-topology_forget_confirmed(void)
+topology_forget_confirmed(bool anew)
 {
 	Topic	   *topic;
 	int			i = 0;
 
 	while ((topic = topic_next(&i)) != NULL)
+	{
+		if (anew && topic->declaration.lost_for_it && topic->flow.stalled)
+			continue;
 		topology_forget_topic(topic);
+	}
 }
 
 /* ---- looking again ---- */
@@ -809,6 +827,18 @@ step(Connection *conn, Control *control)
 		ask_next(conn, control, &busy);
 }
 
+/* Is there a channel that is not closed yet? */
+static bool
+has_channels(void)
+{
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		if (controls[i].channel != 0)
+			return true;
+	}
+	return false;
+}
+
 /*
  * Asks the broker for what is to be asked, without waiting.  Returns whether
  * anything was asked just now.
@@ -818,7 +848,7 @@ topology_step(Connection *conn)
 {
 	bool		any = false;
 
-	if (nqueued == 0 && controls[0].channel == 0)
+	if (nqueued == 0 && !has_channels())
 		return false;
 	for (int i = 0; i < CONTROL_CHANNELS; i++)
 	{
@@ -877,11 +907,10 @@ topology_refused(Connection *conn, const BrokerEvent *event)
 	return true;
 }
 
-/* Was the connection lost during the same request before? */
-static bool
-lost_again(Control *control, Topic *topic)
+/* Counts how often in a row the connection was lost during the same request. */
+static int
+count_losses(const Control *control, Declaration *declaration)
 {
-	Declaration *declaration = &topic->declaration;
 	bool		same = is_lost_request(control, declaration);
 
 	if (declaration->lost_group != NULL)
@@ -890,12 +919,39 @@ lost_again(Control *control, Topic *topic)
 	declaration->lost_kind = control->kind;
 	declaration->lost_dead = control->dead;
 	declaration->losses = same ? declaration->losses + 1 : 1;
-	return same;
+	return declaration->losses;
+}
+
+/* May the request be the reason why the connection was lost? */
+static bool
+may_blame_request(const Control *control, const BrokerEvent *event)
+{
+	return control->asked && event != NULL && event->code != BROKER_CONNECTION_FORCED &&
+		(event->class_id == 0 || broker_blames_request(event->class_id, event->method_id, control->kind));
+}
+
+/* The connection was lost while the topic's request was under way; alone: no other was. */
+static void
+request_lost(Control *control, Topic *topic, bool alone, const BrokerEvent *event)
+{
+	bool		blamed = event->code >= 500;
+	int			losses = count_losses(control, &topic->declaration);
+
+	if (blamed || losses > 1)
+		one_at_a_time = true;
+	if (!alone || losses < (blamed ? BLAMED_LOSSES : SILENT_LOSSES))
+		return;
+	answered(control, event->code, blamed ?
+			 psprintf("%s: the broker closed the connection: %d %s", request_text(control), event->code, event->text) :
+			 psprintf("%s: the connection was lost each time: %s", request_text(control), event->text), event);
+	/* when it is tried again, once will do */
+	topic->declaration.losses = losses;
+	topic->declaration.lost_for_it = true;
 }
 
 /*
- * The connection is lost.  event: with what the broker has closed it; NULL: in
- * another way, which is no request's fault.
+ * The connection is lost.  event: with what the broker has closed it, or how it was
+ * lost; NULL: in another way, which is no request's fault.
  */
 void
 topology_lost(const BrokerEvent *event)
@@ -912,15 +968,8 @@ topology_lost(const BrokerEvent *event)
 
 		control->channel = 0;
 		control->open = false;
-		if (control->asked && topic != NULL && event != NULL && event->code >= 500 &&
-			(event->class_id == 0 || broker_blames_request(event->class_id, event->method_id, control->kind)))
-		{
-			one_at_a_time = true;
-			if (lost_again(control, topic) && asked == 1)
-				answered(control, event->code,
-						 psprintf("%s: the broker closed the connection: %d %s",
-								  request_text(control), event->code, event->text), event);
-		}
+		if (topic != NULL && may_blame_request(control, event))
+			request_lost(control, topic, asked == 1, event);
 		if (control->topic_id != 0)
 			release_topic(control, true);
 	}

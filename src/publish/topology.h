@@ -20,7 +20,7 @@ extern void topology_drop(void);
 extern void topology_no_drops(void);
 extern void topology_unblocked(void);
 extern const char *topology_check(MonoTime now, MonoTime heard_at);
-extern void topology_forget_confirmed(void);
+extern void topology_forget_confirmed(bool anew);
 extern void topology_forget_topic(Topic *topic);
 extern void topology_recheck(int count);
 extern void topology_inherit(Topic *topic, Binding *binding, const Binding *old);

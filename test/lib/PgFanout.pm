@@ -258,6 +258,40 @@ sub poll
 	return;
 }
 
+=pod
+
+=item PgFanout::overtaken(@messages)
+
+How many of what collect() returned are before one that was written earlier, of the same
+key, or of any key if one of them is a TRUNCATE.  A message that came more than once counts
+where it came last.
+
+=cut
+
+sub overtaken
+{
+	my @messages = @_;
+	my (%last, %newest);
+	my ($highest, $floor, $wrong) = (0, 0, 0);
+
+	$last{ $messages[$_]->{message_id} } = $_ foreach 0 .. $#messages;
+	foreach my $message (map { $messages[$_] } sort { $a <=> $b } values %last)
+	{
+		my ($sequence, $op) = @{ $message->{headers} }{qw(sequence op)};
+		my @keys = grep { defined } @{ $message->{headers} }{qw(key old_key)};
+		my $truncates = ($op || '') eq 't';
+
+		$wrong++
+		  if $sequence < $floor
+		  || ($truncates && $sequence < $highest)
+		  || grep { $sequence < ($newest{$_} || 0) } @keys;
+		$floor = $sequence if $truncates;
+		$newest{$_} = $sequence foreach @keys;
+		$highest = $sequence if $sequence > $highest;
+	}
+	return $wrong;
+}
+
 # What one wants to see when a wait fails.  Must not die itself.
 sub status
 {
@@ -512,8 +546,8 @@ sub amqp
 
 =item $broker->collect(queue, expect => N, idle => seconds, timeout => seconds, keep => 1)
 
-Takes the messages out of a queue (or leaves them there, with keep).  Returns a
-hash per message: body (decoded from JSON), raw (the body as it came),
+Takes the messages out of a queue, or of several (\@queues), or leaves them there, with
+keep.  Returns a hash per message: body (decoded from JSON), raw (the body as it came),
 message_id, headers, routing_key, exchange, redelivered, delivery_mode,
 content_type, type, app_id, timestamp.  Dies if there are fewer than expected.
 
@@ -522,7 +556,7 @@ content_type, type, app_id, timestamp.  Dies if there are fewer than expected.
 sub collect
 {
 	my ($self, $queue, %params) = @_;
-	my @args = ('--queue', $queue);
+	my @args = map { ('--queue', $_) } ref $queue ? @$queue : $queue;
 	my $json = JSON::PP->new->utf8->allow_nonref;
 
 	foreach my $option (qw(expect idle timeout))
