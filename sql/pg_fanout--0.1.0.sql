@@ -1183,8 +1183,15 @@ begin
           select 2, pg_catalog.format('table %s is captured into it', c.entity)
           from fanout.captures c where c.topic = drop_topic_as.topic
           union all
-          select 3, pg_catalog.format('%s messages are held for it', s.held)
-          from fanout.stat_topics s where s.topic = drop_topic_as.topic and s.held > 0) d(kind, object);
+          select 3, pg_catalog.format('%s messages are held for it', w.count)
+          from (select count(*) from (
+                    select from fanout.held h where h.topic_id = dropped_id
+                    union all
+                    select from fanout.pending p
+                    where p.topic_id = dropped_id
+                      and (exists (select from fanout.topic t where t.topic_id = dropped_id and t.paused)
+                           or exists (select from fanout.stall st where st.topic_id = dropped_id))) m) w
+          where w.count > 0) d(kind, object);
     if dependents is not null then
         raise exception 'cannot drop topic "%" because something depends on it', drop_topic_as.topic
             using errcode = 'dependent_objects_still_exist',
@@ -4370,7 +4377,23 @@ from fanout.main_position m cross join fanout.first_place f, lateral (
 comment on view fanout.pending is 'internal: messages that the publisher has not passed yet';
 revoke all on fanout.pending from public;
 
+create function fanout.backlog(out topic_id integer, out pending bigint, out oldest timestamptz)
+returns setof record
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_backlog';
+comment on function fanout.backlog() is
+'internal: what waits for each topic, as the publisher knows it, and a row for topic 0; no rows: it has to be counted';
+revoke all on function fanout.backlog() from public;
+
 create view fanout.stat_topics as
+with known as materialized (
+    select b.topic_id, b.pending, b.oldest from fanout.backlog() b
+), waiting as (
+    select k.topic_id, k.pending as waiting, k.oldest from known k
+    union all
+    select p.topic_id, count(*), min(p.created_at) from fanout.pending p
+    where not exists (select from known) group by p.topic_id
+)
 select t.topic, t.paused,
        case when b.blocked then 0 else coalesce(w.waiting, 0) end as pending,
        case when b.blocked then coalesce(w.waiting, 0) else 0 end + coalesce(h.held, 0) as held,
@@ -4382,8 +4405,7 @@ select t.topic, t.paused,
        st.last_error as reason,
        st.attempts, st.retry_at
 from fanout.topic t
-     left join (select topic_id, count(*) as waiting, min(created_at) as oldest
-                from fanout.pending group by topic_id) w using (topic_id)
+     left join waiting w using (topic_id)
      left join (select topic_id, count(*) as held, min(created_at) as oldest
                 from fanout.held group by topic_id) h using (topic_id)
      left join (select topic, count(*) as dead from fanout.dead_letter
@@ -4394,9 +4416,10 @@ from fanout.topic t
 comment on view fanout.stat_topics is 'per topic: what waits, what was sent, and whether the broker refuses it';
 comment on column fanout.stat_topics.topic is 'the topic';
 comment on column fanout.stat_topics.paused is 'by fanout.pause()';
-comment on column fanout.stat_topics.pending is 'messages committed and not acknowledged yet';
+comment on column fanout.stat_topics.pending is
+'messages committed and not acknowledged yet, as far as the publisher has found them: it looks for new ones after each batch, or every tenth of a second while it cannot publish. Counted for you, which takes longer, while no publisher has counted them';
 comment on column fanout.stat_topics.held is 'messages that wait because the topic is paused or stalled';
-comment on column fanout.stat_topics.oldest_pending_age is 'age of the oldest message pending or held; NULL: none';
+comment on column fanout.stat_topics.oldest_pending_age is 'age of the oldest message pending or held, about; NULL: none';
 comment on column fanout.stat_topics.sent is 'messages acknowledged since the topic was declared; written every few seconds';
 comment on column fanout.stat_topics.rate is 'messages acknowledged per second, lately';
 comment on column fanout.stat_topics.dead is 'messages in fanout.dead_letter';
@@ -5862,7 +5885,7 @@ revoke all on function fanout.check() from public;
 grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
-grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
+grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.backlog(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.queue_problem(fanout.subscription),
     fanout.subscriber(fanout.subscription), fanout.handler_owner(fanout.subscription), fanout.target_table(fanout.sync_target),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),

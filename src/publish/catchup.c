@@ -47,6 +47,15 @@
 /* A topic whose oldest message has been in flight for longer does not join. */
 #define JOIN_FLIGHT_MS 200
 
+/* The topic whose messages are being counted. */
+static struct
+{
+	int32		topic_id;		/* 0: none */
+	Cursor		cursor;
+	int64		count;
+	TimestampTz oldest;
+}			counting;
+
 /* ---- reading by itself ---- */
 
 /* Is there anything before the main cursor that it has not read? */
@@ -107,11 +116,7 @@ read_run(Flow *flow, int limit)
 		run = reader_read_topic(&flow->cursor, flow_main, flow, limit, READ_BLOCKS, skips);
 	worker_commit();
 	if (run == NULL)
-	{
-		if (!is_behind(flow))
-			flow->backlog = flow->window.count;
 		return;
-	}
 	run->reading = flow->readings;
 	flow->bytes += run->bytes;
 	if (flow->give_up)
@@ -205,6 +210,7 @@ move_run(Flow *flow)
 	if (run != NULL)
 	{
 		reader_hold(run->messages, run->count);
+		flow_add_backlog(flow, -run->count);
 		flow->held = true;
 		run_free(run);
 	}
@@ -213,16 +219,90 @@ move_run(Flow *flow)
 	worker_commit();
 }
 
-/* Finds out how many messages wait for a topic that was detached at start. */
-static void
-count_backlog(Flow *flow)
-{
-	int64		count;
+/* ---- counting ---- */
 
+/* For reader_count_topic() */
+static bool
+count_row(int32 topic_id, TimestampTz created_at, bool again)
+{
+	if (counting.count++ == 0 || created_at < counting.oldest)
+		counting.oldest = created_at;
+	return false;
+}
+
+static void
+stop_counting(void)
+{
+	cursor_purge(&counting.cursor, (Datum) 0);
+	cursor_free(&counting.cursor);
+	counting.topic_id = 0;
+}
+
+static void
+start_counting(const Flow *flow)
+{
+	counting.topic_id = topic_of(flow)->topic_id;
+	counting.count = 0;
+	counting.oldest = 0;
+	cursor_copy(&counting.cursor, &flow->cursor);
+}
+
+/* All that was found is counted. */
+static void
+use_count(Flow *flow)
+{
+	int64		accepted = flow->accepted ? hash_get_num_entries(flow->accepted) : 0;
+
+	if (counting.count > 0)
+		flow->oldest = counting.oldest;
+	flow_set_backlog(flow, counting.count - flow->npurged - accepted);
+	stop_counting();
+}
+
+/* Returns a topic whose messages have to be counted, and can be; NULL: none. */
+static Flow *
+find_uncounted(void)
+{
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		Flow	   *flow = flow_in(it.cur);
+
+		if (flow->state == FLOW_DETACHED && flow->backlog < 0)
+			return flow;
+	}
+	return NULL;
+}
+
+/*
+ * Takes a step in counting the messages of topics of which it is not known how many
+ * wait, one topic after the other, as long as it is DETACHED.  Returns whether there was
+ * anything to count.
+ */
+static bool
+count_backlogs(void)
+{
+	Topic	   *topic = counting.topic_id != 0 ? topic_find(counting.topic_id) : NULL;
+	Flow	   *flow = topic ? &topic->flow : NULL;
+
+	if (reader_is_finding(flow_main))
+		return false;			/* it comes to an end by itself */
+	if (flow == NULL || flow->state != FLOW_DETACHED || flow->backlog >= 0)
+	{
+		stop_counting();
+		flow = find_uncounted();
+		if (flow == NULL)
+			return false;
+		start_counting(flow);
+	}
 	worker_begin();
-	if (reader_count_topic(&flow->cursor, flow_main, READ_BLOCKS, &count))
-		flow->backlog = Max(count - flow->npurged, 0);
+	if (reader_count_topic(&counting.cursor, flow_main, READ_BLOCKS, count_row))
+		use_count(flow);
+	else if (counting.cursor.base == (Datum) 0)
+		stop_counting();
 	worker_commit();
+	return true;
 }
 
 /*
@@ -233,7 +313,7 @@ bool
 flow_read_all(bool connected)
 {
 	dlist_mutable_iter it;
-	bool		any = false;
+	bool		any = count_backlogs();
 
 	dlist_foreach_modify(it, &flow_detached)
 	{
@@ -241,11 +321,6 @@ flow_read_all(bool connected)
 		bool		usable = connected || flow_is_gone(topic_of(flow)) || flow->give_up;
 
 		nothing_to_probe(flow);
-		if (flow->state == FLOW_DETACHED && flow->backlog < 0 && take_turn(flow))
-		{
-			count_backlog(flow);
-			any = true;
-		}
 		if (flow->state != FLOW_DETACHED)
 			flow->moving = false;
 		else if (flow->moving && take_turn(flow))
@@ -386,6 +461,10 @@ join(Flow *flow)
 {
 	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) ||
 		flow->window.count > RUN_MESSAGES)
+		return;
+	if (!reader_is_ahead())
+		flow_set_backlog(flow, flow->window.count);
+	else if (flow->backlog < 0)
 		return;
 	flow->join_number = flow_main->number;
 	flow->serial = false;

@@ -50,6 +50,11 @@
  *
  * Messages in fanout.held are read first.  Only redrive() and rotation write them.
  *
+ * What waits in the outbox is counted for each topic, in all states: a message from when
+ * its row is found, by the main cursor or ahead of it, until it is done.  Where that is
+ * not enough, it is counted anew (catchup.c): at start, of topics that had left the main
+ * cursor, and after fanout.purge().
+ *
  * Must never: wait for the broker; let a topic's refusal reach another.
  *
  *-------------------------------------------------------------------------
@@ -71,6 +76,7 @@
 #include "publish/reader.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
+#include "server/backlog.h"
 #include "server/guc.h"
 #include "server/query.h"
 #include "server/worker.h"
@@ -94,8 +100,8 @@ const FlowSender *flow_sender;
 bool		flow_unknown_topic = false;
 
 static WindowKeys keys;
-static Topic *last_wanted = NULL;	/* the last one that flow_wanted() was
-									 * asked for */
+static Topic *last_wanted = NULL;	/* the last one whose row was found */
+static int	nwithout = 0;		/* topics without an entry for their backlog */
 
 /* ---- setting up ---- */
 
@@ -127,6 +133,9 @@ flow_create(Topic *topic)
 	window_init(&flow->window, &keys);
 	dlist_init(&flow->runs);
 	flow->cursor.topic_id = topic->topic_id;
+	flow->entry = backlog_add(topic->topic_id);
+	if (flow->entry == NULL)
+		nwithout++;
 }
 
 bool
@@ -152,6 +161,9 @@ flow_free(Topic *topic)
 	Flow	   *flow = &topic->flow;
 
 	cursor_free(&flow->cursor);
+	if (flow->entry == NULL)
+		nwithout--;
+	backlog_remove(flow->entry);
 	set_text(&flow->reason, NULL);
 	set_text(&flow->returned, NULL);
 	if (flow->window.slots != NULL)
@@ -176,6 +188,97 @@ flow_set_state(Flow *flow, FlowState state)
 		dlist_delete(&flow->node);
 	flow->state = state;
 	flow_sender->update(flow);
+}
+
+/* ---- what waits ---- */
+
+/* Shows sessions what waits, unless that is not counted yet. */
+static void
+show_backlog(Flow *flow)
+{
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow->runs)
+	{
+		const Run  *run = dlist_container(Run, node, it.cur);
+
+		if (run->batch == NULL || run->done == run->count)
+			continue;
+		flow->oldest = run->messages[run->done]->created_at;
+		break;
+	}
+	if (flow->backlog == 0)
+		flow->oldest = 0;
+	if (flow->backlog >= 0)
+		backlog_set(flow->entry, flow->backlog, flow->oldest);
+}
+
+/* More messages wait, or (count < 0) fewer.  What is not counted yet stays so. */
+void
+flow_add_backlog(Flow *flow, int64 count)
+{
+	if (flow->backlog >= 0)
+		flow->backlog = Max(flow->backlog + count, 0);
+	show_backlog(flow);
+}
+
+/* It was found out how many messages wait. */
+void
+flow_set_backlog(Flow *flow, int64 count)
+{
+	flow->backlog = Max(count, 0);
+	show_backlog(flow);
+}
+
+static void
+count_row(Flow *flow, TimestampTz created_at)
+{
+	if (flow->oldest == 0 || created_at < flow->oldest)
+		flow->oldest = created_at;
+	if (flow->backlog >= 0)
+		flow->backlog++;
+	if (flow->backlog > 0)
+		backlog_set(flow->entry, flow->backlog, flow->oldest);
+}
+
+static Topic *
+topic_of_row(int32 topic_id)
+{
+	if (last_wanted == NULL || last_wanted->topic_id != topic_id)
+		last_wanted = topic_find_or_add(topic_id);
+	if (!last_wanted->known)
+		flow_unknown_topic = true;
+	return last_wanted;
+}
+
+/* For reader_find_ahead(): counts a row. */
+bool
+flow_found(int32 topic_id, TimestampTz created_at, bool again)
+{
+	if (!again)
+		count_row(&topic_of_row(topic_id)->flow, created_at);
+	return false;
+}
+
+/* Is there no topic whose messages have to be counted? */
+bool
+flow_backlogs_counted(void)
+{
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		if (flow_in(it.cur)->backlog < 0)
+			return false;
+	}
+	return true;
+}
+
+/* Do sessions see what waits of all topics? */
+bool
+flow_backlogs_shown(void)
+{
+	return nwithout == 0;
 }
 
 /* ---- its messages in memory ---- */
@@ -238,10 +341,7 @@ flow_run_for(Chunk *chunk, int32 topic_id)
 	Flow	   *flow = &topic_find_or_add(topic_id)->flow;
 
 	if (!flow_rides(flow))
-	{
-		flow->backlog++;
 		return NULL;
-	}
 	if (flow->filling == NULL)
 	{
 		flow->filling = run_create(flow, flow_main->batch);
@@ -274,30 +374,22 @@ flow_end_runs(Chunk *chunk)
 }
 
 /*
- * For scan_batch(): does the topic ride with the main cursor?  One that is not known
- * yet will.
+ * For reader_begin_batch(): counts a row; does its topic ride with the main cursor?  One
+ * that is not known yet will.
  */
 bool
-flow_wanted(int32 topic_id)
+flow_wanted(int32 topic_id, TimestampTz created_at, bool again)
 {
-	Topic	   *last = last_wanted;
+	Flow	   *flow = &topic_of_row(topic_id)->flow;
 
-	if (last == NULL || last->topic_id != topic_id)
-		last = last_wanted = topic_find(topic_id);
-	if (last == NULL)
-	{
-		flow_unknown_topic = true;
-		return true;
-	}
-	if (!flow_rides(&last->flow))
-	{
-		last->flow.backlog++;
+	if (!again)
+		count_row(flow, created_at);
+	if (!flow_rides(flow))
 		return false;
-	}
-	if (last->flow.batch_number != flow_main->batch->number)
-		last->flow.batch_rows = 0;
-	last->flow.batch_number = flow_main->batch->number;
-	last->flow.batch_rows++;
+	if (flow->batch_number != flow_main->batch->number)
+		flow->batch_rows = 0;
+	flow->batch_number = flow_main->batch->number;
+	flow->batch_rows++;
 	return true;
 }
 
@@ -424,7 +516,7 @@ message_done(Flow *flow, Message *message)
 	chunks_message_done(run, message);
 	if (run->chunk == NULL)
 		flow->bytes -= message->bytes;
-	if (flow->backlog > 0)
+	if (run->batch != NULL && flow->backlog > 0)
 		flow->backlog--;
 	if (run->chunk == NULL)
 		flow->unrecorded = true;
@@ -442,6 +534,8 @@ flow_settle(Flow *flow)
 		message_done(flow, message_of(item));
 		any = true;
 	}
+	if (any)
+		show_backlog(flow);
 	take_refusals(flow);
 	if (flow->state == FLOW_PROBING && any && flow->window.count == 0)
 		probe_settled(flow);
@@ -471,7 +565,6 @@ detach(Flow *flow)
 			flow->bytes += run->messages[i]->bytes;
 	}
 	cursor_leave(&flow->cursor, flow_main);
-	flow->backlog = flow->window.count;
 	flow->held_after = 0;
 	flow->record_at = 0;
 	flow->unrecorded = true;

@@ -37,7 +37,10 @@ extern void flow_find_held(void);
 extern void flow_reconsider(Topic *topic);
 extern void flow_declared(Topic *topic);
 
-extern bool flow_wanted(int32 topic_id);
+extern bool flow_wanted(int32 topic_id, TimestampTz created_at, bool again);
+extern bool flow_found(int32 topic_id, TimestampTz created_at, bool again);
+extern bool flow_backlogs_counted(void);
+extern bool flow_backlogs_shown(void);
 extern void flow_leave_large(void);
 extern Run *flow_run_for(Chunk *chunk, int32 topic_id);
 extern void flow_end_runs(Chunk *chunk);
@@ -58,6 +61,8 @@ extern void flow_set_state(Flow *flow, FlowState state);
 extern bool flow_is_gone(const Topic *topic);
 extern bool flow_has_runs(const Flow *flow);
 extern void flow_recovered(Flow *flow);
+extern void flow_add_backlog(Flow *flow, int64 count);
+extern void flow_set_backlog(Flow *flow, int64 count);
 extern void flow_choose_mode(Flow *flow);
 extern void flow_end_purges(Flow *flow);
 

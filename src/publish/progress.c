@@ -176,6 +176,7 @@ remember_accepted(Flow *flow, const Run *run)
 		}
 		accepted = hash_search(flow->accepted, &run->messages[i]->id, HASH_ENTER, NULL);
 		accepted->passed = 0;
+		flow_add_backlog(flow, -1); /* it will not be done again */
 	}
 }
 
@@ -319,7 +320,6 @@ record_joining(Flow *flow, uint64 *recorded)
 	flow_end_purges(flow);
 	forget_accepted(flow);
 	cursor_free(&flow->cursor);
-	flow->backlog = 0;
 	flow_set_state(flow, FLOW_ATTACHED);
 }
 

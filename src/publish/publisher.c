@@ -51,6 +51,7 @@
 #include "publish/sender.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
+#include "server/backlog.h"
 #include "server/compat.h"
 #include "server/guc.h"
 #include "server/monotime.h"
@@ -100,12 +101,18 @@ typedef struct Publisher
 	MonoTime	batch_at;		/* the next one begins no sooner, under load */
 	uint64		recorded;		/* number of the base according to the ledger */
 	uint64		batch_ticket;	/* flush() before the batch that is being read */
+	bool		batch_found;	/* that was found while there was no broker */
+	bool		unfound;		/* there may be something to find ahead of it */
 
 	/* requests */
 	uint64		flush_recorded; /* flush() tickets behind the ledger */
 	uint64		verify_pending; /* verify() tickets not served */
 	bool		drops_seen;		/* something may have to be dropped, once what
 								 * was written before it is sent */
+
+	/* what waits */
+	uint64		start_number;	/* of the base behind which it is all new */
+	bool		start_counted;	/* what was there at the start */
 
 	/* by the clock */
 	MonoTime	statistics_at;	/* 0: nothing to count */
@@ -393,6 +400,7 @@ look_meanwhile(void)
 	if (pub.load)
 		load_topics();
 	worker_commit();
+	pub.unfound = true;
 	pub.look_at = mono_later(connected() ? LOOK_MS : LOOK_AWAY_MS);
 	return true;
 }
@@ -411,13 +419,16 @@ batch_recorded(uint64 ticket, bool drops)
 /*
  * What has to wait until this batch is recorded: a flush() that began before
  * its snapshot, and the dropping of what it saw marked, since a queue must
- * still get what was written before.
+ * still get what was written before.  A batch that was found long before it was read
+ * is too old for either; the next one is not.
  */
 static void
 note_end_of_batch(void)
 {
 	Chunk	   *chunk = chunks_last();
 
+	if (pub.batch_found)
+		return;
 	if (chunk == NULL)
 		batch_recorded(pub.batch_ticket, pub.drops_seen);
 	else
@@ -438,6 +449,8 @@ begin_batch(void)
 {
 	pub.batch_at = mono_later(BATCH_MS);
 	if (pub.cursor.batch == NULL)
+		pub.batch_found = reader_is_ahead();
+	if (pub.cursor.batch == NULL && !pub.batch_found)
 	{
 		pub.more = false;
 		pg_atomic_write_u32(&worker_slot->dirty, 0);
@@ -482,7 +495,7 @@ admit_chunk(Chunk *chunk)
 	}
 	if (ended)
 		note_end_of_batch();
-	else
+	if (!ended || pub.batch_found)
 		pub.more = true;
 }
 
@@ -513,9 +526,89 @@ read_main(void)
 static bool
 may_read(void)
 {
-	if (!usable() || !pub.more || !chunks_room())
+	if (!usable() || !pub.more || !chunks_room() || reader_finds_ahead())
 		return false;
 	return pub.cursor.batch != NULL || chunks_first() == NULL || pub.batch_at <= mono_now();
+}
+
+/* ---- finding rows while nothing can be read ---- */
+
+/* Finds rows of the main cursor's batch, which is read once the broker is there. */
+static void
+find_main(void)
+{
+	worker_begin();
+	if (!pub.cursor.open)
+		begin_batch();
+	(void) reader_find(&pub.cursor, READ_BLOCKS);
+	worker_commit();
+}
+
+/* Finds rows behind that. */
+static void
+find_ahead(void)
+{
+	if (!reader_finds_ahead())
+		pub.unfound = false;
+	worker_begin();
+	flow_unknown_topic = false;
+	(void) reader_find_ahead(&pub.cursor, READ_BLOCKS, flow_found);
+	if (flow_unknown_topic)
+		load_topics();
+	flow_unknown_topic = false;
+	worker_commit();
+	pub.more = true;
+}
+
+/*
+ * While there is no broker, finds what is committed, so that it is known how much
+ * waits.  What was begun is ended in any case, before the main cursor goes on.  Returns
+ * whether there was anything to find.
+ */
+static bool
+find_meanwhile(void)
+{
+	if (reader_finds_ahead())
+		find_ahead();
+	else if (usable())
+		return false;
+	else if (pub.cursor.batch != NULL && (!pub.cursor.open || pub.cursor.scan.passing))
+		find_main();
+	else if (pub.unfound)
+		find_ahead();
+	else
+		return false;
+	return true;
+}
+
+/* Is all found that was there at the start? */
+static bool
+start_found(void)
+{
+	if (reader_is_ahead())
+		return !reader_finds_ahead();
+	return pub.cursor.number > pub.start_number ||
+		(pub.cursor.number == pub.start_number && pub.cursor.open && !pub.cursor.scan.passing);
+}
+
+/*
+ * Tells sessions that what they see of backlogs is true, once all that was there at the
+ * start is found and counted; and takes it back if there are too many topics.
+ */
+static void
+show_backlogs(void)
+{
+	if (!pub.start_counted)
+		pub.start_counted = start_found() && flow_backlogs_counted();
+	pg_atomic_write_u32(&worker_slot->backlog_known, pub.start_counted && flow_backlogs_shown());
+}
+
+/* Sessions see nothing of backlogs any more. */
+static void
+forget_backlogs(void)
+{
+	pg_atomic_write_u32(&worker_slot->backlog_known, 0);
+	backlog_clear();
 }
 
 /*
@@ -793,7 +886,7 @@ maintain(MonoTime now)
 	 * What a wrong setting was to keep may be longer than the default.  Where
 	 * the main cursor looks for the rows of a batch, no segment may go.
 	 */
-	segment = pub.conn.problem || pub.cursor.scan.passing ? maintenance_current_segment() :
+	segment = pub.conn.problem || pub.cursor.scan.passing || reader_finds_ahead() ? maintenance_current_segment() :
 		maintenance_rotate(pgf_retention, flow_move_to_held);
 	flow_find_held();
 	worker_commit();
@@ -900,6 +993,8 @@ work(void)
 		any = true;
 	}
 	any = look_meanwhile() || any;
+	any = find_meanwhile() || any;
+	show_backlogs();
 	any = flow_try_all(usable()) || any;
 	any = flow_read_all(usable()) || any;
 	if (pub.cursor.batch == NULL)
@@ -932,6 +1027,7 @@ start(void)
 	};
 	static const FlowSender sender = {.update = sender_update,.release = sender_release};
 
+	forget_backlogs();
 	topic_init(&keepers);
 	topology_init(flow_declared);
 	flow_init(&pub.cursor, &sender);
@@ -939,6 +1035,8 @@ start(void)
 	worker_begin();
 	reader_load_cursor(&pub.cursor);
 	pub.recorded = pub.cursor.number;
+	pub.start_number = pub.cursor.number + (pub.cursor.batch ? 1 : 0);
+	pub.unfound = true;
 	flow_load_detached();
 	pg_atomic_write_u32(&worker_slot->current_segment, maintenance_current_segment());
 	load_topics();
@@ -957,6 +1055,7 @@ say_goodbye(int code, Datum arg)
 	if (pub.conn.broker != NULL)
 		broker_close(pub.conn.broker, true);
 	pub.conn.broker = NULL;
+	forget_backlogs();
 }
 
 void

@@ -12,6 +12,14 @@
  * one that is open for hours costs a single entry in the batch in which it
  * ends.  Where the rows are is found out by scan.c.
  *
+ * While the main cursor cannot go on, because there is no broker, batches are found
+ * ahead of it, so that it is known how many messages wait; it reads them as one batch
+ * then:
+ *
+ *		   main cursor's base      ahead.base       ahead.target
+ *		---------|---------------------|-----------------|------> snapshots
+ *		         |   found, not read   |  being found    |
+ *
  * Must never: read more than the chunk being filled has room for, but for one
  * message that is larger; copy or move messages by a statement without looking
  * how many it found (query_change()).
@@ -111,6 +119,32 @@ batch_release(Batch *batch)
 	pfree(batch);
 }
 
+/* What was found ahead of the main cursor. */
+static struct
+{
+	bool		on;				/* something was */
+	Datum		base;			/* it was, up to here; in TopMemoryContext */
+	Datum		target;			/* of the batch that is being found; so is
+								 * this */
+	Unread		unread;			/* with respect to the main cursor's base, or
+								 * to the end of its batch */
+	bool		open;
+	BatchScan	scan;
+}			ahead;
+
+/* How often rows were found that had not been found before. */
+static uint64 found_number = 1;
+
+/* Writes where what the main cursor has not read begins, once its batch is read. */
+static void
+main_unread(Unread *unread)
+{
+	if (ahead.on)
+		*unread = ahead.unread;
+	else
+		scan_unread(unread);
+}
+
 /* There are many topics, and only a few read at once. */
 static void
 free_entries(Cursor *cursor)
@@ -199,7 +233,7 @@ cursor_leave(Cursor *cursor, const Cursor *main)
 	cursor->number = main->number;
 	if (main->batch == NULL)
 	{
-		scan_unread(&cursor->unread);
+		main_unread(&cursor->unread);
 		return;
 	}
 	cursor->unread = main->batch->unread;
@@ -230,7 +264,7 @@ end_batch(Cursor *cursor)
 	free_entries(cursor);
 	cursor->open = false;
 	if (cursor->topic_id == 0)
-		scan_unread(&batch->end_unread);
+		main_unread(&batch->end_unread);
 	snapshot_replace(&cursor->base, batch->target);
 	cursor->number = batch->number;
 	cursor->unread = batch->end_unread;
@@ -480,9 +514,27 @@ find_scattered(Datum base, bool *anywhere)
 		anywhere[i] = (segments & (1 << i)) != 0;
 }
 
+/* The next batch of the main cursor is what was found ahead of it. */
+static void
+begin_found(Cursor *cursor, ScanWanted wanted)
+{
+	bool		anywhere[OUTBOX_SEGMENTS];
+
+	cursor->batch = batch_create(cursor->base, ahead.base, cursor->number + 1, &ahead.unread);
+	scan_open();
+	find_scattered(cursor->base, anywhere);
+	scan_found(&cursor->scan, cursor->batch->base, cursor->batch->target, cursor->last_id, wanted,
+			   &ahead.unread, anywhere);
+	scan_close();
+	cursor->batch->unread = cursor->batch->end_unread = cursor->scan.unread;
+	cursor->open = true;
+	ahead.on = false;
+}
+
 /*
  * Begins a batch of the main cursor: a new one, or the rest of the one that the
- * ledger was in the midst of.  reader_find() finds its rows.
+ * ledger was in the midst of.  reader_find() finds its rows.  Not while something is
+ * being found ahead.
  */
 void
 reader_begin_batch(Cursor *cursor, ScanWanted wanted)
@@ -491,6 +543,11 @@ reader_begin_batch(Cursor *cursor, ScanWanted wanted)
 	bool		resumed = (cursor->batch != NULL);
 	Batch	   *batch;
 
+	if (!resumed && ahead.on)
+	{
+		begin_found(cursor, wanted);
+		return;
+	}
 	scan_begin();
 	PushActiveSnapshot(GetTransactionSnapshot());
 	if (!resumed)
@@ -509,12 +566,74 @@ reader_begin_batch(Cursor *cursor, ScanWanted wanted)
 bool
 reader_find(Cursor *cursor, int blocks)
 {
+	bool		again = cursor->scan.again || !cursor->scan.passing;
 	bool		found;
 
 	scan_open();
 	found = scan_step(&cursor->scan, blocks);
 	scan_close();
+	if (found && !again)
+		found_number++;
 	return found;
+}
+
+/* Is the main cursor's next batch one that was found before it? */
+bool
+reader_is_ahead(void)
+{
+	return ahead.on;
+}
+
+/* Is something being found ahead of the main cursor? */
+bool
+reader_finds_ahead(void)
+{
+	return ahead.open;
+}
+
+/* Goes on behind what was found ahead, or, of nothing, behind the main cursor's batch. */
+static void
+begin_ahead(const Cursor *main, ScanWanted found)
+{
+	bool		anywhere[OUTBOX_SEGMENTS];
+
+	scan_begin();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	if (!ahead.on)
+	{
+		scan_unread(&ahead.unread);
+		snapshot_replace(&ahead.base, main->batch ? main->batch->target : main->base);
+	}
+	snapshot_replace(&ahead.target, DirectFunctionCall1(pg_current_snapshot, (Datum) 0));
+	find_scattered(ahead.base, anywhere);
+	scan_batch(&ahead.scan, ahead.base, ahead.target, 0, anywhere, found, false);
+	PopActiveSnapshot();
+	scan_close();
+	ahead.on = ahead.open = true;
+}
+
+/*
+ * Finds what was committed behind the main cursor's batch, whose rows must be found, and
+ * calls found() for each row, which takes none.  Looks at no more than so many blocks;
+ * returns whether it has come to an end.  Inside a transaction.
+ */
+bool
+reader_find_ahead(const Cursor *main, int blocks, ScanWanted found)
+{
+	bool		ended;
+
+	if (!ahead.open)
+		begin_ahead(main, found);
+	scan_open();
+	ended = scan_step(&ahead.scan, blocks);
+	scan_close();
+	if (!ended)
+		return false;
+	scan_end(&ahead.scan);
+	snapshot_replace(&ahead.base, ahead.target);
+	ahead.open = false;
+	found_number++;
+	return true;
 }
 
 /*
@@ -581,7 +700,7 @@ open_topic_batch(Cursor *cursor, const Cursor *main)
 		if (main->batch != NULL)
 			batch->end_unread = main->batch->unread;
 		else
-			scan_unread(&batch->end_unread);
+			main_unread(&batch->end_unread);
 		cursor->last_id = 0;
 		cursor->left_known = false;
 	}
@@ -649,27 +768,69 @@ reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int lim
 	return run;
 }
 
+/* Puts a topic's cursor where another one of it is, to look at the same messages. */
+void
+cursor_copy(Cursor *cursor, const Cursor *from)
+{
+	cursor_free(cursor);
+	cursor_purge(cursor, from->purged);
+	cursor->topic_id = from->topic_id;
+	cursor->base = snapshot_keep(from->base);
+	cursor->number = 0;
+	cursor->unread = from->unread;
+	cursor->last_id = from->last_id;
+	if (from->batch == NULL)
+		return;
+	cursor->batch = batch_create(from->batch->base, from->batch->target, 0, &from->batch->unread);
+	cursor->batch->end_unread = from->batch->end_unread;
+}
+
+/* Is the main cursor in the midst of finding rows, or is that still to come? */
+bool
+reader_is_finding(const Cursor *main)
+{
+	return ahead.open ||
+		(main->batch != NULL && (!main->open || (main->scan.passing && !main->scan.again)));
+}
+
+/* Begins a batch up to all that was found, by the main cursor or ahead of it. */
+static void
+begin_count(Cursor *cursor, const Cursor *main)
+{
+	Datum		target = ahead.on ? ahead.base : main->batch ? main->batch->target : main->base;
+
+	cursor->batch = batch_create(cursor->base, target, found_number, &cursor->unread);
+	scan_unread(&cursor->batch->end_unread);
+	cursor->last_id = 0;
+	cursor->left_known = false;
+}
+
 /*
- * Counts the messages of a topic up to the main cursor's base, or, of very many, some
- * of them.  Looks at no more than so many blocks; returns whether it has come to an
- * end.
+ * Calls found() for each message of a topic up to all that was found, by the main cursor
+ * or ahead of it; it takes none.  Looks at no more than so many blocks; returns whether
+ * it has come to an end.  Not while reader_is_finding().  If a segment is stored in another file meanwhile, cursor->base
+ * is 0: what was counted is void.
  */
 bool
-reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, int64 *count)
+reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, ScanWanted found)
 {
-	bool		found;
-
+	if (cursor->batch == NULL && cursor->number == found_number)
+		return true;
+	if (cursor->batch == NULL)
+		begin_count(cursor, main);
 	scan_open();
 	if (cursor->open && scan_moved(&cursor->scan))
-		cursor_close(cursor);
-	if (!cursor->open)
-		open_topic_batch(cursor, main);
-	found = scan_step(&cursor->scan, blocks);
+		cursor_free(cursor);
+	else
+	{
+		if (!cursor->open)
+			open_topic_batch(cursor, main);
+		cursor->scan.wanted = found;
+		if (scan_step(&cursor->scan, blocks))
+			end_batch(cursor);
+	}
 	scan_close();
-	*count = cursor->scan.count;
-	if (found)
-		cursor_close(cursor);
-	return found;
+	return cursor->batch == NULL && cursor->number == found_number;
 }
 
 /* ---- results ---- */

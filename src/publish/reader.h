@@ -29,15 +29,20 @@ extern void cursor_leave(Cursor *cursor, const Cursor *main);
 extern void cursor_go_back(Cursor *cursor, Batch *batch, int64 last_id);
 extern void cursor_purge(Cursor *cursor, Datum snapshot);
 extern void cursor_close(Cursor *cursor);
+extern void cursor_copy(Cursor *cursor, const Cursor *from);
 extern void cursor_free(Cursor *cursor);
 
 extern void reader_begin_batch(Cursor *cursor, ScanWanted wanted);
+extern bool reader_is_ahead(void);
+extern bool reader_finds_ahead(void);
+extern bool reader_is_finding(const Cursor *main);
+extern bool reader_find_ahead(const Cursor *main, int blocks, ScanWanted found);
 extern bool reader_find(Cursor *cursor, int blocks);
 extern void reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 topic_id));
 
 extern Run *reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int limit, int blocks,
 							  ReaderSkips skips);
-extern bool reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, int64 *count);
+extern bool reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, ScanWanted found);
 extern Run *reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, int limit, bool *last);
 
 extern Run *run_create(struct Flow *flow, Batch *batch);

@@ -437,6 +437,14 @@ look_at_xid(Pass *pass, uint64 xid)
 	pass->in_target = pass->in_base || sees(pass->scan->target, xid);
 }
 
+static TimestampTz
+created_at(HeapTuple row, TupleDesc desc)
+{
+	bool		isnull;
+
+	return DatumGetTimestampTz(heap_getattr(row, OUTBOX_CREATED_AT, desc, &isnull));
+}
+
 /* With the buffer locked: decides what a row is to the batch. */
 static void
 read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
@@ -469,7 +477,7 @@ read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 	entry.topic_id = DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull));
 	entry.segment = segment;
 	entry.offset = ItemPointerGetOffsetNumber(&row->t_self);
-	if (scan->wanted == NULL || scan->wanted(entry.topic_id))
+	if (scan->wanted == NULL || scan->wanted(entry.topic_id, created_at(row, desc), scan->again))
 		add_entry(scan, &entry);
 }
 
@@ -660,6 +668,7 @@ scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool
 	scan->target = target;
 	scan->topic_id = 0;
 	scan->wanted = wanted;
+	scan->again = false;
 	scan->first = !resumed;
 	memset(scan->has_rows, false, sizeof(scan->has_rows));
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
@@ -677,20 +686,13 @@ scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool
 	begin_pass(scan, after_id);
 }
 
-/*
- * Begins to look for the rows of a single topic, as scan_batch() does for the main
- * cursor.  unread is with respect to base, or to an older one.  With the segments
- * open.
- */
-void
-scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topic_id,
-		   const Unread *unread, const bool *anywhere, Datum purged)
+/* Begins to read all behind unread, which is with respect to base, or to an older one. */
+static void
+begin_at(BatchScan *scan, Datum base, Datum target, int64 after_id, const Unread *unread,
+		 const bool *anywhere)
 {
 	scan->base = base;
-	scan->purged = purged;
 	scan->target = target;
-	scan->topic_id = topic_id;
-	scan->wanted = NULL;
 	scan->first = false;
 	memset(scan->has_rows, false, sizeof(scan->has_rows));
 	scan->ranges = MemoryContextAlloc(TopMemoryContext, OUTBOX_SEGMENTS * sizeof(Range));
@@ -705,6 +707,36 @@ scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topi
 		add_range(scan, i, scan->unread.blocks[i], InvalidBlockNumber);
 	}
 	begin_pass(scan, after_id);
+}
+
+/*
+ * Begins to look for the rows of a single topic, as scan_batch() does for the main
+ * cursor.  unread is with respect to base, or to an older one.  With the segments
+ * open.
+ */
+void
+scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topic_id,
+		   const Unread *unread, const bool *anywhere, Datum purged)
+{
+	scan->purged = purged;
+	scan->topic_id = topic_id;
+	scan->wanted = NULL;
+	begin_at(scan, base, target, after_id, unread, anywhere);
+}
+
+/*
+ * Begins to look for the rows of a batch of the main cursor that scan_batch() has found
+ * before, in one batch or in several.  unread is with respect to base.  With the
+ * segments open.
+ */
+void
+scan_found(BatchScan *scan, Datum base, Datum target, int64 after_id, ScanWanted wanted,
+		   const Unread *unread, const bool *anywhere)
+{
+	scan->topic_id = 0;
+	scan->wanted = wanted;
+	scan->again = true;
+	begin_at(scan, base, target, after_id, unread, anywhere);
 }
 
 static void
@@ -766,7 +798,10 @@ scan_next(BatchScan *scan)
 	if (scan->next < scan->count)
 		return &scan->entries[scan->next];
 	if (scan->more)
+	{
+		scan->again = true;
 		begin_pass(scan, scan->entries[scan->count - 1].id);
+	}
 	return NULL;
 }
 

@@ -12,6 +12,7 @@
 
 #include "access/htup.h"
 #include "access/tupdesc.h"
+#include "datatype/timestamp.h"
 #include "storage/block.h"
 #include "storage/off.h"
 
@@ -58,8 +59,11 @@ typedef struct Range
 	BlockNumber behind;			/* the first one that is not read */
 } Range;
 
-/* Is a row of this topic to be among the entries?  Called for each row of a batch. */
-typedef bool (*ScanWanted) (int32 topic_id);
+/*
+ * Is a row of this topic to be among the entries?  Called for each row of a batch, in
+ * each pass; again: it was called for the row before, or somebody was.
+ */
+typedef bool (*ScanWanted) (int32 topic_id, TimestampTz created_at, bool again);
 
 /* A batch: the rows that base does not show and target does. */
 typedef struct BatchScan
@@ -84,6 +88,7 @@ typedef struct BatchScan
 
 	/* the pass over the ranges that is under way */
 	bool		passing;
+	bool		again;			/* these rows were found before */
 	bool		first;			/* it is the main batch's first one */
 	int			range;
 	BlockNumber block;			/* in that range, the next one */
@@ -103,6 +108,8 @@ extern void scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id
 					   ScanWanted wanted, bool resumed);
 extern void scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topic_id,
 					   const Unread *unread, const bool *anywhere, Datum purged);
+extern void scan_found(BatchScan *scan, Datum base, Datum target, int64 after_id, ScanWanted wanted,
+					   const Unread *unread, const bool *anywhere);
 extern bool scan_step(BatchScan *scan, int blocks);
 extern bool scan_moved(const BatchScan *scan);
 extern void scan_check(const BatchScan *scan);

@@ -133,7 +133,6 @@ typedef struct Flow
 	dlist_node	node;			/* in the list of those not ATTACHED */
 	Cursor		cursor;
 	MonoTime	turn_since;		/* its cursor is open since then */
-	int64		backlog;		/* messages not sent, about; -1: not known */
 	bool		held;			/* fanout.held may have messages of it */
 	int64		held_after;		/* they were read up to here */
 	bool		moving;			/* what it has not sent goes to fanout.held */
@@ -145,6 +144,11 @@ typedef struct Flow
 	bool		unrecorded;		/* where it is, or how far it came */
 	MonoTime	record_at;		/* no sooner: held rows were locked */
 	uint64		join_number;	/* of the main cursor when it joined */
+
+	/* what waits of it in the outbox */
+	int64		backlog;		/* messages; -1: not counted yet */
+	TimestampTz oldest;			/* the oldest one's created_at; 0: none */
+	struct BacklogEntry *entry; /* where sessions see it; NULL: nowhere */
 
 	/* refusals */
 	bool		stalled;

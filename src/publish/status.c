@@ -23,6 +23,7 @@
 
 #include "capture/cache.h"
 #include "capture/outbox.h"
+#include "server/backlog.h"
 #include "server/compat.h"
 #include "server/guard.h"
 #include "server/shmem.h"
@@ -36,6 +37,7 @@ PG_FUNCTION_INFO_V1(pgf_flush);
 PG_FUNCTION_INFO_V1(pgf_verify);
 PG_FUNCTION_INFO_V1(pgf_publisher_status);
 PG_FUNCTION_INFO_V1(pgf_subscription_status);
+PG_FUNCTION_INFO_V1(pgf_backlog);
 
 #define STATUS_COLUMNS 14
 #define SUBSCRIPTION_COLUMNS 19
@@ -244,6 +246,33 @@ pgf_publisher_status(PG_FUNCTION_ARGS)
 	if (slot != NULL)
 		fill_status(slot, values, nulls);
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+/*
+ * Returns what waits for each topic, as the publisher knows it, and a row for topic 0
+ * that says that these figures are true.  No rows: they have to be counted, because
+ * there is no publisher, it has not found everything yet, or has too many topics.
+ */
+Datum
+pgf_backlog(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	DatabaseSlot *slot = shmem_my_slot();
+	BacklogFigures figures = {0};
+	int			i = 0;
+
+	pgf_init_materialized(fcinfo);
+	if (slot == NULL || pg_atomic_read_u32(&slot->backlog_known) == 0)
+		return (Datum) 0;
+	do
+	{
+		Datum		values[3] = {Int32GetDatum(figures.topic_id), Int64GetDatum(figures.pending)};
+		bool		nulls[3] = {0};
+
+		set_time(&values[2], &nulls[2], figures.oldest);
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	} while (backlog_next(&i, &figures));
+	return (Datum) 0;
 }
 
 /* False: it is not, or not any more, of this database. */

@@ -59,6 +59,7 @@
 #include "storage/ipc.h"
 #include "storage/shmem.h"
 
+#include "server/backlog.h"
 #include "server/compat.h"
 #include "server/guc.h"
 #include "server/shmem.h"
@@ -126,6 +127,7 @@ request_shmem(void)
 		next_shmem_request();
 #endif
 	RequestAddinShmemSpace(add_size(shmem_size(), announcements_size()));
+	RequestAddinShmemSpace(backlog_shmem_size());
 	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
 }
 
@@ -144,6 +146,7 @@ startup_shmem(void)
 	shmem_announcements = ShmemInitStruct("pg_fanout insertions", announcements_size(), &found);
 	for (int i = 0; i < pgf_max_backends() && !found; i++)
 		pg_atomic_init_u64(&shmem_announcements[i].place, 0);
+	backlog_shmem_init();
 	LWLockRelease(AddinShmemInitLock);
 }
 
@@ -208,6 +211,7 @@ init_slot(DatabaseSlot *slot)
 	pg_atomic_init_u64(&slot->flush_done, 0);
 	pg_atomic_init_u64(&slot->verify_requested, 0);
 	pg_atomic_init_u64(&slot->verify_done, 0);
+	pg_atomic_init_u32(&slot->backlog_known, 0);
 	pg_atomic_init_u32(&slot->in_flight, 0);
 	pg_atomic_init_u64(&slot->published, 0);
 	pg_atomic_init_u64(&slot->confirmed, 0);

@@ -123,6 +123,7 @@ typedef struct DatabaseSlot
 	pg_atomic_uint64 flush_done;	/* highest ticket served */
 	pg_atomic_uint64 verify_requested;	/* tickets drawn by check() */
 	pg_atomic_uint64 verify_done;
+	pg_atomic_uint32 backlog_known; /* the figures of backlog.c are true */
 	ConditionVariable progress; /* signalled when flush_done or verify_done
 								 * moves */
 

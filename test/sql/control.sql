@@ -23,9 +23,20 @@ $$;
 create view state as
 select case when id < 0 then id end as id, topic, key, state, sent_at from fanout.outbox_status s where topic like 'control%' order by s.id;
 
+-- the publisher counts what waits, soon
+create procedure wait_for_waiting(topic text, messages bigint) language plpgsql as $$
+begin
+    for i in 1 .. 200 loop
+        exit when (select s.pending + s.held from fanout.stat_topics s where s.topic = wait_for_waiting.topic) = messages;
+        perform pg_sleep(0.05);
+    end loop;
+end
+$$;
+
 -- pending: written, committed, not acknowledged
 select fanout.publish('control', '1', 'pending') is not null as published;
 select topic, key, state, sent_at from state;
+call wait_for_waiting('control', 1);
 select topic, pending, held, sent, rate, dead, stalled_since, reason, attempts, retry_at, oldest_pending_age between '0' and '1 hour' as young
 from fanout.stat_topics where topic like 'control%' order by topic;
 begin;
@@ -55,6 +66,7 @@ select fanout.pause('control');
 select topic, paused from fanout.topics where topic like 'control%' order by topic;
 select topic, paused from fanout.stat_topics where topic like 'control%' order by topic;
 select fanout.publish('control', '1', 'paused') is not null as published;
+call wait_for_waiting('control', 2);
 select item, ok, detail, hint from fanout.check_flow() where item like '%"control"%';
 select fanout.resume('control');
 select fanout.resume('control');

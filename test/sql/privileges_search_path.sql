@@ -92,6 +92,12 @@ select fanout.purge('search_path', held => true);
 select fanout.flush('1 ms');
 select pg_catalog.count(*) from fanout.topics where topic operator(pg_catalog.=) 'search_path';
 select pg_catalog.count(*) from fanout.bindings where topic operator(pg_catalog.=) 'search_path';
+do $$ begin
+    for i in 1 .. 200 loop
+        exit when (select pending operator(pg_catalog.=) 4 from fanout.stat_topics where topic operator(pg_catalog.=) 'search_path');
+        perform pg_catalog.pg_sleep(0.05);
+    end loop;
+end $$;
 select pending, held, dead from fanout.stat_topics where topic operator(pg_catalog.=) 'search_path';
 select pg_catalog.count(*) from fanout.outbox_status where topic operator(pg_catalog.=) 'search_path';
 select pg_catalog.count(*) from fanout.pending p where p.key operator(pg_catalog.=) 'k';

@@ -60,7 +60,8 @@ $node->reload;
 $node->command_ok(
 	[ 'pgbench', '-n', '-f', $script, '-c', 4, '-j', 2, '-t', $messages / 4, '-M', 'prepared', 'postgres' ],
 	"$messages transactions while the broker is away");
-is(sql(q(select pending from fanout.stat_topics where topic = 't')), $messages, 'they are pending');
+ok( $node->poll_query_until('postgres', "select pending = $messages from fanout.stat_topics where topic = 't'"),
+	'they are pending');
 
 sql('alter system reset synchronous_commit');
 $node->reload;
