@@ -4377,23 +4377,31 @@ from fanout.main_position m cross join fanout.first_place f, lateral (
 comment on view fanout.pending is 'internal: messages that the publisher has not passed yet';
 revoke all on fanout.pending from public;
 
-create function fanout.backlog(out topic_id integer, out pending bigint, out oldest timestamptz)
+create function fanout.publisher_backlog(out topic_id integer, out pending bigint, out oldest timestamptz)
 returns setof record
 language c stable strict
 as 'MODULE_PATHNAME', 'pgf_backlog';
+comment on function fanout.publisher_backlog() is
+'internal: what waits for each topic, as the publisher knows it, and a row for topic 0; no rows: it does not know';
+revoke all on function fanout.publisher_backlog() from public;
+
+-- A function, so that nobody who looks has to plan, or compile, what counts the rows.
+create function fanout.backlog() returns table (topic_id integer, waiting bigint, oldest timestamptz)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    return query select b.topic_id, b.pending, b.oldest from fanout.publisher_backlog() b;
+    if not found then
+        return query select p.topic_id, count(*), min(p.created_at) from fanout.pending p group by p.topic_id;
+    end if;
+end
+$$;
 comment on function fanout.backlog() is
-'internal: what waits for each topic, as the publisher knows it, and a row for topic 0; no rows: it has to be counted';
+'internal: what waits for each topic in the outbox; counts it if the publisher does not know. Part of fanout.stat_topics';
 revoke all on function fanout.backlog() from public;
 
 create view fanout.stat_topics as
-with known as materialized (
-    select b.topic_id, b.pending, b.oldest from fanout.backlog() b
-), waiting as (
-    select k.topic_id, k.pending as waiting, k.oldest from known k
-    union all
-    select p.topic_id, count(*), min(p.created_at) from fanout.pending p
-    where not exists (select from known) group by p.topic_id
-)
 select t.topic, t.paused,
        case when b.blocked then 0 else coalesce(w.waiting, 0) end as pending,
        case when b.blocked then coalesce(w.waiting, 0) else 0 end + coalesce(h.held, 0) as held,
@@ -4405,7 +4413,7 @@ select t.topic, t.paused,
        st.last_error as reason,
        st.attempts, st.retry_at
 from fanout.topic t
-     left join waiting w using (topic_id)
+     left join fanout.backlog() w using (topic_id)
      left join (select topic_id, count(*) as held, min(created_at) as oldest
                 from fanout.held group by topic_id) h using (topic_id)
      left join (select topic, count(*) as dead from fanout.dead_letter
@@ -4417,7 +4425,7 @@ comment on view fanout.stat_topics is 'per topic: what waits, what was sent, and
 comment on column fanout.stat_topics.topic is 'the topic';
 comment on column fanout.stat_topics.paused is 'by fanout.pause()';
 comment on column fanout.stat_topics.pending is
-'messages committed and not acknowledged yet, as far as the publisher has found them: it looks for new ones after each batch, or every tenth of a second while it cannot publish. Counted for you, which takes longer, while no publisher has counted them';
+'messages committed and not acknowledged yet, as far as the publisher has found them: it looks for new ones after each batch, or every tenth of a second while it cannot publish. While it does not know, the view counts, which takes longer';
 comment on column fanout.stat_topics.held is 'messages that wait because the topic is paused or stalled';
 comment on column fanout.stat_topics.oldest_pending_age is 'age of the oldest message pending or held, about; NULL: none';
 comment on column fanout.stat_topics.sent is 'messages acknowledged since the topic was declared; written every few seconds';

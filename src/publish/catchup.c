@@ -29,6 +29,7 @@
 #include "publish/flow.h"
 #include "publish/progress.h"
 #include "publish/reader.h"
+#include "publish/recount.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
 #include "server/guc.h"
@@ -47,22 +48,13 @@
 /* A topic whose oldest message has been in flight for longer does not join. */
 #define JOIN_FLIGHT_MS 200
 
-/* The topic whose messages are being counted. */
-static struct
-{
-	int32		topic_id;		/* 0: none */
-	Cursor		cursor;
-	int64		count;
-	TimestampTz oldest;
-}			counting;
-
 /* ---- reading by itself ---- */
 
 /* Is there anything before the main cursor that it has not read? */
 static bool
 is_behind(const Flow *flow)
 {
-	return flow->held || flow->cursor.batch != NULL || flow->cursor.number < flow_main->number;
+	return flow->held || flow_reads_behind(flow);
 }
 
 /* For the reader: accepted before, or purged. */
@@ -78,12 +70,7 @@ skips(Flow *flow, const Message *message)
 		accepted->passed = flow->readings;
 		return true;
 	}
-	for (int i = 0; i < flow->npurged; i++)
-	{
-		if (strcmp(flow->purged[i], message->message_id) == 0)
-			return true;
-	}
-	return false;
+	return flow_has_purged_id(flow, message->message_id);
 }
 
 static Run *
@@ -206,7 +193,7 @@ move_run(Flow *flow)
 	flow->readings++;
 	worker_begin();
 	run = reader_read_topic(&flow->cursor, flow_main, flow, RUN_MESSAGES, READ_BLOCKS, skips);
-	flow->moving = (flow->cursor.batch != NULL || flow->cursor.number < flow_main->number);
+	flow->moving = flow_reads_behind(flow);
 	if (run != NULL)
 	{
 		reader_hold(run->messages, run->count);
@@ -214,95 +201,11 @@ move_run(Flow *flow)
 		flow->held = true;
 		run_free(run);
 	}
+	if (!flow->moving)
+		flow->waits = false;
 	if (run != NULL || !flow->moving)
 		flow_record_position(flow, false, 0);
 	worker_commit();
-}
-
-/* ---- counting ---- */
-
-/* For reader_count_topic() */
-static bool
-count_row(int32 topic_id, TimestampTz created_at, bool again)
-{
-	if (counting.count++ == 0 || created_at < counting.oldest)
-		counting.oldest = created_at;
-	return false;
-}
-
-static void
-stop_counting(void)
-{
-	cursor_purge(&counting.cursor, (Datum) 0);
-	cursor_free(&counting.cursor);
-	counting.topic_id = 0;
-}
-
-static void
-start_counting(const Flow *flow)
-{
-	counting.topic_id = topic_of(flow)->topic_id;
-	counting.count = 0;
-	counting.oldest = 0;
-	cursor_copy(&counting.cursor, &flow->cursor);
-}
-
-/* All that was found is counted. */
-static void
-use_count(Flow *flow)
-{
-	int64		accepted = flow->accepted ? hash_get_num_entries(flow->accepted) : 0;
-
-	if (counting.count > 0)
-		flow->oldest = counting.oldest;
-	flow_set_backlog(flow, counting.count - flow->npurged - accepted);
-	stop_counting();
-}
-
-/* Returns a topic whose messages have to be counted, and can be; NULL: none. */
-static Flow *
-find_uncounted(void)
-{
-	dlist_iter	it;
-
-	dlist_foreach(it, &flow_detached)
-	{
-		Flow	   *flow = flow_in(it.cur);
-
-		if (flow->state == FLOW_DETACHED && flow->backlog < 0)
-			return flow;
-	}
-	return NULL;
-}
-
-/*
- * Takes a step in counting the messages of topics of which it is not known how many
- * wait, one topic after the other, as long as it is DETACHED.  Returns whether there was
- * anything to count.
- */
-static bool
-count_backlogs(void)
-{
-	Topic	   *topic = counting.topic_id != 0 ? topic_find(counting.topic_id) : NULL;
-	Flow	   *flow = topic ? &topic->flow : NULL;
-
-	if (reader_is_finding(flow_main))
-		return false;			/* it comes to an end by itself */
-	if (flow == NULL || flow->state != FLOW_DETACHED || flow->backlog >= 0)
-	{
-		stop_counting();
-		flow = find_uncounted();
-		if (flow == NULL)
-			return false;
-		start_counting(flow);
-	}
-	worker_begin();
-	if (reader_count_topic(&counting.cursor, flow_main, READ_BLOCKS, count_row))
-		use_count(flow);
-	else if (counting.cursor.base == (Datum) 0)
-		stop_counting();
-	worker_commit();
-	return true;
 }
 
 /*
@@ -313,7 +216,7 @@ bool
 flow_read_all(bool connected)
 {
 	dlist_mutable_iter it;
-	bool		any = count_backlogs();
+	bool		any = recount_step();
 
 	dlist_foreach_modify(it, &flow_detached)
 	{
@@ -464,7 +367,7 @@ join(Flow *flow)
 		return;
 	if (!reader_is_ahead())
 		flow_set_backlog(flow, flow->window.count);
-	else if (flow->backlog < 0)
+	else if (flow->uncounted)
 		return;
 	flow->join_number = flow_main->number;
 	flow->serial = false;
@@ -494,7 +397,10 @@ flow_join_all(bool connected)
 	}
 }
 
-/* Is there anything of a topic without the main cursor that is not sent? */
+/*
+ * Is there anything of a topic without the main cursor that is not sent?  As long as
+ * that is not known, there may be.
+ */
 bool
 flow_anything_waits(void)
 {
@@ -504,7 +410,7 @@ flow_anything_waits(void)
 	{
 		const Flow *flow = flow_in(it.cur);
 
-		if (flow->backlog != 0 || flow->held || flow->window.count > 0 || flow->unrecorded ||
+		if (flow->uncounted || flow->waits || flow->held || flow->window.count > 0 || flow->unrecorded ||
 			flow->state != FLOW_DETACHED || topology_error(topic_of(flow)) != NULL)
 			return true;
 	}

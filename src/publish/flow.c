@@ -51,9 +51,9 @@
  * Messages in fanout.held are read first.  Only redrive() and rotation write them.
  *
  * What waits in the outbox is counted for each topic, in all states: a message from when
- * its row is found, by the main cursor or ahead of it, until it is done.  Where that is
- * not enough, it is counted anew (catchup.c): at start, of topics that had left the main
- * cursor, and after fanout.purge().
+ * its row is found, by the main cursor or ahead of it, until it is done; where that is
+ * not enough, recount.c counts it anew.  The figure is for sessions to see, and decides
+ * nothing: what flush() has to wait for the state machine knows without it ("waits").
  *
  * Must never: wait for the broker; let a topic's refusal reach another.
  *
@@ -100,7 +100,7 @@ const FlowSender *flow_sender;
 bool		flow_unknown_topic = false;
 
 static WindowKeys keys;
-static Topic *last_wanted = NULL;	/* the last one whose row was found */
+static Topic *last_found = NULL;	/* the last one whose row was found */
 static int	nwithout = 0;		/* topics without an entry for their backlog */
 
 /* ---- setting up ---- */
@@ -170,7 +170,14 @@ flow_free(Topic *topic)
 		pfree(flow->window.slots);
 	if (flow->accepted != NULL)
 		hash_destroy(flow->accepted);
-	last_wanted = NULL;
+	last_found = NULL;
+}
+
+/* Has the main cursor read further in the outbox than the topic's own, or may it have? */
+bool
+flow_reads_behind(const Flow *flow)
+{
+	return flow->cursor.batch != NULL || flow->cursor.number < flow_main->number;
 }
 
 bool
@@ -192,9 +199,9 @@ flow_set_state(Flow *flow, FlowState state)
 
 /* ---- what waits ---- */
 
-/* Shows sessions what waits, unless that is not counted yet. */
+/* Finds about when the oldest message that is not done was written. */
 static void
-show_backlog(Flow *flow)
+find_oldest(Flow *flow)
 {
 	dlist_iter	it;
 
@@ -205,62 +212,115 @@ show_backlog(Flow *flow)
 		if (run->batch == NULL || run->done == run->count)
 			continue;
 		flow->oldest = run->messages[run->done]->created_at;
-		break;
+		return;
 	}
 	if (flow->backlog == 0)
 		flow->oldest = 0;
-	if (flow->backlog >= 0)
-		backlog_set(flow->entry, flow->backlog, flow->oldest);
 }
 
-/* More messages wait, or (count < 0) fewer.  What is not counted yet stays so. */
+/* Shows sessions what waits. */
+static void
+show_backlog(Flow *flow)
+{
+	Assert(flow->uncounted || flow->backlog >= 0);
+	if (!flow->uncounted)
+		backlog_set(flow->entry, Max(flow->backlog, 0), flow->oldest);
+}
+
+/* More messages wait, or (count < 0) fewer. */
 void
 flow_add_backlog(Flow *flow, int64 count)
 {
-	if (flow->backlog >= 0)
-		flow->backlog = Max(flow->backlog + count, 0);
+	flow->backlog += count;
+	find_oldest(flow);
 	show_backlog(flow);
 }
 
-/* It was found out how many messages wait. */
+/* Another message waits: its row was found. */
+void
+flow_count_row(Flow *flow, const ScanRow *row)
+{
+	if (flow->oldest == 0)
+		flow->oldest = scan_created_at(row);
+	flow->backlog++;
+	show_backlog(flow);
+}
+
+/* It is known how many messages wait. */
 void
 flow_set_backlog(Flow *flow, int64 count)
 {
-	flow->backlog = Max(count, 0);
+	flow->uncounted = false;
+	flow->recount = NULL;
+	flow->backlog = count;
+	find_oldest(flow);
 	show_backlog(flow);
 }
 
-static void
-count_row(Flow *flow, TimestampTz created_at)
+/* It is not known any more how many messages wait. */
+void
+flow_uncount(Flow *flow)
 {
-	if (flow->oldest == 0 || created_at < flow->oldest)
-		flow->oldest = created_at;
-	if (flow->backlog >= 0)
-		flow->backlog++;
-	if (flow->backlog > 0)
-		backlog_set(flow->entry, flow->backlog, flow->oldest);
+	flow->uncounted = true;
+	flow->recount = NULL;
+	flow->oldest = 0;
 }
 
-static Topic *
-topic_of_row(int32 topic_id)
-{
-	if (last_wanted == NULL || last_wanted->topic_id != topic_id)
-		last_wanted = topic_find_or_add(topic_id);
-	if (!last_wanted->known)
-		flow_unknown_topic = true;
-	return last_wanted;
-}
-
-/* For reader_find_ahead(): counts a row. */
+/* Was the message given up with fanout.purge(), one by one? */
 bool
-flow_found(int32 topic_id, TimestampTz created_at, bool again)
+flow_has_purged_id(const Flow *flow, const char *message_id)
 {
-	if (!again)
-		count_row(&topic_of_row(topic_id)->flow, created_at);
+	for (int i = 0; i < flow->npurged; i++)
+	{
+		if (strcmp(flow->purged[i], message_id) == 0)
+			return true;
+	}
 	return false;
 }
 
-/* Is there no topic whose messages have to be counted? */
+/* Was the row given up with fanout.purge()?  Of a topic without the main cursor. */
+bool
+flow_has_purged(const Flow *flow, const ScanRow *row)
+{
+	char		message_id[37];
+
+	if (flow->cursor.purged != (Datum) 0 && scan_sees(flow->cursor.purged, row->xid))
+		return true;
+	if (flow->npurged == 0)
+		return false;
+	scan_message_id(row, message_id);
+	return flow_has_purged_id(flow, message_id);
+}
+
+/* Takes note of a row that the main cursor has found, or that was found ahead of it. */
+static Flow *
+note_row(const ScanRow *row)
+{
+	Flow	   *flow;
+
+	if (last_found == NULL || last_found->topic_id != row->topic_id)
+		last_found = topic_find_or_add(row->topic_id);
+	if (!last_found->known)
+		flow_unknown_topic = true;
+	flow = &last_found->flow;
+	if (!flow_rides(flow) && flow_has_purged(flow, row))
+		return flow;
+	if (flow->state == FLOW_DETACHED)
+		flow->waits = true;
+	if (!row->again && (flow->recount == NULL || !scan_sees(flow->recount->upto, row->xid)))
+		flow_count_row(flow, row);
+	return flow;
+}
+
+/* For reader_find_ahead(): the row is only counted. */
+bool
+flow_found(const ScanRow *row)
+{
+	(void) note_row(row);
+	return false;
+}
+
+/* Is it known of all topics what waits? */
 bool
 flow_backlogs_counted(void)
 {
@@ -268,7 +328,7 @@ flow_backlogs_counted(void)
 
 	dlist_foreach(it, &flow_detached)
 	{
-		if (flow_in(it.cur)->backlog < 0)
+		if (flow_in(it.cur)->uncounted)
 			return false;
 	}
 	return true;
@@ -374,16 +434,14 @@ flow_end_runs(Chunk *chunk)
 }
 
 /*
- * For reader_begin_batch(): counts a row; does its topic ride with the main cursor?  One
- * that is not known yet will.
+ * For reader_begin_batch(): counts the row; does its topic ride with the main cursor?
+ * One that is not known yet will.
  */
 bool
-flow_wanted(int32 topic_id, TimestampTz created_at, bool again)
+flow_wanted(const ScanRow *row)
 {
-	Flow	   *flow = &topic_of_row(topic_id)->flow;
+	Flow	   *flow = note_row(row);
 
-	if (!again)
-		count_row(flow, created_at);
 	if (!flow_rides(flow))
 		return false;
 	if (flow->batch_number != flow_main->batch->number)
@@ -516,7 +574,7 @@ message_done(Flow *flow, Message *message)
 	chunks_message_done(run, message);
 	if (run->chunk == NULL)
 		flow->bytes -= message->bytes;
-	if (run->batch != NULL && flow->backlog > 0)
+	if (run->batch != NULL)
 		flow->backlog--;
 	if (run->chunk == NULL)
 		flow->unrecorded = true;
@@ -535,7 +593,7 @@ flow_settle(Flow *flow)
 		any = true;
 	}
 	if (any)
-		show_backlog(flow);
+		flow_add_backlog(flow, 0);
 	take_refusals(flow);
 	if (flow->state == FLOW_PROBING && any && flow->window.count == 0)
 		probe_settled(flow);
@@ -661,13 +719,21 @@ flow_declared(Topic *topic)
 }
 
 /*
- * Looks which topics have messages in fanout.held.  Inside a transaction.
+ * Looks which topics have messages in fanout.held; somebody may have purged them.  Inside
+ * a transaction.
  */
 void
 flow_find_held(void)
 {
 	int32	   *ids;
 	int			n = reader_topics_held(&ids);
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		if (flow_in(it.cur)->state == FLOW_DETACHED)
+			flow_in(it.cur)->held = false;
+	}
 
 	for (int i = 0; i < n; i++)
 	{
@@ -735,7 +801,7 @@ flow_load_detached(void)
 		Flow	   *flow = &topic_find_or_add(entries[i].topic_id)->flow;
 
 		cursor_set(&flow->cursor, entries[i].base, entries[i].target, entries[i].last_id, &entries[i].unread);
-		flow->backlog = -1;
+		flow_uncount(flow);
 		flow_set_state(flow, FLOW_DETACHED);
 	}
 }
@@ -747,6 +813,7 @@ forget_purges(Flow *flow)
 	for (int i = 0; i < flow->npurged; i++)
 		pfree(flow->purged[i]);
 	flow->npurged = 0;
+	flow->npurges = 0;
 }
 
 static void
@@ -756,7 +823,6 @@ add_purge(Flow *flow, int row)
 	Datum		message_id = query_value(row, 3, &isnull);
 	int			n = flow->npurged;
 
-	flow->backlog = -1;
 	if (isnull)
 	{
 		cursor_purge(&flow->cursor, query_value(row, 2, &isnull));
@@ -769,6 +835,19 @@ add_purge(Flow *flow, int row)
 	flow->npurged++;
 }
 
+/* Takes the purges of a topic, of which more are added until it joins the main cursor. */
+static void
+take_purges(Flow *flow, int first, int count)
+{
+	if (count == flow->npurges)
+		return;
+	forget_purges(flow);
+	for (int i = 0; i < count; i++)
+		add_purge(flow, first + i);
+	flow->npurges = count;
+	flow_uncount(flow);
+}
+
 static void
 delete_purges(int32 topic_id)
 {
@@ -777,6 +856,14 @@ delete_purges(int32 topic_id)
 	Datum		values[1] = {Int32GetDatum(topic_id)};
 
 	query_execute(&query, 1, types, values, NULL);
+}
+
+static int32
+purge_topic(int row)
+{
+	bool		isnull;
+
+	return DatumGetInt32(query_value(row, 1, &isnull));
 }
 
 /*
@@ -791,25 +878,25 @@ flow_load_purges(void)
 	};
 	int32	   *riding;
 	int			nriding = 0;
-	int32		last_id = 0;
+	int			rows;
+	int			count;
 
 	query_execute(&query, 0, NULL, NULL, NULL);
-	riding = palloc((SPI_processed + 1) * sizeof(int32));
-	for (int row = 0; row < SPI_processed; row++)
+	rows = SPI_processed;
+	riding = palloc((rows + 1) * sizeof(int32));
+	for (int row = 0; row < rows; row += count)
 	{
-		bool		isnull;
-		int32		topic_id = DatumGetInt32(query_value(row, 1, &isnull));
-		Flow	   *flow = &topic_find_or_add(topic_id)->flow;
+		Topic	   *topic = topic_find_or_add(purge_topic(row));
 
-		if (flow_rides(flow))
+		for (count = 1; row + count < rows && purge_topic(row + count) == topic->topic_id;)
+			count++;
+		if (!flow_rides(&topic->flow))
 		{
-			riding[nriding++] = topic_id;
+			take_purges(&topic->flow, row, count);
 			continue;
 		}
-		if (topic_id != last_id)
-			forget_purges(flow);
-		last_id = topic_id;
-		add_purge(flow, row);
+		riding[nriding++] = topic->topic_id;
+		forget_purges(&topic->flow);
 	}
 	for (int i = 0; i < nriding; i++)
 		delete_purges(riding[i]);
@@ -819,7 +906,7 @@ flow_load_purges(void)
 void
 flow_end_purges(Flow *flow)
 {
-	if (flow->npurged > 0 || flow->cursor.purged != (Datum) 0)
+	if (flow->npurges > 0)
 		delete_purges(topic_of(flow)->topic_id);
 	forget_purges(flow);
 }

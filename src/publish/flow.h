@@ -37,8 +37,8 @@ extern void flow_find_held(void);
 extern void flow_reconsider(Topic *topic);
 extern void flow_declared(Topic *topic);
 
-extern bool flow_wanted(int32 topic_id, TimestampTz created_at, bool again);
-extern bool flow_found(int32 topic_id, TimestampTz created_at, bool again);
+extern bool flow_wanted(const ScanRow *row);
+extern bool flow_found(const ScanRow *row);
 extern bool flow_backlogs_counted(void);
 extern bool flow_backlogs_shown(void);
 extern void flow_leave_large(void);
@@ -50,7 +50,7 @@ extern void flow_leave(Flow *flow, bool keep);
 extern void flow_refused(Flow *flow, int code, const char *reason);
 extern bool flow_may_send(const Flow *flow);
 
-/* For catchup.c and progress.c, which make transitions of their own. */
+/* For catchup.c, progress.c and recount.c. */
 extern dlist_head flow_detached;	/* all that are not ATTACHED */
 extern const Cursor *flow_main;
 extern const FlowSender *flow_sender;
@@ -58,11 +58,16 @@ extern const FlowSender *flow_sender;
 #define flow_in(list_node) dlist_container(Flow, node, list_node)
 
 extern void flow_set_state(Flow *flow, FlowState state);
+extern bool flow_reads_behind(const Flow *flow);
 extern bool flow_is_gone(const Topic *topic);
 extern bool flow_has_runs(const Flow *flow);
 extern void flow_recovered(Flow *flow);
 extern void flow_add_backlog(Flow *flow, int64 count);
+extern void flow_count_row(Flow *flow, const ScanRow *row);
 extern void flow_set_backlog(Flow *flow, int64 count);
+extern void flow_uncount(Flow *flow);
+extern bool flow_has_purged_id(const Flow *flow, const char *message_id);
+extern bool flow_has_purged(const Flow *flow, const ScanRow *row);
 extern void flow_choose_mode(Flow *flow);
 extern void flow_end_purges(Flow *flow);
 

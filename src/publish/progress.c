@@ -218,7 +218,11 @@ forget_accepted(Flow *flow)
 	flow->accepted = NULL;
 }
 
-/* Gives up what is in memory, and stands before the first message that is not done. */
+/*
+ * Gives up what is in memory, and stands before the first message that is not done.  If
+ * there is none, and the main cursor has read further, recount.c finds out whether
+ * anything waits.
+ */
 static void
 forget_runs(Flow *flow)
 {
@@ -244,6 +248,9 @@ forget_runs(Flow *flow)
 	if (first == NULL)
 		go_back_accepted(flow, NULL);
 	cursor_close(&flow->cursor);
+	flow->waits = (first != NULL);
+	if (flow->recount != NULL || (first == NULL && flow_reads_behind(flow)))
+		flow_uncount(flow);
 	flow->bytes = 0;
 	flow->held_after = 0;
 }

@@ -48,6 +48,7 @@
 #include "publish/progress.h"
 #include "publish/publisher.h"
 #include "publish/reader.h"
+#include "publish/recount.h"
 #include "publish/sender.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
@@ -112,7 +113,7 @@ typedef struct Publisher
 
 	/* what waits */
 	uint64		start_number;	/* of the base behind which it is all new */
-	bool		start_counted;	/* what was there at the start */
+	bool		start_found;	/* what was there at the start */
 
 	/* by the clock */
 	MonoTime	statistics_at;	/* 0: nothing to count */
@@ -542,6 +543,7 @@ find_main(void)
 		begin_batch();
 	(void) reader_find(&pub.cursor, READ_BLOCKS);
 	worker_commit();
+	pub.more = true;
 }
 
 /* Finds rows behind that. */
@@ -581,9 +583,9 @@ find_meanwhile(void)
 	return true;
 }
 
-/* Is all found that was there at the start? */
+/* Has the main cursor found all that was there at the start? */
 static bool
-start_found(void)
+is_start_found(void)
 {
 	if (reader_is_ahead())
 		return !reader_finds_ahead();
@@ -592,15 +594,15 @@ start_found(void)
 }
 
 /*
- * Tells sessions that what they see of backlogs is true, once all that was there at the
- * start is found and counted; and takes it back if there are too many topics.
+ * Tells sessions whether what they see of backlogs is true: all that was there at the
+ * start is found, no topic has to be counted anew, and all have a place to be shown in.
  */
 static void
 show_backlogs(void)
 {
-	if (!pub.start_counted)
-		pub.start_counted = start_found() && flow_backlogs_counted();
-	pg_atomic_write_u32(&worker_slot->backlog_known, pub.start_counted && flow_backlogs_shown());
+	pub.start_found = pub.start_found || is_start_found();
+	pg_atomic_write_u32(&worker_slot->backlog_known,
+						pub.start_found && flow_backlogs_counted() && flow_backlogs_shown());
 }
 
 /* Sessions see nothing of backlogs any more. */
@@ -1040,6 +1042,8 @@ start(void)
 	flow_load_detached();
 	pg_atomic_write_u32(&worker_slot->current_segment, maintenance_current_segment());
 	load_topics();
+	/* before any of them goes on */
+	recount_begin();
 	worker_commit();
 	read_subscriptions();
 	pub.more = true;

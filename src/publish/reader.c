@@ -132,9 +132,6 @@ static struct
 	BatchScan	scan;
 }			ahead;
 
-/* How often rows were found that had not been found before. */
-static uint64 found_number = 1;
-
 /* Writes where what the main cursor has not read begins, once its batch is read. */
 static void
 main_unread(Unread *unread)
@@ -566,14 +563,11 @@ reader_begin_batch(Cursor *cursor, ScanWanted wanted)
 bool
 reader_find(Cursor *cursor, int blocks)
 {
-	bool		again = cursor->scan.again || !cursor->scan.passing;
 	bool		found;
 
 	scan_open();
 	found = scan_step(&cursor->scan, blocks);
 	scan_close();
-	if (found && !again)
-		found_number++;
 	return found;
 }
 
@@ -632,7 +626,6 @@ reader_find_ahead(const Cursor *main, int blocks, ScanWanted found)
 	scan_end(&ahead.scan);
 	snapshot_replace(&ahead.base, ahead.target);
 	ahead.open = false;
-	found_number++;
 	return true;
 }
 
@@ -768,23 +761,6 @@ reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int lim
 	return run;
 }
 
-/* Puts a topic's cursor where another one of it is, to look at the same messages. */
-void
-cursor_copy(Cursor *cursor, const Cursor *from)
-{
-	cursor_free(cursor);
-	cursor_purge(cursor, from->purged);
-	cursor->topic_id = from->topic_id;
-	cursor->base = snapshot_keep(from->base);
-	cursor->number = 0;
-	cursor->unread = from->unread;
-	cursor->last_id = from->last_id;
-	if (from->batch == NULL)
-		return;
-	cursor->batch = batch_create(from->batch->base, from->batch->target, 0, &from->batch->unread);
-	cursor->batch->end_unread = from->batch->end_unread;
-}
-
 /* Is the main cursor in the midst of finding rows, or is that still to come? */
 bool
 reader_is_finding(const Cursor *main)
@@ -793,44 +769,56 @@ reader_is_finding(const Cursor *main)
 		(main->batch != NULL && (!main->open || (main->scan.passing && !main->scan.again)));
 }
 
-/* Begins a batch up to all that was found, by the main cursor or ahead of it. */
-static void
-begin_count(Cursor *cursor, const Cursor *main)
+/* Returns a pg_snapshot of what was found, or is being found; it lasts until the next step. */
+static Datum
+found_upto(const Cursor *main)
 {
-	Datum		target = ahead.on ? ahead.base : main->batch ? main->batch->target : main->base;
-
-	cursor->batch = batch_create(cursor->base, target, found_number, &cursor->unread);
-	scan_unread(&cursor->batch->end_unread);
-	cursor->last_id = 0;
-	cursor->left_known = false;
+	if (ahead.on)
+		return ahead.open ? ahead.target : ahead.base;
+	return main->batch ? main->batch->target : main->base;
 }
 
 /*
- * Calls found() for each message of a topic up to all that was found, by the main cursor
- * or ahead of it; it takes none.  Looks at no more than so many blocks; returns whether
- * it has come to an end.  Not while reader_is_finding().  If a segment is stored in another file meanwhile, cursor->base
- * is 0: what was counted is void.
+ * Begins to call found(), which takes none, for each row from unread on up to what the
+ * main cursor, or reader_find_ahead(), has found or is finding.  scan->target is that
+ * snapshot, in TopMemoryContext, until reader_end_count().  Inside a transaction.
+ */
+void
+reader_begin_count(BatchScan *scan, const Cursor *main, const Unread *unread, ScanWanted found)
+{
+	static Datum nothing = (Datum) 0;
+	bool		anywhere[OUTBOX_SEGMENTS];
+
+	if (nothing == (Datum) 0)
+		nothing = snapshot_keep(DirectFunctionCall1(pg_snapshot_in, CStringGetDatum("1:1:")));
+	find_scattered(nothing, anywhere);
+	scan_open();
+	scan_found(scan, nothing, snapshot_keep(found_upto(main)), 0, found, unread, anywhere);
+	scan_close();
+}
+
+/*
+ * Goes on with that, by at most so many blocks.  Returns whether it has come to an end.
+ * *moved: a segment is stored in another file now, so it has to be begun anew.
  */
 bool
-reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, ScanWanted found)
+reader_count(BatchScan *scan, int blocks, bool *moved)
 {
-	if (cursor->batch == NULL && cursor->number == found_number)
-		return true;
-	if (cursor->batch == NULL)
-		begin_count(cursor, main);
+	bool		ended = false;
+
 	scan_open();
-	if (cursor->open && scan_moved(&cursor->scan))
-		cursor_free(cursor);
-	else
-	{
-		if (!cursor->open)
-			open_topic_batch(cursor, main);
-		cursor->scan.wanted = found;
-		if (scan_step(&cursor->scan, blocks))
-			end_batch(cursor);
-	}
+	*moved = scan_moved(scan);
+	if (!*moved)
+		ended = scan_step(scan, blocks);
 	scan_close();
-	return cursor->batch == NULL && cursor->number == found_number;
+	return ended;
+}
+
+void
+reader_end_count(BatchScan *scan)
+{
+	scan_end(scan);
+	pfree(DatumGetPointer(scan->target));
 }
 
 /* ---- results ---- */

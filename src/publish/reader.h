@@ -29,7 +29,6 @@ extern void cursor_leave(Cursor *cursor, const Cursor *main);
 extern void cursor_go_back(Cursor *cursor, Batch *batch, int64 last_id);
 extern void cursor_purge(Cursor *cursor, Datum snapshot);
 extern void cursor_close(Cursor *cursor);
-extern void cursor_copy(Cursor *cursor, const Cursor *from);
 extern void cursor_free(Cursor *cursor);
 
 extern void reader_begin_batch(Cursor *cursor, ScanWanted wanted);
@@ -42,7 +41,9 @@ extern void reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *ch
 
 extern Run *reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int limit, int blocks,
 							  ReaderSkips skips);
-extern bool reader_count_topic(Cursor *cursor, const Cursor *main, int blocks, ScanWanted found);
+extern void reader_begin_count(BatchScan *scan, const Cursor *main, const Unread *unread, ScanWanted found);
+extern bool reader_count(BatchScan *scan, int blocks, bool *moved);
+extern void reader_end_count(BatchScan *scan);
 extern Run *reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, int limit, bool *last);
 
 extern Run *run_create(struct Flow *flow, Batch *batch);

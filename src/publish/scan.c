@@ -68,8 +68,10 @@
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
+#include "utils/uuid.h"
 #include "utils/xid8.h"
 
+#include "capture/msgid.h"
 #include "capture/outbox.h"
 #include "publish/scan.h"
 #include "server/insertion.h"
@@ -162,8 +164,9 @@ open_segments(void)
 	}
 }
 
-static bool
-sees(Datum snapshot, uint64 xid)
+/* Does the snapshot (pg_snapshot) show a transaction, if that was committed? */
+bool
+scan_sees(Datum snapshot, uint64 xid)
 {
 	return DatumGetBool(DirectFunctionCall2(pg_visible_in_snapshot,
 											FullTransactionIdGetDatum(FullTransactionIdFromU64(xid)),
@@ -342,7 +345,7 @@ add_pending(BatchScan *scan)
 	hash_seq_init(&all, pending);
 	while ((entry = hash_seq_search(&all)) != NULL)
 	{
-		if (!sees(scan->target, entry->xid))
+		if (!scan_sees(scan->target, entry->xid))
 			continue;
 		for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 		{
@@ -431,18 +434,39 @@ look_at_xid(Pass *pass, uint64 xid)
 		return;
 	pass->xid = xid;
 	pass->pending = NULL;
-	pass->in_base = sees(pass->scan->base, xid);
-	if (pass->scan->purged != (Datum) 0 && sees(pass->scan->purged, xid))
+	pass->in_base = scan_sees(pass->scan->base, xid);
+	if (pass->scan->purged != (Datum) 0 && scan_sees(pass->scan->purged, xid))
 		pass->in_base = true;
-	pass->in_target = pass->in_base || sees(pass->scan->target, xid);
+	pass->in_target = pass->in_base || scan_sees(pass->scan->target, xid);
 }
 
-static TimestampTz
-created_at(HeapTuple row, TupleDesc desc)
+/* Returns when the row was written.  For ScanWanted. */
+TimestampTz
+scan_created_at(const ScanRow *row)
 {
 	bool		isnull;
 
-	return DatumGetTimestampTz(heap_getattr(row, OUTBOX_CREATED_AT, desc, &isnull));
+	return DatumGetTimestampTz(heap_getattr(row->tuple, OUTBOX_CREATED_AT, row->desc, &isnull));
+}
+
+/* Writes the row's message id.  For ScanWanted. */
+void
+scan_message_id(const ScanRow *row, char message_id[37])
+{
+	bool		isnull;
+
+	msgid_format(DatumGetUUIDP(heap_getattr(row->tuple, OUTBOX_MESSAGE_ID, row->desc, &isnull)), message_id);
+}
+
+static bool
+is_wanted(const BatchScan *scan, const Entry *entry, uint64 xid, HeapTuple tuple, TupleDesc desc)
+{
+	ScanRow		row = {
+		.id = entry->id,.xid = xid,.topic_id = entry->topic_id,.again = scan->again,
+		.tuple = tuple,.desc = desc
+	};
+
+	return scan->wanted == NULL || scan->wanted(&row);
 }
 
 /* With the buffer locked: decides what a row is to the batch. */
@@ -477,7 +501,7 @@ read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 	entry.topic_id = DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull));
 	entry.segment = segment;
 	entry.offset = ItemPointerGetOffsetNumber(&row->t_self);
-	if (scan->wanted == NULL || scan->wanted(entry.topic_id, created_at(row, desc), scan->again))
+	if (is_wanted(scan, &entry, pass->xid, row, desc))
 		add_entry(scan, &entry);
 }
 
@@ -725,9 +749,9 @@ scan_topic(BatchScan *scan, Datum base, Datum target, int64 after_id, int32 topi
 }
 
 /*
- * Begins to look for the rows of a batch of the main cursor that scan_batch() has found
- * before, in one batch or in several.  unread is with respect to base.  With the
- * segments open.
+ * Begins to look for rows of all topics that scan_batch() has found before, in one batch
+ * or in several.  unread is with respect to base, or to an older one.  With the segments
+ * open.
  */
 void
 scan_found(BatchScan *scan, Datum base, Datum target, int64 after_id, ScanWanted wanted,

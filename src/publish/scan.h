@@ -59,11 +59,23 @@ typedef struct Range
 	BlockNumber behind;			/* the first one that is not read */
 } Range;
 
+/* A row that was found, with its buffer locked. */
+typedef struct ScanRow
+{
+	int64		id;
+	uint64		xid;
+	int32		topic_id;
+	bool		again;			/* it was found before, in another pass or
+								 * scan */
+	HeapTuple	tuple;
+	TupleDesc	desc;
+} ScanRow;
+
 /*
- * Is a row of this topic to be among the entries?  Called for each row of a batch, in
- * each pass; again: it was called for the row before, or somebody was.
+ * Is a row to be among the entries?  Called for each row of a batch, in each pass.  Must
+ * not wait.
  */
-typedef bool (*ScanWanted) (int32 topic_id, TimestampTz created_at, bool again);
+typedef bool (*ScanWanted) (const ScanRow *row);
 
 /* A batch: the rows that base does not show and target does. */
 typedef struct BatchScan
@@ -101,6 +113,9 @@ typedef struct BatchScan
 } BatchScan;
 
 extern void scan_load(const Unread *unread);
+extern bool scan_sees(Datum snapshot, uint64 xid);
+extern TimestampTz scan_created_at(const ScanRow *row);
+extern void scan_message_id(const ScanRow *row, char message_id[37]);
 extern void scan_unread(Unread *unread);
 extern void scan_begin(void);
 extern void scan_open(void);

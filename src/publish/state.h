@@ -104,6 +104,16 @@ typedef struct AcceptedMessage
 	uint64		passed;			/* in which reading; 0: not yet */
 } AcceptedMessage;
 
+/* recount.c's: from where on the rows of a topic are counted, and how far. */
+typedef struct Recount
+{
+	Datum		base;			/* pg_snapshots; as in the topic's cursor: */
+	Datum		target;			/* of its batch; 0: none */
+	int64		last_id;
+	Datum		upto;			/* all that is visible here; what is not is
+								 * counted as it is found */
+} Recount;
+
 typedef enum FlowState
 {
 	FLOW_ATTACHED,
@@ -139,16 +149,21 @@ typedef struct Flow
 	bool		held_read;		/* all of them were, and are not recorded yet */
 	struct HTAB *accepted;		/* AcceptedMessages behind its place */
 	uint64		readings;		/* how often it has read by itself */
-	char	  **purged;			/* message ids that fanout.purge() gave up */
+	int			npurges;		/* calls of fanout.purge() that it knows of */
+	char	  **purged;			/* message ids that were given up by them */
 	int			npurged;
 	bool		unrecorded;		/* where it is, or how far it came */
 	MonoTime	record_at;		/* no sooner: held rows were locked */
 	uint64		join_number;	/* of the main cursor when it joined */
 
-	/* what waits of it in the outbox */
-	int64		backlog;		/* messages; -1: not counted yet */
-	TimestampTz oldest;			/* the oldest one's created_at; 0: none */
+	/* what waits of it in the outbox, for sessions to see */
+	int64		backlog;		/* messages */
+	bool		uncounted;		/* that is not known, until it is counted anew */
+	Recount    *recount;		/* which is being done; NULL: it is not */
+	TimestampTz oldest;			/* about when the oldest one was written; 0:
+								 * not known */
 	struct BacklogEntry *entry; /* where sessions see it; NULL: nowhere */
+	bool		waits;			/* DETACHED, and counted: there is any */
 
 	/* refusals */
 	bool		stalled;

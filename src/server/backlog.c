@@ -69,15 +69,14 @@ is_mine(uint64 owner)
 	return (Oid) (owner >> 32) == MyDatabaseId;
 }
 
-/* Frees all entries of this database.  For its publisher, when it starts and ends. */
+/* Shows what waits of a topic; entry may be NULL. */
 void
-backlog_clear(void)
+backlog_set(BacklogEntry *entry, int64 pending, TimestampTz oldest)
 {
-	for (int i = 0; i < MAX_FIGURES; i++)
-	{
-		if (is_mine(pg_atomic_read_u64(&entries[i].owner)))
-			pg_atomic_write_u64(&entries[i].owner, 0);
-	}
+	if (entry == NULL)
+		return;
+	pg_atomic_write_u64(&entry->pending, (uint64) pending);
+	pg_atomic_write_u64(&entry->oldest, (uint64) oldest);
 }
 
 /* Takes an entry for a topic of this database, for the publisher; NULL: none is left. */
@@ -100,6 +99,7 @@ backlog_add(int32 topic_id)
 	return NULL;
 }
 
+/* Gives an entry back; it may be NULL. */
 void
 backlog_remove(BacklogEntry *entry)
 {
@@ -109,14 +109,15 @@ backlog_remove(BacklogEntry *entry)
 	pg_atomic_write_u64(&entry->owner, 0);
 }
 
-/* entry may be NULL. */
+/* Frees all entries of this database.  For its publisher, when it starts and ends. */
 void
-backlog_set(BacklogEntry *entry, int64 pending, TimestampTz oldest)
+backlog_clear(void)
 {
-	if (entry == NULL)
-		return;
-	pg_atomic_write_u64(&entry->pending, (uint64) pending);
-	pg_atomic_write_u64(&entry->oldest, (uint64) oldest);
+	for (int i = 0; i < MAX_FIGURES; i++)
+	{
+		if (is_mine(pg_atomic_read_u64(&entries[i].owner)))
+			backlog_remove(&entries[i]);
+	}
 }
 
 /*
