@@ -602,32 +602,38 @@ waits_for_other(const Delivery *delivery)
 	return delivery->outcome == OUTCOME_FAILED && delivery->waits_since != 0;
 }
 
-/* A change of the row of w, which a later message l makes superfluous. */
-#define LATER_CHANGE(columns, key) \
-	"exists (select from fanout.waiting l where l.subscription_id = w.subscription_id and l." columns " = w.key1" \
-	" and " key " = w.key and not l.barrier and l.headers ->> 'op' in ('c', 'u', 'r', 'd')" \
-	" and (l.place, l.waiting_id) > (w.place, w.waiting_id))"
+/* Is a message l of the same table later than w, and a change that the operations name? */
+#define LATER(condition, operations) \
+	"exists (select from fanout.waiting l where l.subscription_id = w.subscription_id and " condition \
+	" and l.headers ->> 'op' in (" operations ") and l.headers ->> 'schema' = w.headers ->> 'schema'" \
+	" and l.headers ->> 'table' = w.headers ->> 'table' and (l.place, l.waiting_id) > (w.place, w.waiting_id))"
+
+#define CHANGES "'c', 'u', 'r', 'd'"
 
 /*
  * Removes messages of sync_table() that wait for something, typically the other row of
- * a foreign key, if a later message of the same row is there: that has the whole row,
- * and what the earlier one waits for may never come, because it is gone by now at the
- * source.  Makes the later ones due.  One that changes a key is kept, since it tells
- * of two rows.  Returns true if there were any.
+ * a foreign key, if a later message of the same row is there, or a TRUNCATE: that says
+ * what becomes of the whole row, and what the earlier one waits for may never come,
+ * because it is gone by now at the source.  Makes those behind them due.  One that
+ * changes a key tells of two rows, so another message of one of them is not enough.
+ * Returns true if there were any.
  */
 static bool
 drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 {
 	static CachedQuery query = {
-		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2) and key1 is not null"
-		" and key2 is null and not barrier and headers ->> 'op' in ('c', 'u', 'r', 'd')"
-		" and (" LATER_CHANGE("key1", "l.key") " or " LATER_CHANGE("key2", "l.headers ->> 'old_key'") ")"
-		" returning message_id, key1"
+		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2)"
+		" and not barrier and headers ->> 'op' in (" CHANGES ")"
+		" and (key2 is null and " LATER("l.key1 = w.key1 and l.key = w.key", CHANGES)
+		" or key2 is null and " LATER("l.key2 = w.key1 and l.headers ->> 'old_key' = w.key", CHANGES)
+		" or " LATER("l.barrier", "'t'") ") returning message_id, key1, key2"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
 	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
+	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
 	int			count = 0;
+	int			nkeys = 0;
 	bool		isnull;
 
 	for (int i = 0; i < n; i++)
@@ -643,10 +649,14 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 	for (int i = 0; i < count; i++)
 	{
 		forget(DatumGetUUIDP(query_value(i, 1, &isnull)));
-		ids[i] = query_value(i, 2, &isnull);
+		for (int column = 2; column <= 3; column++)
+		{
+			keys[nkeys] = query_value(i, column, &isnull);
+			nkeys += isnull ? 0 : 1;
+		}
 	}
 	set_count(waiting_room.count - count);
-	promote(row, ids, count);
+	promote(row, keys, nkeys);
 	return count > 0;
 }
 
