@@ -595,11 +595,37 @@ promote(const SubscriptionRow *row, Datum *keys, int n)
 	run_promote(&query, 2, types, values);
 }
 
-/* Has it failed because it waits for something else (wait_for)? */
-static bool
-waits_for_other(const Delivery *delivery)
+/* The ids of those that failed because they wait for something else (wait_for). */
+static int
+collect_ids_that_wait(Delivery **deliveries, int n, Datum *ids)
 {
-	return delivery->outcome == OUTCOME_FAILED && delivery->waits_since != 0;
+	int			count = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (deliveries[i]->outcome == OUTCOME_FAILED && deliveries[i]->waits_since != 0)
+			ids[count++] = UUIDPGetDatum(&deliveries[i]->message_id);
+	}
+	return count;
+}
+
+/* Forgets the messages of the result (id, two keys); returns their keys, in an array for them. */
+static int
+forget_removed(Datum *keys)
+{
+	int			nkeys = 0;
+	bool		isnull;
+
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		forget(DatumGetUUIDP(query_value(i, 1, &isnull)));
+		for (int column = 2; column <= 3; column++)
+		{
+			keys[nkeys] = query_value(i, column, &isnull);
+			nkeys += isnull ? 0 : 1;
+		}
+	}
+	return nkeys;
 }
 
 /* Is a message l of the same table later than w, and a change that the operations name? */
@@ -632,31 +658,15 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), (Datum) 0};
 	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
 	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
-	int			count = 0;
-	int			nkeys = 0;
-	bool		isnull;
+	int			count = collect_ids_that_wait(deliveries, n, ids);
 
-	for (int i = 0; i < n; i++)
-	{
-		if (waits_for_other(deliveries[i]))
-			ids[count++] = UUIDPGetDatum(&deliveries[i]->message_id);
-	}
 	if (count == 0 || !OidIsValid(row->sync_target))
 		return false;
 	values[1] = PointerGetDatum(construct_array(ids, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
 	owner_execute(&query, 2, types, values, NULL);
 	count = SPI_processed;
-	for (int i = 0; i < count; i++)
-	{
-		forget(DatumGetUUIDP(query_value(i, 1, &isnull)));
-		for (int column = 2; column <= 3; column++)
-		{
-			keys[nkeys] = query_value(i, column, &isnull);
-			nkeys += isnull ? 0 : 1;
-		}
-	}
+	promote(row, keys, forget_removed(keys));
 	set_count(waiting_room.count - count);
-	promote(row, keys, nkeys);
 	return count > 0;
 }
 
