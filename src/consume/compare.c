@@ -19,6 +19,11 @@
  *		newest TRUNCATE						did not				all is left out
  *		messages of the key wait								left out
  *		the row is another subscription's						left out
+ *		the copy alone has it, no message was about
+ *		it, and the copy is captured itself						left out
+ *
+ * The last are rows that were made here, and are on their way to others: a repair
+ * that deletes them would delete them everywhere.
  *
  * Values are compared as the copy has them: those of the message are read as any
  * change's would be, and then both must have the same text.  So columns that are
@@ -90,6 +95,8 @@ typedef struct Comparison
 	SyncValues	upto;
 	HTAB	   *rows;			/* of SourceRow */
 	bool		waiting;		/* messages of the subscription wait */
+	bool		captured;		/* the copy is; rows that are made here are
+								 * its own */
 
 	/* what was found */
 	int64		listed;			/* of the run; -1: not counted yet */
@@ -364,6 +371,23 @@ key_place(const SyncTarget *target, int column)
 	elog(ERROR, "column %d is not one of the key's", column);
 }
 
+/* Looks whether a capture sends the copy's own changes, or those of a part of it. */
+static void
+look_for_capture(Comparison *c)
+{
+	static CachedQuery query = {
+		"select exists (select from pg_catalog.pg_trigger"
+		" where tgfoid = 'fanout.capture_trigger()'::pg_catalog.regprocedure"
+		" and (tgrelid = $1 or tgrelid in (select relid from pg_catalog.pg_partition_tree($1))))"
+	};
+	Oid			types[] = {OIDOID};
+	Datum		values[] = {ObjectIdGetDatum(c->target->relid)};
+	bool		isnull;
+
+	owner_execute(&query, 1, types, values, NULL);
+	c->captured = DatumGetBool(query_value(0, 1, &isnull));
+}
+
 /* The key as messages have it in their header. */
 static char *
 header_key(const Comparison *c, const SyncValues *row)
@@ -577,6 +601,13 @@ delete_extra(Comparison *c, SyncRow *known, const SyncValues *row)
 	return true;
 }
 
+/* Was the row made here, in a table whose changes go to others? */
+static bool
+is_own(const Comparison *c, const SyncRow *known)
+{
+	return c->captured && known->sequence == 0;
+}
+
 /* Looks at rows that the source does not have. */
 static void
 check_extra(Comparison *c, const SyncValues *rows, const SyncHash *hashes, int n)
@@ -586,7 +617,7 @@ check_extra(Comparison *c, const SyncValues *rows, const SyncHash *hashes, int n
 	{
 		SyncRow    *known = sync_rows_find(&hashes[i]);
 
-		if (is_changed(c, known) || has_waiting(c, &rows[i]))
+		if (is_changed(c, known) || is_own(c, known) || has_waiting(c, &rows[i]))
 		{
 			c->left_out++;
 			continue;
@@ -718,6 +749,7 @@ compare_range(Comparison *c, void (*between) (void))
 		return;
 	}
 	look_for_waiting(c);
+	look_for_capture(c);
 	leave_out_changed(c);
 	compare_copy(c, between);
 	settle_rows(c);

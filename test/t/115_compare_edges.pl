@@ -187,6 +187,20 @@ is(compared('north', 'north', 1) =~ s/ \d+ left out,//r, 'different: 502 compare
 is(compared('south', 'south', 1), 'different: 500 compared, 500 left out, 10 missing, 10 different, 0 extra, 20 mended', 'that of the other source the rest');
 is(copy(q(select string_agg(v || n, ' ' order by v) from (select v, count(*) as n from both_of_them group by v) x)), 'n500 s500', 'and both have their rows');
 
+# ---- two databases that keep each other's rows ----
+
+my $homes = 'id int, home text, v int, primary key (home, id)';
+sql("create table homes ($homes); select fanout.declare_binding('homes_a', 'k'), fanout.capture('homes', 'homes_a', \"where\" => \$\$home = 'a'\$\$)");
+copy("create table homes ($homes); select fanout.sync_table('homes_a', 'k', 'homes'), fanout.declare_binding('homes_b', 'k'),
+	fanout.capture('homes', 'homes_b', \"where\" => \$\$home = 'b'\$\$)");
+sql(q(select fanout.sync_table('homes_b', 'k', 'homes'); insert into homes select i, 'a', 0 from generate_series(1, 10) i));
+copy(q(insert into homes select i, 'b', 0 from generate_series(1, 10) i));
+settled('homes_a');
+is(compared('homes', 'homes_a', 1), 'equal: 10 compared, 10 left out, 0 missing, 0 different, 0 extra, 0 mended', 'rows that were made at a copy whose changes are captured are its own');
+copy(q(set session_replication_role = replica; update homes set v = 1 where id = 1 and home = 'a'; delete from homes where id = 2 and home = 'a'));
+sql(q(set session_replication_role = replica; delete from homes where id = 3 and home = 'a'));
+is(compared('homes', 'homes_a', 1), 'different: 10 compared, 10 left out, 1 missing, 1 different, 1 extra, 3 mended', 'others are mended');
+
 # ---- rows that are written while they are mended ----
 
 replicate('locked', 'id int primary key, v int', 'id int primary key, v int');
