@@ -234,7 +234,7 @@ sub start_load
 {
 	local $ENV{PGAPPNAME} = 'pgbench';
 
-	$load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '100', '-T', '1200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
+	$load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '100', '-T', '7200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
 		'<', \undef, '>', \$out, '2>', \$err);
 	return;
 }
@@ -269,12 +269,12 @@ foreach my $i (1 .. $kills)
 	$before = $now;
 	eval { $load->pump_nb; 1 } or do { eval { $load->finish }; start_load(); };
 }
-is(wait_for_end($id, 600), 'done', 'the backfill is done');
+is(wait_for_end($id, $long ? 1800 : 600), 'done', 'the backfill is done');
 $load->signal('TERM');
 eval { $load->finish };
 PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where application_name = 'pgbench')) eq '0' }, 'end of the load');
-PgFanout::flush($node, timeout => '300 s');
-PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', 600);
+PgFanout::flush($node, timeout => '600 s');
+PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', $long ? 1800 : 600);
 $node->poll_query_until('copy', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 my $sum = q(select count(*), sum(balance), md5(string_agg(a::text, ',' order by id)) from accounts a);
 is($node->safe_psql('copy', $sum), sql($sum), 'the new copy equals the table');

@@ -18,6 +18,8 @@ my $rows = $long ? 1_000_000 : 20_000;
 my $runs = $long ? 20 : 3;
 my $planted = 50;
 
+$PostgreSQL::Test::Utils::timeout_default = 1800 if $long;
+
 my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
@@ -47,8 +49,8 @@ sub settled
 {
 	my ($topic, $group) = @_;
 
-	PgFanout::flush($node);
-	PgFanout::poll(sub { $broker->count("${topic}_$group") == 0 }, 'the queue is empty', 120);
+	PgFanout::flush($node, timeout => '600 s');
+	PgFanout::poll(sub { $broker->count("${topic}_$group") == 0 }, 'the queue is empty');
 	$node->poll_query_until('copy',
 		"select waiting = 0 and state = 'idle' from fanout.stat_subscriptions where topic = '$topic' and consumer_group = '$group'") or die 'not idle';
 	return;
@@ -68,7 +70,7 @@ copy(q(
 create table accounts (id int primary key, balance int, filler text, noted timestamptz);
 select fanout.sync_table('account', 'copy', 'accounts');
 ));
-PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfill', 300);
+PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfill');
 settled('account', 'copy');
 
 my ($run, $result) = compared(q('accounts', 'account', 'copy'), "$counts || ' ' || compared || ' ' || left_out");
@@ -93,7 +95,7 @@ update accounts set balance = balance + 1 where id between :id and :id + 2 and i
 \endif
 ));
 my ($out, $err) = ('', '');
-my $load = IPC::Run::start([ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', '200', '-T', '1200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
+my $load = IPC::Run::start([ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', '200', '-T', '7200', '-f', "$directory/load.sql", $node->connstr('postgres') ],
 	'<', \undef, '>', \$out, '2>', \$err);
 
 foreach my $i (1 .. $runs)
