@@ -2231,6 +2231,31 @@ $$;
 comment on function fanout.redrive_delivered(text, uuid, text) is 'internal: part of fanout.redrive()';
 revoke all on function fanout.redrive_delivered(text, uuid, text) from public;
 
+create function fanout.note_undriven(message_id uuid) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    dead bigint;
+    topics text;
+begin
+    select sum(d.count), string_agg(pg_catalog.format('"%s"', d.topic), ', ' order by d.topic) into dead, topics
+    from (select d.topic, count(*) from fanout.dead_letter d
+          where d.consumer_group is null
+            and (note_undriven.message_id is null or d.message_id = note_undriven.message_id)
+            and not exists (select from fanout.topic t where t.topic = d.topic and not t.dropping)
+          group by d.topic) d;
+    if dead > 0 then
+        raise notice 'dead letters of topics that were dropped stay: %', dead
+            using detail = pg_catalog.format('Topics: %s.', topics),
+                  hint = 'Declare the topic again to redrive them, or use fanout.purge().';
+    end if;
+end
+$$;
+comment on function fanout.note_undriven(uuid) is 'internal: part of fanout.redrive()';
+revoke all on function fanout.note_undriven(uuid) from public;
+
 create function fanout.redrive(topic text default null, message_id uuid default null, consumer_group text default null)
 returns bigint
 language plpgsql volatile security definer
@@ -2243,13 +2268,16 @@ begin
     then
         perform fanout.require_topic(redrive.topic);
     end if;
+    if redrive.topic is null and redrive.consumer_group is null then
+        perform fanout.note_undriven(redrive.message_id);
+    end if;
     return fanout.redrive_delivered(redrive.topic, redrive.message_id, redrive.consumer_group)
            + case when redrive.consumer_group is null
                   then fanout.redrive_published(redrive.topic, redrive.message_id) else 0 end;
 end
 $$;
 comment on function fanout.redrive(text, uuid, text) is
-'tries dead letters again: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription. The publisher''s go out in order of id, under their old message ids; a subscription''s go through its handler once more. Returns how many. Errors: 42704 unknown topic';
+'tries dead letters again: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription. The publisher''s go out in order of id, under their old message ids; a subscription''s go through its handler once more. The publisher''s of a topic that was dropped stay, with a NOTICE, until it is declared again. Returns how many. Errors: 42704 unknown topic';
 revoke all on function fanout.redrive(text, uuid, text) from public;
 
 -- Messages in the outbox are only marked, whatever they are: by what the snapshot shows.
@@ -5629,6 +5657,12 @@ as $$
     select format('topic "%s" has no dead letters', s.topic), false, format('%s in fanout.dead_letter', s.dead),
            'Look at their "reason", then use fanout.redrive() or fanout.purge().'
     from fanout.stat_topics s where s.dead > 0
+    union all
+    select format('dropped topic "%s" has no dead letters', d.topic), false, format('%s in fanout.dead_letter', count(*)),
+           'Declare it again and use fanout.redrive(), or use fanout.purge().'
+    from fanout.dead_letter d
+    where d.consumer_group is null and not exists (select from fanout.topic t where t.topic = d.topic)
+    group by d.topic
 $$;
 comment on function fanout.check_flow() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_flow() from public;

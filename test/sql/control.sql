@@ -112,6 +112,12 @@ select id, message_id, type, key, headers, payload, xid, created_at at time zone
 select put_dead(7, 'control_gone');
 select fanout.redrive(message_id => uuid(7));
 select fanout.redrive('control_gone');
+select put_dead(8, 'control_gone');
+select fanout.redrive();
+select item, ok, detail, hint from fanout.check_flow() where item like '%"control_gone%';
+-- nor does it keep others
+select fanout.redrive('control');
+select fanout.purge('control_gone', uuid(8));
 
 -- purge: dead letters, or held ones
 select put_dead(n, 'control') from generate_series(11, 13) n;
