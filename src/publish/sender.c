@@ -188,9 +188,12 @@ note_settled(Flow *flow, int count)
 static void
 note_loss(Flow *flow, int n, bool on_trial, const BrokerEvent *event)
 {
+	/* if it is one of its messages, that was in flight the first time, too */
 	if (flow->losses++ == 0)
+	{
 		flow->lost_at = mono_now();
-	flow->doubtful = Max(flow->doubtful, n);
+		flow->doubtful = n;
+	}
 	if (!on_trial || acked_at <= flow->lost_at)
 		return;
 	flow->isolate = Max(flow->isolate, n);

@@ -194,7 +194,8 @@ typedef struct Flow
 	int			isolate;		/* messages to be sent one at a time */
 	int			losses;			/* of the connection in a row, while any of
 								 * these was in flight: */
-	int			doubtful;		/* so many messages, not settled since */
+	int			doubtful;		/* so many messages, in flight at the first
+								 * loss and not settled since */
 	MonoTime	lost_at;		/* the first of these losses */
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;

@@ -110,6 +110,28 @@ $node->poll_query_until('postgres',
   or die PgFanout::status($node, 'postgres');
 is_deeply([ map { $_->{body} } $broker->collect('bury_g', expect => 2) ],
 	[ 1, 2 ], 'and they arrive in order');
+
+# ---- dead letters of a topic that is dropped ----
+
+sql( q(select fanout.declare_topic('dropped', on_exhausted => 'dead_letter');
+	   select fanout.publish('dropped', to_jsonb(i), 'k') from generate_series(1, 2) i;));
+$node->poll_query_until('postgres',
+	q(select count(*) = 2 from fanout.dead_letter where topic = 'dropped'))
+  or die PgFanout::status($node, 'postgres');
+sql(q(select fanout.pause('dropped')));
+$node->poll_query_until('postgres', q(select exists (select from fanout.detached join fanout.topic using (topic_id) where topic = 'dropped')))
+  or die PgFanout::status($node, 'postgres');
+sql(q(select fanout.drop_topic('dropped')));
+$node->poll_query_until('postgres', q(select not exists (select from fanout.topics where topic = 'dropped')))
+  or die PgFanout::status($node, 'postgres');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'dropped')), 2, 'dead letters outlive their topic, paused or not');
+my ($redriven, $notice);
+$node->psql('postgres', 'select fanout.redrive()', stdout => \$redriven, stderr => \$notice);
+is($redriven, 0, 'redrive leaves them');
+like($notice, qr/NOTICE:  dead letters of topics that were dropped stay: 2.*"dropped"/s, 'and says so');
+sql(q(select fanout.declare_binding('dropped', 'g', 'classic')));
+is(sql(q(select fanout.redrive('dropped'))), 2, 'once the topic is declared again, redrive takes them back');
+is_deeply([ map { $_->{body} } $broker->collect('dropped_g', expect => 2) ], [ 1, 2 ], 'and they arrive');
 is(sql(q(select fanout.purge('hold', held => true))), 1, 'purge gives held messages up');
 PgFanout::flush($node);
 
