@@ -199,7 +199,7 @@ sub write_meanwhile
 	my $stop = "$dir/stop";
 	my $connstr = $node->connstr('postgres');
 	my @running = map {
-		IPC::Run::start([ 'bash', '-c', qq(while [ ! -e $stop ]; do psql -XAtq -d "$connstr" -c "call write($_, '1 s')" || sleep 0.3; done) ],
+		IPC::Run::start([ 'bash', '-c', qq(while [ -d $dir ] && [ ! -e $stop ]; do psql -XAtq -d "$connstr" -c "call write($_, '1 s')" || sleep 0.3; done) ],
 			'<', \undef, '>', \my $out, '2>', \my $err)
 	} 1 .. $writers;
 	my $end = time + $for;
