@@ -105,7 +105,6 @@ read_run(Flow *flow, int limit)
 	if (run == NULL)
 		return;
 	run->reading = flow->readings;
-	flow->bytes += run->bytes;
 	if (flow->give_up)
 	{
 		run->messages[0]->reason = MemoryContextStrdup(run->context, flow->reason);

@@ -86,6 +86,13 @@
 /* A topic with so many messages in a batch leaves the main cursor. */
 #define LARGE_BATCH 20000
 
+/*
+ * So does one that has so much in memory while that keeps the main cursor from reading:
+ * an eighth to a quarter of what chunks.c allows.  A message counts for MESSAGE_BYTES, too.
+ */
+#define MUCH_BYTES (RUN_BYTES / 4)
+#define MESSAGE_BYTES 512
+
 #define TOPIC_DROPPED "its topic was dropped"
 
 dlist_head	flow_detached = DLIST_STATIC_INIT(flow_detached);
@@ -101,6 +108,8 @@ bool		flow_unknown_topic = false;
 
 static WindowKeys keys;
 static Topic *last_found = NULL;	/* the last one whose row was found */
+static bool large_found = false;	/* a topic has to leave the main cursor
+									 * before that goes on */
 static int	nwithout = 0;		/* topics without an entry for their backlog */
 
 /* ---- setting up ---- */
@@ -384,6 +393,7 @@ flow_admit(Run *run)
 	Flow	   *flow = run->flow;
 
 	dlist_push_tail(&flow->runs, &run->node);
+	flow->bytes += run->bytes;
 	for (int i = 0; i < run->count; i++)
 		admit_message(flow, run->messages[i]);
 	if (flow_is_gone(topic_of(flow)))
@@ -435,7 +445,8 @@ flow_end_runs(Chunk *chunk)
 
 /*
  * For reader_begin_batch(): counts the row; does its topic ride with the main cursor?
- * One that is not known yet will.
+ * One that is not known yet will.  One that has too many will not (flow_leave_large()):
+ * to remember them all takes time, and others wait.
  */
 bool
 flow_wanted(const ScanRow *row)
@@ -447,13 +458,16 @@ flow_wanted(const ScanRow *row)
 	if (flow->batch_number != flow_main->batch->number)
 		flow->batch_rows = 0;
 	flow->batch_number = flow_main->batch->number;
-	flow->batch_rows++;
-	return true;
+	if (++flow->batch_rows <= LARGE_BATCH)
+		return true;
+	large_found = true;
+	return false;
 }
 
 /*
  * Has topics leave the main cursor that have very many messages in the batch whose
- * rows were found just now: others would wait for all of them.
+ * rows were found just now: others would wait for all of them.  To be called before the
+ * main cursor takes any row that was found: it was not told of all of theirs.
  */
 void
 flow_leave_large(void)
@@ -461,8 +475,9 @@ flow_leave_large(void)
 	Topic	   *topic;
 	int			i = 0;
 
-	if (flow_main->scan.count <= LARGE_BATCH)
+	if (!large_found)
 		return;
+	large_found = false;
 	while ((topic = topic_next(&i)) != NULL)
 	{
 		Flow	   *flow = &topic->flow;
@@ -471,6 +486,35 @@ flow_leave_large(void)
 			flow->batch_number == flow_main->batch->number)
 			flow_leave(flow, true);
 	}
+}
+
+static size_t
+memory_of(const Flow *flow)
+{
+	return flow->bytes + flow->window.count * MESSAGE_BYTES;
+}
+
+/*
+ * Has a topic leave the main cursor that has so much in memory that others' messages
+ * cannot be read; of several, the one with the most.
+ */
+void
+flow_leave_much(void)
+{
+	Topic	   *topic;
+	Flow	   *most = NULL;
+	int			i = 0;
+
+	while ((topic = topic_next(&i)) != NULL)
+	{
+		Flow	   *flow = &topic->flow;
+
+		if (flow_rides(flow) && memory_of(flow) >= MUCH_BYTES &&
+			(most == NULL || memory_of(flow) > memory_of(most)))
+			most = flow;
+	}
+	if (most != NULL)
+		flow_leave(most, true);
 }
 
 /* ---- refusals ---- */
@@ -572,8 +616,7 @@ message_done(Flow *flow, Message *message)
 	reader_free_body(message);
 	run->done++;
 	chunks_message_done(run, message);
-	if (run->chunk == NULL)
-		flow->bytes -= message->bytes;
+	flow->bytes -= message->bytes;
 	if (run->batch != NULL)
 		flow->backlog--;
 	if (run->chunk == NULL)
@@ -612,15 +655,12 @@ detach(Flow *flow)
 {
 	dlist_iter	it;
 
-	flow->bytes = 0;
 	dlist_foreach(it, &flow->runs)
 	{
 		Run		   *run = dlist_container(Run, node, it.cur);
 
 		if (run->chunk != NULL)
 			chunks_cut(run);
-		for (int i = run->done; i < run->count; i++)
-			flow->bytes += run->messages[i]->bytes;
 	}
 	cursor_leave(&flow->cursor, flow_main);
 	flow->held_after = 0;

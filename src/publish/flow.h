@@ -42,6 +42,7 @@ extern bool flow_found(const ScanRow *row);
 extern bool flow_backlogs_counted(void);
 extern bool flow_backlogs_shown(void);
 extern void flow_leave_large(void);
+extern void flow_leave_much(void);
 extern Run *flow_run_for(Chunk *chunk, int32 topic_id);
 extern void flow_end_runs(Chunk *chunk);
 extern void flow_admit(Run *run);

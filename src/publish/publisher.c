@@ -472,8 +472,7 @@ fill_chunk(void)
 	if (pub.load || flow_unknown_topic)
 		load_topics();
 	flow_unknown_topic = false;
-	if (pub.cursor.scan.next == 0)
-		flow_leave_large();
+	flow_leave_large();
 	chunk = chunks_create();
 	reader_fill(&pub.cursor, chunk, flow_run_for);
 	return chunk;
@@ -614,7 +613,8 @@ forget_backlogs(void)
 }
 
 /*
- * Has a topic leave the main cursor that all others wait for.
+ * Has a topic leave the main cursor that others wait for, because it has much in memory,
+ * or its messages are slow.
  */
 static void
 leave_slow(void)
@@ -625,6 +625,8 @@ leave_slow(void)
 
 	if (!usable())
 		return;
+	if (pub.more && !chunks_room())
+		flow_leave_much();
 	flow = chunks_awaited(&since);
 	if (flow == NULL || !mono_exceeds(Max(since, pub.unblocked_at), now, SLOW_MS))
 		return;

@@ -16,8 +16,8 @@
  *
  * Topics with something to publish stand in a ring.  Each publishes at most
  * TURN_MESSAGES and goes to the end of it; confirms are taken between turns.  The
- * window of each is bounded by pg_fanout.max_in_flight, and what is in flight of all
- * by MAX_BYTES.
+ * window of each is bounded by pg_fanout.max_in_flight, as long as others publish by a
+ * part of it (window_part()), and what is in flight of all by MAX_WINDOW_BYTES.
  *
  * Which message the broker has closed a channel for it does not say.  So the topic
  * isolates: it sends those again that were in flight, one at a time, and the one
@@ -66,8 +66,12 @@
 /* How long a window that was full may wait for half of it to be confirmed. */
 #define REFILL_MS 200
 
-/* A backlog is worked off at full speed if the others are idle for so long. */
-#define BACKLOG_ALONE_MS 1000
+/* A topic may fill its window if no other has published for so long. */
+#define ALONE_MS 10000
+
+/* Else it may fill this part of it, and more the longer the way to the broker is. */
+#define SHARED_MS 5
+#define WHOLE_MS 80
 
 /* Losses of the connection until a topic is suspected; how long it is on trial. */
 #define SUSPECT_LOSSES 2
@@ -92,11 +96,15 @@ static int	isolate = 0;		/* messages of all topics to be sent one at a
 static Flow *trial = NULL;		/* of those suspected, the one that publishes */
 static MonoTime trial_at = 0;	/* its last message went out */
 static MonoTime acked_at = 0;	/* the last message of any topic was */
-static MonoTime riding_at = 0;	/* a message of a topic that rides with the
-								 * main cursor went out */
 static int	nchannels = 0;		/* that topics have */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
 static int	nwaiters = 0;
+static Flow *latest = NULL;		/* who published the last message; to compare,
+								 * it may be gone */
+static MonoTime latest_at = 0;	/* when */
+static MonoTime others_at = 0;	/* when anybody else did, the last time */
+static MonoTime least_delay = 0;	/* of a confirm on this connection, in
+									 * microseconds; 0: not known */
 static MonoTime checked_at = 0;
 
 /* Is the broker there at all? */
@@ -404,31 +412,60 @@ worth_filling(const Flow *flow)
 		flow->refill_at <= mono_now();
 }
 
-/*
- * How many messages of the topic may be in flight?  The broker takes what comes on
- * one connection in turn, so those of a topic that works off a backlog are before
- * those of all others.  As long as others publish, there are fewer of them.
- */
-static int
-window_limit(const Flow *flow)
+static void
+note_published(Flow *flow, MonoTime now)
 {
-	if (flow_rides(flow) || mono_exceeds(riding_at, mono_now(), BACKLOG_ALONE_MS))
-		return pgf_max_in_flight;
-	return Max(pgf_max_in_flight / 8, 1);
+	if (flow != latest)
+	{
+		latest = flow;
+		others_at = latest_at;
+	}
+	latest_at = now;
+}
+
+/*
+ * Which part of its window may the topic fill?  The broker takes what comes on one
+ * connection in turn, so what a topic with very many messages has in flight is before
+ * those of all others.  As long as others publish, it has a few milliseconds' worth, on
+ * top of what the way to the broker and back takes.
+ */
+static double
+window_part(const Flow *flow)
+{
+	MonoTime	others = (flow == latest) ? others_at : latest_at;
+	double		way = least_delay / 1000.0;
+
+	if (mono_exceeds(others, mono_now(), ALONE_MS))
+		return 1.0;
+	return Min((SHARED_MS + way) / WHOLE_MS, 1.0);
+}
+
+/* For sender_confirmed(): notes how long the message took that was in flight for longest. */
+static void
+note_delay(const Flow *flow)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+	MonoTime	delay = item ? Max(mono_now() - item->published_at, 1) : 0;
+
+	if (delay != 0 && (least_delay == 0 || delay < least_delay))
+		least_delay = delay;
 }
 
 /* Has the window room for another message? */
 static bool
 has_room(const Flow *flow)
 {
+	double		part = window_part(flow);
+
 	if (flow->yields)
 		return false;
 	if (is_suspected(flow) && trial != NULL && trial != flow)
 		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;
-	return flow->isolate == 0 && isolate == 0 && flow->window.in_flight < window_limit(flow) &&
-		bytes_in_flight < MAX_WINDOW_BYTES;
+	return flow->isolate == 0 && isolate == 0 &&
+		flow->window.in_flight < Max(pgf_max_in_flight * part, 1) &&
+		flow->window.bytes < MAX_WINDOW_BYTES * part && bytes_in_flight < MAX_WINDOW_BYTES;
 }
 
 /* Has a slot for the next delivery tag. */
@@ -493,8 +530,7 @@ publish(Flow *flow, Message *message)
 		trial = flow;
 		trial_at = message->item.published_at;
 	}
-	if (flow_rides(flow))
-		riding_at = message->item.published_at;
+	note_published(flow, message->item.published_at);
 	pg_atomic_fetch_add_u64(&worker_slot->published, 1);
 }
 
@@ -622,6 +658,7 @@ sender_confirmed(const BrokerEvent *event)
 	uint64		before = flow->window.in_flight;
 	bool		ok;
 
+	note_delay(flow);
 	before_change(flow);
 	ok = ack ? window_ack(&flow->window, event->tag, event->multiple) :
 		window_nack(&flow->window, event->tag, event->multiple);
@@ -772,6 +809,7 @@ sender_lost(const BrokerEvent *event)
 	}
 	if (n > 1 && blames_content(event))
 		isolate = n;
+	least_delay = 0;
 	ping = 0;
 	ping_at = 0;
 }

@@ -137,7 +137,7 @@ typedef struct Flow
 	Run		   *filling;		/* of the chunk that is being read */
 	uint64		batch_number;	/* the main cursor's batch that has, so far, */
 	int64		batch_rows;		/* so many rows of it */
-	size_t		bytes;			/* of runs that it read by itself, not done */
+	size_t		bytes;			/* of messages in them that are not done */
 
 	/* without the main cursor */
 	dlist_node	node;			/* in the list of those not ATTACHED */
