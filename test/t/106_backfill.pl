@@ -31,7 +31,8 @@ sub ask
 	my ($query) = @_;
 	my ($stdout, $stderr) = ('', '');
 
-	$node->psql('postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
+	# psql may have ended before it was told what to ask
+	eval { $node->psql('postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
 	return $stdout;
 }
 

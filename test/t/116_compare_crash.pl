@@ -37,7 +37,8 @@ sub ask
 	my ($query, $database) = @_;
 	my ($stdout, $stderr) = ('', '');
 
-	$node->psql($database || 'postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
+	# psql may have ended before it was told what to ask
+	eval { $node->psql($database || 'postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
 	return $stdout;
 }
 
