@@ -13,6 +13,10 @@ create unlogged table unlogged (id int primary key);
 create table deferrable_key (id int primary key deferrable, n int not null unique);
 create table deferrable_unique (id int primary key, n int unique deferrable);
 create table excluded (id int primary key, r int4range, exclude using gist (r with &&) deferrable);
+-- before PostgreSQL 18 no key can be so, and the table has none
+select 'create table temporal (id int4range, valid daterange'
+    || case when current_setting('server_version_num')::int >= 180000 then ', primary key (id, valid without overlaps)' else '' end || ')' as temporal \gset
+:temporal;
 create table with_rule (id int primary key);
 create rule nothing as on insert to with_rule do instead nothing;
 create table parted (id int primary key) partition by range (id);
@@ -56,6 +60,7 @@ select fanout.sync_table('t', 'b', 'with_rule');
 select fanout.sync_table('t', 'b', 'deferrable_key');
 select fanout.sync_table('t', 'b', 'deferrable_unique');
 select fanout.sync_table('t', 'b', 'excluded');
+select fanout.sync_table('t', 'b', 'temporal');
 
 -- the key
 select fanout.sync_table('t', 'b', 'users', key => '{name}');
@@ -201,7 +206,7 @@ select relation from of_subscriptions;
 rollback;
 
 drop function message, problem;
-drop table users, no_key, unlogged, deferrable_key, deferrable_unique, excluded, with_rule, parted;
+drop table users, no_key, unlogged, deferrable_key, deferrable_unique, excluded, temporal, with_rule, parted;
 drop view a_view;
 drop owned by sync_user, sync_other;
 drop role sync_user, sync_other;
