@@ -84,7 +84,7 @@ insert into users values (:id, :client_id) on conflict (id) do update set change
 ');
 my ($out, $err) = ('', '');
 my $load = IPC::Run::start(
-	[ 'pgbench', '-n', '-c', '2', '-R', $rate, '-T', '1200', '-f', "$directory/counters.sql\@2", '-f', "$directory/users.sql\@1", $a->connstr('postgres') ],
+	[ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', $rate, '-T', '1200', '-f', "$directory/counters.sql\@2", '-f', "$directory/users.sql\@1", $a->connstr('postgres') ],
 	'<', \undef, '>', \$out, '2>', \$err);
 
 # NULL while the server is not there.

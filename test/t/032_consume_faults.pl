@@ -405,7 +405,7 @@ sub start_load
 	my $log = "$PostgreSQL::Test::Utils::log_path/032_consume_faults_pgbench.log";
 
 	append_to_file($script, q(insert into ledger select fanout.publish('t', '{"n": 1}', key => (random() * 50)::int::text);) . "\n");
-	$load = IPC::Run::start([ 'pgbench', '-n', '-c', '2', '-R', '150', '-T', '600', '-f', $script, $node->connstr('a') ],
+	$load = IPC::Run::start([ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', '150', '-T', '600', '-f', $script, $node->connstr('a') ],
 		'<', '/dev/null', '>>', $log, '2>>', $log);
 	return;
 }

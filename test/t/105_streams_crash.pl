@@ -100,7 +100,7 @@ my $load;
 sub load
 {
 	$load = IPC::Run::start(
-		[ 'pgbench', '-n', '-c', '2', '-R', $rate, '-T', '1200', '-f', "$directory/counters.sql\@2", '-f', "$directory/users.sql\@1", $a->connstr('postgres') ],
+		[ 'env', 'PGAPPNAME=pgbench', 'pgbench', '-n', '-c', '2', '-R', $rate, '-T', '1200', '-f', "$directory/counters.sql\@2", '-f', "$directory/users.sql\@1", $a->connstr('postgres') ],
 		'<', \undef, '>', \$out, '2>', \$err);
 	return;
 }
