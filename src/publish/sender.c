@@ -27,12 +27,13 @@
  * A connection that is lost otherwise may be the fault of a message as well: somebody on
  * the way to the broker, or the broker itself, may end it whenever that message comes.
  * So each topic is suspected during whose messages it was lost twice, none of which was
- * confirmed meanwhile.  Those that are suspected publish one after the other, beside all
- * that are not:
+ * confirmed in between, or more often while some were.  Those that are suspected publish
+ * one after the other, beside all that are not:
  *
  *		none -> lost -> lost again: suspected -> on trial -> lost again: refused
  *
- * and none again once all messages are settled that were in flight.  A topic that was
+ * and none again once all messages are settled that were in flight.  A loss on trial after
+ * a confirm refuses nothing: so it is where the network is bad.  A topic that was
  * refused stays suspected.  It isolates, so that what came before the message is settled
  * for good, and each of its probes is a trial.  Where nothing at all is confirmed
  * meanwhile, it is the broker, and no topic is refused.
@@ -73,8 +74,17 @@
 #define SHARED_MS 5
 #define WHOLE_MS 80
 
-/* Losses of the connection until a topic is suspected; how long it is on trial. */
-#define SUSPECT_LOSSES 2
+/* Or this one while the way is measured: so often, or after so many times its length. */
+#define MEASURING_MS 1
+#define MEASURE_MS 2000
+#define MEASURE_TIMES 20
+
+/*
+ * A loss of the connection counts more if nothing was confirmed since the last one; from
+ * when a topic is suspected; how long it is on trial.
+ */
+#define STUCK_LOSS 5
+#define SUSPECT_LOSSES (2 * STUCK_LOSS)
 #define TRIAL_MS 1000
 
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
@@ -103,8 +113,9 @@ static Flow *latest = NULL;		/* who published the last message; to compare,
 								 * it may be gone */
 static MonoTime latest_at = 0;	/* when */
 static MonoTime others_at = 0;	/* when anybody else did, the last time */
-static MonoTime least_delay = 0;	/* of a confirm on this connection, in
-									 * microseconds; 0: not known */
+static MonoTime way = 0;		/* to the broker and back, in microseconds; 0:
+								 * being measured */
+static MonoTime way_since = 0;	/* with what was published since then */
 static MonoTime checked_at = 0;
 
 /* Is the broker there at all? */
@@ -179,6 +190,7 @@ static void
 acquit(Flow *flow)
 {
 	flow->losses = flow->doubtful = 0;
+	flow->progressed = false;
 	if (trial == flow)
 		trial = NULL;
 }
@@ -188,6 +200,7 @@ static void
 note_settled(Flow *flow, int count)
 {
 	flow->doubtful -= Min(count, flow->doubtful);
+	flow->progressed = true;
 	if (flow->doubtful == 0)
 		acquit(flow);
 }
@@ -196,13 +209,17 @@ note_settled(Flow *flow, int count)
 static void
 note_loss(Flow *flow, int n, bool on_trial, const BrokerEvent *event)
 {
+	bool		stuck = (flow->losses == 0 || !flow->progressed);
+
 	/* if it is one of its messages, that was in flight the first time, too */
-	if (flow->losses++ == 0)
+	if (flow->losses == 0)
 	{
 		flow->lost_at = mono_now();
 		flow->doubtful = n;
 	}
-	if (!on_trial || acked_at <= flow->lost_at)
+	flow->losses += stuck ? STUCK_LOSS : 1;
+	flow->progressed = false;
+	if (!on_trial || !stuck || acked_at <= flow->lost_at)
 		return;
 	flow->isolate = Max(flow->isolate, n);
 	flow_refused(flow, event->code,
@@ -427,28 +444,39 @@ note_published(Flow *flow, MonoTime now)
  * Which part of its window may the topic fill?  The broker takes what comes on one
  * connection in turn, so what a topic with very many messages has in flight is before
  * those of all others.  As long as others publish, it has a few milliseconds' worth, on
- * top of what the way to the broker and back takes.
+ * top of what the way to the broker and back takes.  Now and then that is measured anew,
+ * with little in flight, so that no message's way is to wait behind others.
  */
 static double
 window_part(const Flow *flow)
 {
 	MonoTime	others = (flow == latest) ? others_at : latest_at;
-	double		way = least_delay / 1000.0;
+	MonoTime	now = mono_now();
 
-	if (mono_exceeds(others, mono_now(), ALONE_MS))
+	if (mono_exceeds(others, now, ALONE_MS))
 		return 1.0;
-	return Min((SHARED_MS + way) / WHOLE_MS, 1.0);
+	if (way != 0 && mono_exceeds(way_since, now, Max(MEASURE_MS, way * MEASURE_TIMES / 1000)))
+	{
+		way = 0;
+		way_since = now;
+	}
+	if (way == 0)
+		return (double) MEASURING_MS / WHOLE_MS;
+	return Min((SHARED_MS + way / 1000.0) / WHOLE_MS, 1.0);
 }
 
-/* For sender_confirmed(): notes how long the message took that was in flight for longest. */
+/* For sender_confirmed(): how long did the message take that was in flight for longest? */
 static void
 note_delay(const Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
-	MonoTime	delay = item ? Max(mono_now() - item->published_at, 1) : 0;
+	MonoTime	delay;
 
-	if (delay != 0 && (least_delay == 0 || delay < least_delay))
-		least_delay = delay;
+	if (item == NULL || item->published_at < way_since)
+		return;
+	delay = Max(mono_now() - item->published_at, 1);
+	if (way == 0 || delay < way)
+		way = delay;
 }
 
 /* Has the window room for another message? */
@@ -809,7 +837,7 @@ sender_lost(const BrokerEvent *event)
 	}
 	if (n > 1 && blames_content(event))
 		isolate = n;
-	least_delay = 0;
+	way = way_since = 0;
 	ping = 0;
 	ping_at = 0;
 }

@@ -192,10 +192,12 @@ typedef struct Flow
 	bool		ready;			/* in the list of those that may publish */
 	dlist_node	ready_node;
 	int			isolate;		/* messages to be sent one at a time */
-	int			losses;			/* of the connection in a row, while any of
-								 * these was in flight: */
+	int			losses;			/* of the connection in a row, weighed, while
+								 * any of these was in flight: */
 	int			doubtful;		/* so many messages, in flight at the first
 								 * loss and not settled since */
+	bool		progressed;		/* some of them were settled since the last
+								 * one */
 	MonoTime	lost_at;		/* the first of these losses */
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;
