@@ -2507,34 +2507,50 @@ comment on function fanout.handler_owner(fanout.subscription) is
 'internal: the role that owned the handler when it was subscribed; NULL: there is none';
 revoke all on function fanout.handler_owner(fanout.subscription) from public;
 
--- A role, by oid, and by name where the oid means nothing: unlike regrole, it can be
--- restored where the role is missing.
-create type fanout.grantee;
-create function fanout.grantee_in(cstring) returns fanout.grantee
-language c stable strict
-as 'MODULE_PATHNAME', 'pgf_grantee_in';
-comment on function fanout.grantee_in(cstring) is 'internal: part of fanout.grantee';
-revoke all on function fanout.grantee_in(cstring) from public;
-create function fanout.grantee_out(fanout.grantee) returns cstring
-language c stable strict
-as 'MODULE_PATHNAME', 'pgf_grantee_out';
-comment on function fanout.grantee_out(fanout.grantee) is 'internal: part of fanout.grantee';
-revoke all on function fanout.grantee_out(fanout.grantee) from public;
-create type fanout.grantee (input = fanout.grantee_in, output = fanout.grantee_out, internallength = 68, alignment = int4);
-comment on type fanout.grantee is 'internal: a role that something is granted to; its text is the name that the role has now, empty if it was dropped';
-
 create table fanout.topic_grant (
-    role           fanout.grantee not null,
+    grant_id       uuid primary key default gen_random_uuid(),
+    role           text not null,
     topic          text,
     consumer_group text,
-    what           text           not null
+    what           text not null
 ) using heap;
-alter table fanout.topic_grant replica identity full;
 comment on table fanout.topic_grant is 'internal: who may do what with a topic, by fanout.grant_topic()';
+comment on column fanout.topic_grant.role is 'by the name that it had when it was last looked at';
 comment on column fanout.topic_grant.topic is 'NULL: all topics';
 comment on column fanout.topic_grant.consumer_group is 'NULL: all consumer groups';
 revoke all on fanout.topic_grant from public;
-select pg_extension_config_dump('fanout.topic_grant', $$where role::text <> ''$$);
+select pg_extension_config_dump('fanout.topic_grant', '');
+
+-- As fanout.subscription_bound: a dump has the name, which need not be there, and in
+-- this database the oid decides, so that a new role does not get what one of its name had.
+create table fanout.topic_grant_bound (
+    grant_id uuid primary key,
+    role     oid not null
+) using heap;
+comment on table fanout.topic_grant_bound is 'internal: which roles are named in fanout.topic_grant, in this database; no row: whichever has the name';
+revoke all on fanout.topic_grant_bound from public;
+
+create function fanout.bind_grants() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- who asks for a right only reads it
+    lock table fanout.topic_grant in share row exclusive mode;
+    delete from fanout.topic_grant g using fanout.topic_grant_bound b
+    where b.grant_id = g.grant_id and not exists (select from pg_roles r where r.oid = b.role);
+    delete from fanout.topic_grant_bound b where not exists (select from fanout.topic_grant g where g.grant_id = b.grant_id);
+    update fanout.topic_grant g set role = r.rolname from fanout.topic_grant_bound b join pg_roles r on r.oid = b.role
+    where b.grant_id = g.grant_id and g.role <> r.rolname;
+    insert into fanout.topic_grant_bound (grant_id, role)
+    select g.grant_id, r.oid from fanout.topic_grant g join pg_roles r on r.rolname = g.role
+    where not exists (select from fanout.topic_grant_bound b where b.grant_id = g.grant_id)
+    on conflict do nothing;
+end
+$$;
+comment on function fanout.bind_grants() is
+'internal: notes which roles have been granted something, and the names that these have now; ends the grants of roles that were dropped';
+revoke all on function fanout.bind_grants() from public;
 
 create table fanout.inbox (
     segment    smallint not null,
@@ -2680,20 +2696,19 @@ as $$
 #variable_conflict use_column
 begin
     perform fanout.check_grant(grant_topic.role, grant_topic.what, grant_topic.consumer_group);
-    -- who asks for a right only reads it
-    lock table fanout.topic_grant in share row exclusive mode;
-    delete from fanout.topic_grant g where g.role::text = '';
+    perform fanout.bind_grants();
     insert into fanout.topic_grant (role, topic, consumer_group, what)
-    select pg_get_userbyid(grant_topic.role)::text::fanout.grantee, grant_topic.topic, grant_topic.consumer_group, w
+    select pg_get_userbyid(grant_topic.role), grant_topic.topic, grant_topic.consumer_group, w
     from (select distinct unnest(grant_topic.what)) u(w)
     where not exists (
         select from fanout.topic_grant g
-        where g.role::text = pg_get_userbyid(grant_topic.role)::text and g.topic is not distinct from grant_topic.topic
+        where g.role = pg_get_userbyid(grant_topic.role) and g.topic is not distinct from grant_topic.topic
           and g.consumer_group is not distinct from grant_topic.consumer_group and g.what = u.w);
+    perform fanout.bind_grants();
 end
 $$;
 comment on function fanout.grant_topic(text, regrole, text[], text) is
-'lets a role, and all that have its privileges, use a topic (NULL: all topics): what is among declare (and drop), capture, publish and subscribe; with a consumer_group, declare and subscribe are of its queue alone. A role needs EXECUTE on the functions, too; members of the role that owns pg_fanout, and superusers, need no grant. It follows a role that is renamed, and ends with one that is dropped; a dump has it by the role''s name. For administrators. Errors: 22004, 22023, 42704';
+'lets a role, and all that have its privileges, use a topic (NULL: all topics): what is among declare (and drop), capture, publish and subscribe; with a consumer_group, declare and subscribe are of its queue alone. A role needs EXECUTE on the functions, too; members of the role that owns pg_fanout, and superusers, need no grant. It follows a role that is renamed, and ends with one that is dropped; a dump has it by the role''s name, of a minute ago at worst. For administrators. Errors: 22004, 22023, 42704';
 revoke all on function fanout.grant_topic(text, regrole, text[], text) from public;
 
 create function fanout.revoke_topic(topic text, role regrole, what text[] default '{subscribe}', consumer_group text default null)
@@ -2704,8 +2719,9 @@ as $$
 #variable_conflict use_column
 begin
     perform fanout.check_grant(revoke_topic.role, revoke_topic.what, revoke_topic.consumer_group);
+    perform fanout.bind_grants();
     delete from fanout.topic_grant g
-    where g.role::text = pg_get_userbyid(revoke_topic.role)::text and g.topic is not distinct from revoke_topic.topic
+    where g.role = pg_get_userbyid(revoke_topic.role) and g.topic is not distinct from revoke_topic.topic
       and g.consumer_group is not distinct from revoke_topic.consumer_group and g.what = any (revoke_topic.what);
 end
 $$;
@@ -5416,8 +5432,9 @@ set search_path = pg_catalog, pg_temp
 as $$
     select format('select fanout.grant_topic(%L, %L, %L%s);', g.topic, quote_ident(r.rolname), array[g.what]::text,
                   fanout.option('consumer_group', g.consumer_group, null))
-    from fanout.topic_grant g join pg_roles r on r.rolname = g.role::text
-    order by g.role::text, g.topic, g.consumer_group, g.what
+    from fanout.topic_grant g left join fanout.topic_grant_bound b on b.grant_id = g.grant_id
+         join pg_roles r on case when b.role is not null then r.oid = b.role else r.rolname = g.role end
+    order by r.rolname, g.topic, g.consumer_group, g.what
 $$;
 comment on function fanout.declared_topic_grants() is 'internal: part of fanout.declarations()';
 revoke all on function fanout.declared_topic_grants() from public;

@@ -20,7 +20,7 @@
  * rights of anybody.  The newest snapshot counts, as for topics (cache.c), so a grant
  * holds as soon as it is committed.  The table has a few rows, and is read whole.
  *
- * Locks: ACCESS SHARE on fanout.topic_grant, until the transaction ends.
+ * Locks: ACCESS SHARE on fanout.topic_grant and fanout.topic_grant_bound, until the transaction ends.
  *
  *-------------------------------------------------------------------------
  */
@@ -38,9 +38,9 @@
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
+#include "utils/uuid.h"
 
 #include "capture/cache.h"
-#include "capture/grantee.h"
 #include "capture/rights.h"
 #include "server/tables.h"
 
@@ -48,10 +48,15 @@ PG_FUNCTION_INFO_V1(pgf_check_topic_grant);
 PG_FUNCTION_INFO_V1(pgf_check_capture_grant);
 
 /* Columns of fanout.topic_grant. */
-#define GRANT_ROLE 1
-#define GRANT_TOPIC 2
-#define GRANT_CONSUMER_GROUP 3
-#define GRANT_WHAT 4
+#define GRANT_ID 1
+#define GRANT_ROLE 2
+#define GRANT_TOPIC 3
+#define GRANT_CONSUMER_GROUP 4
+#define GRANT_WHAT 5
+
+/* And of fanout.topic_grant_bound. */
+#define BOUND_ID 1
+#define BOUND_ROLE 2
 
 /* Returns the owner of the schema fanout, who is that of the extension. */
 Oid
@@ -78,14 +83,51 @@ covers(HeapTuple tuple, TupleDesc desc, int column, const char *value)
 	return isnull || (value != NULL && strcmp(TextDatumGetCString(found), value) == 0);
 }
 
-static bool
-permits(HeapTuple tuple, TupleDesc desc, Oid role, const char *topic, const char *what, const char *consumer_group)
+/* Finds the role that a grant is bound to; InvalidOid: to none. */
+static Oid
+bound_role(const pg_uuid_t *grant_id, Snapshot snapshot)
+{
+	Relation	rel = table_open(tables_oid("topic_grant_bound"), AccessShareLock);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, snapshot, 0, NULL);
+	HeapTuple	tuple;
+	Oid			role = InvalidOid;
+	bool		isnull;
+
+	while (!OidIsValid(role) && HeapTupleIsValid(tuple = systable_getnext(scan)))
+	{
+		pg_uuid_t  *id = DatumGetUUIDP(heap_getattr(tuple, BOUND_ID, RelationGetDescr(rel), &isnull));
+
+		if (memcmp(id, grant_id, UUID_LEN) == 0)
+			role = DatumGetObjectId(heap_getattr(tuple, BOUND_ROLE, RelationGetDescr(rel), &isnull));
+	}
+	systable_endscan(scan);
+	table_close(rel, NoLock);
+	return role;
+}
+
+/* Returns the role that has a grant; InvalidOid: there is none. */
+static Oid
+granted_role(HeapTuple tuple, TupleDesc desc, Snapshot snapshot)
 {
 	bool		isnull;
-	Oid			granted = grantee_role((Grantee *) DatumGetPointer(heap_getattr(tuple, GRANT_ROLE, desc, &isnull)));
+	Oid			role = bound_role(DatumGetUUIDP(heap_getattr(tuple, GRANT_ID, desc, &isnull)), snapshot);
 
-	return OidIsValid(granted) && covers(tuple, desc, GRANT_WHAT, what) && covers(tuple, desc, GRANT_TOPIC, topic) &&
-		covers(tuple, desc, GRANT_CONSUMER_GROUP, consumer_group) && has_privs_of_role(role, granted);
+	if (OidIsValid(role))
+		return SearchSysCacheExists1(AUTHOID, ObjectIdGetDatum(role)) ? role : InvalidOid;
+	return get_role_oid(TextDatumGetCString(heap_getattr(tuple, GRANT_ROLE, desc, &isnull)), true);
+}
+
+static bool
+permits(HeapTuple tuple, TupleDesc desc, Snapshot snapshot, Oid role, const char *topic, const char *what,
+		const char *consumer_group)
+{
+	Oid			granted;
+
+	if (!covers(tuple, desc, GRANT_WHAT, what) || !covers(tuple, desc, GRANT_TOPIC, topic) ||
+		!covers(tuple, desc, GRANT_CONSUMER_GROUP, consumer_group))
+		return false;
+	granted = granted_role(tuple, desc, snapshot);
+	return OidIsValid(granted) && has_privs_of_role(role, granted);
 }
 
 static bool
@@ -98,7 +140,7 @@ is_granted(Oid role, const char *topic, const char *what, const char *consumer_g
 	bool		found = false;
 
 	while (!found && HeapTupleIsValid(tuple = systable_getnext(scan)))
-		found = permits(tuple, RelationGetDescr(rel), role, topic, what, consumer_group);
+		found = permits(tuple, RelationGetDescr(rel), snapshot, role, topic, what, consumer_group);
 	systable_endscan(scan);
 	UnregisterSnapshot(snapshot);
 	table_close(rel, NoLock);

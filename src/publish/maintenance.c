@@ -12,7 +12,7 @@
  *
  * Locks: ACCESS EXCLUSIVE on a segment to be emptied, taken without waiting.
  * Writers hold ROW EXCLUSIVE until their transaction ends, so no row is
- * undecided then.
+ * undecided then.  SHARE ROW EXCLUSIVE on fanout.topic_grant, likewise.
  *
  *-------------------------------------------------------------------------
  */
@@ -20,6 +20,7 @@
 
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "storage/lmgr.h"
 
 #include "publish/maintenance.h"
 #include "server/query.h"
@@ -263,6 +264,21 @@ maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, doubl
 
 		query_execute(&query, 3, types, values, NULL);
 	}
+}
+
+/* ---- grants ---- */
+
+/*
+ * Keeps up with roles that were renamed, dropped, or created.  Not now if somebody who
+ * grants or revokes holds the table, however long his transaction takes.
+ */
+void
+maintenance_bind_grants(void)
+{
+	static CachedQuery query = {"select fanout.bind_grants()"};
+
+	if (ConditionalLockRelationOid(tables_oid("topic_grant"), ShareRowExclusiveLock))
+		query_execute(&query, 0, NULL, NULL, NULL);
 }
 
 /* ---- consumers ---- */

@@ -897,6 +897,7 @@ maintain(MonoTime now)
 	worker_begin();
 	if (pub.conn.problem == NULL)
 		maintenance_rotate_inbox(pgf_inbox_retention);
+	maintenance_bind_grants();
 	worker_commit();
 	read_subscriptions();
 	pg_atomic_write_u32(&worker_slot->current_segment, segment);

@@ -16,6 +16,7 @@ my $node = PgFanout::cluster('main', undef, conf => q(
 wal_level = logical
 pg_fanout.max_databases = 10
 max_worker_processes = 20
+pg_fanout.inbox_retention = 4s
 ));
 my $dir = PostgreSQL::Test::Utils::tempdir();
 my $odd = q("it's ""odd"" \\ é");
@@ -41,7 +42,10 @@ like(sql('original', 'select fanout.declarations()'), qr/grant_topic\('t', 'afte
 unlike(sql('original', 'select fanout.declarations()'), qr/grant_topic\('t', '(before|goes)'/, 'and nothing of a role that was dropped');
 is(error('original', q(select fanout.grant_topic('t', 4000000000::oid::regrole))), 'ERROR:  role with OID 4000000000 does not exist', 'nothing is granted to a role that does not exist');
 
-# Dumps, with a role that was renamed, and one that was dropped
+# Dumps, with a role that was renamed, and one that was dropped, which the publisher notes
+
+$node->poll_query_until('original', q(select count(*) filter (where role = 'after') = 1 and count(*) filter (where role in ('before', 'goes')) = 0
+	from fanout.topic_grant)) or die 'the names are old';
 
 dump_to('plain.sql');
 dump_to('inserts.sql', '--inserts');
