@@ -4648,7 +4648,7 @@ comment on column fanout.backfill.file is 'of a walk by pages, the file (pg_clas
 comment on column fanout.backfill.walked is 'all rows are in the outbox';
 comment on column fanout.backfill.last_xid is 'the last transaction that wrote messages';
 -- Not those of a database that this one was restored in place of, whose comparisons copies know by them.
-select setval('fanout.backfill_backfill_id_seq', extract(epoch from clock_timestamp())::bigint);
+select setval('fanout.backfill_backfill_id_seq', (extract(epoch from clock_timestamp()) * 1000)::bigint);
 comment on sequence fanout.backfill_backfill_id_seq is 'internal: numbers of backfills';
 revoke all on sequence fanout.backfill_backfill_id_seq from public;
 revoke all on fanout.backfill from public;
