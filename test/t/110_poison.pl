@@ -136,7 +136,7 @@ $proxy->command('pass');
 good_flow('after losses of the connection that are no message\'s fault');
 unlike(slurp_file($node->logfile, $offset), qr/lost again and again/, 'no topic is blamed for them');
 
-$load->signal('INT');
+$load->signal('TERM');
 $load->finish;
 PgFanout::flush($node);
 foreach my $topic (@good)

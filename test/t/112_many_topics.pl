@@ -92,7 +92,7 @@ foreach my $n (1 .. 5)
 }
 ok($load->pumpable, 'messages of other topics are sent while more topics than channels have more than they can send');
 note sprintf('%.1f s at most', $slowest);
-$load->signal('INT');
+$load->signal('TERM');
 $load->finish;
 
 done_testing();
