@@ -153,7 +153,8 @@ sub sql
 	my ($sql) = @_;
 
 	# not while the server restarts; a statement may meet a lock, too
-	return $experiment->try_sql("set lock_timeout = '5s'; $sql");
+	local $ENV{PGOPTIONS} = '-c lock_timeout=5s';
+	return $experiment->try_sql($sql);
 }
 
 sub cause_fault

@@ -220,12 +220,16 @@ end_of('order');
 
 subscribe('broken', q(retry_delay => '50 ms', max_retry_delay => '50 ms', max_attempts => 2));
 sql(q(select fanout.pause('broken', 'g')));
-publish_body('broken', "bad $_", { do => q(do $x$ begin raise exception '%', repeat('äö', 600); end $x$) }) foreach 1 .. 12;
-publish('broken', "good $_", '{}') foreach 1 .. 12;
+# one after the other: they need not all be at hand at once
+foreach my $i (1 .. 12)
+{
+	publish_body('broken', "bad $i", { do => q(do $x$ begin raise exception '%', repeat('äö', 600); end $x$) });
+	publish('broken', "good $i", '{}');
+}
 PgFanout::flush($node);
 my $restarts = () = slurp_file($node->logfile) =~ /consumer of broken_g does not consume/g;
 sql(q(select fanout.resume('broken', 'g')));
-ok(soon(q((select count(*) = 12 from log where topic = 'broken') and (select count(*) = 12 from fanout.dead_letter where topic = 'broken'))), 'bad messages, and good ones after them');
+ok(soon(q((select count(*) = 12 from log where topic = 'broken') and (select count(*) = 12 from fanout.dead_letter where topic = 'broken'))), 'bad messages, and good ones among them');
 is((() = slurp_file($node->logfile) =~ /consumer of broken_g does not consume/g), $restarts, 'are not taken for a handler that is broken for all');
 sql('truncate log; select fanout.purge()');
 sql(q(create table broken_for_all ()));
