@@ -108,7 +108,8 @@ $proxy->command('pass');
 sql(q(select fanout.resume('bad'); select fanout.redrive()));
 PgFanout::wait_for_state($node, 'sent', where => q(topic ~ 'bad|worse'));
 in_order('bad', 1000, 'once the broker takes it');
-is($broker->count('worse_g'), 1, 'so is the dead letter when it is redriven');
+# beside what may have come again
+ok((grep { $_->{body} =~ /POISON/ } $broker->collect('worse_g', expect => 1)), 'so is the dead letter when it is redriven');
 
 # ---- a declaration with which the connection is reset ----
 
