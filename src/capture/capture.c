@@ -611,6 +611,27 @@ render_payload(Jsonb *payload, TopicFormat format, const OutboxRow *row)
 	return out.data;
 }
 
+/* Begins a message that tells of no row: all but key, queue and payload. */
+static void
+begin_message(OutboxRow *row, const TopicInfo *topic, const char *type, Jsonb *headers)
+{
+	memset(row, 0, sizeof(*row));
+	row->id = outbox_next_id();
+	row->topic_id = topic->topic_id;
+	msgid_new(&row->message_id);
+	row->type = type;
+	row->headers = headers;
+	row->created_at = GetCurrentTimestamp();
+}
+
+static void
+write_message(OutboxRow *row, const char *payload)
+{
+	row->payload = payload;
+	row->payload_len = strlen(payload);
+	outbox_insert(row, true);
+}
+
 /*
  * Writes a message that tells of no change, its payload in no envelope, whatever
  * the topic's format: JSON in the server encoding.  As capture_notice().
@@ -621,17 +642,9 @@ capture_payload(const char *topic, const char *type, const char *payload, Jsonb 
 	TopicInfo	info = cache_topic(topic);
 	OutboxRow	row;
 
-	memset(&row, 0, sizeof(row));
-	row.id = outbox_next_id();
-	row.topic_id = info.topic_id;
-	msgid_new(&row.message_id);
-	row.type = type;
-	row.headers = headers;
+	begin_message(&row, &info, type, headers);
 	row.queue = queue;
-	row.created_at = GetCurrentTimestamp();
-	row.payload = payload;
-	row.payload_len = strlen(payload);
-	outbox_insert(&row, true);
+	write_message(&row, payload);
 }
 
 /*
@@ -644,17 +657,9 @@ capture_notice(const char *topic, const char *type, Jsonb *payload, Jsonb *heade
 	TopicInfo	info = cache_topic(topic);
 	OutboxRow	row;
 
-	memset(&row, 0, sizeof(row));
-	row.id = outbox_next_id();
-	row.topic_id = info.topic_id;
-	msgid_new(&row.message_id);
-	row.type = type;
-	row.headers = headers;
+	begin_message(&row, &info, type, headers);
 	row.queue = queue;
-	row.created_at = GetCurrentTimestamp();
-	row.payload = render_payload(payload, info.format, &row);
-	row.payload_len = strlen(row.payload);
-	outbox_insert(&row, true);
+	write_message(&row, render_payload(payload, info.format, &row));
 }
 
 Datum
@@ -675,14 +680,9 @@ pgf_publish(PG_FUNCTION_ARGS)
 	rights_check(GetUserId(), name, "publish", NULL);
 	topic = cache_topic(name);
 
-	memset(&row, 0, sizeof(row));
-	row.id = outbox_next_id();
-	row.topic_id = topic.topic_id;
-	msgid_new(&row.message_id);
+	begin_message(&row, &topic, PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)),
+				  PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4));
 	row.key = PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2));
-	row.type = PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3));
-	row.headers = PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4);
-	row.created_at = GetCurrentTimestamp();
 	if (row.type != NULL && utf8_length(row.type) > OUTBOX_MAX_TYPE)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
@@ -691,9 +691,7 @@ pgf_publish(PG_FUNCTION_ARGS)
 						   utf8_length(row.type), OUTBOX_MAX_TYPE)));
 	if (row.headers != NULL)
 		check_headers(row.headers);
-	row.payload = render_payload(PG_GETARG_JSONB_P(1), topic.format, &row);
-	row.payload_len = strlen(row.payload);
-	outbox_insert(&row, true);
+	write_message(&row, render_payload(PG_GETARG_JSONB_P(1), topic.format, &row));
 
 	*result = row.message_id;
 	PG_RETURN_UUID_P(result);
