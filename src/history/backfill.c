@@ -591,42 +591,49 @@ canonical_where(Relation rel, const char *where)
 }
 
 /*
- * Raises an error (42501) unless the caller owns the table.  detail: a sentence, why
- * that is asked for.
+ * Opens the table that the first argument, "entity", names, with ACCESS SHARE.  Raises an
+ * error if it is null (22004), or unless the caller owns the table (42501).  detail: a
+ * sentence, why that is asked for.
  */
-void
-backfill_check_owner(Relation rel, const char *detail)
+Relation
+backfill_open_entity(FunctionCallInfo fcinfo, const char *detail)
 {
-	if (has_privs_of_role(GetUserId(), rel->rd_rel->relowner))
-		return;
-	ereport(ERROR,
-			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-			 errmsg("must be owner of table %s", RelationGetRelationName(rel)),
-			 errdetail("%s", detail)));
+	Relation	rel;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("entity must not be null")));
+	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
+	if (!has_privs_of_role(GetUserId(), rel->rd_rel->relowner))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of table %s", RelationGetRelationName(rel)),
+				 errdetail("%s", detail)));
+	return rel;
 }
 
-/* Hands the declaration to SQL that runs with the rights of the extension's owner. */
-static int64
-declare(FunctionCallInfo fcinfo, const char *where)
+/*
+ * Hands the arguments, of these types, to SQL that runs with the rights of the
+ * extension's owner.  Returns the number that it returns.
+ */
+int64
+backfill_declare(FunctionCallInfo fcinfo, const char *sql, int nargs, Oid *types)
 {
-	static const char *const sql = "select fanout.declare_backfill($1, $2, $3, $4, $5)";
-	Oid			types[5] = {REGCLASSOID, TEXTOID, TEXTOID, TEXTOID, INT4OID};
-	Datum		values[5];
-	char		nulls[5];
+	Datum	   *values = palloc(nargs * sizeof(Datum));
+	char	   *nulls = palloc(nargs);
 	Caller		caller = become_owner();
 	bool		isnull;
 	int64		id;
 
-	for (int i = 0; i < 5; i++)
+	for (int i = 0; i < nargs; i++)
 	{
 		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
 		nulls[i] = PG_ARGISNULL(i) ? 'n' : ' ';
 	}
-	if (where != NULL)
-		values[3] = CStringGetTextDatum(where);
 	if (SPI_connect() != SPI_OK_CONNECT ||
-		SPI_execute_with_args(sql, 5, types, values, nulls, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not declare a backfill");
+		SPI_execute_with_args(sql, nargs, types, values, nulls, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not run \"%s\"", sql);
 	id = DatumGetInt64(query_value(0, 1, &isnull));
 	SPI_finish();
 	become_caller(&caller);
@@ -641,22 +648,14 @@ declare(FunctionCallInfo fcinfo, const char *where)
 Datum
 pgf_backfill(PG_FUNCTION_ARGS)
 {
-	char	   *where = NULL;
+	Oid			types[5] = {REGCLASSOID, TEXTOID, TEXTOID, TEXTOID, INT4OID};
+	Relation	rel;
 
 	PreventCommandIfReadOnly("fanout.backfill()");
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("entity must not be null")));
-	else
-	{
-		Relation	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
-
-		backfill_check_owner(rel, "A backfill reads all rows and runs its condition with the owner's rights.");
-		if (!PG_ARGISNULL(3) && (rel->rd_rel->relkind == RELKIND_RELATION ||
-								 rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE))
-			where = canonical_where(rel, text_to_cstring(PG_GETARG_TEXT_PP(3)));
-		relation_close(rel, NoLock);
-	}
-	PG_RETURN_INT64(declare(fcinfo, where));
+	rel = backfill_open_entity(fcinfo, "A backfill reads all rows and runs its condition with the owner's rights.");
+	if (!PG_ARGISNULL(3) && (rel->rd_rel->relkind == RELKIND_RELATION ||
+							 rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE))
+		fcinfo->args[3].value = CStringGetTextDatum(canonical_where(rel, text_to_cstring(PG_GETARG_TEXT_PP(3))));
+	relation_close(rel, NoLock);
+	PG_RETURN_INT64(backfill_declare(fcinfo, "select fanout.declare_backfill($1, $2, $3, $4, $5)", 5, types));
 }

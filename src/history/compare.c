@@ -194,32 +194,6 @@ compare_end(const Walk *walk, const WalkRow *row)
 
 /* ---- the SQL function ---- */
 
-/* Hands the declaration to SQL that runs with the rights of the extension's owner. */
-static int64
-declare(FunctionCallInfo fcinfo)
-{
-	static const char *const sql = "select fanout.declare_comparison($1, $2, $3, $4)";
-	Oid			types[4] = {REGCLASSOID, TEXTOID, TEXTOID, BOOLOID};
-	Datum		values[4];
-	char		nulls[4];
-	Caller		caller = become_owner();
-	bool		isnull;
-	int64		id;
-
-	for (int i = 0; i < 4; i++)
-	{
-		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
-		nulls[i] = PG_ARGISNULL(i) ? 'n' : ' ';
-	}
-	if (SPI_connect() != SPI_OK_CONNECT ||
-		SPI_execute_with_args(sql, 4, types, values, nulls, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not declare a comparison");
-	id = DatumGetInt64(query_value(0, 1, &isnull));
-	SPI_finish();
-	become_caller(&caller);
-	return id;
-}
-
 /*
  * compare(entity, topic, consumer_group, repair).  In C because the caller's rights
  * on the table count, while the rest is done with those of the extension's owner.
@@ -227,15 +201,9 @@ declare(FunctionCallInfo fcinfo)
 Datum
 pgf_compare(PG_FUNCTION_ARGS)
 {
-	Relation	rel;
+	Oid			types[4] = {REGCLASSOID, TEXTOID, TEXTOID, BOOLOID};
 
 	PreventCommandIfReadOnly("fanout.compare()");
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("entity must not be null")));
-	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
-	backfill_check_owner(rel, "A comparison reads all rows with the owner's rights.");
-	relation_close(rel, NoLock);
-	PG_RETURN_INT64(declare(fcinfo));
+	relation_close(backfill_open_entity(fcinfo, "A comparison reads all rows with the owner's rights."), NoLock);
+	PG_RETURN_INT64(backfill_declare(fcinfo, "select fanout.declare_comparison($1, $2, $3, $4)", 4, types));
 }

@@ -12,6 +12,7 @@
 
 #include "access/transam.h"
 #include "executor/spi.h"
+#include "fmgr.h"
 #include "utils/rel.h"
 #include "utils/reltrigger.h"
 
@@ -91,7 +92,8 @@ typedef struct WalkRange
 	char	  **upto;			/* included; NULL: to the end */
 } WalkRange;
 
-extern void backfill_check_owner(Relation rel, const char *detail);
+extern Relation backfill_open_entity(FunctionCallInfo fcinfo, const char *detail);
+extern int64 backfill_declare(FunctionCallInfo fcinfo, const char *sql, int nargs, Oid *types);
 extern void backfill_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void backfill_end(const Walk *walk, const WalkRow *row);
 
