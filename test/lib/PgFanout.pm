@@ -208,6 +208,25 @@ sub publisher_pid
 
 =pod
 
+=item PgFanout::ask(node, sql, dbname)
+
+What a query returns in a database ("postgres"), as text; '' if it fails, or the server
+is away.
+
+=cut
+
+sub ask
+{
+	my ($node, $sql, $dbname) = @_;
+	my ($stdout, $stderr) = ('', '');
+
+	# psql may have ended before it was told what to ask
+	eval { $node->psql($dbname || 'postgres', $sql, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
+	return $stdout;
+}
+
+=pod
+
 =item session($node), run_in($session, $sql)
 
 A psql of its own in the database postgres, for transactions that stay open, and

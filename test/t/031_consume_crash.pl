@@ -91,10 +91,8 @@ my $load = IPC::Run::start(
 sub ask
 {
 	my ($query) = @_;
-	my ($stdout, $stderr) = ('', '');
 
-	$b->psql('postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
-	return $stdout =~ /^(\d+)$/ ? $1 : undef;
+	return PgFanout::ask($b, $query) =~ /^(\d+)$/ ? $1 : undef;
 }
 
 # Of the two that count, the one that has less.

@@ -110,10 +110,8 @@ load();
 sub ask
 {
 	my ($query) = @_;
-	my ($stdout, $stderr) = ('', '');
 
-	$b->psql('postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
-	return $stdout =~ /^(\d+)$/ ? $1 : undef;
+	return PgFanout::ask($b, $query) =~ /^(\d+)$/ ? $1 : undef;
 }
 
 sub applied { return ask('select sum(effects) from effects'); }

@@ -26,15 +26,7 @@ restart_after_crash = on
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-sub ask
-{
-	my ($query) = @_;
-	my ($stdout, $stderr) = ('', '');
-
-	# psql may have ended before it was told what to ask
-	eval { $node->psql('postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
-	return $stdout;
-}
+sub ask { return PgFanout::ask($node, @_); }
 
 sub wait_for_end
 {

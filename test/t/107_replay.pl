@@ -15,13 +15,7 @@ my $node = PgFanout::cluster('a', $broker, conf => 'restart_after_crash = on');
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-sub ask
-{
-	my ($stdout, $stderr) = ('', '');
-
-	$node->psql('postgres', $_[0], stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
-	return $stdout;
-}
+sub ask { return PgFanout::ask($node, @_); }
 
 sub wait_for_end
 {

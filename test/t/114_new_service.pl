@@ -42,15 +42,7 @@ sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub copy { return $node->safe_psql('copy', $_[0]); }
 
 # The same, where the server may be away: then there is no result.
-sub ask
-{
-	my ($query, $database) = @_;
-	my ($stdout, $stderr) = ('', '');
-
-	# psql may have ended before it was told what to ask
-	eval { $node->psql($database || 'postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
-	return $stdout;
-}
+sub ask { return PgFanout::ask($node, @_); }
 
 # ---- what runs beside the test ----
 

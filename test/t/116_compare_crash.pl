@@ -32,15 +32,7 @@ sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub copy { return $node->safe_psql('copy', $_[0]); }
 
 # The same, where the server may be away: then there is no result.
-sub ask
-{
-	my ($query, $database) = @_;
-	my ($stdout, $stderr) = ('', '');
-
-	# psql may have ended before it was told what to ask
-	eval { $node->psql($database || 'postgres', $query, stdout => \$stdout, stderr => \$stderr, on_error_die => 0); 1 } or return '';
-	return $stdout;
-}
+sub ask { return PgFanout::ask($node, @_); }
 
 # The load leaves keys alone that are divisible by 10.
 append_to_file("$directory/load.sql", "\\set i random(1, $rows / 10 - 1)\n\\set j random(1, 9)\n\\set id :i * 10 + :j\n\\set kind random(1, 10)\n" . q(\if :kind <= 2

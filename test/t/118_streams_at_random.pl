@@ -29,13 +29,7 @@ pg_fanout.retry_interval = 200ms
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
 # Also while the server starts.
-sub ask
-{
-	my ($stdout, $stderr) = ('', '');
-
-	$node->psql('postgres', $_[0], stdout => \$stdout, stderr => \$stderr, on_error_die => 0);
-	return $stdout;
-}
+sub ask { return PgFanout::ask($node, @_); }
 
 sub wait_until
 {
