@@ -99,7 +99,7 @@ static Recovery recovery;
 
 /* ---- the connection ---- */
 
-/* What was open on the connection is gone with it. */
+/* Forgets what was open on a connection that is gone: what was in flight is to be moved again. */
 static void
 forget_channels(void)
 {
@@ -384,9 +384,9 @@ all_answered(void)
  * and acks all at once.  After a failure nothing more is moved, and the consumer is not
  * ended, because that changes the order of what it has.
  *
- * The broker has cancelled the consumer only after it has taken in all acks before it.
- * Those that it has not sent to the queue when the channel ends would be lost, see
- * ack_confirmed().
+ * The consumer is ended first because the broker answers that only after it has taken in
+ * all acks before it, and an ack that it has not passed on to the queue when the channel
+ * closes is lost (see ack_confirmed()).
  */
 static void
 settle_and_close(void)
@@ -426,8 +426,10 @@ recover_stop(int64 walk_id, bool polite)
 	if (polite)
 		settle_and_close();
 	else
+	{
 		connection_close(&recovery.conn, false);
-	forget_channels();
+		forget_channels();
+	}
 	recovery.walk_id = 0;
 	pfree(recovery.queue);
 	recovery.queue = NULL;

@@ -483,7 +483,7 @@ note_delay(const Flow *flow)
 static bool
 has_room(const Flow *flow)
 {
-	double		part = window_part(flow);
+	double		part;
 
 	if (flow->yields)
 		return false;
@@ -491,6 +491,7 @@ has_room(const Flow *flow)
 		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;
+	part = window_part(flow);
 	return flow->isolate == 0 && isolate == 0 &&
 		flow->window.in_flight < Max(pgf_max_in_flight * part, 1) &&
 		flow->window.bytes < MAX_WINDOW_BYTES * part && bytes_in_flight < MAX_WINDOW_BYTES;
