@@ -48,7 +48,7 @@
 /* In TopMemoryContext.  NULL: none is being handled, or its way is not known. */
 static char *current = NULL;
 
-/* What the ways of the transaction's messages have in common; NULL: there was none. */
+/* The elements that are in the ways of all messages of the transaction; NULL: no message yet. */
 static char *common = NULL;
 
 /*

@@ -23,9 +23,9 @@
  *		GROUPS		a savepoint for GROUP calls: an error undoes these, and all but
  *					the one that failed are made again
  *
- * Of a handler of arrays TOGETHER is one call, or one for each run of messages that
- * have come the same way (via.c); in GROUPS an array that fails is cut in halves until
- * the message is found.
+ * A handler that takes arrays is called once for all messages in TOGETHER, or once for
+ * each run of messages that have come the same way (via.c).  In GROUPS, an array that
+ * fails is cut in halves until the message that fails is alone.
  *
  * A message that met a conflict, or ran out of resources, is only blamed for that
  * if it was the first in its transaction; after others, which hold locks, the

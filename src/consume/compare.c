@@ -192,7 +192,7 @@ read_bound(const SyncTarget *target, const JsonSlice *names, JsonSlice array, Sy
 	return true;
 }
 
-/* What says how the copy's key sorts, for each column in the source's order. */
+/* Returns texts that tell how the copy's key sorts, one for each column, in the source's order. */
 static Datum *
 key_order(const Comparison *c)
 {
@@ -770,9 +770,10 @@ read_number(const JsonSlice *body, const char *quoted_name)
  * compare_apply
  *		Compares the rows of the message's range, and records what it finds.
  *
- * As the table's owner, with SPI connected; all rows that were changed before must
- * have been stored.  What was loaded of rows is gone afterwards.  between() is
- * called after each PIECE rows.  Memory is freed but for what the message takes.
+ * To be called as the table's owner, with SPI connected, and after sync_rows_store():
+ * it loads what is known of rows anew, so what was not stored would be lost, and the
+ * caller must load its own again.  Calls between() after each PIECE rows.  Frees all
+ * memory but that of the message.
  * Errors: 22023 the message is no part of a comparison; of types' input functions;
  * of a repair, all that writing raises.
  */

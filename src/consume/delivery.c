@@ -48,6 +48,12 @@ optional_text(const char *utf8)
 	return utf8 != NULL ? utf8_decode(utf8, strlen(utf8)) : NULL;
 }
 
+static uint64
+text_hash(const char *text, size_t len)
+{
+	return hash_bytes_extended((const unsigned char *) text, len, 0);
+}
+
 /* ---- JSON ---- */
 
 /*
@@ -106,7 +112,7 @@ delivery_way(const MessageValues *message)
 {
 	char	   *via = delivery_via(message);
 
-	return via != NULL ? hash_bytes_extended((const unsigned char *) via, strlen(via), 0) : 0;
+	return via != NULL ? text_hash(via, strlen(via)) : 0;
 }
 
 /*
@@ -250,12 +256,6 @@ text_header(const BrokerField *field)
 	return field ? utf8_decode(field->value.string.data, field->value.string.len) : NULL;
 }
 
-static uint64
-key_hash(const char *key, size_t len)
-{
-	return hash_bytes_extended((const unsigned char *) key, len, 0);
-}
-
 static void
 add_order_key(OrderItem *item, const BrokerField *field)
 {
@@ -263,7 +263,7 @@ add_order_key(OrderItem *item, const BrokerField *field)
 
 	if (field == NULL)
 		return;
-	hash = key_hash(field->value.string.data, field->value.string.len);
+	hash = text_hash(field->value.string.data, field->value.string.len);
 	if (item->nkeys == 0 || item->keys[0] != hash)
 		item->keys[item->nkeys++] = hash;
 }
@@ -286,7 +286,11 @@ set_order(Delivery *delivery, const BrokerField *key, const BrokerField *old_key
 	delivery->order.barrier = delivery->truncates;
 }
 
-/* As delivery_way(), of the headers that it reads; not the same number. */
+/*
+ * Hashes the headers that a message's way is made of, so that equal ways give equal
+ * numbers, but other ones than delivery_way() gives: only deliveries of the same kind
+ * are compared.  0: the message tells of no way.
+ */
 static uint64
 way_on_wire(const BrokerDelivery *wire)
 {
@@ -300,7 +304,7 @@ way_on_wire(const BrokerDelivery *wire)
 		const BrokerField *field = find_header(wire, names[i], BROKER_VALUE_STRING);
 
 		if (field != NULL)
-			way = hash_combine64(way, key_hash(field->value.string.data, field->value.string.len));
+			way = hash_combine64(way, text_hash(field->value.string.data, field->value.string.len));
 	}
 	return way;
 }

@@ -18,8 +18,8 @@
 #include "server/monotime.h"
 
 /*
- * What became of a message in a transaction.  All but NONE and EARLY are settled by it,
- * and a delivery can be acked.
+ * Says what a transaction has made of a message.  After NONE and EARLY the delivery stays
+ * unacked; all other outcomes are committed, so it can be acked.
  */
 typedef enum DeliveryOutcome
 {

@@ -8,11 +8,10 @@
  * the members of each object at its end.  Here the tree that JsonbValueToJsonb()
  * writes out is made at once, with strings that stay where they are.
  *
- * Of JSON texts only plain ones are read, as nearly all are: no escapes, numbers
- * without exponents and of few digits, no more than MAX_DEPTH levels, MAX_TEXT bytes.
- * Anything else, and what is not JSON at all, is left to jsonb_in(), which knows what
- * is an error.  RFC 8259 has the grammar.  What is read here is exactly what
- * jsonb_in() would have made of it.
+ * Only plain JSON texts are read here, as nearly all are: without escapes, with numbers
+ * of at most MAX_NUMBER characters and no exponents, nested at most MAX_DEPTH deep, and
+ * of at most MAX_TEXT bytes.  All other texts, JSON or not, are left to jsonb_in(), which
+ * raises the errors.  The result is the same, byte for byte.  RFC 8259 has the grammar.
  *
  * The text is in an encoding whose multibyte characters have no ASCII bytes, as all
  * server encodings are.
@@ -33,7 +32,7 @@
 #include "consume/jsonbuild.h"
 #include "server/utf8.h"
 
-/* What a plain text has at most; far below the limits of jsonb. */
+/* Limits of a plain text, far below those of jsonb, so that none of these can be met. */
 #define MAX_TEXT (256 * 1024)
 #define MAX_DEPTH 64
 #define MAX_NUMBER 64
@@ -41,7 +40,7 @@
 /* Digits that fit an int64 whatever they are. */
 #define INT64_DIGITS 18
 
-/* So many members are sorted by insertion. */
+/* Objects of at most so many members are sorted by insertion, larger ones by qsort(). */
 #define FEW_MEMBERS 32
 
 /* Room for members or elements at first. */

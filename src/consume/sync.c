@@ -10,7 +10,7 @@
  *		no header "op"; another table than the source	ignored
  *		a change that has come through this very table	own
  *		not newer than what is remembered of its key	stale
- *		header "compare", no "op"	compared (compare.c)
+ *		header "compare", no "op"						compared (compare.c)
  *		all others					written (sync_write.c)
  *
  * A row is found by its own key columns, as their types compare, and looks as the

@@ -50,10 +50,10 @@
  *
  * Messages in fanout.held are read first.  Only redrive() and rotation write them.
  *
- * What waits in the outbox is counted for each topic, in all states: a message from when
- * its row is found, by the main cursor or ahead of it, until it is done; where that is
- * not enough, recount.c counts it anew.  The figure is for sessions to see, and decides
- * nothing: what flush() has to wait for the state machine knows without it ("waits").
+ * For each topic, in all states, the messages that wait in the outbox are counted: a
+ * message counts from when its row is found, by the main cursor or ahead of it, until it
+ * is done.  Where a count was lost, recount.c makes it anew.  Only sessions read the
+ * counts: flush() waits by the flag "waits", so that a wrong count could delay nobody.
  *
  * Must never: wait for the broker; let a topic's refusal reach another.
  *

@@ -8,6 +8,9 @@
  * the publisher's counter of what it has served reaches it.  That works in
  * any isolation level, for nothing is read from tables.
  *
+ * Must never: wait without a time limit of the caller's, or while it holds the lock of
+ * the shared memory.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"

@@ -17,7 +17,7 @@
  * Fills message->wire except exchange, routing key and content type, and the content
  * type of a row, in the chunk's context: UTF-8 texts, and the headers op, schema, table,
  * key, sequence, xid with the caller's own.  Sets message->reason if that cannot
- * be done.  Needs a transaction (encoding conversion reads the catalog).
+ * be done.  Needs a transaction (utf8_init() reads the catalog the first time).
  */
 extern void wire_prepare(Message *message, MemoryContext context);
 
