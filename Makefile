@@ -34,7 +34,14 @@ ISOLATION = $(sort $(patsubst $(srcdir_)test/specs/%.spec,%,$(wildcard $(srcdir_
 ISOLATION_OPTS = --inputdir=$(srcdir_)test --outputdir=. --temp-instance=./tmp_regress --temp-config=$(srcdir_)test/regress.conf --encoding=UTF8 --no-locale
 
 TAP_TESTS = 1
-PROVE_TESTS = test/t/*.pl
+# the longest first, so that none is alone at the end
+longest = 111_flows_at_random 032_consume_faults 074_sync_random 093_detached 130_plans \
+	090_independent 117_dead_letters_recovered 106_backfill 110_poison 048_reader 005_outbox \
+	129_exactly_one_batch 055_tid_ranges 128_blocks_cut_off 018_broker_refusals 067_order_matrix \
+	036_consume_liar 112_many_topics 047_tokens 013_broker_states 062_refused 020_liar 030_consume \
+	104_streams 010_lifecycle
+tests := $(patsubst $(srcdir_)%,%,$(sort $(wildcard $(srcdir_)test/t/*.pl)))
+PROVE_TESTS = $(longest:%=test/t/%.pl) $(filter-out $(longest:%=test/t/%.pl),$(tests))
 
 EXTRA_CLEAN = tmp_regress log test/unit/build
 

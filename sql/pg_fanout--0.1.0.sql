@@ -76,6 +76,33 @@ comment on table fanout.topic is
 'internal: one row per topic, that is, per durable fanout exchange; see the view fanout.topics';
 revoke all on fanout.topic from public;
 
+-- A transaction that began before may still commit messages of a topic that was dropped.
+create table fanout.dropped_topic (
+    topic_id   integer primary key,
+    topic      text        not null,
+    dropped_at timestamptz not null default clock_timestamp()
+) using heap;
+comment on table fanout.dropped_topic is
+'internal: names of topics that were dropped, for what becomes a dead letter because of that; they are kept for 30 days';
+revoke all on fanout.dropped_topic from public;
+
+create function fanout.keep_dropped_name() returns trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    delete from fanout.dropped_topic d where d.dropped_at < clock_timestamp() - interval '30 days';
+    insert into fanout.dropped_topic (topic_id, topic) values (old.topic_id, old.topic) on conflict do nothing;
+    return null;
+end
+$$;
+comment on function fanout.keep_dropped_name() is 'internal: trigger on fanout.topic';
+revoke all on function fanout.keep_dropped_name() from public;
+
+create trigger dropped_name after delete on fanout.topic
+for each row execute function fanout.keep_dropped_name();
+alter table fanout.topic enable always trigger dropped_name;
+
 -- topic_id has no foreign key, because pg_restore -j would copy this table
 -- before the other.  keep_topic() and drop_topic() do what it would do.
 create table fanout.binding (
@@ -213,6 +240,7 @@ comment on table fanout.outbox_2 is 'internal: a segment of the outbox';
 revoke all on fanout.outbox_0, fanout.outbox_1, fanout.outbox_2 from public;
 
 -- Rows that went another way than the library's own: they lie wherever there was room.
+-- Rows that were deleted by hand: what lay behind them may be cut off.
 create table fanout.scattered (
     xid     xid8     not null,
     segment smallint not null
@@ -221,7 +249,7 @@ create index scattered_xid_idx on fanout.scattered (xid);
 -- deleted from without a key: a publication FOR ALL TABLES must not forbid it
 alter table fanout.scattered replica identity full;
 comment on table fanout.scattered is
-'internal: transactions whose rows may be anywhere in a segment of the outbox, which the publisher then reads as a whole; emptied by the publisher';
+'internal: transactions whose rows may be anywhere in a segment of the outbox, or that have deleted some, so that the publisher reads the segment as a whole; emptied by the publisher';
 revoke all on fanout.scattered from public;
 
 create table fanout.rotation (
@@ -271,8 +299,11 @@ comment on column fanout.sent.unread is
 -- transaction writes that has not ended yet.  Its own snapshot would not do: it
 -- does not list this transaction as in progress.  Before xmin, which is this
 -- transaction at most, all have ended, and there was no outbox to write to.
-insert into fanout.sent (segment, base, target, last_id, count)
-select 0, base, base, 0, 0
+-- sent_id is not taken from the sequence: with wal_level = minimal, one that is used in
+-- the transaction that creates it goes back to what it was then, if the server crashes
+-- before the next checkpoint.  The newest entry would not be the one with the highest.
+insert into fanout.sent (segment, sent_id, base, target, last_id, count)
+select 0, 0, base, base, 0, 0
 from (select format('%1$s:%1$s:', pg_snapshot_xmin(pg_current_snapshot()))::pg_snapshot as base) first;
 revoke all on fanout.sent, fanout.sent_0, fanout.sent_1, fanout.sent_2 from public;
 
@@ -298,12 +329,11 @@ revoke all on fanout.detached from public;
 
 -- A loose end of fanout.purge(): removed once the topic rides with the main cursor.
 create table fanout.purged (
+    purged_id  uuid        primary key default gen_random_uuid(),
     topic_id   integer     not null,
     snapshot   pg_snapshot not null,
     message_id uuid
 ) using heap;
--- deleted from without a key: a publication FOR ALL TABLES must not forbid it
-alter table fanout.purged replica identity full;
 comment on table fanout.purged is
 'internal: messages that fanout.purge() gave up before the publisher read them: all that the snapshot shows of the topic, or a single one';
 revoke all on fanout.purged from public;
@@ -386,8 +416,10 @@ create table fanout.dead_letter (
     dead_at        timestamptz not null default clock_timestamp(),
     redriven_at    timestamptz
 ) using heap;
-create index dead_letter_id_idx on fanout.dead_letter (id) where consumer_group is null;
-create index dead_letter_redriven_at_idx on fanout.dead_letter (topic, consumer_group) where redriven_at is not null;
+-- not of those with consumer_group null alone: a search by message_id would use that
+create index dead_letter_id_idx on fanout.dead_letter (id);
+create index dead_letter_message_id_idx on fanout.dead_letter (message_id);
+create index dead_letter_redriven_at_idx on fanout.dead_letter (topic, consumer_group, dead_id) where redriven_at is not null;
 comment on table fanout.dead_letter is
 'messages that the publisher gave up, and that the handlers of subscriptions failed on too often; fanout.redrive() tries them again, fanout.purge() removes them';
 comment on column fanout.dead_letter.dead_id is 'number of the dead letter';
@@ -395,7 +427,7 @@ comment on column fanout.dead_letter.id is 'the header "sequence", of the publis
 comment on column fanout.dead_letter.consumer_group is 'whose subscription gave it up; NULL: the publisher did';
 comment on column fanout.dead_letter.message_id is 'the message id, stable over all attempts';
 comment on column fanout.dead_letter.payload is 'the body as text; NULL: see raw';
-comment on column fanout.dead_letter.raw is 'the body of a delivery that is not text in this database''s encoding';
+comment on column fanout.dead_letter.raw is 'the body of a delivery that this database''s encoding cannot hold unchanged';
 comment on column fanout.dead_letter.content_type is 'of a delivery';
 comment on column fanout.dead_letter.queue is 'of the publisher: NULL: meant for the topic''s exchange; otherwise for this queue alone';
 comment on column fanout.dead_letter.created_at is 'when the change was made; NULL: the delivery does not say';
@@ -407,6 +439,256 @@ comment on column fanout.dead_letter.redriven_at is 'since when the subscription
 comment on sequence fanout.dead_letter_dead_id_seq is 'internal: numbers of dead letters';
 revoke all on sequence fanout.dead_letter_dead_id_seq from public;
 revoke all on fanout.dead_letter from public;
+
+-- How many rows fanout.held and fanout.dead_letter have, by topic and consumer group.
+-- Nobody who looks counts them.  Each statement that changes them adds to fanout.tally
+-- by how much, in its own transaction.  Each total is true for one snapshot, and the
+-- entries of the transactions that this snapshot does not show are added to it:
+--
+--      total, for the snapshot in fanout.counted
+--        + entries of transactions in progress then   (xid in the snapshot's list)
+--        + entries of later transactions              (xid >= the snapshot's xmax)
+--
+-- An entry without a number says that rows went or changed uncounted: as long as it would
+-- be added, all rows are counted.  That is an insertion, too, because a transaction of
+-- REPEATABLE READ does not see, and cannot remove, what was written since it began.
+--
+-- So an entry that was added to a total is not looked at again, however long it stays.
+-- The publisher adds them up (fanout.add_tallies()) and removes them.
+create table fanout.tally (
+    xid            xid8    not null default pg_current_xact_id(),
+    topic_id       integer not null,
+    topic          text    not null,
+    consumer_group text    not null,
+    count          bigint,
+    first_id       bigint,
+    oldest         timestamptz
+) using heap;
+create index tally_xid_idx on fanout.tally (xid);
+-- deleted from without a key: a publication FOR ALL TABLES must not forbid it
+alter table fanout.tally replica identity full;
+comment on table fanout.tally is
+'internal: by how much a statement changed the number of rows in fanout.held (topic_id) or fanout.dead_letter (topic, and consumer_group, which is empty for the publisher''s); what does not apply is 0 or empty';
+comment on column fanout.tally.count is 'NULL: by an unknown number, of any topics';
+comment on column fanout.tally.first_id is 'of fanout.held, the lowest id of the rows that came; NULL: rows went';
+comment on column fanout.tally.oldest is 'likewise, when the oldest one was made';
+revoke all on fanout.tally from public;
+
+create table fanout.total (
+    topic_id       integer not null,
+    topic          text    not null,
+    consumer_group text    not null,
+    count          bigint  not null,
+    first_id       bigint,
+    oldest         timestamptz,
+    primary key (topic_id, topic, consumer_group)
+) using heap with (fillfactor = 50);
+comment on table fanout.total is 'internal: as fanout.tally, of all that fanout.counted shows';
+comment on column fanout.total.first_id is 'there are no rows with a lower id';
+comment on column fanout.total.oldest is 'when the oldest row was made, as of the last time that entries were added up';
+revoke all on fanout.total from public;
+
+create table fanout.counted (
+    one      boolean     primary key default true check (one),
+    snapshot pg_snapshot not null
+) using heap;
+comment on table fanout.counted is
+'internal: one row, what fanout.total is true for; no row: the publisher counts all rows anew, and until then whoever looks does';
+revoke all on fanout.counted from public;
+
+create function fanout.note_tallies(entries integer) returns void
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_note_tallies';
+comment on function fanout.note_tallies(integer) is
+'internal: tells the publisher of new entries in fanout.tally, and wakes it once there are many';
+revoke all on function fanout.note_tallies(integer) from public;
+
+-- What a TRUNCATE took away, or an UPDATE made something else, is found by counting anew.
+create function fanout.tally_change() returns trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    sign integer := case tg_op when 'INSERT' then 1 else -1 end;
+    entries integer;
+begin
+    if tg_op in ('TRUNCATE', 'UPDATE') then
+        insert into fanout.tally (topic_id, topic, consumer_group) values (0, '', '');
+        entries := 1000;    -- to be counted soon
+    elsif tg_table_name = 'held' then
+        insert into fanout.tally (topic_id, topic, consumer_group, count, first_id, oldest)
+        select c.topic_id, '', '', sign * count(*),
+               case when sign > 0 then min(c.id) end, case when sign > 0 then min(c.created_at) end
+        from changed c group by c.topic_id;
+        get diagnostics entries = row_count;
+    else
+        insert into fanout.tally (topic_id, topic, consumer_group, count)
+        select 0, c.topic, coalesce(c.consumer_group, ''), sign * count(*)
+        from changed c group by c.topic, c.consumer_group;
+        get diagnostics entries = row_count;
+    end if;
+    perform fanout.note_tallies(entries);
+    return null;
+end
+$$;
+comment on function fanout.tally_change() is
+'internal: statement trigger on fanout.held and fanout.dead_letter, keeps count of their rows';
+revoke all on function fanout.tally_change() from public;
+
+create trigger tally_insert after insert on fanout.held
+referencing new table as changed for each statement execute function fanout.tally_change();
+create trigger tally_delete after delete on fanout.held
+referencing old table as changed for each statement execute function fanout.tally_change();
+create trigger tally_void after update of topic_id or truncate on fanout.held
+for each statement execute function fanout.tally_change();
+
+create trigger tally_insert after insert on fanout.dead_letter
+referencing new table as changed for each statement execute function fanout.tally_change();
+create trigger tally_delete after delete on fanout.dead_letter
+referencing old table as changed for each statement execute function fanout.tally_change();
+create trigger tally_void after update of topic, consumer_group or truncate on fanout.dead_letter
+for each statement execute function fanout.tally_change();
+
+-- also in sessions of session_replication_role = replica
+alter table fanout.held enable always trigger tally_insert, enable always trigger tally_delete, enable always trigger tally_void;
+alter table fanout.dead_letter enable always trigger tally_insert, enable always trigger tally_delete, enable always trigger tally_void;
+
+create function fanout.tallies_since(base pg_snapshot)
+returns table (topic_id integer, topic text, consumer_group text, count bigint, first_id bigint, oldest timestamptz)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select t.topic_id, t.topic, t.consumer_group, t.count, t.first_id, t.oldest
+    from fanout.tally t where t.xid >= pg_snapshot_xmax(tallies_since.base)
+    union all
+    select t.topic_id, t.topic, t.consumer_group, t.count, t.first_id, t.oldest
+    from fanout.tally t where t.xid = any (array(select pg_snapshot_xip(tallies_since.base)))
+$$;
+comment on function fanout.tallies_since(pg_snapshot) is 'internal: entries of transactions that a snapshot does not show';
+revoke all on function fanout.tallies_since(pg_snapshot) from public;
+
+create function fanout.totals_void(base pg_snapshot) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select totals_void.base is null or exists (select from fanout.tallies_since(totals_void.base) t where t.count is null)
+$$;
+comment on function fanout.totals_void(pg_snapshot) is 'internal: must all rows be counted, although fanout.total was true for that snapshot?';
+revoke all on function fanout.totals_void(pg_snapshot) from public;
+
+create function fanout.count_rows()
+returns table (topic_id integer, topic text, consumer_group text, count bigint, first_id bigint, oldest timestamptz)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select h.topic_id, '', '', count(*), min(h.id), min(h.created_at) from fanout.held h group by h.topic_id
+    union all
+    select 0, d.topic, coalesce(d.consumer_group, ''), count(*), null, null
+    from fanout.dead_letter d group by d.topic, d.consumer_group
+$$;
+comment on function fanout.count_rows() is 'internal: counts all rows of fanout.held and fanout.dead_letter';
+revoke all on function fanout.count_rows() from public;
+
+-- Without sequential scans, because behind the entries that count there may be many that
+-- an old snapshot keeps from being removed; and without JIT, which takes a plan without
+-- another way for dear.
+create function fanout.counts()
+returns table (topic_id integer, topic text, consumer_group text, count bigint, oldest timestamptz)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    base pg_snapshot := (select c.snapshot from fanout.counted c);
+begin
+    if fanout.totals_void(base) then
+        return query select c.topic_id, c.topic, c.consumer_group, c.count, c.oldest from fanout.count_rows() c;
+        return;
+    end if;
+    return query
+    select c.topic_id, c.topic, c.consumer_group, sum(c.count)::bigint, min(c.oldest)
+    from (select t.topic_id, t.topic, t.consumer_group, t.count, t.oldest from fanout.total t
+          union all
+          select t.topic_id, t.topic, t.consumer_group, t.count, t.oldest from fanout.tallies_since(base) t) c
+    group by c.topic_id, c.topic, c.consumer_group
+    having sum(c.count) <> 0;
+end
+$$;
+comment on function fanout.counts() is
+'internal: how many rows of fanout.held (topic_id) and of fanout.dead_letter (topic, and consumer_group, which is empty for the publisher''s) there are';
+revoke all on function fanout.counts() from public;
+
+-- Each statement sees what was committed before it.  So whatever makes a total true for
+-- a snapshot is one statement with what says so.  Entries go whatever transaction they
+-- name, as they may be another server's.
+create function fanout.count_anew() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    delete from fanout.tally;
+    delete from fanout.total;
+    delete from fanout.counted;
+    with total as (
+        insert into fanout.total (topic_id, topic, consumer_group, count, first_id, oldest)
+        select c.topic_id, c.topic, c.consumer_group, c.count, c.first_id, c.oldest from fanout.count_rows() c
+    )
+    insert into fanout.counted (snapshot) values (pg_current_snapshot());
+end
+$$;
+comment on function fanout.count_anew() is 'internal: part of fanout.add_tallies()';
+revoke all on function fanout.count_anew() from public;
+
+-- Rows with lower ids that come meanwhile bring theirs with them.
+create function fanout.find_oldest_held() returns void
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    update fanout.total t
+    set (first_id, oldest) = (select h.id, h.created_at from fanout.held h
+                              where h.topic_id = t.topic_id and h.id >= t.first_id order by h.id limit 1)
+    where t.topic_id <> 0 and not exists (select from fanout.held h where h.id = t.first_id);
+    delete from fanout.total t where t.count = 0;
+$$;
+comment on function fanout.find_oldest_held() is 'internal: part of fanout.add_tallies()';
+revoke all on function fanout.find_oldest_held() from public;
+
+-- For the publisher alone: there is one for each database.  It waits for nobody who is
+-- about to remove the snapshot.  In a transaction that has changed nothing else:
+-- a snapshot does not tell which of one's own entries were added.
+create function fanout.add_tallies() returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    base pg_snapshot;
+begin
+    select c.snapshot into base from fanout.counted c for update skip locked;
+    if base is null and exists (select from fanout.counted)
+       or base is not null and not exists (select from fanout.tallies_since(base)) then
+        return;
+    end if;
+    with added as (
+        insert into fanout.total as t (topic_id, topic, consumer_group, count, first_id, oldest)
+        select c.topic_id, c.topic, c.consumer_group, sum(c.count), min(c.first_id), min(c.oldest)
+        from fanout.tallies_since(base) c where c.count is not null group by c.topic_id, c.topic, c.consumer_group
+        on conflict (topic_id, topic, consumer_group) do update
+            set count = t.count + excluded.count, first_id = least(t.first_id, excluded.first_id),
+                oldest = least(t.oldest, excluded.oldest)
+    )
+    update fanout.counted set snapshot = pg_current_snapshot();
+    -- not before, or an entry without a number could be committed in between
+    if fanout.totals_void(base) then
+        perform fanout.count_anew();
+    else
+        perform fanout.find_oldest_held();
+    end if;
+    delete from fanout.tally t where t.xid < (select pg_snapshot_xmin(c.snapshot) from fanout.counted c);
+end
+$$;
+comment on function fanout.add_tallies() is
+'internal: adds the entries of fanout.tally to fanout.total, or counts all rows anew if fanout.counted is empty or an entry has no number';
+revoke all on function fanout.add_tallies() from public;
 
 -- These two have no foreign keys: their writer, the publisher, must not wait
 -- for somebody's lock on a topic.
@@ -952,12 +1234,12 @@ comment on function fanout.capture_trigger() is
 revoke all on function fanout.capture_trigger() from public;
 
 -- The server checks that whoever writes to a captured table may execute this.
--- Others cannot call it, since they have no rights on the schema.
+-- In a query it raises an error.
 create function fanout.count_change() returns boolean
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_count_change';
 comment on function fanout.count_change() is
-'internal: the last part of the condition of each capture trigger; true. Counts the changes, so that messages are numbered in their order. Everybody may execute it, and must be able to';
+'internal: the last part of the condition of each capture trigger; true. Counts the changes, so that messages are numbered in their order. Everybody may execute it, and must be able to. Errors: 0A000 if a query calls it';
 grant execute on function fanout.count_change() to public;
 
 create function fanout.trigger_arguments(trigger oid) returns text[]
@@ -1114,7 +1396,7 @@ comment on column fanout.capture_trigger_list.topic is 'where its messages go; N
 comment on column fanout.capture_trigger_list.args is 'its arguments: the topic, then pairs of option and value';
 comment on column fanout.capture_trigger_list.name is 'its name';
 comment on column fanout.capture_trigger_list.tgtype is 'as in pg_trigger';
-comment on column fanout.capture_trigger_list.idle is 'it never fires';
+comment on column fanout.capture_trigger_list.idle is 'its condition is false';
 comment on column fanout.capture_trigger_list.enabled is 'does it fire, on the table and on all partitions?';
 revoke all on fanout.capture_trigger_list from public;
 
@@ -1244,6 +1526,13 @@ as 'MODULE_PATHNAME', 'pgf_condition_problem';
 comment on function fanout.condition_problem(oid) is
 'internal: why a trigger''s condition fails for some rows; NULL: nothing is known';
 revoke all on function fanout.condition_problem(oid) from public;
+
+create function fanout.condition_counts_too_often(trigger oid) returns boolean
+language c stable strict
+as 'MODULE_PATHNAME', 'pgf_condition_counts_too_often';
+comment on function fanout.condition_counts_too_often(oid) is
+'internal: true if a trigger''s condition calls fanout.count_change() elsewhere than as its last part';
+revoke all on function fanout.condition_counts_too_often(oid) from public;
 
 create function fanout.condition_is_never_true(trigger oid) returns boolean
 language c stable strict
@@ -1605,6 +1894,11 @@ begin
             using errcode = 'invalid_parameter_value',
                   hint = 'Use fanout.capture() to create it.';
     end if;
+    if fanout.condition_counts_too_often(t.trigger) then
+        raise exception 'condition of a capture trigger of table % calls fanout.count_change() elsewhere than at its end', t.entity::regclass
+            using errcode = 'invalid_object_definition',
+                  hint = 'Use fanout.capture() to create it.';
+    end if;
     if not exists (select from fanout.topic p where p.topic = t.topic and not p.dropping) then
         -- the first write will declare it
         perform fanout.check_name('topic', t.topic);
@@ -1640,7 +1934,7 @@ begin
 end
 $$;
 comment on function fanout.bind_trigger(fanout.capture_trigger_list) is
-'internal: records the numbers of the columns that a capture trigger names. Errors: 22023 bad options, 42703 if a column does not exist, 42704 if the topic does not, and the user may not declare it';
+'internal: records the numbers of the columns that a capture trigger names. Errors: 22023 bad options, 42P17 if its condition calls count_change() elsewhere than at its end, 42703 if a column does not exist, 42704 if the topic does not, and the user may not declare it';
 revoke all on function fanout.bind_trigger(fanout.capture_trigger_list) from public;
 
 create function fanout.capture_declared(entity regclass, topic text, operations text[], columns text[],
@@ -2107,10 +2401,21 @@ begin
     loop
         perform fanout.check_capture_grant(capture);
     end loop;
+    if exists (select from pg_event_trigger_ddl_commands() c join pg_trigger t on t.oid = c.objid
+               join pg_proc p on p.oid = t.tgfoid join pg_namespace n on n.oid = p.pronamespace,
+               pg_proc f join pg_namespace m on m.oid = f.pronamespace
+               where c.classid = 'pg_trigger'::regclass and (n.nspname <> 'fanout' or p.proname <> 'capture_trigger')
+                 and m.nspname = 'fanout' and f.proname = 'count_change'
+                 and strpos(t.tgqual::text, format('{FUNCEXPR :funcid %s ', f.oid)) > 0)
+    then
+        raise exception 'function fanout.count_change() cannot be called in the condition of this trigger'
+            using errcode = 'invalid_object_definition',
+                  detail = 'It counts the messages that capture triggers are going to write.';
+    end if;
 end
 $$;
 comment on function fanout.trigger_created() is
-'internal: refuses a trigger that captures into a topic for which its creator has no grant. Errors: 42501';
+'internal: refuses a trigger that captures into a topic for which its creator has no grant, and one that counts as captures do. Errors: 42501, 42P17';
 revoke all on function fanout.trigger_created() from public;
 
 create event trigger pg_fanout_trigger_created on ddl_command_end
@@ -2178,12 +2483,31 @@ comment on function fanout.resume(text, text) is
 'lets a paused topic flow again, what waits first; a stalled topic is tried again at once. With consumer_group: lets that subscription of this database go on. Errors: 42704 unknown topic or subscription, 42501 somebody else''s subscription';
 revoke all on function fanout.resume(text, text) from public;
 
+-- The workers' statements have query_change() for that (query.c).
+create function fanout.require_rows(target text, changed bigint, wanted bigint) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if changed <> wanted then
+        raise exception 'a statement of pg_fanout changed % rows instead of %', changed, wanted
+            using errcode = 'data_corrupted',
+                  detail = pg_catalog.format('The table is fanout.%s.', target),
+                  hint = 'Look for a trigger or a rule on the table that keeps rows away, and drop it.';
+    end if;
+end
+$$;
+comment on function fanout.require_rows(text, bigint, bigint) is
+'internal: after a statement that moved messages, refuses to go on without some of them. Errors: XX001';
+revoke all on function fanout.require_rows(text, bigint, bigint) from public;
+
 create function fanout.redrive_published(topic text, message_id uuid) returns bigint
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    taken bigint;
     moved bigint;
 begin
     with dead as (
@@ -2193,10 +2517,13 @@ begin
           and (redrive_published.topic is null or d.topic = redrive_published.topic)
           and (redrive_published.message_id is null or d.message_id = redrive_published.message_id)
         returning d.*, t.topic_id
+    ), held as (
+        insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)
+        select id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at from dead
+        returning 1
     )
-    insert into fanout.held (id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at)
-    select id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at from dead;
-    get diagnostics moved = row_count;
+    select (select count(*) from dead), (select count(*) from held) into taken, moved;
+    perform fanout.require_rows('held', moved, taken);
     if moved > 0 then
         perform fanout.wake_publisher();
     end if;
@@ -2288,6 +2615,8 @@ as $$
 #variable_conflict use_column
 declare
     removed bigint;
+    topics bigint;
+    marks bigint;
     marked bigint;
 begin
     delete from fanout.held h using fanout.topic t
@@ -2305,8 +2634,10 @@ begin
     ), mark as (
         insert into fanout.purged (topic_id, snapshot, message_id)
         select topic_id, pg_current_snapshot(), purge_held.message_id from waiting
+        returning 1
     )
-    select coalesce(sum(count), 0) into marked from waiting;
+    select count(*), (select count(*) from mark), coalesce(sum(count), 0) into topics, marks, marked from waiting;
+    perform fanout.require_rows('purged', marks, topics);
     return removed + marked;
 end
 $$;
@@ -2922,18 +3253,30 @@ comment on function fanout.handler_problem(fanout.subscription) is
 'internal: why a subscription cannot run its handler; NULL: it can';
 revoke all on function fanout.handler_problem(fanout.subscription) from public;
 
--- A limit that is null is the broker's own.  With the rights of pg_fanout, since
--- views for monitoring call it.
+-- A limit that is null is the broker's own: 20 since RabbitMQ 4, none before.
+create function fanout.delivery_limit(b fanout.binding) returns numeric
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when b.queue_type <> 'quorum' or b.dead_letter then null
+                when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'null' then 20
+                when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'number' and (b.arguments ->> 'x-delivery-limit')::numeric >= 0
+                    then (b.arguments ->> 'x-delivery-limit')::numeric end
+$$;
+comment on function fanout.delivery_limit(fanout.binding) is
+'internal: how often the queue of a binding takes a message back before it drops it; NULL: any number of times';
+revoke all on function fanout.delivery_limit(fanout.binding) from public;
+
+-- With the rights of pg_fanout, since views for monitoring call it.
 create function fanout.queue_problem(s fanout.subscription) returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select format('queue "%s" has a delivery limit of %s, and drops what on_failure "requeue" with max_attempts %s gives back to it more often',
-                  b.queue, b.arguments ->> 'x-delivery-limit', s.max_attempts)
-    from fanout.bindings b
-    where b.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue' and not b.dead_letter
-      and case when jsonb_typeof(b.arguments -> 'x-delivery-limit') = 'number'
-               then (b.arguments ->> 'x-delivery-limit')::numeric between 0 and s.max_attempts - 2 end
+    select format('queue "%s" has a delivery limit of %s, and drops what on_failure "requeue" with max_attempts %s gives back to it more often; use on_failure "wait"',
+                  b.queue, fanout.delivery_limit(b), s.max_attempts)
+    from fanout.binding b join fanout.topic t using (topic_id)
+    where t.topic = s.topic and b.consumer_group = s.consumer_group and s.on_failure = 'requeue'
+      and fanout.delivery_limit(b) <= s.max_attempts - 2
 $$;
 comment on function fanout.queue_problem(fanout.subscription) is
 'internal: why a queue that is declared in this database would lose messages of a subscription; NULL: it would not';
@@ -3079,7 +3422,7 @@ returns void
 language c volatile
 as 'MODULE_PATHNAME', 'pgf_subscribe';
 comment on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) is
-'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count; start_at: of a stream, where to begin at first: "first", "last" (its last piece), "next" (what comes from now on), an offset, or a time; NULL: the queue is no stream. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers, intervals and start_at, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
+'makes a worker consume the queue "<topic>_<consumer_group>" once this transaction has committed: each message runs the handler, once, in a transaction of the role that calls this. handler: function of one argument, fanout.message or an array of it; prefetch: messages in work at once; max_attempts: then it goes to fanout.dead_letter; retry_delay: before the second attempt, doubling up to max_retry_delay; ordered: later messages of a key wait for one that failed; handler_timeout: of one call; on_failure: "wait" in the waiting room, or "requeue": given back to the queue when its next attempt is due, for any consumer of the group, refused if the delivery limit of the queue would drop it; wait_for: SQLSTATEs with which a message is kept waiting for max_wait before its attempts count; start_at: of a stream, where to begin at first: "first", "last" (its last piece), "next" (what comes from now on), an offset, or a time; NULL: the queue is no stream. Errors: 22004, 42602, 42622, 42939 for the names, 22023 for numbers, intervals and start_at, 42883 and 42809 for the handler, 42501 missing rights of the role, 42710 if it is subscribed differently';
 revoke all on function fanout.subscribe(text, text, regprocedure, integer, integer, interval, interval, boolean, interval, text, text[], interval, text) from public;
 
 create function fanout.own_subscription(role regrole, topic text, consumer_group text) returns fanout.subscription
@@ -3247,9 +3590,15 @@ declare
     own fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
     due bigint;
 begin
-    update fanout.waiting w set next_try = clock_timestamp()
-    where w.subscription_id = own.subscription_id and w.next_try is not null and not w.requeued
-      and (retry_as.message_id is null or w.message_id = retry_as.message_id);
+    -- two statements: the plan of one for both looks at all messages
+    if retry_as.message_id is null then
+        update fanout.waiting w set next_try = clock_timestamp()
+        where w.subscription_id = own.subscription_id and w.next_try is not null and not w.requeued;
+    else
+        update fanout.waiting w set next_try = clock_timestamp()
+        where w.subscription_id = own.subscription_id and w.message_id = retry_as.message_id
+          and w.next_try is not null and not w.requeued;
+    end if;
     get diagnostics due = row_count;
     perform fanout.wake_consumers();
     return due;
@@ -3265,6 +3614,22 @@ comment on function fanout.retry(text, text, uuid) is
 'tries messages of a subscription that failed now, and not when their next attempt would be due; one of them, or all. Returns how many. Only for members of the role that subscribed. Errors: 42704 if there is no such subscription, 42501';
 revoke all on function fanout.retry(text, text, uuid) from public;
 
+-- Two look-ups: no index finds a message by either of its keys.
+create function fanout.first_waiting(subscription_id integer, key bigint) returns bigint
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select f.waiting_id
+    from ((select w.waiting_id, w.place from fanout.waiting w where w.subscription_id = $1 and w.key1 = $2
+           order by w.place, w.waiting_id limit 1)
+          union all
+          (select w.waiting_id, w.place from fanout.waiting w where w.subscription_id = $1 and w.key2 = $2
+           order by w.place, w.waiting_id limit 1)) f
+    order by f.place, f.waiting_id limit 1
+$$;
+comment on function fanout.first_waiting(integer, bigint) is 'internal: the first message of a key that waits; NULL: there is none';
+revoke all on function fanout.first_waiting(integer, bigint) from public;
+
 -- The first messages of its keys are due; of a barrier, all are looked at.
 create function fanout.skip_as(role regrole, topic text, consumer_group text, message_id uuid) returns void
 language plpgsql volatile
@@ -3274,6 +3639,7 @@ as $$
 declare
     own fanout.subscription := fanout.own_subscription(role, topic, consumer_group);
     old fanout.waiting;
+    stored bigint;
 begin
     delete from fanout.waiting w
     where w.subscription_id = own.subscription_id and w.message_id = skip_as.message_id and not w.requeued
@@ -3288,15 +3654,21 @@ begin
     values (old.message_id, own.topic, own.consumer_group, old.type, old.key, old.sequence, old.headers, old.content_type,
             old.published_at, old.payload, old.raw,
             coalesce(old.error, 'skipped'), old.sqlstate, old.attempts);
+    get diagnostics stored = row_count;
+    perform fanout.require_rows('dead_letter', stored, 1);
     insert into fanout.inbox (segment, inbox_id, message_id)
     select r.current, own.inbox_id, old.message_id from fanout.inbox_rotation r;
-    update fanout.waiting w set next_try = clock_timestamp()
-    where w.subscription_id = own.subscription_id and w.next_try is null
-      and (old.barrier
-           or w.waiting_id in (select (select f.waiting_id from fanout.waiting f
-                                       where f.subscription_id = own.subscription_id and k in (f.key1, f.key2)
-                                       order by f.place, f.waiting_id limit 1)
-                               from unnest(array[old.key1, old.key2]) k where k is not null));
+    get diagnostics stored = row_count;
+    perform fanout.require_rows('inbox', stored, 1);
+    if old.barrier then
+        update fanout.waiting w set next_try = clock_timestamp()
+        where w.subscription_id = own.subscription_id and w.next_try is null;
+    else
+        update fanout.waiting w set next_try = clock_timestamp()
+        where w.next_try is null
+          and w.waiting_id = any (array(select fanout.first_waiting(own.subscription_id, k)
+                                        from unnest(array[old.key1, old.key2]) k where k is not null));
+    end if;
     perform fanout.wake_consumers();
 end
 $$;
@@ -3421,8 +3793,8 @@ create table fanout.sync_row (
     xid             bigint,
     taken_by        bigint,
     deleted_at      timestamptz,
-    -- the hash first: plans are made when the table is empty, and use this alone
-    primary key (hash, subscription_id)
+    -- the subscription first: a TRUNCATE reads all rows of one, and none of the others
+    primary key (subscription_id, hash)
 ) using heap with (fillfactor = 50);
 create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where deleted_at is not null;
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
@@ -4074,19 +4446,20 @@ revoke all on function fanout.sync_table(text, text, regclass, text[], jsonb, te
 -- ---------------------------------------------------------------------------
 
 -- Rows are appended, so the last block of a segment has its newest ones, and that
--- is all that need be looked at.
+-- is all that need be looked at.  A volatile function must be called in a subquery, or
+-- the server reads the whole table and calls it for each row.
 create function fanout.newest_transactions() returns setof xid8
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
     select xid from fanout.outbox_0
-    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_0') / current_setting('block_size')::bigint - 1, 0))::tid
+    where ctid >= (select format('(%s,0)', greatest(pg_relation_size('fanout.outbox_0') / current_setting('block_size')::bigint - 1, 0))::tid)
     union all
     select xid from fanout.outbox_1
-    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_1') / current_setting('block_size')::bigint - 1, 0))::tid
+    where ctid >= (select format('(%s,0)', greatest(pg_relation_size('fanout.outbox_1') / current_setting('block_size')::bigint - 1, 0))::tid)
     union all
     select xid from fanout.outbox_2
-    where ctid >= format('(%s,0)', greatest(pg_relation_size('fanout.outbox_2') / current_setting('block_size')::bigint - 1, 0))::tid
+    where ctid >= (select format('(%s,0)', greatest(pg_relation_size('fanout.outbox_2') / current_setting('block_size')::bigint - 1, 0))::tid)
 $$;
 comment on function fanout.newest_transactions() is 'internal: of the newest rows of the outbox''s segments';
 revoke all on function fanout.newest_transactions() from public;
@@ -4389,9 +4762,9 @@ revoke all on fanout.stat_publisher from public;
 
 -- Reads from where the ledger says, so that what was sent already costs nothing.
 create view fanout.pending as
-select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at, o.place
 from fanout.main_position m cross join fanout.first_place f, lateral (
-    select o.*
+    select o.*, o.ctid as place
     from fanout.outbox_0 o left join fanout.topic_position d using (topic_id)
     where o.ctid >= f.first_0
       and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
@@ -4399,9 +4772,9 @@ from fanout.main_position m cross join fanout.first_place f, lateral (
       and not coalesce(pg_visible_in_snapshot(o.xid, d.purged), false)
       and not coalesce(o.message_id = any (d.purged_messages), false) offset 0) o
 union all
-select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at, o.place
 from fanout.main_position m cross join fanout.first_place f, lateral (
-    select o.*
+    select o.*, o.ctid as place
     from fanout.outbox_1 o left join fanout.topic_position d using (topic_id)
     where o.ctid >= f.first_1
       and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
@@ -4409,9 +4782,9 @@ from fanout.main_position m cross join fanout.first_place f, lateral (
       and not coalesce(pg_visible_in_snapshot(o.xid, d.purged), false)
       and not coalesce(o.message_id = any (d.purged_messages), false) offset 0) o
 union all
-select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at
+select o.segment, o.id, o.xid, o.topic_id, o.message_id, o.type, o.key, o.headers, o.payload, o.queue, o.created_at, o.place
 from fanout.main_position m cross join fanout.first_place f, lateral (
-    select o.*
+    select o.*, o.ctid as place
     from fanout.outbox_2 o left join fanout.topic_position d using (topic_id)
     where o.ctid >= f.first_2
       and not pg_visible_in_snapshot(o.xid, coalesce(d.base, m.base))
@@ -4446,22 +4819,23 @@ comment on function fanout.backlog() is
 revoke all on function fanout.backlog() from public;
 
 create view fanout.stat_topics as
+with kept as materialized (
+    select * from fanout.counts()
+)
 select t.topic, t.paused,
        case when b.blocked then 0 else coalesce(w.waiting, 0) end as pending,
-       case when b.blocked then coalesce(w.waiting, 0) else 0 end + coalesce(h.held, 0) as held,
+       case when b.blocked then coalesce(w.waiting, 0) else 0 end + coalesce(h.count, 0) as held,
        clock_timestamp() - least(w.oldest, h.oldest) as oldest_pending_age,
        coalesce(s.sent, 0) as sent,
        case when s.updated_at > clock_timestamp() - interval '30 s' then s.rate else 0 end as rate,
-       coalesce(d.dead, 0) as dead,
+       coalesce(d.count, 0) as dead,
        st.stalled_at as stalled_since,
        st.last_error as reason,
        st.attempts, st.retry_at
 from fanout.topic t
      left join fanout.backlog() w using (topic_id)
-     left join (select topic_id, count(*) as held, min(created_at) as oldest
-                from fanout.held group by topic_id) h using (topic_id)
-     left join (select topic, count(*) as dead from fanout.dead_letter
-                where consumer_group is null group by topic) d using (topic)
+     left join (select topic_id, count, oldest from kept) h using (topic_id)
+     left join (select topic, count from kept where topic_id = 0 and consumer_group = '') d using (topic)
      left join fanout.topic_stat s using (topic_id)
      left join fanout.stall st using (topic_id),
      lateral (select t.paused or st.topic_id is not null) b(blocked);
@@ -4570,7 +4944,7 @@ comment on column fanout.stat_subscriptions.own is 'messages that sync_table() l
 comment on column fanout.stat_subscriptions.ignored is 'messages that sync_table() left out because they are of another table or no captured changes, and rows that a trigger of the table left out';
 comment on column fanout.stat_subscriptions.failed is 'attempts that failed';
 comment on column fanout.stat_subscriptions.dead is 'messages moved to fanout.dead_letter';
-comment on column fanout.stat_subscriptions.waiting is 'messages in the waiting room: those that failed, and those of the same keys behind them';
+comment on column fanout.stat_subscriptions.waiting is 'messages in the waiting room: those that failed, and those of the same keys behind them; of more than a thousand, after a change of others as of a second ago, or, if counting takes that long, of several';
 comment on column fanout.stat_subscriptions.lag is 'messages that were ready in the queue when it was last looked at, every few seconds; NULL: not known, or it is a stream';
 comment on column fanout.stat_subscriptions.reconnects is 'connections made after the first';
 comment on column fanout.stat_subscriptions.last_error is 'most recent error; NULL: none';
@@ -4628,6 +5002,7 @@ create table fanout.backfill (
                    check (state in ('running', 'paused', 'done', 'failed', 'cancelled')),
     key            smallint[]  not null default '{}',
     position       text[],
+    key_order      text,
     file           oid,
     walked         boolean     not null default false,
     last_xid       xid8,
@@ -4644,6 +5019,7 @@ create index backfill_running_idx on fanout.backfill (backfill_id) where state =
 comment on table fanout.backfill is 'internal: one row per backfill, where it is; see the view fanout.backfills';
 comment on column fanout.backfill.key is 'numbers of the columns in whose order the table is walked; {}: by pages';
 comment on column fanout.backfill.position is 'the key, or the page, up to which it has come';
+comment on column fanout.backfill.key_order is 'of a walk by a key, fanout.key_order() when position was written: in which order that is the next row''s predecessor';
 comment on column fanout.backfill.file is 'of a walk by pages, the file (pg_class.relfilenode) that position is about';
 comment on column fanout.backfill.walked is 'all rows are in the outbox';
 comment on column fanout.backfill.last_xid is 'the last transaction that wrote messages';
@@ -5264,6 +5640,7 @@ begin
                     where repair_ledger.since is null or o.created_at >= repair_ledger.since
                     order by o.xid limit 1));
     truncate fanout.sent, fanout.scattered, fanout.purged;
+    delete from fanout.counted;
     insert into fanout.sent (segment, base, target, last_id, count)
     select r.current, base, base, 0, 0
     from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);
@@ -5675,11 +6052,10 @@ as $$
            'Look at their "reason", then use fanout.redrive() or fanout.purge().'
     from fanout.stat_topics s where s.dead > 0
     union all
-    select format('dropped topic "%s" has no dead letters', d.topic), false, format('%s in fanout.dead_letter', count(*)),
+    select format('dropped topic "%s" has no dead letters', d.topic), false, format('%s in fanout.dead_letter', d.count),
            'Declare it again and use fanout.redrive(), or use fanout.purge().'
-    from fanout.dead_letter d
-    where d.consumer_group is null and not exists (select from fanout.topic t where t.topic = d.topic)
-    group by d.topic
+    from fanout.counts() d
+    where d.topic_id = 0 and d.consumer_group = '' and not exists (select from fanout.topic t where t.topic = d.topic)
 $$;
 comment on function fanout.check_flow() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_flow() from public;
@@ -5775,10 +6151,15 @@ $$;
 comment on function fanout.check_captures() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_captures() from public;
 
+-- However many messages wait, it looks at a thousand that failed; a bitmap scan would
+-- look for all.
 create function fanout.check_subscriptions() returns table (item text, ok boolean, detail text, hint text)
 language sql stable
-set search_path = pg_catalog, pg_temp
+set search_path = pg_catalog, pg_temp set enable_bitmapscan = off set enable_seqscan = off set jit = off
 as $$
+    with worker as materialized (
+        select * from fanout.stat_subscriptions
+    )
     select format('subscription of "%s" to "%s"', s.consumer_group, s.topic),
            s.pid is not null and s.connected_to is not null and s.state <> 'refused',
            case when s.state = 'paused' then 'paused'
@@ -5790,24 +6171,33 @@ as $$
                 when s.state = 'refused' then 'Put right what last_error says; it is tried again by itself.'
                 when s.pid is null then 'Look into the server log; raise max_worker_processes or pg_fanout.max_subscriptions if it says so.'
                 when s.connected_to is null then 'It connects as the publisher does; see above.' end
-    from fanout.stat_subscriptions s
+    from worker s
     union all
     select format('subscription of "%s" to "%s" has a topic', s.consumer_group, s.topic), false,
            'its queue did not exist and was declared, and nothing has come from it since the worker''s first start',
            'Is the name of the topic right?'
-    from fanout.subscription s join fanout.stat_subscriptions w using (topic, consumer_group)
+    from fanout.subscription s join worker w using (topic, consumer_group)
     where s.active and s.queue_declared and w.delivered = 0
       and not exists (select from fanout.topics t where t.topic = s.topic)
     union all
-    select format('subscription of "%s" to "%s" succeeds', f.consumer_group, f.topic), false,
-           format('%s messages failed and will be tried again', count(*)),
+    select format('subscription of "%s" to "%s" succeeds', s.consumer_group, s.topic), false,
+           format('%s messages failed and will be tried again', case when f.count > 1000 then 'more than 1000' else f.count::text end),
            'Look at "error" in fanout.delivery_failure.'
-    from fanout.delivery_failure f group by f.consumer_group, f.topic
+    from fanout.subscription s,
+         lateral (select count(*)
+                  from ((select 1 from fanout.waiting w
+                         where w.subscription_id = s.subscription_id and w.error is not null
+                           and w.next_try is not null and not w.requeued limit 1001)
+                        union all
+                        (select 1 from fanout.waiting w
+                         where w.subscription_id = s.subscription_id and w.error is not null
+                           and w.requeued and s.on_failure = 'requeue' limit 1001)) w) f
+    where f.count > 0
     union all
     select format('subscription of "%s" to "%s" gets newer messages', s.consumer_group, s.topic), false,
            format('%s changes were older than what had been applied, and not written', s.stale),
            'Repeats are older, and harmless. If rows stay as they are, the sequence of the source went back: unsubscribe, and sync_table() into a new table.'
-    from fanout.stat_subscriptions s where s.stale > s.skipped
+    from worker s where s.stale > s.skipped
     union all
     select format('subscription of "%s" to "%s" has missed nothing', s.consumer_group, s.topic), false,
            format('up to %s messages had been removed from the stream before they were read', s.missed),
@@ -5815,9 +6205,9 @@ as $$
     from fanout.subscriptions s where s.missed > 0
     union all
     select format('subscription of "%s" to "%s" has no dead letters', d.consumer_group, d.topic), false,
-           format('%s in fanout.dead_letter', count(*)),
+           format('%s in fanout.dead_letter', d.count),
            'Look at their "reason", then use fanout.redrive() or fanout.purge().'
-    from fanout.dead_letter d where d.consumer_group is not null group by d.consumer_group, d.topic
+    from fanout.counts() d where d.consumer_group <> ''
 $$;
 comment on function fanout.check_subscriptions() is 'internal: part of fanout.check()';
 revoke all on function fanout.check_subscriptions() from public;
@@ -5833,7 +6223,8 @@ as $$
     from pg_trigger t join pg_class c on c.oid = t.tgrelid
     where t.tgfoid in ('fanout.guard()'::regprocedure, 'fanout.topology_changed()'::regprocedure,
                        'fanout.identity_changed()'::regprocedure,
-                       'fanout.subscriptions_changed()'::regprocedure, 'fanout.forget_subscriptions()'::regprocedure)
+                       'fanout.subscriptions_changed()'::regprocedure, 'fanout.forget_subscriptions()'::regprocedure,
+                       'fanout.tally_change()'::regprocedure)
       and t.tgenabled <> 'A'
     group by c.oid
     union all
@@ -5944,7 +6335,7 @@ revoke all on function fanout.check() from public;
 grant usage on schema fanout to pg_monitor;
 grant select on fanout.topics, fanout.bindings, fanout.captures, fanout.stat_publisher, fanout.stat_topics,
     fanout.subscriptions, fanout.stat_subscriptions to pg_monitor;
-grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.backlog(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
+grant execute on function fanout.passive_reason(), fanout.publisher_status(), fanout.backlog(), fanout.counts(), fanout.subscription_status(), fanout.subscription_problem(fanout.subscription),
     fanout.subscription_handler(fanout.subscription), fanout.handler_problem(fanout.subscription), fanout.queue_problem(fanout.subscription),
     fanout.subscriber(fanout.subscription), fanout.handler_owner(fanout.subscription), fanout.target_table(fanout.sync_target),
     fanout.sync_problem(integer), fanout.sync_mapping(integer), fanout.sync_key_columns(integer), fanout.preloaded(), fanout.library_version(),

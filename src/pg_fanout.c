@@ -8,6 +8,9 @@
  * writes the outbox: rows wait there until a server with the preload reads
  * them.
  *
+ * Must never: read a table or the catalog, since the postmaster runs this, which is in no
+ * database.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -20,6 +23,7 @@
 #include "capture/writer.h"
 #include "consume/inbox.h"
 #include "server/compat.h"
+#include "server/estimates.h"
 #include "server/guc.h"
 #include "server/hooks.h"
 #include "server/launcher.h"
@@ -64,6 +68,7 @@ _PG_init(void)
 
 	shmem_init();
 	hooks_init();
+	estimates_init();
 	wakeup_init();
 	writer_init();
 	nesting_init();

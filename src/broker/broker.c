@@ -3,17 +3,18 @@
  * broker.c
  *		One AMQP 0-9-1 connection to RabbitMQ, over rabbitmq-c.
  *
- * The only file that knows rabbitmq-c.  It uses of that library the codec and
- * the writing of frames: amqp_handle_input() and amqp_send_frame(), and that it
- * opens TLS sockets.
- * Everything above frames, that is login, RPC, publishing and the dispatch of
- * what arrives, is done here, because the library's own versions wait without
+ * The only file that knows rabbitmq-c.  It uses of that library the codec:
+ * amqp_handle_input(), amqp_encode_method() and amqp_encode_properties(), and that
+ * it opens TLS sockets.
+ * Everything else, that is login, RPC, publishing, writing frames and the dispatch
+ * of what arrives, is done here, because the library's own versions wait without
  * limit and without interrupts:
  *
  * - amqp_basic_publish() and every RPC write with an infinite deadline and
  *   restart on EINTR (rabbitmq-c #519).  Here, a frame is written only when
- *   the kernel has room for it (see credit.c), so the library's blocking
- *   write does not block.
+ *   the kernel has room for it (see credit.c), so no write blocks.  And each frame
+ *   would be a call of the kernel of its own, three for a message; here, all that
+ *   are written between broker_cork() and broker_uncork() go together.
  * - Before 0.14, a write that blocks past a heartbeat reads with an infinite
  *   deadline (rabbitmq-c #780).  Unreachable for the same reason.
  * - amqp_consume_message(), amqp_read_message() and amqp_simple_wait_frame()
@@ -126,6 +127,13 @@
 /* The library's private frame type for a protocol header ("AMQP"). */
 #define FRAME_PROTOCOL_HEADER 'A'
 
+/* A frame's head, before its payload, and the byte behind it (AMQP 0-9-1, section 4.2.3). */
+#define FRAME_HEAD			7
+#define FRAME_END			0xCE
+
+/* Frames for a corked socket are collected until they are so many bytes. */
+#define WRITE_AT_ONCE		FRAME_MAX
+
 /* A method without strings, rounded up. */
 #define SMALL_METHOD_SIZE	64
 
@@ -200,6 +208,9 @@ struct Broker
 	bool		write_failed;	/* no use in writing any more */
 	size_t		frame_max;		/* negotiated */
 	Credit		credit;			/* see refill_credit() */
+	size_t		nunwritten;		/* bytes of frames that are not written yet, */
+	unsigned char unwritten[WRITE_AT_ONCE + FRAME_MAX]; /* which credit was
+														 * taken for */
 
 	/* Heartbeats */
 	int			heartbeat;		/* negotiated, in seconds; 0: none */
@@ -323,6 +334,10 @@ static bool send_frame(Broker *broker, const amqp_frame_t *frame, size_t size,
 					   long timeout_ms);
 static bool wait_for_room(Broker *broker, size_t size, long timeout_ms);
 static bool write_frame(Broker *broker, const amqp_frame_t *frame);
+static bool encode_frame(Broker *broker, const amqp_frame_t *frame);
+static int	encode_payload(const amqp_frame_t *frame, amqp_bytes_t to);
+static void put_number(unsigned char *to, int bytes, uint64_t number);
+static bool write_out(Broker *broker);
 static bool write_method(Broker *broker, int channel, amqp_method_number_t id, void *arguments);
 static bool take_room_now(Broker *broker, size_t size);
 static void refill_credit(Broker *broker);
@@ -1284,7 +1299,7 @@ wait_for_frames(Broker *broker, int64_t deadline)
 {
 	long		left = clock_left(deadline);
 
-	if (broker->lost)
+	if (broker->lost || !write_out(broker))
 		return false;
 	if (left == 0)
 		return lose(broker, 0, "no reply from %s in time", broker->where);
@@ -1423,19 +1438,14 @@ broker_writable(Broker *broker, size_t bytes)
 void
 broker_cork(Broker *broker)
 {
-	if (broker->lost || broker->corked)
-		return;
-	tcp_set_cork(broker->fd, true);
 	broker->corked = true;
 }
 
 void
 broker_uncork(Broker *broker)
 {
-	if (broker->lost || !broker->corked)
-		return;
-	tcp_set_cork(broker->fd, false);
 	broker->corked = false;
+	(void) write_out(broker);
 }
 
 /* All but the headers. */
@@ -1860,16 +1870,107 @@ write_method(Broker *broker, int channel, amqp_method_number_t id, void *argumen
 	return write_frame(broker, &frame);
 }
 
-/* Only with credit for it. */
+/* Only with credit for it.  Of a corked socket, it is written together with others. */
 static bool
 write_frame(Broker *broker, const amqp_frame_t *frame)
 {
-	int			status;
+	if (!encode_frame(broker, frame))
+		return false;
+	return (broker->corked && broker->nunwritten < WRITE_AT_ONCE) || write_out(broker);
+}
 
-	errno = 0;
-	status = amqp_send_frame(broker->conn, frame);
+/*
+ * Encodes a frame behind those that are not written yet, of which there are less than
+ * WRITE_AT_ONCE.
+ */
+static bool
+encode_frame(Broker *broker, const amqp_frame_t *frame)
+{
+	unsigned char *to = broker->unwritten + broker->nunwritten;
+	amqp_bytes_t payload = {FRAME_MAX - FRAME_ENVELOPE, to + FRAME_HEAD};
+	int			len = encode_payload(frame, payload);
+
+	if (len < 0)
+		return lose_status(broker, "write to", len);
+	to[0] = frame->frame_type;
+	put_number(to + 1, 2, frame->channel);
+	put_number(to + 3, 4, (uint64_t) len);
+	to[FRAME_HEAD + len] = FRAME_END;
+	broker->nunwritten += (size_t) len + FRAME_ENVELOPE;
 	broker->last_sent_ms = clock_ms();
-	return status == AMQP_STATUS_OK || lose_write(broker, status);
+	return true;
+}
+
+/* Returns the payload's length, or what is wrong with it, a status of the library's. */
+static int
+encode_payload(const amqp_frame_t *frame, amqp_bytes_t to)
+{
+	int			head = frame->frame_type == AMQP_FRAME_METHOD ? 4 : 12;
+	unsigned char *bytes = to.bytes;
+	amqp_bytes_t rest = {to.len - (size_t) head, bytes + head};
+	int			len;
+
+	switch (frame->frame_type)
+	{
+		case AMQP_FRAME_METHOD:
+			put_number(bytes, 4, frame->payload.method.id);
+			len = amqp_encode_method(frame->payload.method.id, frame->payload.method.decoded, rest);
+			return len < 0 ? len : head + len;
+		case AMQP_FRAME_HEADER:
+			put_number(bytes, 4, (uint64_t) frame->payload.properties.class_id << 16);
+			put_number(bytes + 4, 8, frame->payload.properties.body_size);
+			len = amqp_encode_properties(frame->payload.properties.class_id, frame->payload.properties.decoded, rest);
+			return len < 0 ? len : head + len;
+		case AMQP_FRAME_BODY:
+			memcpy(bytes, frame->payload.body_fragment.bytes, frame->payload.body_fragment.len);
+			return (int) frame->payload.body_fragment.len;
+		default:				/* a heartbeat */
+			return 0;
+	}
+}
+
+/* Writes a number as AMQP has it, the highest byte first. */
+static void
+put_number(unsigned char *to, int bytes, uint64_t number)
+{
+	for (int i = bytes - 1; i >= 0; i--)
+	{
+		to[i] = (unsigned char) number;
+		number >>= 8;
+	}
+}
+
+/*
+ * Writes the frames that are not written yet.  Since there was credit for them, the
+ * kernel takes them at once; if it should not, it is waited for, as long as
+ * TCP_USER_TIMEOUT allows, or until a signal handler shuts the socket down.  Returns
+ * false if the connection is lost.
+ */
+static bool
+write_out(Broker *broker)
+{
+	size_t		written = 0;
+
+	while (!broker->lost && written < broker->nunwritten)
+	{
+		const unsigned char *from = broker->unwritten + written;
+		size_t		left = broker->nunwritten - written;
+		ssize_t		n;
+
+		errno = 0;
+		n = broker->tls != NULL ? tls_write(broker->tls, from, left) : send(broker->fd, from, left, MSG_NOSIGNAL);
+		if (n > 0)
+			written += (size_t) n;
+		else if (errno == EAGAIN)
+			tcp_wait_writable(broker->fd, WRITE_SLICE_MS);
+		else if (errno != EINTR)
+		{
+			broker->nunwritten = 0;
+			return lose_write(broker, broker->tls != NULL ? AMQP_STATUS_SSL_ERROR : AMQP_STATUS_SOCKET_ERROR);
+		}
+	}
+	broker->nunwritten = 0;
+	return !broker->lost;
 }
 
 /*
@@ -1912,18 +2013,24 @@ take_room_now(Broker *broker, size_t size)
 {
 	if (broker->lost || broker->write_failed)
 		return false;
-	if (!credit_covers(&broker->credit, size) && tcp_writable(broker->fd, NULL))
+	if (!credit_covers(&broker->credit, size) && write_out(broker) && tcp_writable(broker->fd, NULL))
 		credit_refill(&broker->credit);
-	return credit_take(&broker->credit, size);
+	return !broker->lost && credit_take(&broker->credit, size);
 }
 
-/* Looks at the socket; on the way, takes in what is there to read. */
+/*
+ * Looks at the socket, with nothing left to be written; on the way, takes in what is there
+ * to read.
+ */
 static void
 refill_credit(Broker *broker)
 {
 	bool		readable;
-	bool		writable = tcp_writable(broker->fd, &readable);
+	bool		writable;
 
+	if (!write_out(broker))
+		return;
+	writable = tcp_writable(broker->fd, &readable);
 	if (writable)
 		credit_refill(&broker->credit);
 	if (readable && (!writable || broker->events.delivered < DELIVERED_AHEAD))
@@ -2133,7 +2240,6 @@ serve_heartbeats(Broker *broker)
 {
 	amqp_frame_t frame = {.frame_type = AMQP_FRAME_HEARTBEAT,.channel = CHANNEL_CONNECTION};
 	int64_t		interval = broker->heartbeat * 1000;
-	int			status;
 
 	broker->last_read_ms = clock_ms();
 	if (interval == 0)
@@ -2147,11 +2253,7 @@ serve_heartbeats(Broker *broker)
 		!tcp_writable(broker->fd, NULL))
 		return;
 
-	errno = 0;
-	status = amqp_send_frame(broker->conn, &frame);
-	broker->last_sent_ms = broker->last_read_ms;
-	if (status != AMQP_STATUS_OK)
-		lose_status(broker, "write to", status);
+	(void) (encode_frame(broker, &frame) && write_out(broker));
 }
 
 /* Callers look at the time, and come back while there is more. */

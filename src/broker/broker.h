@@ -181,8 +181,8 @@ extern BrokerResult broker_forward(Broker *broker, int channel, const char *queu
 extern bool broker_writable(Broker *broker, size_t bytes);
 
 /*
- * Everything published between cork and uncork may be collected into full
- * segments by the kernel (TCP_CORK); uncork sends the rest at once.
+ * Cork collects the frames of what is published, and writes them in pieces of 64 kB, or
+ * before something is waited for; uncork writes the rest.
  */
 extern void broker_cork(Broker *broker);
 extern void broker_uncork(Broker *broker);

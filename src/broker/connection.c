@@ -208,10 +208,11 @@ password_file_changed(const Connection *conn)
 /*
  * Decides whether a 403 is to be believed.  It is proved if a login that was
  * made for its sake gets it again.  Without a proof of its own it is believed if
- * another one was proved on the same login shortly before, so that many things
- * that are not allowed cost one login and not many; or if it was proved earlier
- * and this login is not old, so that what is tried again and again costs a login
- * now and then; but in both cases only as long as there is no new password.
+ * this login was made for the sake of another one, shortly before, or another one
+ * was proved on it, so that many things that are not allowed cost one login and not
+ * many; or if it was proved earlier and this login is not old, so that what is tried
+ * again and again costs a login now and then; but only as long as there is no new
+ * password.
  */
 bool
 connection_believes(Connection *conn, uint32 *doubted, bool refused_before)
@@ -227,6 +228,7 @@ connection_believes(Connection *conn, uint32 *doubted, bool refused_before)
 	if (proved ||
 		(!password_file_changed(conn) &&
 		 ((refused_before && !mono_exceeds(conn->connected_at, now, REFUSED_AGAIN_MS)) ||
+		  (conn->anew_login == conn->logins && !mono_exceeds(conn->connected_at, now, REFUSED_TOO_MS)) ||
 		  (conn->denied_login == conn->logins && !mono_exceeds(conn->denied_at, now, REFUSED_TOO_MS)))))
 	{
 		*doubted = 0;
@@ -243,6 +245,7 @@ connection_log_in_anew(Connection *conn, const char *why)
 				  errdetail("%s", why)));
 	connection_close(conn, true);
 	conn->connect_at = 0;
+	conn->anew_login = conn->logins + 1;
 }
 
 /* ---- making it ---- */

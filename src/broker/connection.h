@@ -24,6 +24,7 @@ typedef struct Connection
 	MonoTime	connect_at;		/* no sooner */
 	MonoTime	connected_at;
 	uint32		logins;			/* so far; the number of the present one */
+	uint32		anew_login;		/* the latest that was made for a 403's sake */
 	int			failures;		/* in a row */
 
 	/* the connection's own */

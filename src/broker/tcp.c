@@ -173,19 +173,6 @@ tcp_set_user_timeout(int fd, int ms)
 #endif
 }
 
-void
-tcp_set_cork(int fd, bool on)
-{
-#ifdef TCP_CORK
-	int			value = on;
-
-	setsockopt(fd, IPPROTO_TCP, TCP_CORK, &value, sizeof(value));
-#else
-	(void) fd;
-	(void) on;
-#endif
-}
-
 int
 tcp_unsent(int fd)
 {
@@ -218,6 +205,14 @@ void
 tcp_wait_readable(int fd, long timeout_ms)
 {
 	struct pollfd p = {.fd = fd,.events = POLLIN};
+
+	poll(&p, 1, (int) timeout_ms);
+}
+
+void
+tcp_wait_writable(int fd, long timeout_ms)
+{
+	struct pollfd p = {.fd = fd,.events = POLLOUT};
 
 	poll(&p, 1, (int) timeout_ms);
 }

@@ -45,16 +45,14 @@ extern size_t tcp_tune(int fd);
  */
 extern void tcp_set_user_timeout(int fd, int ms);
 
-/* TCP_CORK: only full segments are sent while it is on. */
-extern void tcp_set_cork(int fd, bool on);
-
 /* Bytes written but not yet acknowledged by the peer's kernel. */
 extern int	tcp_unsent(int fd);
 
 /* Does a write not block now, or fail at once?  Same for a read, if asked. */
 extern bool tcp_writable(int fd, bool *readable);
 
-/* A plain wait, without interrupts; for short times. */
+/* Plain waits, without interrupts; for short times. */
 extern void tcp_wait_readable(int fd, long timeout_ms);
+extern void tcp_wait_writable(int fd, long timeout_ms);
 
 #endif							/* PGF_TCP_H */

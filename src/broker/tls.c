@@ -2,7 +2,7 @@
  *
  * tls.c
  *		What a TLS connection to a broker trusts, why it was refused, and
- *		reading from it.
+ *		reading from it and writing to it.
  *
  * The AMQP library opens the connection, and could verify it; but it only
  * tells that a certificate is bad, not in which way, it does not compare
@@ -12,8 +12,7 @@
  * before a certificate of ours, or a password, has been shown.
  *
  * The library's own reading swallows heartbeats and unknown frames for as long
- * as a peer sends them, and cannot be bounded; so it writes, and what is read is
- * read here.
+ * as a peer sends them, and its writing waits without limit; so both are done here.
  *
  * Must never: fall back to trusting more than it was told; wait for anything.
  *
@@ -53,6 +52,7 @@ static char server_name[256];
 static bool is_address(const char *host);
 static void handshake_begins(const SSL *ssl, int where, int value);
 static int	remember_rejection(int ok, X509_STORE_CTX *store);
+static int	explain_failure(void *session, int n);
 static int	no_passphrase(char *buffer, int size, int for_writing, void *arg);
 static const char *or_unknown(const char *reason);
 
@@ -62,6 +62,7 @@ tls_begin(void *context, const char *host)
 	snprintf(server_name, sizeof(server_name), "%s", is_address(host) ? "" : host);
 	SSL_CTX_set_info_callback(context, handshake_begins);
 	SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION);
+	SSL_CTX_set_options(context, SSL_OP_NO_RENEGOTIATION);
 	last_session = NULL;
 	rejection = X509_V_OK;
 	passphrase_wanted = false;
@@ -111,20 +112,34 @@ tls_read(void *session, void *buffer, size_t size)
 	n = SSL_read(session, buffer, size < INT_MAX ? (int) size : INT_MAX);
 	if (n > 0)
 		return n;
-	switch (SSL_get_error(session, n))
-	{
-		case SSL_ERROR_ZERO_RETURN:
-			return 0;
-		case SSL_ERROR_WANT_READ:
-		case SSL_ERROR_WANT_WRITE:
-			errno = EAGAIN;
-			break;
-		default:
-			if (errno == EAGAIN)
-				errno = 0;
-			break;
-	}
+	return explain_failure(session, n) == SSL_ERROR_ZERO_RETURN ? 0 : -1;
+}
+
+ssize_t
+tls_write(void *session, const void *buffer, size_t size)
+{
+	int			n;
+
+	ERR_clear_error();
+	errno = 0;
+	n = SSL_write(session, buffer, size < INT_MAX ? (int) size : INT_MAX);
+	if (n > 0)
+		return n;
+	(void) explain_failure(session, n);
 	return -1;
+}
+
+/* Sets errno to EAGAIN if a call, which returned n, is only to be repeated later. */
+static int
+explain_failure(void *session, int n)
+{
+	int			error = SSL_get_error(session, n);
+
+	if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
+		errno = EAGAIN;
+	else if (errno == EAGAIN)
+		errno = 0;
+	return error;
 }
 
 bool

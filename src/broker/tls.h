@@ -2,7 +2,7 @@
  *
  * tls.h
  *		What a TLS connection to a broker trusts, why it was refused, and
- *		reading from it.
+ *		reading from it and writing to it.
  *
  * Pure: OpenSSL only, no rabbitmq-c, no PostgreSQL.  A context is the SSL_CTX
  * of a connection that is not open yet.
@@ -18,7 +18,8 @@
 
 /*
  * To be called first: forgets what went wrong before, allows TLS 1.2 and later
- * only (RFC 8996), and tells the server the host's name (SNI, RFC 6066)
+ * only (RFC 8996) and no renegotiation, so that a write never has to wait for
+ * something to read, and tells the server the host's name (SNI, RFC 6066)
  * whatever address is connected to.
  */
 extern void tls_begin(void *context, const char *host);
@@ -46,7 +47,7 @@ extern bool tls_identify(void *context, const char *cert_file, const char *key_f
 						 char *text, size_t text_size);
 
 /*
- * The session of the handshake since tls_begin(), to read from; it lasts as long
+ * The session of the handshake since tls_begin(), to read and write; it lasts as long
  * as the socket of the AMQP library's.
  */
 extern void *tls_session(void);
@@ -57,6 +58,13 @@ extern void *tls_session(void);
  * tls_reason() or errno says what is wrong.
  */
 extern ssize_t tls_read(void *session, void *buffer, size_t size);
+
+/*
+ * Writes as much as the socket takes, without waiting.  Returns the number of bytes;
+ * -1: errno is EAGAIN if it takes none now, else tls_reason() or errno says what is
+ * wrong.  What it did not take must be written next.
+ */
+extern ssize_t tls_write(void *session, const void *buffer, size_t size);
 
 /*
  * Why the server's certificate was refused since tls_begin(), or NULL if it

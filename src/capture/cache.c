@@ -666,6 +666,8 @@ describe_entity(CaptureInfo *info, Relation entity)
 	escape_json(&source, table);
 	info->source = source.data;
 
+	info->schema = schema;
+	info->table = pstrdup(table);
 	info->uri = uri_of(database, schema, table);
 
 	for (int op = 0; op < CAPTURE_OPS; op++)
@@ -779,6 +781,17 @@ is_counted(Trigger *trigger)
 }
 
 /*
+ * Tells whether the trigger is one that fanout.capture(replace => true) had no use
+ * for.  Its condition is false now, so what it fires for was queued, and counted,
+ * before, by the statement that is still running.
+ */
+static bool
+is_idle(Trigger *trigger)
+{
+	return cache_option(trigger->tgargs, trigger->tgnargs, "idle") != NULL;
+}
+
+/*
  * Declares the topic of a trigger that came here without it, by a dump of the
  * schema alone, as it was declared there.  By a function that runs with the
  * rights of pg_fanout: whoever writes to the table has none.
@@ -822,15 +835,32 @@ plan_capture(CaptureInfo *info, Relation rel, Trigger *trigger, const char *trig
 	MemoryContext oldcontext = MemoryContextSwitchTo(scratch);
 
 	plan_columns(info, rel, info->entity == info->relid ? rel : entity, trigger, trigger_name);
-	info->counted = is_counted(trigger);
+	info->counted = is_counted(trigger) || is_idle(trigger);
 	MemoryContextSwitchTo(info->context);
 	describe_entity(info, entity);
 	MemoryContextSwitchTo(oldcontext);
 	MemoryContextDelete(scratch);
 	info->old_row = (old_row != NULL && strcmp(old_row, "true") == 0);
 	info->sent_as = sent_as(trigger);
-	info->idle = cache_option(trigger->tgargs, trigger->tgnargs, "idle") != NULL;
 	relation_close(entity, AccessShareLock);
+}
+
+/*
+ * Returns the trigger as it is now, in the current context.  A statement goes on
+ * with the triggers that its table had when it began, and may have replaced this
+ * one since, by way of an application's trigger.
+ */
+static Trigger *
+current_trigger(Relation rel, Trigger *trigger)
+{
+	TriggerDesc *now = CopyTriggerDesc(rel->trigdesc);
+
+	for (int i = 0; now != NULL && i < now->numtriggers; i++)
+	{
+		if (now->triggers[i].tgoid == trigger->tgoid)
+			return &now->triggers[i];
+	}
+	return trigger;
 }
 
 /*
@@ -936,7 +966,7 @@ cache_of_trigger(TriggerData *trigdata)
 		return entry->info;
 	}
 
-	info = build_capture(trigdata->tg_relation, trigdata->tg_trigger);
+	info = build_capture(trigdata->tg_relation, current_trigger(trigdata->tg_relation, trigdata->tg_trigger));
 	use_capture(info);
 	drop_invalid_entries();
 	entry = hash_search(captures, &trigger, HASH_ENTER, &found);

@@ -59,13 +59,14 @@ typedef struct CaptureInfo
 	bool		old_row;
 	int			sent_as;		/* CaptureOp of the messages of updates,
 								 * insert or delete; -1: the event's own */
-	bool		idle;			/* makes no messages */
 	bool		counted;		/* its events are, when they are queued; see
 								 * nesting.c */
 	RowJson    *row;			/* the captured columns */
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
 	RowJson    *key;			/* the key's columns */
+	char	   *schema;			/* of the table captured */
+	char	   *table;
 	char	   *source;			/* constant part of Debezium's "source" */
 	char	   *uri;			/* CloudEvents' source */
 	char	   *key_columns;	/* names of the key's columns, a JSON array */

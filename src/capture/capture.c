@@ -36,12 +36,14 @@
 
 #include "capture/cache.h"
 #include "capture/capture.h"
+#include "capture/ids.h"
 #include "capture/msgid.h"
 #include "capture/nesting.h"
 #include "capture/outbox.h"
 #include "capture/rights.h"
 #include "capture/rowjson.h"
 #include "capture/via.h"
+#include "server/append.h"
 
 PG_FUNCTION_INFO_V1(pgf_capture_trigger);
 PG_FUNCTION_INFO_V1(pgf_publish);
@@ -59,6 +61,7 @@ typedef struct Change
 	HeapTuple	new_row;
 	const char *key;			/* NULL: none */
 	bool		key_changed;
+	Jsonb	   *headers;
 	TimestampTz now;
 	pg_uuid_t	message_id;
 } Change;
@@ -133,7 +136,7 @@ static void
 append_row(StringInfo out, const Change *change, HeapTuple row)
 {
 	if (row == NULL)
-		appendStringInfoString(out, "null");
+		append_literal(out, "null");
 	else
 		rowjson_append(out, change->info->row, row, change->desc);
 }
@@ -142,11 +145,11 @@ append_row(StringInfo out, const Change *change, HeapTuple row)
 
 /* Not by appendStringInfo(), which would cost as much as all columns together. */
 static void
-append_number(StringInfo out, const char *before, int64 number)
+append_number(StringInfo out, int64 number)
 {
-	appendStringInfoString(out, before);
-	enlargeStringInfo(out, MAX_INT64_DIGITS);
-	out->len += pg_lltoa(number, out->data + out->len);
+	char	   *p = append_room(out, MAX_INT64_DIGITS);
+
+	append_done(out, p + pg_lltoa(number, p));
 }
 
 /* The envelope of Debezium's change events (its documentation, "Data change events"). */
@@ -158,18 +161,21 @@ render_debezium(StringInfo out, const Change *change)
 	if (change->op == OP_UPDATE && !change->info->old_row && !change->key_changed)
 		before = NULL;
 
-	appendStringInfoString(out, "{\"before\":");
+	append_literal(out, "{\"before\":");
 	append_row(out, change, before);
-	appendStringInfoString(out, ",\"after\":");
+	append_literal(out, ",\"after\":");
 	append_row(out, change, change->new_row);
-	appendStringInfoString(out, ",\"source\":");
-	appendStringInfoString(out, change->info->source);
-	append_number(out, ",\"txId\":", U64FromFullTransactionId(GetTopFullTransactionId()));
-	append_number(out, ",\"ts_ms\":", epoch_ms(GetCurrentTransactionStartTimestamp()));
-	appendStringInfoString(out, "},\"op\":\"");
-	appendStringInfoString(out, capture_op_code[change->op]);
-	append_number(out, "\",\"ts_ms\":", epoch_ms(change->now));
-	appendStringInfoChar(out, '}');
+	append_literal(out, ",\"source\":");
+	append_string(out, change->info->source);
+	append_literal(out, ",\"txId\":");
+	append_number(out, U64FromFullTransactionId(GetTopFullTransactionId()));
+	append_literal(out, ",\"ts_ms\":");
+	append_number(out, epoch_ms(GetCurrentTransactionStartTimestamp()));
+	append_literal(out, "},\"op\":\"");
+	append_string(out, capture_op_code[change->op]);
+	append_literal(out, "\",\"ts_ms\":");
+	append_number(out, epoch_ms(change->now));
+	append_char(out, '}');
 }
 
 /* The row as it is after an insert or update, as it was before a delete. */
@@ -226,17 +232,7 @@ render_body(StringInfo out, const Change *change)
 	}
 }
 
-static void
-render(StringInfo body, Change *change)
-{
-	HeapTuple	row = change->new_row != NULL ? change->new_row : change->old_row;
-
-	if (row != NULL)
-		change->key = render_key(change->info, row, change->desc);
-	render_body(body, change);
-}
-
-/* ---- the trigger ---- */
+/* ---- headers ---- */
 
 /*
  * A changed key is a message of the new key that must not overtake messages
@@ -250,8 +246,6 @@ change_headers(const Change *change)
 	ChangeHeaders headers = {
 		.op = capture_op_code[change->op],.format = topic_format_name[info->topic.format],.via = via_current()
 	};
-	Relation	entity;
-	Jsonb	   *result;
 
 	if (change->key_changed)
 		headers.old_key = render_key(info, change->old_row, change->desc);
@@ -259,31 +253,36 @@ change_headers(const Change *change)
 		return info->headers[change->op];
 	if (headers.old_key != NULL)
 		headers.key_columns = info->key_columns;
-	entity = RelationIdGetRelation(info->entity);
-	headers.schema = get_namespace_name(RelationGetNamespace(entity));
-	headers.table = RelationGetRelationName(entity);
-	result = cache_headers(&headers);
-	RelationClose(entity);
-	return result;
+	headers.schema = info->schema;
+	headers.table = info->table;
+	return cache_headers(&headers);
 }
 
-static CaptureOp
-operation_of(TriggerEvent event)
+/* ---- all of it ---- */
+
+static void
+render(StringInfo body, Change *change)
 {
-	if (TRIGGER_FIRED_BY_INSERT(event))
-		return OP_INSERT;
-	if (TRIGGER_FIRED_BY_UPDATE(event))
-		return OP_UPDATE;
-	if (TRIGGER_FIRED_BY_DELETE(event))
-		return OP_DELETE;
-	return OP_TRUNCATE;
+	HeapTuple	row = change->new_row != NULL ? change->new_row : change->old_row;
+
+	if (row != NULL)
+		change->key = render_key(change->info, row, change->desc);
+	render_body(body, change);
+	change->headers = change_headers(change);
 }
 
-/* Rows up to that size can be rendered, whatever is in them: bytes. */
-#define ORDINARY_ROW (64 * 1024 * 1024)
+/*
+ * Rows up to that size can be rendered, whatever is in them: bytes.  Composite values
+ * full of nulls grow most: a null takes a bit, and hundreds of bytes as text, which has
+ * the column's name.
+ */
+#define ORDINARY_ROW (64 * 1024)
 
 /* The same of a row that was read whole, whose values may be compressed: bytes. */
-#define LARGE_READ (512 * 1024)
+#define LARGE_READ BLCKSZ
+
+/* A row of the outbox has at most 1 GB; this leaves room for its other columns. */
+#define MAX_MESSAGE (MaxAllocSize - 64 * 1024)
 
 /* The size of a row, its values detoasted: bytes.  NULL: 0. */
 static Size
@@ -307,8 +306,30 @@ row_size(HeapTuple row, TupleDesc desc)
 	return size;
 }
 
+/* Raises an error if the row of the outbox would be too large. */
+static void
+check_size(const StringInfo body, const Change *change)
+{
+	Size		size = (Size) body->len + VARSIZE(change->headers);
+
+	if (change->key != NULL)
+		size += strlen(change->key);
+	if (size > MAX_MESSAGE)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("message is too large")));
+}
+
+/* Is that an error of something too large?  palloc() has none of its own for it. */
+static bool
+is_limit(const ErrorData *error)
+{
+	return ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_PROGRAM_LIMIT_EXCEEDED ||
+		error->sqlerrcode == ERRCODE_OUT_OF_MEMORY || error->sqlerrcode == ERRCODE_INTERNAL_ERROR;
+}
+
 /*
- * Renders key and body of a change whose rows are so large that their text may
+ * Renders key, body and headers of a change whose rows are so large that their text may
  * pass the server's limit of 1 GB.  A row that can be stored must not be refused
  * for its message: then the message has an empty body, and the publisher makes a
  * dead letter of it.
@@ -324,6 +345,7 @@ render_large(StringInfo body, Change *change)
 	PG_TRY();
 	{
 		render(body, change);
+		check_size(body, change);
 		ReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
@@ -336,15 +358,30 @@ render_large(StringInfo body, Change *change)
 		RollbackAndReleaseCurrentSubTransaction();
 		MemoryContextSwitchTo(context);
 		CurrentResourceOwner = owner;
-		if (ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
+		if (!is_limit(error))
 			ReThrowError(error);
 		resetStringInfo(body);
 		change->key = NULL;
 		change->key_changed = false;
+		change->headers = change_headers(change);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(context);
 	CurrentResourceOwner = owner;
+}
+
+/* ---- the trigger ---- */
+
+static CaptureOp
+operation_of(TriggerEvent event)
+{
+	if (TRIGGER_FIRED_BY_INSERT(event))
+		return OP_INSERT;
+	if (TRIGGER_FIRED_BY_UPDATE(event))
+		return OP_UPDATE;
+	if (TRIGGER_FIRED_BY_DELETE(event))
+		return OP_DELETE;
+	return OP_TRUNCATE;
 }
 
 /*
@@ -379,8 +416,6 @@ capture_change(TriggerData *trigdata)
 	OutboxRow	row;
 
 	describe_change(&change, trigdata);
-	if (change.info->idle)
-		return;
 	initStringInfo(&body);
 	if (row_size(change.old_row, change.desc) + row_size(change.new_row, change.desc) > ORDINARY_ROW)
 		render_large(&body, &change);
@@ -392,7 +427,7 @@ capture_change(TriggerData *trigdata)
 	row.message_id = change.message_id;
 	row.type = change.info->type[change.op];
 	row.key = change.key;
-	row.headers = change_headers(&change);
+	row.headers = change.headers;
 	row.payload = body.data;
 	row.payload_len = body.len;
 	row.created_at = change.now;
@@ -475,12 +510,12 @@ capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *qu
 	row.message_id = change.message_id;
 	row.type = change.info->type[OP_READ];
 	row.key = change.key;
-	row.headers = backfill_headers(change.info->headers[OP_READ], headers);
+	row.headers = backfill_headers(change.headers, headers);
 	row.payload = body.data;
 	row.payload_len = body.len;
 	row.queue = queue;
 	row.created_at = change.now;
-	row.id = outbox_next_id();
+	row.id = ids_draw(1);
 	outbox_insert(&row, false);
 	return body.len;
 }
@@ -616,7 +651,7 @@ static void
 begin_message(OutboxRow *row, const TopicInfo *topic, const char *type, Jsonb *headers)
 {
 	memset(row, 0, sizeof(*row));
-	row->id = outbox_next_id();
+	row->id = ids_draw(1);
 	row->topic_id = topic->topic_id;
 	msgid_new(&row->message_id);
 	row->type = type;

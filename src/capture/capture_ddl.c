@@ -60,6 +60,7 @@ PG_FUNCTION_INFO_V1(pgf_row_condition);
 PG_FUNCTION_INFO_V1(pgf_condition_names_columns);
 PG_FUNCTION_INFO_V1(pgf_condition_problem);
 PG_FUNCTION_INFO_V1(pgf_condition_is_never_true);
+PG_FUNCTION_INFO_V1(pgf_condition_counts_too_often);
 PG_FUNCTION_INFO_V1(pgf_capture);
 PG_FUNCTION_INFO_V1(pgf_uncapture);
 
@@ -909,6 +910,24 @@ pgf_condition_is_never_true(PG_FUNCTION_ARGS)
 			PG_RETURN_BOOL(true);
 	}
 	PG_RETURN_BOOL(false);
+}
+
+static bool
+calls_count(Node *node, void *arg)
+{
+	if (node == NULL)
+		return false;
+	return cache_is_count(node) || expression_tree_walker(node, calls_count, arg);
+}
+
+/*
+ * Tells whether the trigger's condition calls count_change() elsewhere than as its
+ * last part, where it would count what may not be queued, or count it twice.
+ */
+Datum
+pgf_condition_counts_too_often(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_BOOL(calls_count((Node *) trigger_condition(PG_GETARG_OID(0)), NULL));
 }
 
 static bool

@@ -18,8 +18,9 @@
  * Therefore the order is taken from the queueing of events.  The condition of
  * each capture trigger ends with fanout.count_change(), which the server
  * evaluates right after it has changed a row, or truncated the table; if the
- * condition is true, it queues the event.  The events of a statement fire in the
- * order in which they were queued, so it is enough to count them:
+ * condition is true, it queues the event (condition.c has the exception, and
+ * sees to it).  The events of a statement fire in the order in which they were
+ * queued, so it is enough to count them:
  *
  * - A level stands for a list of events that the server keeps.  Events are queued
  *	 to the list of the innermost statement.  count_change() counts, for each
@@ -30,7 +31,7 @@
  *	 one, since an outer statement changes nothing while an inner one runs.
  *
  * - An event that fires takes the first id that was drawn for its level; if none
- *	 is left, the next one of the sequence.
+ *	 is left, ids are drawn for it and some that wait behind it.
  *
  * So an event that waits without an id is later than all that have one, and ids
  * are in the order of the changes.  What was changed, and how, does not matter.
@@ -62,7 +63,7 @@
  * each event that waits while an inner statement makes a change, less than the
  * server itself needs for it; freed when the statement ends.
  *
- * This must never read a table, and never fail a statement for its order.
+ * Must never: read a table, or fail a statement for its order.
  *
  *-------------------------------------------------------------------------
  */
@@ -72,15 +73,20 @@
 #include "executor/executor.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "nodes/nodeFuncs.h"
 #include "nodes/parsenodes.h"
 #include "tcop/utility.h"
 #include "utils/memutils.h"
 
+#include "capture/condition.h"
+#include "capture/ids.h"
 #include "capture/nesting.h"
-#include "capture/outbox.h"
 #include "server/compat.h"
 
 PG_FUNCTION_INFO_V1(pgf_count_change);
+
+/* Ids that are drawn at once, if so many events wait. */
+#define IDS_AT_ONCE 128
 
 typedef struct Level
 {
@@ -107,6 +113,8 @@ static ExecutorRun_hook_type next_executor_run = NULL;
 static ExecutorFinish_hook_type next_executor_finish = NULL;
 static ProcessUtility_hook_type next_utility = NULL;
 
+static Datum evaluate_condition(ExprState * state, ExprContext * context, bool *isnull);
+static Datum evaluate_never(ExprState * state, ExprContext * context, bool *isnull);
 static void executor_run(PGF_EXECUTOR_RUN_ARGS);
 static void run(PGF_EXECUTOR_RUN_ARGS);
 static void executor_finish(QueryDesc *query);
@@ -126,8 +134,25 @@ static void forget_level(Level *level);
 static void xact_callback(XactEvent event, void *arg);
 static void subxact_callback(SubXactEvent event, SubTransactionId subid,
 							 SubTransactionId parent, void *arg);
-static void draw_ids(Level *level);
-static void add_id(Level *level, int64 id);
+static void draw_all_ids(Level *level);
+static void draw_ids(Level *level, int count);
+static void reserve_ids(Level *level, int count);
+
+/* The condition that is nothing but count_change(); nobody changes it. */
+static ExprState condition =
+{
+	.type = T_ExprState,
+		.flags = EEO_FLAG_IS_QUAL,
+		.evalfunc = evaluate_condition
+};
+
+/* The condition of what the server asks for and never queues; see condition.c. */
+static ExprState never =
+{
+	.type = T_ExprState,
+		.flags = EEO_FLAG_IS_QUAL,
+		.evalfunc = evaluate_never
+};
 
 /*
  * Installs the hooks that follow statements.  To be called once per process
@@ -136,6 +161,8 @@ static void add_id(Level *level, int64 id);
 void
 nesting_init(void)
 {
+	NodeSetTag(&condition, T_ExprState);
+	NodeSetTag(&never, T_ExprState);
 	next_executor_run = ExecutorRun_hook;
 	ExecutorRun_hook = executor_run;
 	next_executor_finish = ExecutorFinish_hook;
@@ -149,65 +176,114 @@ nesting_init(void)
 /* Events */
 
 /*
- * Counts an event that the server is about to queue.  Always returns true, and
- * is the last part of the trigger's condition, so the event is queued for sure.
+ * Counts an event that the server is about to queue: fanout.count_change().  It is
+ * the last part of the trigger's condition, and true, so the event is queued for sure.
  */
-Datum
-pgf_count_change(PG_FUNCTION_ARGS)
+static void
+count_change(void)
 {
 	Level	   *level = level_at(depth);
 
 	for (int i = 0; i < depth; i++)
-		draw_ids(&levels[i]);
+		draw_all_ids(&levels[i]);
 	level->nest_level = GetCurrentTransactionNestLevel();
 	level->waiting++;
+}
+
+/*
+ * Evaluates fanout.count_change() where condition.c does not.  The condition of a
+ * trigger is read from the catalog, which gives its parts no place in a text; a
+ * query's own parts have one.  Counting what is no event would give those that wait
+ * the ids of others.
+ */
+Datum
+pgf_count_change(PG_FUNCTION_ARGS)
+{
+	if (fcinfo->flinfo->fn_expr == NULL || exprLocation(fcinfo->flinfo->fn_expr) >= 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("function %s can only be called in the condition of a capture trigger",
+						"fanout.count_change()")));
+	count_change();
 	PG_RETURN_BOOL(true);
+}
+
+static Datum
+evaluate_condition(ExprState * state, ExprContext * context, bool *isnull)
+{
+	count_change();
+	*isnull = false;
+	return BoolGetDatum(true);
+}
+
+static Datum
+evaluate_never(ExprState * state, ExprContext * context, bool *isnull)
+{
+	*isnull = false;
+	return BoolGetDatum(false);
 }
 
 /*
  * Returns the id of the event that fires.  To be called once for each event that
  * a capture trigger is called for; counted tells whether count_change() was
- * called when the event was queued.
+ * called when the event was queued.  The rows of all events that wait are locked
+ * by then, so ids are drawn for many of them at once.
  */
 int64
 nesting_take_id(bool counted)
 {
 	Level	   *level = level_at(depth);
 
+	if (counted && level->taken == level->drawn && level->waiting > 1)
+		draw_ids(level, Min(level->waiting, IDS_AT_ONCE));
 	if (counted && level->taken < level->drawn)
 		return level->ids[level->taken++];
 	if (counted && level->waiting > 0)
 		level->waiting--;
-	return outbox_next_id();
+	return ids_draw(1);
 }
 
+/* Draws ids for all events that wait at the level. */
 static void
-draw_ids(Level *level)
+draw_all_ids(Level *level)
 {
 	while (level->waiting > 0)
 	{
 		CHECK_FOR_INTERRUPTS();
-		add_id(level, outbox_next_id());
-		level->waiting--;
+		draw_ids(level, Min(level->waiting, IDS_AT_ONCE));
 	}
 }
 
+/* Draws ids for that many events, which have waited longest. */
 static void
-add_id(Level *level, int64 id)
+draw_ids(Level *level, int count)
 {
+	int64		first;
+
+	reserve_ids(level, count);
+	first = ids_draw(count);
+	for (int i = 0; i < count; i++)
+		level->ids[level->drawn++] = first + i;
+	level->waiting -= count;
+}
+
+/* Makes room for that many ids. */
+static void
+reserve_ids(Level *level, int count)
+{
+	uint64		size = Max(IDS_AT_ONCE, level->size);
+
 	if (level->taken == level->drawn)
 		level->taken = level->drawn = 0;
-	if (level->drawn == level->size)
-	{
-		uint64		size = Max(64, level->size * 2);
-
-		if (level->ids == NULL)
-			level->ids = MemoryContextAlloc(TopMemoryContext, size * sizeof(int64));
-		else
-			level->ids = repalloc_huge(level->ids, size * sizeof(int64));
-		level->size = size;
-	}
-	level->ids[level->drawn++] = id;
+	while (size < level->drawn + count)
+		size *= 2;
+	if (size == level->size)
+		return;
+	if (level->ids == NULL)
+		level->ids = MemoryContextAlloc(TopMemoryContext, size * sizeof(int64));
+	else
+		level->ids = repalloc_huge(level->ids, size * sizeof(int64));
+	level->size = size;
 }
 
 /* Statements */
@@ -215,6 +291,7 @@ add_id(Level *level, int64 id)
 static void
 executor_run(PGF_EXECUTOR_RUN_ARGS)
 {
+	condition_prepare(query->estate, &condition, &never);
 	if (!may_queue_events(query))
 	{
 		run(PGF_EXECUTOR_RUN_PASS);

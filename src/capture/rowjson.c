@@ -43,7 +43,6 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/cash.h"
-#include "utils/datetime.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -51,9 +50,11 @@
 #include "utils/typcache.h"
 #include "utils/uuid.h"
 
+#include "capture/isotime.h"
 #include "capture/msgid.h"
 #include "capture/rowjson.h"
 #include "capture/textform.h"
+#include "server/append.h"
 #include "server/compat.h"
 
 /* Digits of the longest int8 and its sign. */
@@ -297,7 +298,7 @@ static inline void
 append_value(StringInfo out, RowJsonType *type, Datum value, bool isnull)
 {
 	if (isnull)
-		appendBinaryStringInfo(out, "null", 4);
+		append_literal(out, "null");
 	else
 		type->render(out, type, value);
 }
@@ -306,16 +307,16 @@ append_value(StringInfo out, RowJsonType *type, Datum value, bool isnull)
 static void
 append_object(StringInfo out, RowJson *plan, const Datum *values, const bool *isnull)
 {
-	appendStringInfoCharMacro(out, '{');
+	append_char(out, '{');
 	for (int i = 0; i < plan->ncolumns; i++)
 	{
 		RowJsonColumn *column = &plan->columns[i];
 
-		appendBinaryStringInfo(out, column->name, column->namelen);
+		append_bytes(out, column->name, column->namelen);
 		append_value(out, &column->type, values[column->attnum - 1],
 					 isnull[column->attnum - 1]);
 	}
-	appendStringInfoCharMacro(out, '}');
+	append_char(out, '}');
 }
 
 /*
@@ -384,30 +385,33 @@ static void
 append_bool(StringInfo out, RowJsonType *type, Datum value)
 {
 	if (DatumGetBool(value))
-		appendBinaryStringInfo(out, "true", 4);
+		append_literal(out, "true");
 	else
-		appendBinaryStringInfo(out, "false", 5);
+		append_literal(out, "false");
 }
 
 static void
 append_int2(StringInfo out, RowJsonType *type, Datum value)
 {
-	enlargeStringInfo(out, INTEGER_LEN);
-	out->len += pg_ltoa(DatumGetInt16(value), out->data + out->len);
+	char	   *p = append_room(out, INTEGER_LEN);
+
+	append_done(out, p + pg_ltoa(DatumGetInt16(value), p));
 }
 
 static void
 append_int4(StringInfo out, RowJsonType *type, Datum value)
 {
-	enlargeStringInfo(out, INTEGER_LEN);
-	out->len += pg_ltoa(DatumGetInt32(value), out->data + out->len);
+	char	   *p = append_room(out, INTEGER_LEN);
+
+	append_done(out, p + pg_ltoa(DatumGetInt32(value), p));
 }
 
 static void
 append_int8(StringInfo out, RowJsonType *type, Datum value)
 {
-	enlargeStringInfo(out, INTEGER_LEN);
-	out->len += pg_lltoa(DatumGetInt64(value), out->data + out->len);
+	char	   *p = append_room(out, INTEGER_LEN);
+
+	append_done(out, p + pg_lltoa(DatumGetInt64(value), p));
 }
 
 /* NaN and the infinities are not JSON numbers, hence strings. */
@@ -415,11 +419,11 @@ static void
 append_not_finite(StringInfo out, float8 number)
 {
 	if (isnan(number))
-		appendStringInfoString(out, "\"NaN\"");
+		append_literal(out, "\"NaN\"");
 	else if (number > 0)
-		appendStringInfoString(out, "\"Infinity\"");
+		append_literal(out, "\"Infinity\"");
 	else
-		appendStringInfoString(out, "\"-Infinity\"");
+		append_literal(out, "\"-Infinity\"");
 }
 
 /* the shortest number that reads back exactly */
@@ -464,10 +468,10 @@ append_numeric(StringInfo out, RowJsonType *type, Datum value)
 	bool		quote = !isdigit((unsigned char) number[number[0] == '-' ? 1 : 0]);
 
 	if (quote)
-		appendStringInfoCharMacro(out, '"');
+		append_char(out, '"');
 	appendStringInfoString(out, number);
 	if (quote)
-		appendStringInfoCharMacro(out, '"');
+		append_char(out, '"');
 	pfree(number);
 }
 
@@ -496,7 +500,7 @@ append_money(StringInfo out, RowJsonType *type, Datum value)
 	if (amount < 0)
 		*--start = '-';
 	*--start = '"';
-	appendBinaryStringInfo(out, start, buf + sizeof(buf) - start);
+	append_bytes(out, start, buf + sizeof(buf) - start);
 }
 
 /* ----------
@@ -508,13 +512,9 @@ append_money(StringInfo out, RowJsonType *type, Datum value)
 static void
 append_datetime(StringInfo out, RowJsonType *type, Datum value)
 {
-	int			utc = 0;
-
-	appendStringInfoCharMacro(out, '"');
-	enlargeStringInfo(out, MAXDATELEN + 1);
-	JsonEncodeDateTime(out->data + out->len, value, type->typid, &utc);
-	out->len += strlen(out->data + out->len);
-	appendStringInfoCharMacro(out, '"');
+	append_char(out, '"');
+	isotime_append(out, type->typid, value);
+	append_char(out, '"');
 }
 
 /* text, varchar and char(n), whose output functions only copy */
@@ -538,11 +538,11 @@ append_name(StringInfo out, RowJsonType *type, Datum value)
 static void
 append_uuid(StringInfo out, RowJsonType *type, Datum value)
 {
-	appendStringInfoCharMacro(out, '"');
+	append_char(out, '"');
 	enlargeStringInfo(out, 2 * UUID_LEN + 4);
 	msgid_format(DatumGetUUIDP(value), out->data + out->len);
 	out->len += 2 * UUID_LEN + 4;
-	appendStringInfoCharMacro(out, '"');
+	append_char(out, '"');
 }
 
 /* hex, as byteaout() writes it with its backslash escaped */
@@ -552,10 +552,10 @@ append_bytea(StringInfo out, RowJsonType *type, Datum value)
 	bytea	   *bytes = DatumGetByteaPP(value);
 	int			len = VARSIZE_ANY_EXHDR(bytes);
 
-	appendBinaryStringInfo(out, "\"\\\\x", 4);
+	append_literal(out, "\"\\\\x");
 	enlargeStringInfo(out, 2 * len + 1);
 	out->len += hex_encode(VARDATA_ANY(bytes), len, out->data + out->len);
-	appendStringInfoCharMacro(out, '"');
+	append_char(out, '"');
 	if ((Pointer) bytes != DatumGetPointer(value))
 		pfree(bytes);
 }
@@ -580,7 +580,7 @@ append_json(StringInfo out, RowJsonType *type, Datum value)
 {
 	text	   *json = DatumGetTextPP(value);
 
-	appendBinaryStringInfo(out, VARDATA_ANY(json), VARSIZE_ANY_EXHDR(json));
+	append_bytes(out, VARDATA_ANY(json), VARSIZE_ANY_EXHDR(json));
 	if ((Pointer) json != DatumGetPointer(value))
 		pfree(json);
 }
@@ -607,7 +607,7 @@ append_element(StringInfo out, ArrayCursor *cursor)
 	Datum		value;
 
 	if (cursor->nulls != NULL && att_isnull(cursor->index, cursor->nulls))
-		appendBinaryStringInfo(out, "null", 4);
+		append_literal(out, "null");
 	else
 	{
 		value = fetch_att(cursor->next, cursor->typbyval, cursor->typlen);
@@ -622,17 +622,17 @@ append_element(StringInfo out, ArrayCursor *cursor)
 static void
 append_dimension(StringInfo out, ArrayCursor *cursor, int dimension)
 {
-	appendStringInfoCharMacro(out, '[');
+	append_char(out, '[');
 	for (int i = 0; i < cursor->dims[dimension]; i++)
 	{
 		if (i > 0)
-			appendStringInfoCharMacro(out, ',');
+			append_char(out, ',');
 		if (dimension + 1 < cursor->ndim)
 			append_dimension(out, cursor, dimension + 1);
 		else
 			append_element(out, cursor);
 	}
-	appendStringInfoCharMacro(out, ']');
+	append_char(out, ']');
 }
 
 static bool
@@ -663,7 +663,7 @@ append_array(StringInfo out, RowJsonType *type, Datum value)
 	};
 
 	if (cursor.ndim == 0)
-		appendBinaryStringInfo(out, "[]", 2);
+		append_literal(out, "[]");
 	else if (!begins_at_one(array))
 		append_output(out, type, PointerGetDatum(array));
 	else

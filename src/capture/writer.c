@@ -63,7 +63,6 @@ static struct
 	MemoryContext context;		/* holds the rows; NULL: nothing is queued */
 	SubTransactionId subid;
 	int			segment;
-	TupleDesc	desc;			/* the caller's */
 	int			count;
 	HeapTuple	rows[QUEUE_ROWS];
 }			queue;
@@ -76,11 +75,11 @@ static ProcessUtility_hook_type next_utility = NULL;
 /* ---- inserting ---- */
 
 void
-writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls)
+writer_insert(int segment, const OutboxRow *row)
 {
-	HeapTuple	row = heap_form_tuple(desc, values, nulls);
+	HeapTuple	tuple = outboxrow_form(row, segment);
 
-	segment_append(segment, desc, &row, 1);
+	segment_append(segment, outboxrow_descriptor(), &tuple, 1);
 }
 
 /* ---- the queue ---- */
@@ -103,7 +102,7 @@ flush_queue(void)
 		return;
 	flushing = true;
 	old_context = MemoryContextSwitchTo(queue.context);
-	segment_append(queue.segment, queue.desc, queue.rows, queue.count);
+	segment_append(queue.segment, outboxrow_descriptor(), queue.rows, queue.count);
 	MemoryContextSwitchTo(old_context);
 	forget_queue();
 }
@@ -116,31 +115,30 @@ may_queue(void)
 }
 
 void
-writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls)
+writer_queue(int segment, const OutboxRow *row)
 {
 	MemoryContext old_context;
-	HeapTuple	row;
+	HeapTuple	tuple;
 
 	if (!may_queue())
 	{
-		writer_insert(segment, desc, values, nulls);
+		writer_insert(segment, row);
 		return;
 	}
 	if (queue.count == QUEUE_ROWS || queue.segment != segment)
 		flush_queue();
 	queue.subid = GetCurrentSubTransactionId();
 	queue.segment = segment;
-	queue.desc = desc;
 
 	old_context = MemoryContextSwitchTo(queue.context);
-	row = heap_form_tuple(desc, values, nulls);
+	tuple = outboxrow_form(row, segment);
 	MemoryContextSwitchTo(old_context);
-	if (row->t_len <= TOAST_TUPLE_THRESHOLD)
-		queue.rows[queue.count++] = row;
+	if (tuple->t_len <= TOAST_TUPLE_THRESHOLD)
+		queue.rows[queue.count++] = tuple;
 	else
 	{
-		segment_append(segment, desc, &row, 1);
-		heap_freetuple(row);
+		segment_append(segment, outboxrow_descriptor(), &tuple, 1);
+		heap_freetuple(tuple);
 	}
 }
 

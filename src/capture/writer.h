@@ -10,19 +10,18 @@
 
 #include "postgres.h"
 
-#include "access/tupdesc.h"
+#include "capture/outboxrow.h"
 
 /* Without it nothing is queued. */
 extern void writer_init(void);
 
-/* Puts a row, all columns of fanout.outbox, into a segment. */
-extern void writer_insert(int segment, TupleDesc desc, Datum *values, bool *nulls);
+/* Puts a row into a segment of the outbox. */
+extern void writer_insert(int segment, const OutboxRow *row);
 
 /*
  * The same, but the row may wait until the statement ends, the transaction or
- * subtransaction is to commit, or enough rows have come together.  The
- * descriptor must live as long as the session.
+ * subtransaction is to commit, or enough rows have come together.
  */
-extern void writer_queue(int segment, TupleDesc desc, Datum *values, bool *nulls);
+extern void writer_queue(int segment, const OutboxRow *row);
 
 #endif							/* PGF_WRITER_H */

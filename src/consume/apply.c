@@ -31,6 +31,10 @@
  * if it was the first in its transaction; after others, which hold locks, the
  * transaction ends before it.
  *
+ * Messages that wait for others to come first (wait_for) are tried again behind them, the
+ * last one first, as long as any of them succeeds: rows of a tree may come, or go, in an
+ * order in which only their statement could write them.
+ *
  * After a process that ended while a handler ran, messages of the waiting room are
  * tried singly, each in two transactions: the attempt is recorded first, so that it
  * counts even if the process ends.
@@ -70,6 +74,7 @@ typedef enum ApplyMode
 } ApplyMode;
 
 static Order order;				/* what waits, in the transaction that runs */
+static Order ahead;				/* in choose_waiting() */
 static MonoTime deadline;		/* of the batch */
 static int64 recorded;			/* message whose attempt was recorded; 0: none */
 static pg_uuid_t late;			/* message whose call did not end in time */
@@ -77,9 +82,9 @@ static bool have_late = false;
 static bool lost;				/* the handler was, in the middle */
 
 static void
-block(const Delivery *delivery)
+add(Order *waiting, const Delivery *delivery)
 {
-	if (!order_add(&order, &delivery->order))
+	if (!order_add(waiting, &delivery->order))
 		ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
 }
 
@@ -98,7 +103,7 @@ may_run(Delivery *delivery)
 	if (!order_blocks(&order, &delivery->order))
 		return true;
 	delivery->outcome = OUTCOME_BEHIND;
-	block(delivery);
+	add(&order, delivery);
 	return false;
 }
 
@@ -114,6 +119,27 @@ call_time(const SubscriptionRow *row, const Batch *batch, const Delivery *delive
 }
 
 static void
+note_failure(const SubscriptionRow *row, Batch *batch, Delivery *delivery)
+{
+	if (batch->probe)
+		batch->failure.class = FAILURE_OUTER;
+	batch->failed = true;
+	failure_note(&batch->failure, row, delivery);
+}
+
+/* Sets the outcome of a message that the handler was called with; index: in the call. */
+static void
+set_outcome(const SubscriptionRow *row, Batch *batch, Delivery *delivery, int index)
+{
+	delivery->outcome = OUTCOME_APPLIED;
+	if (!handler_left_rest(index, &batch->failure))
+		return;
+	note_failure(row, batch, delivery);
+	if (delivery->outcome == OUTCOME_FAILED)
+		add(&order, delivery);
+}
+
+static void
 call(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 {
 	MonoTime	before = mono_now();
@@ -123,17 +149,18 @@ call(const SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 	batch->slowest_ms = Max(batch->slowest_ms, (int) ((mono_now() - before) / 1000));
 	batch->applied += n;
 	for (int i = 0; i < n; i++)
-		deliveries[i]->outcome = OUTCOME_APPLIED;
+		set_outcome(row, batch, deliveries[i], i);
 }
 
 /*
  * Calls with a savepoint: the handler once for all of the deliveries if it takes an
- * array, else once for each that may run, in order.  On an error all of that is
+ * array, or for the only one whatever it waits for, if alone; else once for each that may
+ * run, in order.  On an error all of that is
  * undone; the error is in batch->failure, and the result is how many were done
  * before it.  -1: no error.
  */
 static int
-call_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+call_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n, bool alone)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
 	ResourceOwner oldowner = CurrentResourceOwner;
@@ -145,9 +172,9 @@ call_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int
 	MemoryContextSwitchTo(oldcontext);
 	PG_TRY();
 	{
-		if (row->batch)
+		if (row->batch || alone)
 			call(row, batch, deliveries, n);
-		for (; !row->batch && done < n && !over_time(batch); done++)
+		for (; !row->batch && !alone && done < n && !over_time(batch); done++)
 		{
 			if (may_run(deliveries[done]))
 				call(row, batch, &deliveries[done], 1);
@@ -168,15 +195,6 @@ call_in_savepoint(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int
 	return ok ? -1 : done;
 }
 
-static void
-note_failure(const SubscriptionRow *row, Batch *batch, Delivery *delivery)
-{
-	if (batch->probe)
-		batch->failure.class = FAILURE_OUTER;
-	batch->failed = true;
-	failure_note(&batch->failure, row, delivery);
-}
-
 /*
  * Decides what an error, caught after a savepoint, means.  Returns false if the
  * transaction is to end here.
@@ -194,7 +212,7 @@ message_failed(SubscriptionRow *row, Batch *batch, Delivery *delivery)
 		failure->class = FAILURE_CONFLICT;
 	note_failure(row, batch, delivery);
 	if (delivery->outcome == OUTCOME_FAILED)
-		block(delivery);
+		add(&order, delivery);
 	return !conflict && !failure->late;
 }
 
@@ -226,7 +244,7 @@ apply_group(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 {
 	while (n > 0)
 	{
-		int			done = call_in_savepoint(row, batch, deliveries, n);
+		int			done = call_in_savepoint(row, batch, deliveries, n, false);
 		Failure		failure = batch->failure;
 
 		if (done < 0)
@@ -334,7 +352,7 @@ apply_array(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 			return false;
 		return !over_time(batch) && apply_array(row, batch, chosen + same, count - same);
 	}
-	if (count == 0 || call_in_savepoint(row, batch, chosen, count) < 0)
+	if (count == 0 || call_in_savepoint(row, batch, chosen, count, false) < 0)
 		return true;
 	if (count == 1)
 		return message_failed(row, batch, chosen[0]);
@@ -365,6 +383,77 @@ apply_arrays(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 	{
 		same = count_same_way(row, chosen + done, n - done);
 		call(row, batch, chosen + done, same);
+	}
+}
+
+/* ---- what waits for others of the batch ---- */
+
+/* Tries a message that waits again.  Returns false if the transaction is to end. */
+static bool
+apply_again(SubscriptionRow *row, Batch *batch, Delivery **delivery)
+{
+	Delivery	noted = **delivery;
+
+	failure_forget(*delivery);
+	if (call_in_savepoint(row, batch, delivery, 1, true) < 0 || message_failed(row, batch, *delivery))
+		return true;
+	/* behind it are others of its key by now */
+	if ((*delivery)->outcome == OUTCOME_NONE)
+		**delivery = noted;
+	return false;
+}
+
+/* Did the transaction come to its end before all had their turn? */
+static bool
+cut_short(const Batch *batch)
+{
+	for (int i = 0; i < batch->n; i++)
+	{
+		if (batch->deliveries[i]->outcome == OUTCOME_NONE)
+			return true;
+	}
+	return lost || over_time(batch);
+}
+
+/*
+ * Chooses those that wait for others, and are the first of their keys that do: one that was
+ * called behind another that failed only when that was called again is not.
+ */
+static int
+choose_waiting(const SubscriptionRow *row, const Batch *batch, Delivery **chosen)
+{
+	int			n = 0;
+
+	order_clear(&ahead);
+	for (int i = 0; i < batch->n; i++)
+	{
+		Delivery   *delivery = batch->deliveries[i];
+
+		if (delivery->outcome != OUTCOME_FAILED && delivery->outcome != OUTCOME_BEHIND)
+			continue;
+		if (failure_waits(row, delivery) && !order_blocks(&ahead, &delivery->order))
+			chosen[n++] = delivery;
+		add(&ahead, delivery);
+	}
+	return n;
+}
+
+/* Tries those that wait again, as long as any of them succeeds. */
+static void
+apply_waiting(SubscriptionRow *row, Batch *batch)
+{
+	bool		progress = batch->failed && batch->applied > 0 && !cut_short(batch);
+	Delivery  **chosen = progress ? palloc(batch->n * sizeof(Delivery *)) : NULL;
+
+	while (progress)
+	{
+		progress = false;
+		for (int i = choose_waiting(row, batch, chosen) - 1; i >= 0 && !over_time(batch); i--)
+		{
+			if (!apply_again(row, batch, &chosen[i]))
+				return;
+			progress = progress || chosen[i]->outcome == OUTCOME_APPLIED;
+		}
 	}
 }
 
@@ -442,7 +531,7 @@ any_failed(const Batch *batch)
 {
 	for (int i = 0; i < batch->n; i++)
 	{
-		if (batch->deliveries[i]->attempts > 0)
+		if (batch->deliveries[i]->attempts + batch->deliveries[i]->postponed > 0)
 			return true;
 	}
 	return false;
@@ -459,6 +548,7 @@ call_handlers(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 		apply_one_by_one(row, batch);
 	else
 		apply_in_groups(row, batch);
+	apply_waiting(row, batch);
 }
 
 static void

@@ -17,6 +17,8 @@
  *											did not				left out
  *											none is known		compared
  *		newest TRUNCATE						did not				all is left out
+ *		a TRUNCATE waits											all is left out, unless
+ *															it is a repair
  *		messages of the key wait								left out
  *		the row is another subscription's						left out
  *		the copy alone has it, no message was about
@@ -35,6 +37,17 @@
  * a change that the snapshot did not see may be on its way with a lower one than
  * the message has.
  *
+ * A row that the table refuses keeps back no other row, because it may need one that comes
+ * later in the message, or one that another message has, of this table or another; and
+ * that one may need a row of this message:
+ *
+ *		at once		no savepoints; a row is refused ---> all is undone: row by row
+ *		row by row	a savepoint for each, again for those that were refused as long as
+ *					others were mended; what is left then is tried again with the
+ *					message, and what was mended is committed
+ *
+ * A row that this very message has mended is known by its sequence.
+ *
  * It must never write the table unless it is to repair, and never list a row that
  * was only changed meanwhile.
  *
@@ -47,6 +60,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "utils/array.h"
@@ -55,9 +69,12 @@
 #include "utils/hsearch.h"
 #include "utils/json.h"
 #include "utils/memutils.h"
+#include "utils/resowner.h"
 #include "utils/xid8.h"
 
 #include "consume/compare.h"
+#include "consume/delivery.h"
+#include "consume/failure.h"
 #include "consume/inbox.h"
 #include "server/query.h"
 
@@ -66,6 +83,9 @@
 
 /* Differences of a run that are listed. */
 #define MAX_LISTED 10000
+
+/* How often rows that were refused are tried with one message. */
+#define MAX_PASSES 10
 
 /* A row that the source has. */
 typedef struct SourceRow
@@ -77,10 +97,23 @@ typedef struct SourceRow
 	Bitmapset  *differs;		/* columns that have another value there */
 } SourceRow;
 
+/* Rows, by what was found. */
+typedef struct Found
+{
+	int64		compared;
+	int64		left_out;
+	int64		missing;
+	int64		different;
+	int64		extra;
+	int64		mended;
+} Found;
+
 typedef struct Comparison
 {
 	SyncTarget *target;
 	const CompareMessage *message;
+	void		(*between) (void);
+	MemoryContext caller;		/* what outlives the comparison is there */
 	MemoryContext context;
 
 	/* of the message */
@@ -94,21 +127,26 @@ typedef struct Comparison
 	SyncValues	after;
 	SyncValues	upto;
 	HTAB	   *rows;			/* of SourceRow */
+	SourceRow **ordered;		/* the same, in the order of the message */
+	int			nrows;
+	int			room;
 	bool		waiting;		/* messages of the subscription wait */
+	bool		truncate_waits; /* a TRUNCATE is one of them */
 	bool		captured;		/* the copy is; rows that are made here are
 								 * its own */
 
 	/* what was found */
 	int64		listed;			/* of the run; -1: not counted yet */
-	int64		compared;
-	int64		left_out;
-	int64		missing;
-	int64		different;
-	int64		extra;
-	int64		mended;
+	Found		mended;			/* rows that were mended, in all passes */
+	Found		others;			/* the others, in this pass */
 	int64		ranges;
 	int64		ranges_sent;	/* -1: this is not the last message */
 	char	   *error;			/* NULL: none */
+
+	/* of a repair */
+	bool		row_by_row;
+	int64		refused;		/* rows, in this pass */
+	ErrorData  *refusal;		/* of the latest of them, or NULL */
 } Comparison;
 
 /* ---- the message ---- */
@@ -280,6 +318,18 @@ read_key(Comparison *c, const JsonSlice *body)
 	return sorts_alike(c, order) ? names : NULL;
 }
 
+static void
+add_in_order(Comparison *c, SourceRow *row)
+{
+	if (c->nrows == c->room)
+	{
+		c->room = Max(256, 2 * c->room);
+		c->ordered = c->ordered ? repalloc(c->ordered, c->room * sizeof(SourceRow *)) :
+			palloc(c->room * sizeof(SourceRow *));
+	}
+	c->ordered[c->nrows++] = row;
+}
+
 /* Reads the rows, as any message's would be. */
 static void
 read_rows(Comparison *c, const JsonSlice *rows)
@@ -297,14 +347,16 @@ read_rows(Comparison *c, const JsonSlice *rows)
 	{
 		SyncValues	values;
 		SourceRow  *entry;
+		bool		found;
 
 		if (row.kind != JSON_IS_OBJECT)
 			malformed();
 		sync_target_set_shape(c->target, &row);
 		sync_target_read_row(c->target, &row, &values);
-		entry = hash_search(c->rows, &values.hash, HASH_ENTER, NULL);
-		memset((char *) entry + sizeof(SyncHash), 0, sizeof(SourceRow) - sizeof(SyncHash));
+		entry = hash_search(c->rows, &values.hash, HASH_ENTER, &found);
 		entry->values = values;
+		if (!found)
+			add_in_order(c, entry);
 	}
 	if (step == JSON_MALFORMED)
 		malformed();
@@ -340,6 +392,13 @@ is_seen(const Comparison *c, uint64 xid)
 		DatumGetBool(DirectFunctionCall2(pg_visible_in_snapshot, FullTransactionIdGetDatum(fxid), c->snapshot));
 }
 
+/* Has this very message written the row? */
+static bool
+is_mended(const Comparison *c, const SyncRow *known)
+{
+	return known->sequence == c->message->sequence;
+}
+
 /* Does a key's newest change say that the row cannot be compared? */
 static bool
 is_changed(const Comparison *c, const SyncRow *known)
@@ -350,13 +409,17 @@ is_changed(const Comparison *c, const SyncRow *known)
 static void
 look_for_waiting(Comparison *c)
 {
-	static CachedQuery query = {"select exists (select from fanout.waiting where subscription_id = $1)"};
+	static CachedQuery query = {
+		"select exists (select from fanout.waiting where subscription_id = $1),"
+		" exists (select from fanout.waiting where subscription_id = $1 and barrier)"
+	};
 	Oid			types[] = {INT4OID};
 	Datum		values[] = {Int32GetDatum(c->target->subscription_id)};
 	bool		isnull;
 
 	owner_execute(&query, 1, types, values, NULL);
 	c->waiting = DatumGetBool(query_value(0, 1, &isnull));
+	c->truncate_waits = DatumGetBool(query_value(0, 2, &isnull));
 }
 
 /* The place of a column in the copy's key. */
@@ -409,15 +472,18 @@ header_key(const Comparison *c, const SyncValues *row)
 	return text.data;
 }
 
-/* Do messages of the row wait to be tried again? */
+/*
+ * Do messages of the row wait to be tried again?  By the numbers of their keys, which
+ * have an index.
+ */
 static bool
 has_waiting(const Comparison *c, const SyncValues *row)
 {
 	static CachedQuery query = {
-		"select exists (select from fanout.waiting where subscription_id = $1"
-		" and (key = $2 or headers operator(pg_catalog.->>) 'old_key' = $2))"
+		"select exists (select from fanout.waiting where subscription_id = $1 and key1 = $2)"
+		" or exists (select from fanout.waiting where subscription_id = $1 and key2 = $2)"
 	};
-	Oid			types[] = {INT4OID, TEXTOID};
+	Oid			types[] = {INT4OID, INT8OID};
 	Datum		values[] = {Int32GetDatum(c->target->subscription_id), (Datum) 0};
 	char	   *key;
 	bool		isnull;
@@ -427,7 +493,7 @@ has_waiting(const Comparison *c, const SyncValues *row)
 	key = header_key(c, row);
 	if (key == NULL)
 		return false;
-	values[1] = CStringGetTextDatum(key);
+	values[1] = Int64GetDatum((int64) delivery_key_hash(key));
 	owner_execute(&query, 2, types, values, NULL);
 	return DatumGetBool(query_value(0, 1, &isnull));
 }
@@ -436,28 +502,25 @@ has_waiting(const Comparison *c, const SyncValues *row)
 static void
 load_known(Comparison *c)
 {
-	long		room = hash_get_num_entries(c->rows) + 1;
-	SyncHash   *hashes = palloc(room * sizeof(SyncHash));
-	int			n = 0;
-	HASH_SEQ_STATUS status;
-	SourceRow  *row;
+	SyncHash   *hashes = palloc((c->nrows + 1) * sizeof(SyncHash));
 
-	hash_seq_init(&status, c->rows);
-	while ((row = hash_seq_search(&status)) != NULL)
-		hashes[n++] = row->hash;
-	sync_rows_load(c->target->subscription_id, c->target->sharers, hashes, n);
+	for (int i = 0; i < c->nrows; i++)
+		hashes[i] = c->ordered[i]->hash;
+	sync_rows_load(c->target->subscription_id, c->target->sharers, hashes, c->nrows);
 }
 
 static void
 leave_out_changed(Comparison *c)
 {
-	HASH_SEQ_STATUS status;
-	SourceRow  *row;
-
 	load_known(c);
-	hash_seq_init(&status, c->rows);
-	while ((row = hash_seq_search(&status)) != NULL)
+	for (int i = 0; i < c->nrows; i++)
+	{
+		SourceRow  *row = c->ordered[i];
+
 		row->left_out = is_changed(c, sync_rows_find(&row->hash));
+		row->found = false;
+		row->differs = NULL;
+	}
 }
 
 /* ---- what is found ---- */
@@ -496,20 +559,24 @@ count_listed(const Comparison *c)
 	return DatumGetInt64(query_value(0, 1, &isnull));
 }
 
-/* Lists a difference; columns: NULL, or those that have another value. */
+/*
+ * Lists a difference; columns: NULL, or those that have another value.  One that was
+ * found in an earlier pass, or with the message before, is not listed again.
+ */
 static void
 record_difference(Comparison *c, const char *kind, const SyncValues *row, Bitmapset *columns, bool mended)
 {
 	static CachedQuery query = {
 		"insert into fanout.sync_difference (subscription_id, run, kind, key, columns, mended)"
-		" values ($1, $2, $3, $4::text::jsonb, $5, $6)"
+		" select $1, $2, $3, $4::text::jsonb, $5, $6"
+		" where not ($7 and exists (select from fanout.sync_difference"
+		" where subscription_id = $1 and run = $2 and kind = $3 and key = $4::text::jsonb and mended = $6))"
 	};
-	Oid			types[] = {INT4OID, INT8OID, TEXTOID, TEXTOID, TEXTARRAYOID, BOOLOID};
+	Oid			types[] = {INT4OID, INT8OID, TEXTOID, TEXTOID, TEXTARRAYOID, BOOLOID, BOOLOID};
 	Datum	   *names = palloc((c->target->ncolumns + 1) * sizeof(Datum));
-	Datum		values[6];
+	Datum		values[7];
 	int			n = 0;
 
-	c->mended += mended ? 1 : 0;
 	if (c->listed < 0)
 		c->listed = count_listed(c);
 	if (c->listed++ >= MAX_LISTED)
@@ -522,7 +589,8 @@ record_difference(Comparison *c, const char *kind, const SyncValues *row, Bitmap
 	values[3] = CStringGetTextDatum(key_object(c->target, row));
 	values[4] = PointerGetDatum(construct_array(names, n, TEXTOID, -1, false, TYPALIGN_INT));
 	values[5] = BoolGetDatum(mended);
-	owner_execute(&query, 6, types, values, NULL);
+	values[6] = BoolGetDatum(c->row_by_row && !mended);
+	owner_execute(&query, 7, types, values, NULL);
 }
 
 /* Adds what was found to what is known of the run. */
@@ -538,15 +606,113 @@ record(const Comparison *c)
 	char		nulls[13] = "            ";
 	Datum		values[] = {
 		Int32GetDatum(c->target->subscription_id), Int64GetDatum(c->message->run), BoolGetDatum(c->repair),
-		Int64GetDatum(c->ranges), Int64GetDatum(c->ranges_sent), Int64GetDatum(c->compared),
-		Int64GetDatum(c->left_out), Int64GetDatum(c->missing), Int64GetDatum(c->different),
-		Int64GetDatum(c->extra), Int64GetDatum(c->mended), (Datum) 0
+		Int64GetDatum(c->ranges), Int64GetDatum(c->ranges_sent),
+		Int64GetDatum(c->mended.compared + c->others.compared), Int64GetDatum(c->others.left_out),
+		Int64GetDatum(c->mended.missing + c->others.missing),
+		Int64GetDatum(c->mended.different + c->others.different),
+		Int64GetDatum(c->mended.extra + c->others.extra), Int64GetDatum(c->mended.mended), (Datum) 0
 	};
 
 	values[11] = query_text_param(c->error, &nulls[11]);
 	if (c->ranges_sent < 0)
 		nulls[4] = 'n';
 	owner_execute(&query, 12, types, values, nulls);
+}
+
+/* ---- writing ---- */
+
+/* Keeps the error that was caught, or raises it again if no row is the reason. */
+static void
+take_refusal(Comparison *c, ErrorData *error)
+{
+	if (!failure_is_own(error->sqlerrcode))
+		ReThrowError(error);
+	if (c->refusal != NULL)
+		FreeErrorData(c->refusal);
+	c->refusal = error;
+	c->refused++;
+}
+
+/*
+ * Does a part of the repair with a savepoint.  False: the table refused something.  The
+ * savepoint is gone before an error is raised again: whoever catches that rolls back what
+ * it has begun itself, and nothing else.
+ */
+static bool
+in_savepoint(Comparison *c, bool (*part) (Comparison *c, const SyncValues *row), const SyncValues *row, bool *result)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	ResourceOwner oldowner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(oldcontext);
+	PG_TRY();
+	{
+		*result = part(c, row);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(c->caller);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcontext);
+	CurrentResourceOwner = oldowner;
+	if (error != NULL)
+		take_refusal(c, error);
+	return error == NULL;
+}
+
+/* Checks deferred constraints before the row's savepoint ends, so that they refuse the row. */
+static bool
+put_row(Comparison *c, const SyncValues *row)
+{
+	bool		written = sync_write_put(c->target, row);
+
+	if (c->row_by_row)
+		sync_write_check_constraints(c->target);
+	return written;
+}
+
+static bool
+delete_row(Comparison *c, const SyncValues *row)
+{
+	bool		written = sync_write_delete(c->target, row);
+
+	if (c->row_by_row)
+		sync_write_check_constraints(c->target);
+	return written;
+}
+
+/*
+ * Writes a row that differs, if that is wanted.  Returns false if it was refused.
+ * mended: false if a trigger left it out, or it is not wanted.
+ */
+static bool
+mend(Comparison *c, bool (*write) (Comparison *c, const SyncValues *row), const SyncValues *row, bool *mended)
+{
+	*mended = false;
+	if (!c->repair)
+		return true;
+	if (c->row_by_row)
+		return in_savepoint(c, write, row, mended);
+	*mended = write(c, row);
+	return true;
+}
+
+/* Counts a row that differs; returns where its kind is to be counted. */
+static Found *
+count_difference(Comparison *c, bool mended)
+{
+	Found	   *found = mended ? &c->mended : &c->others;
+
+	found->compared++;
+	found->mended += mended ? 1 : 0;
+	return found;
 }
 
 /* ---- rows of the copy ---- */
@@ -590,22 +756,25 @@ compare_row(Comparison *c, SourceRow *row, const SyncValues *own)
 	}
 }
 
-/* The row's last sequence stays: see the head of this file. */
-static bool
-delete_extra(Comparison *c, SyncRow *known, const SyncValues *row)
-{
-	if (!sync_write_delete(c->target, row))
-		return false;
-	if (known->sequence > 0)
-		sync_rows_set(known, known->sequence, known->xid, false);
-	return true;
-}
-
 /* Was the row made here, in a table whose changes go to others? */
 static bool
 is_own(const Comparison *c, const SyncRow *known)
 {
 	return c->captured && known->sequence == 0;
+}
+
+/* The row's last sequence stays: see the head of this file. */
+static void
+settle_extra(Comparison *c, SyncRow *known, const SyncValues *row)
+{
+	bool		mended;
+
+	if (!mend(c, delete_row, row, &mended))
+		return;
+	if (mended && known->sequence > 0)
+		sync_rows_set(known, known->sequence, known->xid, false);
+	count_difference(c, mended)->extra++;
+	record_difference(c, "extra", row, NULL, mended);
 }
 
 /* Looks at rows that the source does not have. */
@@ -618,13 +787,9 @@ check_extra(Comparison *c, const SyncValues *rows, const SyncHash *hashes, int n
 		SyncRow    *known = sync_rows_find(&hashes[i]);
 
 		if (is_changed(c, known) || is_own(c, known) || has_waiting(c, &rows[i]))
-		{
-			c->left_out++;
-			continue;
-		}
-		c->compared++;
-		c->extra++;
-		record_difference(c, "extra", &rows[i], NULL, c->repair && delete_extra(c, known, &rows[i]));
+			c->others.left_out++;
+		else
+			settle_extra(c, known, &rows[i]);
 	}
 	sync_rows_store(c->target->subscription_id);
 }
@@ -667,7 +832,7 @@ compare_piece(Comparison *c, SPITupleTable * table, uint64 count)
 
 /* Compares all rows that the copy has in the range. */
 static void
-compare_copy(Comparison *c, void (*between) (void))
+compare_copy(Comparison *c)
 {
 	MemoryContext piece = AllocSetContextCreate(c->context, "pg_fanout compared piece", ALLOCSET_DEFAULT_SIZES);
 	Portal		cursor = sync_write_open_range(c->target, c->keys, c->has_after ? &c->after : NULL,
@@ -686,7 +851,7 @@ compare_copy(Comparison *c, void (*between) (void))
 		MemoryContextSwitchTo(c->context);
 		SPI_freetuptable(table);
 		MemoryContextReset(piece);
-		between();
+		c->between();
 	}
 	SPI_cursor_close(cursor);
 	MemoryContextSwitchTo(c->context);
@@ -694,65 +859,106 @@ compare_copy(Comparison *c, void (*between) (void))
 
 /* ---- rows of the source ---- */
 
-static bool
-put_row(Comparison *c, const SourceRow *row)
+static void
+settle_different(Comparison *c, SyncRow *known, const SourceRow *row)
 {
-	if (!sync_write_put(c->target, &row->values))
-		return false;
-	sync_rows_set(sync_rows_find(&row->hash), c->message->sequence, c->message->xid, true);
-	return true;
+	bool		mended;
+	Found	   *found;
+
+	if (!mend(c, put_row, &row->values, &mended))
+		return;
+	if (mended)
+		sync_rows_set(known, c->message->sequence, c->message->xid, true);
+	found = count_difference(c, mended);
+	if (row->found)
+		found->different++;
+	else
+		found->missing++;
+	record_difference(c, row->found ? "different" : "missing", &row->values, row->differs, mended);
 }
 
 static void
 settle_row(Comparison *c, const SourceRow *row)
 {
 	bool		equal = row->found && row->differs == NULL;
+	SyncRow    *known = sync_rows_find(&row->hash);
 
+	if (is_mended(c, known))
+		return;
 	if (row->left_out || (!equal && has_waiting(c, &row->values)))
-	{
-		c->left_out++;
-		return;
-	}
-	c->compared++;
-	if (equal)
-		return;
-	if (row->found)
-		c->different++;
+		c->others.left_out++;
+	else if (equal)
+		c->others.compared++;
 	else
-		c->missing++;
-	record_difference(c, row->found ? "different" : "missing", &row->values, row->differs,
-					  c->repair && put_row(c, row));
+		settle_different(c, known, row);
 }
 
 /* Says of each row of the message what became of it. */
 static void
 settle_rows(Comparison *c)
 {
-	HASH_SEQ_STATUS status;
-	SourceRow  *row;
-
 	load_known(c);
-	hash_seq_init(&status, c->rows);
-	while ((row = hash_seq_search(&status)) != NULL)
-		settle_row(c, row);
+	for (int i = 0; i < c->nrows; i++)
+		settle_row(c, c->ordered[i]);
 	sync_rows_store(c->target->subscription_id);
 }
 
 /* ---- a message ---- */
 
-static void
-compare_range(Comparison *c, void (*between) (void))
+/* All of the range, once. */
+static bool
+compare_all(Comparison *c, const SyncValues *none)
 {
-	if (c->message->sequence <= c->target->floor || !is_seen(c, c->target->floor_xid))
+	memset(&c->others, 0, sizeof(c->others));
+	c->refused = 0;
+	leave_out_changed(c);
+	compare_copy(c);
+	settle_rows(c);
+	if (c->mended.mended > 0 && !c->row_by_row)
+		sync_write_check_constraints(c->target);
+	return true;
+}
+
+/* See the head of this file. */
+static void
+mend_row_by_row(Comparison *c)
+{
+	int64		before;
+
+	memset(&c->mended, 0, sizeof(c->mended));
+	c->listed = -1;
+	c->row_by_row = true;
+	for (int i = 0; i < MAX_PASSES; i++)
 	{
-		c->left_out = hash_get_num_entries(c->rows);
+		before = c->mended.mended;
+		(void) compare_all(c, NULL);
+		if (c->refused == 0 || c->mended.mended == before)
+			break;
+		c->between();
+	}
+}
+
+static void
+compare_range(Comparison *c)
+{
+	bool		result;
+
+	look_for_waiting(c);
+	if (c->message->sequence <= c->target->floor || !is_seen(c, c->target->floor_xid) ||
+		(c->truncate_waits && !c->repair))
+	{
+		c->others.left_out = c->nrows;
 		return;
 	}
-	look_for_waiting(c);
 	look_for_capture(c);
-	leave_out_changed(c);
-	compare_copy(c, between);
-	settle_rows(c);
+	if (!c->repair)
+		(void) compare_all(c, NULL);
+	else if (!in_savepoint(c, compare_all, NULL, &result))
+		mend_row_by_row(c);
+	if (c->refused == 0)
+		return;
+	c->ranges = 0;
+	memset(&c->others, 0, sizeof(c->others));
 }
 
 /* Reads a number of the message that has to be there. */
@@ -773,16 +979,22 @@ read_number(const JsonSlice *body, const char *quoted_name)
  * To be called as the table's owner, with SPI connected, and after sync_rows_store():
  * it loads what is known of rows anew, so what was not stored would be lost, and the
  * caller must load its own again.  Calls between() after each PIECE rows.  Frees all
- * memory but that of the message.
+ * memory but that of the message, and of the result.
+ *
+ * Returns NULL; or, of a repair, why the table has refused a row: then the message has
+ * to be applied again, for that row and the count of the range.
  * Errors: 22023 the message is no part of a comparison; of types' input functions;
- * of a repair, all that writing raises.
+ * of a repair, those of writing that say nothing about a row.
  */
-void
+ErrorData *
 compare_apply(SyncTarget *target, const CompareMessage *message, void (*between) (void))
 {
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout comparison", ALLOCSET_DEFAULT_SIZES);
 	MemoryContext oldcontext = MemoryContextSwitchTo(context);
-	Comparison	c = {.target = target,.message = message,.context = context,.listed = -1,.ranges_sent = -1};
+	Comparison	c = {
+		.target = target,.message = message,.between = between,.caller = oldcontext,.context = context,
+		.listed = -1,.ranges_sent = -1
+	};
 	JsonSlice	body;
 
 	if (message->body == NULL || !jsonscan_text(message->body, strlen(message->body), &body) ||
@@ -795,9 +1007,10 @@ compare_apply(SyncTarget *target, const CompareMessage *message, void (*between)
 	{
 		c.ranges = 1;
 		if (read_range(&c, &body))
-			compare_range(&c, between);
+			compare_range(&c);
 	}
 	record(&c);
 	MemoryContextSwitchTo(oldcontext);
 	MemoryContextDelete(context);
+	return c.refused > 0 ? c.refusal : NULL;
 }

@@ -21,6 +21,6 @@ typedef struct CompareMessage
 	const char *body;			/* in the server encoding; NULL: it cannot be */
 } CompareMessage;
 
-extern void compare_apply(SyncTarget *target, const CompareMessage *message, void (*between) (void));
+extern ErrorData *compare_apply(SyncTarget *target, const CompareMessage *message, void (*between) (void));
 
 #endif							/* PGF_COMPARE_H */

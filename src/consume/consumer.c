@@ -22,19 +22,15 @@
  *
  * A delivery is acked once its transaction is committed, whether it was applied
  * or stored in the waiting room; so nothing stays unacked for longer than it waits for
- * its turn.  If the subscription wants what failed to be given back to the queue, it is
- * held, without its body, until that is due.  Deliveries that come are at hand, a list in order; a batch is taken
- * from its head, and what it did not get to is put back there.
+ * its turn (at_hand.c).
  *
  * What the worker before had at hand is delivered again, perhaps in another order
  * and after newer messages.  So at first all that comes again is gathered, and put
  * in order by the header "sequence".
  *
- * A handler that ends the process (FATAL, a crash) leaves no trace.  So after a
- * process that ended while a handler ran, what is delivered again is stored in the
- * waiting room, and what is tried from there is tried singly for a while, its attempt
- * recorded first.  What the broker has delivered RETURNED_OFTEN times is stored, too,
- * since its queue may have a delivery limit.
+ * A delivery is stored in the waiting room, untried, if it may have ended the process
+ * before (caution.c), or is near the delivery limit of its queue (queue.c), because the
+ * queue might drop it otherwise.
  *
  * If messages of many keys fail in a row with the same error, the breaker opens
  * (breaker.c): the subscription is refused, its deliveries go back to the queue, and
@@ -67,7 +63,9 @@
 #include "broker/connection.h"
 #include "capture/msgid.h"
 #include "consume/apply.h"
+#include "consume/at_hand.h"
 #include "consume/breaker.h"
+#include "consume/caution.h"
 #include "consume/consumer.h"
 #include "consume/delivery.h"
 #include "consume/handler.h"
@@ -107,9 +105,6 @@
 /* What is delivered again is gathered until nothing came for so long. */
 #define GATHER_MS 100
 
-/* Deliveries that the broker has taken back so often are stored. */
-#define RETURNED_OFTEN 2
-
 /* A probe is a delivery; if none has come for so long, one from the waiting room. */
 #define PROBE_WAIT_MS 1000
 
@@ -129,19 +124,16 @@
 
 #define EVENTS_AT_ONCE 10000
 
-/* After an error in a batch so many more are run with savepoints at once. */
-#define CAREFUL_BATCHES 50
-
-/*
- * After a call that did not end in time, other messages have only so many times
- * what one took lately, before they are stored to be tried later with their whole
- * time; for so long.  Those are tried in between, but not all the time.
- */
-#define PATIENCE_TIMES 4
-#define PATIENCE_MIN_MS 25
-#define IMPATIENT_MS 30000
-#define IMPATIENT_PAUSE_MS 10000
+/* While deliveries are at hand, what is due in the waiting room is tried so often. */
 #define DUE_PAUSE_MS 100
+#define IMPATIENT_PAUSE_MS 10000
+
+typedef enum Phase
+{
+	APART,						/* nothing is consumed */
+	GATHERING,					/* what was delivered before comes again */
+	CONSUMING,
+} Phase;
 
 typedef struct Consumer
 {
@@ -153,38 +145,20 @@ typedef struct Consumer
 	char		connection_name[300];
 
 	/* consuming */
-	bool		consuming;
+	Phase		phase;
 	int			prefetch;		/* that the broker was asked for */
 	uint32		consumed;		/* deliveries since then */
 	int			refusals;		/* in a row */
 	uint32		doubted;		/* for connection_believes() */
 	char		last_refusal[600];	/* so that it is logged once */
 	MonoTime	inspect_at;
-	bool		gathering;
 	MonoTime	gather_until;
+	MemoryContext deliveries;	/* of those at hand */
 
-	/* deliveries at hand */
-	MemoryContext deliveries;
-	Delivery   *first;
-	Delivery   *last;
-	int			count;
-	size_t		bytes;
-	Delivery   *held;			/* failed: to be given back when due */
-	int			nheld;
-
-	/* how batches are run */
-	int			careful;		/* batches to be run with savepoints */
-	int			ones;			/* deliveries to be applied in batches of one */
-	int			suspects;		/* deliveries that may have ended the process
-								 * before, at most */
-	int			singly;			/* tries from the waiting room to be made
-								 * singly, and recorded before */
+	/* applying */
 	Breaker		breaker;
 	char		broken[512];	/* what it opened with; "": that was told */
 	MonoTime	probe_room_at;	/* while it is open: no delivery has come */
-	int			slowest_ms;		/* of the calls of late */
-	int			usual_us;		/* time of a message, of late */
-	MonoTime	impatient_until;
 	MonoTime	due_at;			/* what is due was last tried; 0: never */
 	MonoTime	failure_log_at; /* no sooner */
 	bool		redrive;		/* there may be dead letters to be tried */
@@ -199,68 +173,6 @@ set_state(WorkerState state)
 	worker_set_state(con.breaker.open ? WORKER_REFUSED : state);
 }
 
-/* ---- deliveries at hand ---- */
-
-static void
-append(Delivery *delivery)
-{
-	delivery->next = NULL;
-	if (con.last != NULL)
-		con.last->next = delivery;
-	else
-		con.first = delivery;
-	con.last = delivery;
-	con.count++;
-	con.bytes += delivery->size;
-}
-
-static Delivery *
-take_first(void)
-{
-	Delivery   *delivery = con.first;
-
-	con.first = delivery->next;
-	if (con.first == NULL)
-		con.last = NULL;
-	delivery->next = NULL;
-	con.count--;
-	con.bytes -= delivery->size;
-	return delivery;
-}
-
-static void
-put_back(Delivery *delivery)
-{
-	delivery->next = con.first;
-	con.first = delivery;
-	if (con.last == NULL)
-		con.last = delivery;
-	con.count++;
-	con.bytes += delivery->size;
-}
-
-/* Keeps a delivery that failed, without its body, until it is given back. */
-static void
-hold(Delivery *delivery)
-{
-	broker_free_delivery(delivery->wire);
-	delivery->wire = NULL;
-	delivery->requeue_at = mono_now() + (delivery->next_try - GetCurrentTimestamp());
-	delivery->next = con.held;
-	con.held = delivery;
-	con.nheld++;
-}
-
-static Delivery *
-take_held(Delivery **link)
-{
-	Delivery   *delivery = *link;
-
-	*link = delivery->next;
-	con.nheld--;
-	return delivery;
-}
-
 static bool
 reads_stream(void)
 {
@@ -270,7 +182,7 @@ reads_stream(void)
 static bool
 memory_full(void)
 {
-	return con.bytes >= (size_t) pgf_consumer_memory * 1024;
+	return at_hand.bytes >= (size_t) pgf_consumer_memory * 1024;
 }
 
 /* ---- losing the connection ---- */
@@ -279,11 +191,8 @@ memory_full(void)
 static void
 lose_deliveries(void)
 {
-	while (con.first != NULL)
-		delivery_free(take_first());
-	while (con.held != NULL)
-		delivery_free(take_held(&con.held));
-	con.consuming = con.gathering = false;
+	at_hand_lose();
+	con.phase = APART;
 	pg_atomic_write_u64(&worker_subscription->lag, 0);
 }
 
@@ -376,24 +285,11 @@ ack(uint64 tag, bool multiple)
 	return false;
 }
 
-/* Of what is at hand; all that comes later has higher ones. */
-static uint64
-lowest_tag(void)
-{
-	uint64		lowest = PG_UINT64_MAX;
-
-	for (const Delivery *delivery = con.first; delivery != NULL; delivery = delivery->next)
-		lowest = Min(lowest, delivery->tag);
-	for (const Delivery *delivery = con.held; delivery != NULL; delivery = delivery->next)
-		lowest = Min(lowest, delivery->tag);
-	return lowest;
-}
-
 /* One ack does for all that are lower than what stays at hand. */
 static void
 ack_all(const uint64 *tags, int n)
 {
-	uint64		limit = (n > 1) ? lowest_tag() : 0;
+	uint64		limit = (n > 1) ? at_hand_lowest_tag() : 0;
 	uint64		highest = 0;
 
 	for (int i = 0; i < n; i++)
@@ -509,7 +405,7 @@ settle(Delivery **deliveries, int n, bool stored)
 	for (int i = n - 1; i >= 0; i--)
 	{
 		if (deliveries[i]->outcome == OUTCOME_NONE)
-			put_back(deliveries[i]);
+			at_hand_put_back(&deliveries[i], 1);
 	}
 	for (int i = 0; i < n; i++)
 	{
@@ -518,7 +414,7 @@ settle(Delivery **deliveries, int n, bool stored)
 		report(deliveries[i]);
 		if (goes_back(deliveries[i], stored))
 		{
-			hold(deliveries[i]);
+			at_hand_hold(deliveries[i]);
 			continue;
 		}
 		tags[count++] = deliveries[i]->tag;
@@ -536,50 +432,16 @@ batch_limit(void)
 	return Max(BATCH_MIN, Min(con.row.prefetch / 4, BATCH_MAX));
 }
 
-static bool
-impatient(void)
-{
-	return con.impatient_until > mono_now();
-}
-
 static void
 prepare_batch(Batch *batch, Delivery **deliveries)
 {
 	memset(batch, 0, sizeof(*batch));
 	batch->deliveries = deliveries;
-	batch->careful = con.careful > 0;
 	batch->probe = con.breaker.open;
 	batch->limit_ms = BATCH_MS;
 	if (con.conn.options.heartbeat_s > 0)
 		batch->limit_ms = Min(BATCH_MS, con.conn.options.heartbeat_s * 1000L / 3);
-	if (impatient())
-		batch->patience_ms = Max(PATIENCE_MIN_MS, con.slowest_ms * PATIENCE_TIMES);
-}
-
-/* Takes the time of a message for what the next ones will take, by and by. */
-static void
-learn_time(const Batch *batch)
-{
-	int64		us;
-
-	if (batch->applied == 0)
-		return;
-	us = Min((mono_now() - batch->began) / batch->applied, PG_INT32_MAX);
-	con.usual_us += (us - con.usual_us) / 4;
-}
-
-/* What the next batches should know of this one. */
-static void
-learn(const Batch *batch)
-{
-	learn_time(batch);
-	if (batch->failed || (batch->careful && con.careful == 0))
-		con.careful = CAREFUL_BATCHES;
-	else if (con.careful > 0)
-		con.careful--;
-	con.slowest_ms = Max(batch->slowest_ms, con.slowest_ms - con.slowest_ms / 16);
-	if (batch->failed && batch->failure.late && batch->failure.class == FAILURE_COUNTS)
-		con.impatient_until = mono_later(IMPATIENT_MS);
+	caution_prepare(batch);
 }
 
 /*
@@ -627,64 +489,9 @@ static bool
 must_store(const Delivery *delivery)
 {
 	if (reads_stream())
-		return con.suspects > 0;
+		return caution.suspects > 0;
 	return delivery->wire->redelivered &&
-		(con.suspects > 0 || (delivery->returned >= RETURNED_OFTEN && !con.row.requeue));
-}
-
-static int
-compare_ids(const void *a, const void *b)
-{
-	const Delivery *left = *(Delivery *const *) a;
-	const Delivery *right = *(Delivery *const *) b;
-	int			result = memcmp(&left->message_id, &right->message_id, UUID_LEN);
-
-	return result != 0 ? result : (left->batch_index > right->batch_index) - (left->batch_index < right->batch_index);
-}
-
-/* How many come before the first whose id is that of one before it. */
-static int
-count_different(Delivery **deliveries, int n)
-{
-	Delivery  **sorted = palloc((n + 1) * sizeof(Delivery *));
-	int			different = n;
-
-	for (int i = 0; i < n; i++)
-	{
-		deliveries[i]->batch_index = i;
-		sorted[i] = deliveries[i];
-	}
-	qsort(sorted, n, sizeof(Delivery *), compare_ids);
-	for (int i = 1; i < n; i++)
-	{
-		if (memcmp(&sorted[i]->message_id, &sorted[i - 1]->message_id, UUID_LEN) == 0)
-			different = Min(different, sorted[i]->batch_index);
-	}
-	pfree(sorted);
-	return different;
-}
-
-/* Takes the next batch, all of which is to be stored, or none. */
-static int
-take_batch(Delivery **deliveries, int limit, bool store)
-{
-	int			n = 0;
-	int			different;
-
-	while (n < limit && con.first != NULL && must_store(con.first) == store)
-		deliveries[n++] = take_first();
-	different = count_different(deliveries, n);
-	while (n > different)
-		put_back(deliveries[--n]);
-	return n;
-}
-
-/* Puts all of them back, after a transaction that was undone. */
-static void
-put_all_back(Delivery **deliveries, int n)
-{
-	while (n > 0)
-		put_back(deliveries[--n]);
+		(caution.suspects > 0 || queue_near_limit(delivery->returned));
 }
 
 /*
@@ -695,7 +502,8 @@ put_all_back(Delivery **deliveries, int n)
 static void
 give_back_excess(void)
 {
-	if (reads_stream() || con.count <= 1 || (int64) con.count * con.usual_us / 1000 <= AT_HAND_MS)
+	if (reads_stream() || at_hand.count <= 1 ||
+		(int64) at_hand.count * caution.usual_us / 1000 <= AT_HAND_MS)
 		return;
 	disconnect(true);
 	con.conn.connect_at = 0;
@@ -709,25 +517,25 @@ handle_deliveries(void)
 	bool		store;
 	ApplyResult result;
 
-	if (con.first == NULL || con.conn.broker == NULL || con.gathering)
+	if (at_hand.first == NULL || con.phase != CONSUMING)
 		return false;
 	set_state(WORKER_CONSUMING);
-	store = must_store(con.first);
+	store = must_store(at_hand.first);
 	prepare_batch(&batch, palloc(batch_limit() * sizeof(Delivery *)));
-	batch.n = take_batch(batch.deliveries, con.ones > 0 || was_open ? 1 : batch_limit(), store);
-	con.ones -= Min(con.ones, batch.n);
+	batch.n = at_hand_take(batch.deliveries, caution.alone > 0 || was_open ? 1 : batch_limit(), must_store, store);
+	caution_taken(batch.n);
 	result = store ? apply_store(&con.row, &batch) : apply_batch(&con.row, &batch);
 	if (store && result == APPLY_COMMITTED)
-		con.suspects -= Min(con.suspects, batch.n);
+		caution_stored(batch.n);
 	if (result != APPLY_COMMITTED)
-		put_all_back(batch.deliveries, batch.n);
+		at_hand_put_back(batch.deliveries, batch.n);
 	if (cannot_apply(result))
 		return true;
 	if (result == APPLY_UNDONE)
-		con.ones = batch.n;
+		caution_undone(batch.n);
 	else
 		settle(batch.deliveries, batch.n, store);
-	learn(&batch);
+	caution_learn(&batch);
 	heed_breaker(was_open);
 	give_back_excess();
 	return true;
@@ -735,45 +543,27 @@ handle_deliveries(void)
 
 /* ---- giving back ---- */
 
-/* The earliest time at which a delivery is to be given back; 0: none is. */
-static MonoTime
-next_requeue(void)
-{
-	MonoTime	next = 0;
-
-	for (const Delivery *delivery = con.held; delivery != NULL; delivery = delivery->next)
-		next = (next == 0) ? delivery->requeue_at : Min(next, delivery->requeue_at);
-	return next;
-}
-
 /* Gives deliveries back to the queue that are due, for whoever takes them next. */
 static bool
 requeue_due(void)
 {
-	MonoTime	now = mono_now();
-	bool		any = false;
-	Delivery  **link = &con.held;
+	Delivery   *due = con.phase == APART ? NULL : at_hand_take_due(mono_now());
+	bool		any = (due != NULL);
+	BrokerResult result = BROKER_OK;
 
-	while (con.conn.broker != NULL && *link != NULL)
+	while (due != NULL)
 	{
+		Delivery   *delivery = due;
 		BrokerError error;
-		BrokerResult result;
-		Delivery   *delivery;
 
-		if ((*link)->requeue_at > now)
+		due = delivery->next;
+		if (result == BROKER_OK)
 		{
-			link = &(*link)->next;
-			continue;
+			result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
+			if (result != BROKER_OK)
+				call_failed(result, &error);
 		}
-		delivery = take_held(link);
-		result = broker_requeue(con.conn.broker, delivery->tag, SETTLE_TIMEOUT_MS, &error);
 		delivery_free(delivery);
-		any = true;
-		if (result != BROKER_OK)
-		{
-			call_failed(result, &error);
-			break;
-		}
 	}
 	return any;
 }
@@ -787,12 +577,13 @@ requeue_due(void)
 static bool
 may_try_due(MonoTime now)
 {
-	if (waiting_room.stale || waiting_room.next_due == 0 || waiting_room.next_due > now || con.gathering ||
+	if (waiting_room.stale || waiting_room.next_due == 0 || waiting_room.next_due > now || con.phase == GATHERING ||
 		con.row.problem != NULL || con.row.drop_queue)
 		return false;
 	if (con.breaker.open)
-		return con.consuming && con.first == NULL && con.probe_room_at <= now;
-	return con.first == NULL || mono_exceeds(con.due_at, now, impatient() ? IMPATIENT_PAUSE_MS : DUE_PAUSE_MS);
+		return con.phase == CONSUMING && at_hand.first == NULL && con.probe_room_at <= now;
+	return at_hand.first == NULL ||
+		mono_exceeds(con.due_at, now, caution_impatient() ? IMPATIENT_PAUSE_MS : DUE_PAUSE_MS);
 }
 
 static bool
@@ -809,19 +600,18 @@ handle_due(void)
 	batch.from_room = true;
 	batch.limit = batch_limit();
 	batch.memory = (size_t) pgf_consumer_memory * 1024 / 2;
-	batch.singly = con.singly > 0;
-	con.singly -= Min(con.singly, 1);
+	batch.singly = caution_take_singly();
 	result = apply_due(&con.row, &batch);
 	con.due_at = mono_now();
 	if (cannot_apply(result))
 		return true;
 	if (result == APPLY_UNDONE)
-		con.singly = batch.limit;
-	else if (waiting_room.count == 0 && con.suspects == 0)
-		con.singly = 0;
+		caution_room_undone(batch.limit);
+	else if (waiting_room.count == 0)
+		caution_room_empty();
 	for (int i = 0; i < batch.n; i++)
 		report(batch.deliveries[i]);
-	learn(&batch);
+	caution_learn(&batch);
 	heed_breaker(was_open);
 	return true;
 }
@@ -834,6 +624,8 @@ look_into_room(void)
 
 	if (pg_atomic_exchange_u32(&worker_subscription->dirty, 0) != 0)
 		waiting_room.stale = con.redrive = true;
+	if (waiting_room.recount_at != 0 && waiting_room.recount_at <= mono_now())
+		waiting_room.stale = true;
 	if (!waiting_room.stale)
 		return false;
 	worker_begin();
@@ -845,43 +637,13 @@ look_into_room(void)
 
 /* ---- what is delivered again at first ---- */
 
-static int
-compare_places(const void *a, const void *b)
-{
-	const Delivery *left = *(Delivery *const *) a;
-	const Delivery *right = *(Delivery *const *) b;
-
-	if (left->place != right->place)
-		return left->place < right->place ? -1 : 1;
-	return left->tag < right->tag ? -1 : 1;
-}
-
-/*
- * After several ends in a row the broker delivers again in another order than
- * the first time: what it had taken back already goes before what it takes
- * back later.  The header "sequence" tells what was first; what has none stays behind
- * what it came behind.
- */
 static void
 end_gathering(void)
 {
-	Delivery  **sorted;
-	int			n = con.count;
-
-	if (!con.gathering)
+	if (con.phase != GATHERING)
 		return;
-	con.gathering = false;
-	sorted = palloc((n + 1) * sizeof(Delivery *));
-	for (int i = 0; i < n; i++)
-	{
-		sorted[i] = take_first();
-		sorted[i]->place = (sorted[i]->has_sequence || i == 0) ? sorted[i]->sequence : sorted[i - 1]->place;
-	}
-	if (con.row.ordered)
-		qsort(sorted, n, sizeof(Delivery *), compare_places);
-	for (int i = 0; i < n; i++)
-		append(sorted[i]);
-	pfree(sorted);
+	con.phase = CONSUMING;
+	at_hand_sort(con.row.ordered);
 }
 
 /*
@@ -895,15 +657,16 @@ prefetch(void)
 
 	if (con.breaker.open)
 		return 1;
-	if (con.usual_us > 0)
-		limit = Min(limit, AT_HAND_MS * INT64CONST(500) / con.usual_us);
+	if (caution.usual_us > 0)
+		limit = Min(limit, AT_HAND_MS * INT64CONST(500) / caution.usual_us);
 	return Max(1, Min(con.row.prefetch, limit));
 }
 
 static bool
 gathered_all(void)
 {
-	if (!con.gathering || (con.count < con.prefetch && !memory_full() && con.gather_until > mono_now()))
+	if (con.phase != GATHERING ||
+		(at_hand.count < con.prefetch && !memory_full() && con.gather_until > mono_now()))
 		return false;
 	end_gathering();
 	return true;
@@ -915,8 +678,8 @@ gathered_all(void)
 static void
 nothing_suspect(void)
 {
-	if (con.first == NULL || !must_store(con.first))
-		con.suspects = 0;
+	if (at_hand.first == NULL || !must_store(at_hand.first))
+		caution_nothing_suspect();
 }
 
 static Delivery *
@@ -939,7 +702,7 @@ delivered_of_stream(BrokerDelivery *wire)
 
 	if (verdict == STREAM_TAKE)
 	{
-		append(delivery);
+		at_hand_append(delivery);
 		return;
 	}
 	if (verdict == STREAM_PASS)
@@ -970,8 +733,8 @@ delivered(BrokerDelivery *wire)
 		end_gathering();
 		nothing_suspect();
 	}
-	append(read_delivery(wire));
-	if (con.gathering)
+	at_hand_append(read_delivery(wire));
+	if (con.phase == GATHERING)
 		con.gather_until = mono_later(GATHER_MS);
 }
 
@@ -982,7 +745,7 @@ delivered(BrokerDelivery *wire)
 static bool
 too_many(void)
 {
-	return !reads_stream() && con.count + con.nheld >= 2 * con.prefetch;
+	return !reads_stream() && at_hand.count + at_hand.nheld >= 2 * con.prefetch;
 }
 
 static void
@@ -1035,7 +798,7 @@ take_events(void)
 {
 	BrokerEvent event;
 
-	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL && (con.count == 0 || !memory_full()); i++)
+	for (int i = 0; i < EVENTS_AT_ONCE && con.conn.broker != NULL && (at_hand.count == 0 || !memory_full()); i++)
 	{
 		broker_next_event(con.conn.broker, &event);
 		if (event.type == BROKER_NOTHING)
@@ -1062,7 +825,7 @@ consume(int asked, BrokerError *error)
 	BrokerResult result = broker_consume(con.conn.broker, con.row.queue, "pg_fanout", asked, argument, error);
 
 	if (reads_stream() && stream_is_new())
-		con.suspects = 0;
+		caution_nothing_suspect();
 	if (result == BROKER_REFUSED && error->code == PRECONDITION_FAILED && strstr(error->text, argument->name) != NULL)
 		strlcpy(error->text, reads_stream() ? NO_STREAM : IS_STREAM, sizeof(error->text));
 	return result;
@@ -1083,8 +846,7 @@ begin_consuming(void)
 		return;
 	}
 	con.prefetch = asked;
-	con.consuming = true;
-	con.gathering = !reads_stream();
+	con.phase = reads_stream() ? CONSUMING : GATHERING;
 	con.consumed = 0;
 	con.gather_until = mono_later(GATHER_MS);
 	con.inspect_at = mono_later(INSPECT_MS);
@@ -1232,18 +994,18 @@ static void
 work_by_the_clock(void)
 {
 	MonoTime	now = mono_now();
-	bool		silence = con.consuming && silence_due() != 0 && silence_due() <= now;
+	bool		silence = con.phase != APART && silence_due() != 0 && silence_due() <= now;
 	uint32_t	messages;
 	BrokerError error;
 	BrokerResult result;
 
 	connection_lasts(&con.conn, now);
-	if (!con.consuming || (con.inspect_at > now && !silence))
+	if (con.phase == APART || (con.inspect_at > now && !silence))
 		return;
 	con.inspect_at = mono_plus(now, INSPECT_MS);
 	/* the process before cannot have ended in what comes later */
-	if (reads_stream() && con.first == NULL)
-		con.suspects = 0;
+	if (reads_stream() && at_hand.first == NULL)
+		caution_nothing_suspect();
 	result = queue_inspect(con.conn.broker, &con.row, &messages, &error);
 	if (result != BROKER_OK)
 		call_failed(result, &error);
@@ -1285,7 +1047,7 @@ earlier(long *timeout, MonoTime now, MonoTime when)
 static MonoTime
 probe_time(void)
 {
-	return con.consuming && waiting_room.next_due != 0 ? Max(con.probe_room_at, waiting_room.next_due) : 0;
+	return con.phase != APART && waiting_room.next_due != 0 ? Max(con.probe_room_at, waiting_room.next_due) : 0;
 }
 
 static void
@@ -1303,16 +1065,16 @@ wait_for_work(void)
 	}
 	else
 		earlier(&timeout, now, Max(con.conn.connect_at, 1));
-	if (con.row.problem == NULL && !con.row.drop_queue && !con.gathering)
+	if (con.row.problem == NULL && !con.row.drop_queue && con.phase != GATHERING)
 		earlier(&timeout, now, con.breaker.open ? probe_time() : waiting_room.next_due);
-	if (con.conn.broker != NULL)
-		earlier(&timeout, now, next_requeue());
-	if (con.consuming)
+	earlier(&timeout, now, waiting_room.recount_at);
+	if (con.phase != APART)
 	{
+		earlier(&timeout, now, at_hand_next_due());
 		earlier(&timeout, now, con.inspect_at);
 		earlier(&timeout, now, silence_due());
 	}
-	if (con.gathering)
+	if (con.phase == GATHERING)
 		earlier(&timeout, now, con.gather_until);
 	(void) worker_wait(fd, false, timeout);
 }
@@ -1329,7 +1091,7 @@ take_over(void)
 	worker_subscription->clean = false;
 	LWLockRelease(pgf_shared->lock);
 	pg_atomic_write_u32(&worker_subscription->waiting, 0);
-	con.singly = con.suspects = clean ? 0 : 2 * BATCH_MIN;
+	caution_begin(clean);
 }
 
 static void

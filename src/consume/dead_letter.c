@@ -124,16 +124,20 @@ dead_letter_take(const SubscriptionRow *row, MemoryContext context, Redriven *re
 	return found;
 }
 
-/* Removes a dead letter that is done with.  Returns false if it is gone already. */
+/* Removes a dead letter that is done with.  Returns false if somebody has purged it. */
 bool
 dead_letter_remove(int64 dead_id)
 {
+	static CachedQuery lock = {"select from fanout.dead_letter where dead_id = $1 for update"};
 	static CachedQuery query = {"delete from fanout.dead_letter where dead_id = $1"};
 	Oid			types[1] = {INT8OID};
 	Datum		values[1] = {Int64GetDatum(dead_id)};
 
-	owner_execute(&query, 1, types, values, NULL);
-	return SPI_processed == 1;
+	owner_execute(&lock, 1, types, values, NULL);
+	if (SPI_processed == 0)
+		return false;
+	owner_change(&query, 1, types, values, NULL, 1);
+	return true;
 }
 
 /* Writes the error with which a dead letter has failed once more. */

@@ -57,9 +57,20 @@ text_hash(const char *text, size_t len)
 /* ---- JSON ---- */
 
 /*
- * What jsonb_in() refuses is data (class 22), beyond its limits (54), or a
- * character that the encoding does not have (0A, in SQL_ASCII); it holds nothing but memory when it raises that.
+ * Tells whether an error is that of jsonb_in() refusing a text: data (class 22), beyond
+ * its limits (54), a character that the encoding does not have (0A, in SQL_ASCII), or an
+ * array or object for whose members palloc() gives no memory at once (XX000).  It holds
+ * nothing but memory when it raises that.
  */
+static bool
+is_refusal(int sqlstate)
+{
+	int			category = ERRCODE_TO_CATEGORY(sqlstate);
+
+	return category == ERRCODE_DATA_EXCEPTION || category == ERRCODE_PROGRAM_LIMIT_EXCEEDED ||
+		category == ERRCODE_FEATURE_NOT_SUPPORTED || sqlstate == ERRCODE_INTERNAL_ERROR;
+}
+
 static Datum
 parse_json(char *text, bool *isnull)
 {
@@ -73,10 +84,7 @@ parse_json(char *text, bool *isnull)
 	}
 	PG_CATCH();
 	{
-		int			category = ERRCODE_TO_CATEGORY(geterrcode());
-
-		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED &&
-			category != ERRCODE_FEATURE_NOT_SUPPORTED)
+		if (!is_refusal(geterrcode()))
 			PG_RE_THROW();
 		MemoryContextSwitchTo(oldcontext);
 		FlushErrorState();
@@ -256,6 +264,19 @@ text_header(const BrokerField *field)
 	return field ? utf8_decode(field->value.string.data, field->value.string.len) : NULL;
 }
 
+/*
+ * Returns the number that stands for a key, in the server encoding, in the order of a
+ * delivery with that key; of one that has no such text in UTF-8: 0.
+ */
+uint64
+delivery_key_hash(const char *key)
+{
+	size_t		len;
+	const char *utf8 = utf8_encode(key, strlen(key), &len);
+
+	return utf8 != NULL ? text_hash(utf8, len) : 0;
+}
+
 static void
 add_order_key(OrderItem *item, const BrokerField *field)
 {
@@ -277,13 +298,23 @@ integer_header(const BrokerDelivery *wire, const char *name, bool *found)
 	return field ? field->value.integer : 0;
 }
 
-/* Sets what a delivery waits for, and what waits for it. */
+/*
+ * Sets what a delivery waits for, and what waits for it.  A message of a comparison
+ * waits for nothing: it leaves out what waits, and may mend what others wait for.
+ */
 static void
-set_order(Delivery *delivery, const BrokerField *key, const BrokerField *old_key)
+set_order(Delivery *delivery, const BrokerField *key, const BrokerField *old_key, const BrokerField *op)
 {
+	bool		found;
+
 	add_order_key(&delivery->order, key);
 	add_order_key(&delivery->order, old_key);
 	delivery->order.barrier = delivery->truncates;
+	if (delivery->order.nkeys == 0 && op == NULL)
+	{
+		(void) integer_header(delivery->wire, "compare", &found);
+		delivery->order.free = found;
+	}
 }
 
 /*
@@ -340,7 +371,7 @@ delivery_new(BrokerDelivery *wire, const char *queue, bool ordered)
 	delivery->truncates = (op != NULL && strcmp(op->value.string.data, "t") == 0);
 	delivery->way = way_on_wire(wire);
 	if (ordered)
-		set_order(delivery, key, old_key);
+		set_order(delivery, key, old_key, op);
 	return delivery;
 }
 
@@ -454,13 +485,14 @@ delivery_set_body(MessageValues *message)
 
 /*
  * Sets two parameters of a statement, columns "payload" and "raw": the body as
- * text or, if it is none in the server's encoding, the bytes.
+ * text or, if that is none in the server's encoding from which the same bytes are made
+ * again, the bytes.
  */
 void
 delivery_body(const MessageValues *message, Datum *values, char *nulls)
 {
 	struct varlena *raw = (struct varlena *) DatumGetPointer(message->values[MESSAGE_RAW]);
-	char	   *payload = utf8_decode(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
+	char	   *payload = utf8_decode_exactly(VARDATA_ANY(raw), VARSIZE_ANY_EXHDR(raw));
 
 	nulls[0] = (payload != NULL) ? ' ' : 'n';
 	values[0] = (payload != NULL) ? CStringGetTextDatum(payload) : (Datum) 0;

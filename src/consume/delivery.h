@@ -115,6 +115,7 @@ extern void delivery_values(const Delivery *delivery, const char *topic,
 extern void delivery_body(const MessageValues *message, Datum *values, char *nulls);
 extern char *delivery_via(const MessageValues *message);
 extern uint64 delivery_way(const MessageValues *message);
+extern uint64 delivery_key_hash(const char *key);
 extern void delivery_set_body(MessageValues *message);
 
 #endif							/* PGF_DELIVERY_H */

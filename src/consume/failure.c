@@ -23,6 +23,7 @@
  */
 #include "postgres.h"
 
+#include "common/hashfn.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "utils/memutils.h"
@@ -44,6 +45,20 @@ in_list(const char *list, const char *sqlstate)
 	return strstr(list, entry) != NULL;
 }
 
+static bool
+is_conflict(int sqlerrcode)
+{
+	return ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
+		sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE;
+}
+
+static bool
+is_outer(int sqlerrcode)
+{
+	return ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION;
+}
+
 static FailureClass
 classify(const SubscriptionRow *row, int sqlerrcode, const char *sqlstate, bool late)
 {
@@ -51,13 +66,16 @@ classify(const SubscriptionRow *row, int sqlerrcode, const char *sqlstate, bool 
 		return FAILURE_COUNTS;
 	if (in_list(row->wait_for, sqlstate))
 		return FAILURE_WAITS;
-	if (ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
-		sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
+	if (is_conflict(sqlerrcode))
 		return FAILURE_CONFLICT;
-	if (ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
-		return FAILURE_OUTER;
-	return FAILURE_COUNTS;
+	return is_outer(sqlerrcode) ? FAILURE_OUTER : FAILURE_COUNTS;
+}
+
+/* May what was written be the reason of an error, and not what else happens? */
+bool
+failure_is_own(int sqlerrcode)
+{
+	return !is_conflict(sqlerrcode) && !is_outer(sqlerrcode);
 }
 
 /* Message, detail and context, cut to MAX_ERROR bytes. */
@@ -79,10 +97,19 @@ set_text(Failure *failure, const ErrorData *edata, int timeout_ms)
 	pfree(text.data);
 }
 
+/* Tells what an error means.  late: the call's timer of timeout_ms had fired. */
+void
+failure_set(Failure *failure, const SubscriptionRow *row, const ErrorData *edata, bool late, int timeout_ms)
+{
+	failure->late = late && edata->sqlerrcode == ERRCODE_QUERY_CANCELED;
+	strlcpy(failure->sqlstate, unpack_sql_state(edata->sqlerrcode), sizeof(failure->sqlstate));
+	failure->class = classify(row, edata->sqlerrcode, failure->sqlstate, failure->late);
+	set_text(failure, edata, timeout_ms);
+}
+
 /*
- * Takes the error that was caught, and leaves none behind.  late: the call's
- * timer of timeout_ms had fired.  Must be called in a PG_CATCH() block, in a
- * memory context that lasts.
+ * The same of the error that was caught, of which it leaves nothing behind.  Must be
+ * called in a PG_CATCH() block, in a memory context that lasts.
  */
 void
 failure_take(Failure *failure, const SubscriptionRow *row, bool late, int timeout_ms)
@@ -90,10 +117,7 @@ failure_take(Failure *failure, const SubscriptionRow *row, bool late, int timeou
 	ErrorData  *edata = CopyErrorData();
 
 	FlushErrorState();
-	failure->late = late && edata->sqlerrcode == ERRCODE_QUERY_CANCELED;
-	strlcpy(failure->sqlstate, unpack_sql_state(edata->sqlerrcode), sizeof(failure->sqlstate));
-	failure->class = classify(row, edata->sqlerrcode, failure->sqlstate, failure->late);
-	set_text(failure, edata, timeout_ms);
+	failure_set(failure, row, edata, late, timeout_ms);
 	FreeErrorData(edata);
 }
 
@@ -106,7 +130,7 @@ after(int64 ms, int tries, int64 max)
 	for (int i = 1; i < tries && ms < max; i++)
 		ms *= 2;
 	ms = Min(ms, max);
-	ms += mono_now() % (ms / 4 + 1);
+	ms += murmurhash32((uint32) mono_now()) % (ms / 4 + 1);
 	return GetCurrentTimestamp() + ms * 1000;
 }
 
@@ -153,6 +177,22 @@ may_be_outer(const Failure *failure, const Delivery *delivery)
 {
 	return !failure->late && delivery->attempts <= 1 &&
 		(failure->class == FAILURE_COUNTS || strncmp(failure->sqlstate, "53", 2) == 0);
+}
+
+/* Is it kept for another one to come first, as wait_for says, without an attempt? */
+bool
+failure_waits(const SubscriptionRow *row, const Delivery *delivery)
+{
+	return delivery->outcome == OUTCOME_FAILED && delivery->postponed > 0 &&
+		in_list(row->wait_for, delivery->sqlstate);
+}
+
+/* Takes back what failure_note() has noted of a message that waits: it is tried again. */
+void
+failure_forget(Delivery *delivery)
+{
+	delivery->outcome = OUTCOME_NONE;
+	delivery->postponed--;
 }
 
 /* When a message of which attempts were made is due again. */

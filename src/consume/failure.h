@@ -34,8 +34,13 @@ typedef struct Failure
 	char text[	MAX_ERROR + 1];
 } Failure;
 
+extern bool failure_is_own(int sqlerrcode);
+extern void failure_set(Failure *failure, const SubscriptionRow *row, const ErrorData *edata, bool late,
+						int timeout_ms);
 extern void failure_take(Failure *failure, const SubscriptionRow *row, bool late, int timeout_ms);
 extern void failure_note(const Failure *failure, const SubscriptionRow *row, Delivery *delivery);
+extern bool failure_waits(const SubscriptionRow *row, const Delivery *delivery);
+extern void failure_forget(Delivery *delivery);
 extern TimestampTz failure_next_try(const SubscriptionRow *row, int attempts);
 
 #endif							/* PGF_FAILURE_H */

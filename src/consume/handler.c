@@ -83,6 +83,17 @@ static FmgrInfo handler_function;
 static TupleDesc message_desc;
 static MemoryContext call_context;	/* what the handler is given, and leaves */
 static MemoryContext value_context; /* while one message is made */
+static const SubscriptionRow *called = NULL;	/* whose handler runs, if it
+												 * may do a message in part */
+static List *rests = NIL;		/* of Rest, of the latest call; in
+								 * call_context */
+
+/* Says why the handler of the latest call did only a part of a message. */
+typedef struct Rest
+{
+	int			index;			/* of the message, in the call's array */
+	Failure		failure;		/* why */
+} Rest;
 
 /* ---- what it depends on ---- */
 
@@ -286,6 +297,49 @@ forget_call(void)
 {
 	MemoryContextReset(call_context);
 	MemoryContextReset(value_context);
+	rests = NIL;
+}
+
+/*
+ * handler_leave_rest
+ *		For a handler of ours that has done a part of a message: what it did is
+ *		committed, and the message is tried again, as one that failed with that error.
+ *
+ * index: of the message, in the array that the handler was called with.  Where no
+ * worker called it, raises the error.
+ */
+void
+handler_leave_rest(int index, ErrorData *edata)
+{
+	MemoryContext oldcontext;
+	Rest	   *rest;
+
+	if (called == NULL)
+		ReThrowError(edata);
+	oldcontext = MemoryContextSwitchTo(call_context);
+	rest = palloc(sizeof(Rest));
+	rest->index = index;
+	failure_set(&rest->failure, called, edata, false, 0);
+	rests = lappend(rests, rest);
+	MemoryContextSwitchTo(oldcontext);
+}
+
+/* Has the latest call left something of a message?  Then failure says why. */
+bool
+handler_left_rest(int index, Failure *failure)
+{
+	ListCell   *cell;
+
+	foreach(cell, rests)
+	{
+		Rest	   *rest = lfirst(cell);
+
+		if (rest->index != index)
+			continue;
+		*failure = rest->failure;
+		return true;
+	}
+	return false;
 }
 
 /*
@@ -303,7 +357,9 @@ handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeo
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
 		messages[i] = delivery_datum(row, deliveries[i]);
+	called = row;
 	call(row->batch ? array_datum(row, messages, n) : messages[0], timeout_ms, others);
+	called = NULL;
 	via_end();
 	MemoryContextSwitchTo(oldcontext);
 }
@@ -402,6 +458,7 @@ void
 handler_failed(Failure *failure, const SubscriptionRow *row)
 {
 	failure_take(failure, row, timed_out, call_timeout);
+	called = NULL;
 	stop_timer();
 	timed_out = false;
 }

@@ -24,11 +24,13 @@ typedef enum HandlerState
 extern void handler_init(void);
 extern bool handler_running(void);
 extern void handler_more_time(void);
+extern void handler_leave_rest(int index, ErrorData *edata);
 extern bool handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext context);
 
 extern void handler_begin(void);
 extern HandlerState handler_prepare(SubscriptionRow *row);
 extern void handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeout_ms, bool others);
+extern bool handler_left_rest(int index, Failure *failure);
 extern void handler_call_message(const SubscriptionRow *row, MessageValues *values);
 extern bool handler_lost(SubscriptionRow *row);
 extern void handler_finish(const SubscriptionRow *row);

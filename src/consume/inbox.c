@@ -26,54 +26,41 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/stratnum.h"
 #include "access/table.h"
+#include "access/tableam.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "fmgr.h"
-#include "utils/array.h"
+#include "utils/fmgroids.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/uuid.h"
 
 #include "capture/msgid.h"
 #include "consume/inbox.h"
 #include "consume/waiting.h"
 #include "publish/maintenance.h"
+#include "server/compat.h"
 #include "server/query.h"
 #include "server/segment.h"
 #include "server/tables.h"
 
 #define INBOX_SEGMENTS 4
+#define LOOKED_INTO 3
 
-/* Statements must name segments: a partition that is pruned is locked, too. */
-#define LOOK_UP_SEGMENT(segment) \
-	"select message_id from fanout.inbox_" #segment \
-	" where inbox_id = $1 and message_id = any ($2)"
-#define LOOK_UP(a, b, c) \
-	{LOOK_UP_SEGMENT(a) " union all " LOOK_UP_SEGMENT(b) " union all " LOOK_UP_SEGMENT(c)}
-#define IN_RUNS_SEGMENT(segment) \
-	"exists (select from fanout.inbox_" #segment \
-	" where inbox_id = $1 and message_id between first and last)"
-#define IN_RUNS(a, b, c) \
-	{"select from unnest($2, $3) run (first, last) where " \
-	IN_RUNS_SEGMENT(a) " or " IN_RUNS_SEGMENT(b) " or " IN_RUNS_SEGMENT(c) " limit 1"}
+/* Columns of its tables. */
+#define INBOX_ID 2
+#define MESSAGE_ID 3
+
+/* Columns of the primary key's index, as the install script makes it. */
+#define KEY_INBOX_ID 1
+#define KEY_MESSAGE_ID 2
 
 /* ---- looking up, and recording ---- */
-
-static Datum
-uuid_array(Datum *ids, int n)
-{
-	return PointerGetDatum(construct_array(ids, n, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
-}
-
-static Datum
-id_array(Delivery **deliveries, int n)
-{
-	Datum	   *ids = palloc((n + 1) * sizeof(Datum));
-
-	for (int i = 0; i < n; i++)
-		ids[i] = UUIDPGetDatum(&deliveries[i]->message_id);
-	return uuid_array(ids, n);
-}
 
 static int
 current_segment(void)
@@ -88,12 +75,15 @@ current_segment(void)
 }
 
 static int
+compare_id(const Delivery *delivery, const pg_uuid_t *id)
+{
+	return memcmp(&delivery->message_id, id, UUID_LEN);
+}
+
+static int
 compare_ids(const void *a, const void *b)
 {
-	const Delivery *left = *(Delivery *const *) a;
-	const Delivery *right = *(Delivery *const *) b;
-
-	return memcmp(&left->message_id, &right->message_id, UUID_LEN);
+	return compare_id(*(Delivery *const *) a, &(*(Delivery *const *) b)->message_id);
 }
 
 static Delivery **
@@ -106,83 +96,107 @@ sort_by_id(Delivery **deliveries, int n)
 	return sorted;
 }
 
-static bool
-equal_ids(const Delivery *a, const Delivery *b, size_t length)
+/* The ids in one segment, by the index of its primary key. */
+typedef struct IdScan
 {
-	return memcmp(&a->message_id, &b->message_id, length) == 0;
+	Relation	rel;
+	Relation	index;
+	IndexScanDesc scan;
+	TupleTableSlot *slot;
+} IdScan;
+
+/* An index of other columns would find nothing, and messages be applied twice. */
+static bool
+is_by_id(Relation index)
+{
+	return index->rd_index->indnkeyatts >= KEY_MESSAGE_ID &&
+		index->rd_index->indkey.values[KEY_INBOX_ID - 1] == INBOX_ID &&
+		index->rd_index->indkey.values[KEY_MESSAGE_ID - 1] == MESSAGE_ID &&
+		segment_is_plain_index(index);
 }
 
-/*
- * Might any of them be in the inbox?  The ids of a process that writes messages
- * count up in their second half (msgid.c), so those that come together are a
- * few runs.  Nothing in the inbox lies within a run whose messages are all new,
- * and one search finds that out.  Other producers' ids are no runs.
- */
-static bool
-may_be_seen(int32 inbox_id, int segment, Delivery **sorted, int n)
+static Relation
+open_primary_key(Relation rel)
 {
-	static CachedQuery queries[INBOX_SEGMENTS] = {
-		IN_RUNS(0, 3, 2), IN_RUNS(1, 0, 3), IN_RUNS(2, 1, 0), IN_RUNS(3, 2, 1)
-	};
-	Oid			types[3] = {INT4OID, UUIDARRAYOID, UUIDARRAYOID};
-	Datum		values[3] = {Int32GetDatum(inbox_id), (Datum) 0, (Datum) 0};
-	Datum	   *first = palloc((n + 1) * sizeof(Datum));
-	Datum	   *last = palloc((n + 1) * sizeof(Datum));
-	int			runs = 0;
+	Oid			relid;
 
-	for (int i = 0; i < n; i++)
+	/* this is what looks for it */
+	list_free(RelationGetIndexList(rel));
+	relid = rel->rd_pkindex;
+	if (OidIsValid(relid))
 	{
-		if (i == 0 || !equal_ids(sorted[i], sorted[i - 1], MSGID_HALF))
-			first[runs++] = UUIDPGetDatum(&sorted[i]->message_id);
-		last[runs - 1] = UUIDPGetDatum(&sorted[i]->message_id);
+		Relation	index = index_open(relid, AccessShareLock);
+
+		if (is_by_id(index))
+			return index;
 	}
-	if (runs > n / 4)
-		return true;
-	values[1] = uuid_array(first, runs);
-	values[2] = uuid_array(last, runs);
-	query_execute(&queries[segment], 3, types, values, NULL);
-	return SPI_processed > 0;
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("the primary key of table \"fanout.%s\" was altered", RelationGetRelationName(rel)),
+			 errhint("Make it (inbox_id, message_id, segment) again, or create the extension again.")));
 }
 
-/* All with that id, of which the lowest one is searched for. */
-static void
-set_seen(Delivery **sorted, int n, const pg_uuid_t *id)
+static IdScan
+begin_scan(int segment, Snapshot snapshot)
 {
-	int			low = 0;
-	int			high = n;
+	IdScan		scan;
 
-	while (low < high)
-	{
-		int			middle = (low + high) / 2;
-
-		if (memcmp(&sorted[middle]->message_id, id, UUID_LEN) < 0)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	for (; low < n && memcmp(&sorted[low]->message_id, id, UUID_LEN) == 0; low++)
-		sorted[low]->outcome = OUTCOME_SEEN;
+	scan.rel = table_open(segment_oid("inbox", segment), AccessShareLock);
+	scan.index = open_primary_key(scan.rel);
+	scan.scan = pgf_index_beginscan(scan.rel, scan.index, snapshot, 3);
+	scan.slot = table_slot_create(scan.rel, NULL);
+	return scan;
 }
 
 static void
-find_seen(int32 inbox_id, int segment, Delivery **sorted, int n)
+end_scan(IdScan *scan)
 {
-	static CachedQuery queries[INBOX_SEGMENTS] = {
-		LOOK_UP(0, 3, 2), LOOK_UP(1, 0, 3), LOOK_UP(2, 1, 0), LOOK_UP(3, 2, 1)
-	};
-	Oid			types[2] = {INT4OID, UUIDARRAYOID};
-	Datum		values[2] = {Int32GetDatum(inbox_id), (Datum) 0};
+	ExecDropSingleTupleTableSlot(scan->slot);
+	index_endscan(scan->scan);
+	index_close(scan->index, NoLock);
+	table_close(scan->rel, NoLock);
+}
+
+/* Returns the lowest id in the inbox of those from first to last; NULL: none. */
+static const pg_uuid_t *
+lowest_id(IdScan *scan, int32 inbox_id, const pg_uuid_t *first, const pg_uuid_t *last)
+{
+	ScanKeyData keys[3];
 	bool		isnull;
 
-	values[1] = id_array(sorted, n);
-	query_execute(&queries[segment], 2, types, values, NULL);
-	for (uint64 i = 0; i < SPI_processed; i++)
-		set_seen(sorted, n, DatumGetUUIDP(query_value(i, 1, &isnull)));
+	ScanKeyInit(&keys[0], KEY_INBOX_ID, BTEqualStrategyNumber, F_INT4EQ, Int32GetDatum(inbox_id));
+	ScanKeyInit(&keys[1], KEY_MESSAGE_ID, BTGreaterEqualStrategyNumber, F_UUID_GE, UUIDPGetDatum(first));
+	ScanKeyInit(&keys[2], KEY_MESSAGE_ID, BTLessEqualStrategyNumber, F_UUID_LE, UUIDPGetDatum(last));
+	index_rescan(scan->scan, keys, 3, NULL, 0);
+	if (!index_getnext_slot(scan->scan, ForwardScanDirection, scan->slot))
+		return NULL;
+	return DatumGetUUIDP(slot_getattr(scan->slot, MESSAGE_ID, &isnull));
 }
 
 /*
- * Sets the outcome of deliveries, whose ids must differ: SEEN if it is in the
- * inbox, else NONE.  In a transaction of worker_begin().
+ * Marks those that are in a segment.  Each search goes on from the id that the last
+ * one found, so that there are no more of them than ids found, and one.  Messages that
+ * come together mostly are new, and their ids neighbours (msgid.c): then it is one.
+ */
+static void
+find_seen(IdScan *scan, int32 inbox_id, Delivery **sorted, int n)
+{
+	const pg_uuid_t *found;
+	int			i = 0;
+
+	while (i < n && (found = lowest_id(scan, inbox_id, &sorted[i]->message_id, &sorted[n - 1]->message_id)) != NULL)
+	{
+		while (i < n && compare_id(sorted[i], found) < 0)
+			i++;
+		for (; i < n && compare_id(sorted[i], found) == 0; i++)
+			sorted[i]->outcome = OUTCOME_SEEN;
+	}
+}
+
+/*
+ * Sets the outcome of deliveries: SEEN if its id is in the inbox, else NONE.  In a
+ * transaction of worker_begin().  There is no planner in it: workers keep their plans,
+ * and one made for an empty inbox is as slow as can be for one that has grown.
  */
 void
 inbox_look_up(int32 inbox_id, Delivery **deliveries, int n)
@@ -190,11 +204,18 @@ inbox_look_up(int32 inbox_id, Delivery **deliveries, int n)
 	Caller		caller = become_owner();
 	int			segment = current_segment();
 	Delivery  **sorted = sort_by_id(deliveries, n);
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 
 	for (int i = 0; i < n; i++)
 		deliveries[i]->outcome = OUTCOME_NONE;
-	if (may_be_seen(inbox_id, segment, sorted, n))
-		find_seen(inbox_id, segment, sorted, n);
+	for (int back = 0; back < LOOKED_INTO; back++)
+	{
+		IdScan		scan = begin_scan((segment + INBOX_SEGMENTS - back) % INBOX_SEGMENTS, snapshot);
+
+		find_seen(&scan, inbox_id, sorted, n);
+		end_scan(&scan);
+	}
+	UnregisterSnapshot(snapshot);
 	become_caller(&caller);
 }
 

@@ -12,7 +12,9 @@
  *
  * Scenarios, each a test in test/unit/test_order.c: nothing waits; one key waits,
  * others are free; two keys joined by one message; a barrier waits; a barrier
- * behind messages without a key; the set is used again; a model with random keys.
+ * behind messages without a key; a message that waits for nothing, and for which nobody
+ * waits; the set is used again;
+ * a model with random keys.
  *
  *-------------------------------------------------------------------------
  */
@@ -41,7 +43,7 @@ order_clear(Order *order)
 bool
 order_blocks(const Order *order, const OrderItem *item)
 {
-	if (!order->any)
+	if (!order->any || item->free)
 		return false;
 	if (order->barrier || item->barrier)
 		return true;
@@ -53,10 +55,15 @@ order_blocks(const Order *order, const OrderItem *item)
 	return false;
 }
 
-/* Adds a message that waits.  Returns false if there is no memory. */
+/*
+ * Adds a message that waits; nobody waits for one that waits for nothing.  Returns false
+ * if there is no memory.
+ */
 bool
 order_add(Order *order, const OrderItem *item)
 {
+	if (item->free)
+		return true;
 	if (!make_room(order))
 		return false;
 	for (int i = 0; i < item->nkeys; i++)

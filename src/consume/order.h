@@ -17,13 +17,15 @@
 /*
  * A message has no, one or two keys (two: its change moved the row from one key
  * to another).  A barrier (TRUNCATE) waits for all before it, and all after it
- * wait for the barrier.
+ * wait for the barrier, but for those that wait for nothing.
  */
 typedef struct OrderItem
 {
 	uint64_t	keys[2];		/* hashes; a collision only costs time */
 	int			nkeys;
 	bool		barrier;
+	bool		free;			/* waits for nothing, and nobody for it; it
+								 * has no key */
 } OrderItem;
 
 /* The keys that messages further on must not overtake. */

@@ -66,6 +66,16 @@ become_caller(const Caller *caller)
 	SetUserIdAndSecContext(caller->user, caller->context);
 }
 
+/* Runs query_change() with the rights and settings of become_owner(). */
+void
+owner_change(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls, uint64 rows)
+{
+	Caller		caller = become_owner();
+
+	query_change(query, nargs, types, values, nulls, rows);
+	become_caller(&caller);
+}
+
 /* Runs query_execute() with the rights and settings of become_owner(). */
 void
 owner_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls)

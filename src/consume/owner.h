@@ -22,6 +22,8 @@ typedef struct Caller
 
 extern Caller become_owner(void);
 extern void become_caller(const Caller *caller);
+extern void owner_change(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls,
+						 uint64 rows);
 extern void owner_execute(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls);
 
 #endif							/* PGF_OWNER_H */

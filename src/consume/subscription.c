@@ -240,18 +240,28 @@ subscription_queue_dropped(int32 subscription_id)
 	owner_execute(&query, 1, types, values, NULL);
 }
 
-/* Is the queue one that this database's publisher declares? */
+/*
+ * Is the queue one that this database's publisher declares?  Then *delivery_limit is how
+ * often it takes a message back before it drops it, PG_INT32_MAX if always.
+ */
 bool
-subscription_has_binding(const char *topic, const char *consumer_group)
+subscription_has_binding(const char *topic, const char *consumer_group, int64 *delivery_limit)
 {
 	static CachedQuery query = {
-		"select from fanout.bindings where topic = $1 and consumer_group = $2"
+		"select least(coalesce(fanout.delivery_limit(b), $3), $3)::bigint from fanout.binding b"
+		" join fanout.topic t using (topic_id) where t.topic = $1 and b.consumer_group = $2"
 	};
-	Oid			types[2] = {TEXTOID, TEXTOID};
-	Datum		values[2] = {CStringGetTextDatum(topic), CStringGetTextDatum(consumer_group)};
+	Oid			types[3] = {TEXTOID, TEXTOID, INT4OID};
+	Datum		values[3] = {
+		CStringGetTextDatum(topic), CStringGetTextDatum(consumer_group), Int32GetDatum(PG_INT32_MAX)
+	};
+	bool		isnull;
 
-	owner_execute(&query, 2, types, values, NULL);
-	return SPI_processed > 0;
+	owner_execute(&query, 3, types, values, NULL);
+	if (SPI_processed == 0)
+		return false;
+	*delivery_limit = DatumGetInt64(query_value(0, 1, &isnull));
+	return true;
 }
 
 /* ---- functions of users ---- */

@@ -67,6 +67,6 @@ extern bool subscription_load(int32 subscription_id, MemoryContext context, Subs
 extern bool subscription_is(int32 subscription_id, int32 version);
 extern void subscription_set_origin(int32 subscription_id, QueueOrigin origin);
 extern void subscription_queue_dropped(int32 subscription_id);
-extern bool subscription_has_binding(const char *topic, const char *consumer_group);
+extern bool subscription_has_binding(const char *topic, const char *consumer_group, int64 *delivery_limit);
 
 #endif							/* PGF_SUBSCRIPTION_H */

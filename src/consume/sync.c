@@ -534,19 +534,22 @@ apply_truncate(SyncTarget *target, const SyncMessage *message)
 }
 
 static void
-apply_comparison(SyncTarget *target, const SyncMessage *message)
+apply_comparison(SyncTarget *target, const SyncMessage *message, int index)
 {
 	CompareMessage comparison = {
 		.run = message->compare,.sequence = message->sequence,.xid = message->xid,.body = message->body
 	};
+	ErrorData  *refusal;
 
 	sync_rows_store(target->subscription_id);
-	compare_apply(target, &comparison, handler_more_time);
+	refusal = compare_apply(target, &comparison, handler_more_time);
+	if (refusal != NULL)
+		handler_leave_rest(index, refusal);
 }
 
-/* Applies one; false: what was loaded of rows is gone. */
+/* Applies one, the index'th; false: what was loaded of rows is gone. */
 static bool
-apply_one(SyncTarget *target, const SyncMessage *message)
+apply_one(SyncTarget *target, const SyncMessage *message, int index)
 {
 	via_begin(message->via);
 	switch (message->action)
@@ -557,7 +560,7 @@ apply_one(SyncTarget *target, const SyncMessage *message)
 			apply_truncate(target, message);
 			return false;
 		case SYNC_COMPARE:
-			apply_comparison(target, message);
+			apply_comparison(target, message, index);
 			return false;
 		case SYNC_DELETE:
 			apply_delete(target, message);
@@ -580,7 +583,7 @@ apply_all(SyncTarget *target, SyncMessage *messages, int count)
 	load_rows(target, messages, count);
 	for (int i = 0; i < count; i++)
 	{
-		if (!apply_one(target, &messages[i]))
+		if (!apply_one(target, &messages[i], i))
 			load_rows(target, messages + i + 1, count - i - 1);
 	}
 	sync_rows_store(target->subscription_id);

@@ -182,6 +182,7 @@ add_column(SyncTarget *target, Relation rel, int row)
 	column->local = pstrdup(quote_identifier(column->name));
 	column->identity = (attr->attidentity == ATTRIBUTE_IDENTITY_ALWAYS);
 	column->type = getBaseTypeAndTypmod(attr->atttypid, &typmod);
+	column->of_domain = (column->type != attr->atttypid);
 	column->reader = readjson_plan(column->type, typmod, CurrentMemoryContext);
 	target->text_settings |= textform_settings(column->type);
 	position = DatumGetInt16(query_value(row, 3, &isnull));
@@ -350,6 +351,8 @@ read_state(SyncTarget *target, HeapTuple row, TupleDesc desc)
 	value = SPI_getbinval(row, desc, 9, &isnull);
 	target->sharers = PointerGetDatum(DatumGetArrayTypePCopy(value));
 	target->floor_xid = DatumGetInt64(SPI_getbinval(row, desc, 10, &isnull));
+	/* an error may have left it */
+	target->queues_triggers = false;
 	target->shared = ArrayGetNItems(1, ARR_DIMS(DatumGetArrayTypeP(target->sharers))) > 1;
 }
 

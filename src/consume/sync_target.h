@@ -30,6 +30,7 @@ typedef struct SyncColumn
 	char	   *name;			/* in the table */
 	char	   *local;			/* the same, quoted */
 	Oid			type;			/* not a domain, but the base of one */
+	bool		of_domain;		/* the table has it as a domain over type */
 	JsonReader *reader;			/* of that type */
 	bool		is_key;
 	bool		inexact;		/* of the key: values that are equal may
@@ -92,6 +93,8 @@ typedef struct SyncTarget
 	Datum		sharers;		/* integer[]: subscriptions that write into it */
 	bool		shared;			/* they are more than one */
 
+	bool		queues_triggers;	/* what AFTER triggers have to do is left
+									 * to the end of what runs */
 	SyncShape	shape;
 	SyncStatements statements[MAX_STATEMENTS];
 	int			nstatements;

@@ -25,16 +25,14 @@
 
 #include "catalog/pg_operator.h"
 #include "catalog/pg_type.h"
+#include "commands/trigger.h"
 #include "executor/spi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
-#include "optimizer/cost.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
-#include "utils/plancache.h"
-#include "utils/resowner.h"
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
@@ -72,11 +70,18 @@ equality(Oid type)
 	return name;
 }
 
-/* A column may be of a domain over the type, which is the parameter's. */
+/*
+ * Returns the column as an operand of the type's operators.  A domain is cast to its base
+ * type, because operators of enums and ranges take no domain over one; indexes serve all
+ * the same.
+ */
 static char *
-base_type_name(Oid type)
+operand(const SyncColumn *column)
 {
-	return format_type_extended(type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY);
+	if (!column->of_domain)
+		return psprintf("t.%s", column->local);
+	return psprintf("t.%s::%s", column->local,
+					format_type_extended(column->type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY));
 }
 
 /*
@@ -95,10 +100,9 @@ append_key(StringInfo sql, const SyncTarget *target, int first)
 	{
 		SyncColumn *key = &target->columns[target->keys[i]];
 
-		appendStringInfo(sql, "%st.%s %s $%d", i == 0 ? "" : " and ", key->local, equality(key->type), first + i);
+		appendStringInfo(sql, "%s%s %s $%d", i == 0 ? "" : " and ", operand(key), equality(key->type), first + i);
 		if (key->inexact)
-			appendStringInfo(sql, " and row(t.%s::%s)::record operator(pg_catalog.*=) row($%d)::record",
-							 key->local, base_type_name(key->type), first + i);
+			appendStringInfo(sql, " and row(%s)::record operator(pg_catalog.*=) row($%d)::record", operand(key), first + i);
 	}
 }
 
@@ -176,32 +180,6 @@ prepare(const SyncTarget *target, const char *sql, Bitmapset *columns, bool key)
 	return plan;
 }
 
-/*
- * Sees to it that a plan looks rows up by the key's index, because it may have been
- * made when the table was empty, and is kept until the table is analyzed.  The
- * setting is a variable that only the planner looks at; what the statement fires
- * does not see it.
- */
-static void
-plan_by_index(SPIPlanPtr plan)
-{
-	bool		session = enable_seqscan;
-	CachedPlan *cached = NULL;
-
-	PG_TRY();
-	{
-		enable_seqscan = false;
-		cached = SPI_plan_get_cached_plan(plan);
-	}
-	PG_FINALLY();
-	{
-		enable_seqscan = session;
-	}
-	PG_END_TRY();
-	if (cached != NULL)
-		ReleaseCachedPlan(cached, CurrentResourceOwner);
-}
-
 /* Runs it, and returns how many rows it found; the result is in SPI_tuptable. */
 static uint64
 execute(const SyncTarget *target, SPIPlanPtr plan, const SyncValues *row, const SyncValues *key)
@@ -222,8 +200,8 @@ execute(const SyncTarget *target, SPIPlanPtr plan, const SyncValues *row, const 
 		values[n] = key->values[target->keys[i]];
 		nulls[n++] = ' ';
 	}
-	plan_by_index(plan);
-	result = SPI_execute_plan(plan, values, nulls, false, 0);
+	query_plan_by_index(plan);
+	result = SPI_execute_snapshot(plan, values, nulls, InvalidSnapshot, InvalidSnapshot, false, !target->queues_triggers, 0);
 	MemoryContextSwitchTo(context);
 	if (result < 0)
 		elog(ERROR, "could not write the table: %s", SPI_result_code_string(result));
@@ -326,7 +304,7 @@ sync_write_occupied(SyncTarget *target, const SyncValues *row, const SyncValues 
 		appendStringInfoString(&sql, "select from ");
 		append_target(&sql, target);
 		for (int i = -1; (i = bms_next_member(key.columns, i)) >= 0;)
-			appendStringInfo(&sql, "%st.%s %s $%d", parameter == 0 ? " where " : " and ", target->columns[i].local,
+			appendStringInfo(&sql, "%s%s %s $%d", parameter == 0 ? " where " : " and ", operand(&target->columns[i]),
 							 equality(target->columns[i].type), parameter + 1),
 				parameter++;
 		appendStringInfoString(&sql, " and not (");
@@ -500,13 +478,21 @@ sync_write_check_constraints(const SyncTarget *target)
 
 /* ---- ranges ---- */
 
-/* Appends " and row(t.a, t.b) > row($1, $2)", in the order of keys. */
+/* Appends "t.a, t.b", in the order of keys. */
+static void
+append_keys(StringInfo sql, const SyncTarget *target, const int *keys)
+{
+	for (int i = 0; i < target->nkeys; i++)
+		appendStringInfo(sql, "%st.%s", i == 0 ? "" : ", ", target->columns[keys[i]].local);
+}
+
+/* Appends " and row(t.a, t.b) > row($1, $2)". */
 static void
 append_bound(StringInfo sql, const SyncTarget *target, const int *keys, const char *operator, int first)
 {
 	appendStringInfoString(sql, " and row(");
 	for (int i = 0; i < target->nkeys; i++)
-		appendStringInfo(sql, "%st.%s", i == 0 ? "" : ", ", target->columns[keys[i]].local);
+		appendStringInfo(sql, "%s%s", i == 0 ? "" : ", ", operand(&target->columns[keys[i]]));
 	appendStringInfo(sql, ") operator(pg_catalog.%s) row(", operator);
 	for (int i = 0; i < target->nkeys; i++)
 		appendStringInfo(sql, "%s$%d", i == 0 ? "" : ", ", first + i);
@@ -537,6 +523,13 @@ prepare_range(SyncTarget *target, const int *keys, bool after, bool upto)
 		append_bound(&sql, target, keys, ">", 1);
 	if (upto)
 		append_bound(&sql, target, keys, "<=", n - target->nkeys + 1);
+
+	/*
+	 * not by an index of the first column alone, in which a range may be all
+	 * of the table
+	 */
+	appendStringInfoString(&sql, " order by ");
+	append_keys(&sql, target, keys);
 	if (target->range_plan != NULL && strcmp(target->range_sql, sql.data) == 0)
 		return;
 	free_plan(&target->range_plan);
@@ -567,7 +560,7 @@ sync_write_open_range(SyncTarget *target, const int *keys, const SyncValues *aft
 		values[n++] = after->values[keys[i]];
 	for (int i = 0; upto != NULL && i < target->nkeys; i++)
 		values[n++] = upto->values[keys[i]];
-	plan_by_index(target->range_plan);
+	query_plan_by_index(target->range_plan);
 	cursor = SPI_cursor_open(NULL, target->range_plan, values, NULL, false);
 	MemoryContextSwitchTo(context);
 	return cursor;
@@ -575,20 +568,40 @@ sync_write_open_range(SyncTarget *target, const int *keys, const SyncValues *aft
 
 /* ---- TRUNCATE ---- */
 
+/* Does a foreign key refer from the table, or from a part of it, to another part, or to itself? */
+static bool
+refers_to_itself(const SyncTarget *target)
+{
+	static CachedQuery query = {
+		"select exists (select from pg_catalog.pg_constraint where contype = 'f'"
+		" and (conrelid = $1 or conrelid in (select relid from pg_catalog.pg_partition_tree($1)))"
+		" and (confrelid = $1 or confrelid in (select relid from pg_catalog.pg_partition_tree($1))"
+		" or confrelid in (select relid from pg_catalog.pg_partition_ancestors($1))))"
+	};
+	Oid			types[] = {OIDOID};
+	Datum		values[] = {ObjectIdGetDatum(target->relid)};
+	bool		isnull;
+
+	owner_execute(&query, 1, types, values, NULL);
+	return DatumGetBool(query_value(0, 1, &isnull));
+}
+
 /*
  * Tells whether TRUNCATE does what deleting all rows would: nothing younger is
  * there, nor a row of another subscription; no trigger looks at rows that are
- * deleted, those of foreign keys included; and the owner may.
+ * deleted, those of foreign keys included, but for one from the table to itself; and
+ * the owner may.
  */
 static bool
 may_truncate(const SyncTarget *target, int64 sequence)
 {
 	static CachedQuery query = {
-		"select not exists (select from fanout.sync_row where subscription_id = $1 and sequence > $2 and deleted_at is null)"
+		"with part as materialized (select $4 as relid union select relid from pg_catalog.pg_partition_tree($4))"
+		" select not exists (select from fanout.sync_row where subscription_id = $1 and sequence > $2 and deleted_at is null)"
 		" and pg_catalog.has_table_privilege($3, $4, 'truncate')"
 		" and not exists (select from pg_catalog.pg_trigger tr"
-		" where (tr.tgrelid = $4 or tr.tgrelid in (select relid from pg_catalog.pg_partition_tree($4)))"
-		" and tr.tgtype & 9 = 9 and tr.tgenabled <> 'D')"
+		" where tr.tgrelid in (select relid from part) and tr.tgtype & 9 = 9 and tr.tgenabled <> 'D'"
+		" and not (tr.tgisinternal and tr.tgconstrrelid in (select relid from part)))"
 	};
 	Oid			types[] = {INT4OID, INT8OID, OIDOID, OIDOID};
 	Datum		values[] = {
@@ -653,8 +666,9 @@ delete_piece(SyncTarget *target, int count, int64 sequence)
 	}
 }
 
+/* Deletes the rows that the TRUNCATE is newer than, piece by piece. */
 static void
-delete_all(SyncTarget *target, int64 sequence, void (*between) (void))
+delete_pieces(SyncTarget *target, int64 sequence, void (*between) (void))
 {
 	MemoryContext context = CurrentMemoryContext;
 	MemoryContext piece = AllocSetContextCreate(CurrentMemoryContext, "pg_fanout sync piece", ALLOCSET_DEFAULT_SIZES);
@@ -690,6 +704,20 @@ delete_all(SyncTarget *target, int64 sequence, void (*between) (void))
 }
 
 /*
+ * Rows that refer to each other can only go together: triggers of all deletes are fired
+ * behind them, as those of one statement.  That takes the memory and the time of one.
+ */
+static void
+delete_together(SyncTarget *target, int64 sequence, void (*between) (void))
+{
+	AfterTriggerBeginQuery();
+	target->queues_triggers = true;
+	delete_pieces(target, sequence, between);
+	target->queues_triggers = false;
+	AfterTriggerEndQuery(NULL);
+}
+
+/*
  * sync_write_truncate
  *		Removes all rows that a TRUNCATE of the source removed: those of this
  *		subscription of which nothing younger was applied.
@@ -701,6 +729,11 @@ void
 sync_write_truncate(SyncTarget *target, int64 sequence, void (*between) (void))
 {
 	if (!may_truncate(target, sequence) || !truncate_at_once(target))
-		delete_all(target, sequence, between);
+	{
+		if (refers_to_itself(target))
+			delete_together(target, sequence, between);
+		else
+			delete_pieces(target, sequence, between);
+	}
 	sync_rows_forget(target->subscription_id, sequence, between);
 }

@@ -86,15 +86,26 @@
 #define LOCKED_MS 200
 #define PROMOTE_AGAIN_MS 1000
 
-/* Finds the messages that are due, the one that was due first at the head. */
-#define FIND_DUE \
-	"select waiting_id, key1, key2, barrier or postponed > 0 from fanout.waiting" \
-	" where subscription_id = $1 and next_try <= clock_timestamp() and not requeued order by next_try limit $2"
+/* hasten() makes so many messages due at once, at most. */
+#define HASTEN_MAX 1000
 
-/* What the walk over candidates looks at. */
+/*
+ * Finds the messages that are due, the one that was due first at the head.  The time is a
+ * parameter: a function that is volatile would be asked about each message that is not due.
+ */
+#define FIND_DUE \
+	"select waiting_id, key1, key2, barrier or (postponed > 0 and waits_since is null) from fanout.waiting" \
+	" where subscription_id = $1 and next_try <= $3 and not requeued order by next_try limit $2"
+
+/* Waits for nothing, and nobody for it: see set_order() in delivery.c. */
+#define IS_FREE \
+	"coalesce(key1 is null and key2 is null and headers operator(pg_catalog.?) 'compare'" \
+	" and not headers operator(pg_catalog.?) 'op', false)"
+
+/* The columns that waiting_take() chooses by among messages that may be due. */
 #define CANDIDATE \
 	"waiting_id, place, key1, key2, barrier, next_try is null and attempts = 0 and postponed = 0 as follows," \
-	" coalesce(octet_length(payload), octet_length(raw)) as size"
+	" coalesce(octet_length(payload), octet_length(raw)) as size, " IS_FREE " as free"
 
 /* What is known of a message that may be taken, without its body. */
 typedef struct Candidate
@@ -121,6 +132,13 @@ typedef struct DueList
  */
 #define KNOWN_MAX 1000
 
+/*
+ * If there are more, counting them takes time: they are counted no more often than each
+ * RECOUNT_MS, and for no more than one of RECOUNT_PART parts of the time.
+ */
+#define RECOUNT_MS 1000
+#define RECOUNT_PART 100
+
 typedef struct KnownMessage
 {
 	pg_uuid_t	message_id;
@@ -134,9 +152,11 @@ static int	nknown = -1;		/* -1: to be read */
 static MonoTime promote_at = 0; /* others had locked what was to be due; 0:
 								 * none */
 static int64 nrequeued = 0;		/* rows of messages given back to their queue */
+static MonoTime count_at = 0;	/* very many are counted no sooner */
+static bool order_kept = true;	/* there may be rows that were stored in order */
 
 static void update_failed(const Delivery *delivery);
-static int	delete_done(Delivery **deliveries, int n);
+static int	delete_done(Delivery **deliveries, int n, bool locked);
 
 static int64 last_place = 0;	/* that was given to any */
 static Order walk;				/* in waiting_take() */
@@ -175,9 +195,18 @@ out_of_memory(void)
 
 /* ---- what is known of the room ---- */
 
+/*
+ * Sets the number of messages.  One that is not counted stays above KNOWN_MAX, so that
+ * nobody takes the room for small, or empty, without a look.
+ */
 static void
 set_count(int64 count)
 {
+	if (waiting_room.recount_at != 0 && count <= KNOWN_MAX)
+	{
+		waiting_room.stale = true;
+		count = KNOWN_MAX + 1;
+	}
 	waiting_room.count = count;
 	pg_atomic_write_u32(&worker_subscription->waiting, (uint32) Min(count, PG_INT32_MAX));
 }
@@ -193,6 +222,22 @@ run_promote(CachedQuery *query, int nargs, Oid *types, Datum *values)
 		promote_at = mono_later(PROMOTE_AGAIN_MS);
 }
 
+/* Makes the first barrier due if it waits behind nothing. */
+static void
+promote_barrier(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		PROMOTE("select waiting_id from (select waiting_id, place, next_try from fanout.waiting"
+				" where subscription_id = $1 and barrier order by place, waiting_id limit 1) w"
+				" where next_try is null and not exists (select from fanout.waiting b where b.subscription_id = $1"
+				" and (b.place, b.waiting_id) < (w.place, w.waiting_id) and not " IS_FREE ")")
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+
+	run_promote(&query, 1, types, values);
+}
+
 /* Makes those due that wait behind nothing: all of the room is looked at. */
 static void
 promote_all(const SubscriptionRow *row)
@@ -203,22 +248,23 @@ promote_all(const SubscriptionRow *row)
 				" and (key1 is null or waiting_id = " FIRST_OF("w.key1") ")"
 				" and (key2 is null or waiting_id = " FIRST_OF("w.key2") ")"
 				" and not exists (select from fanout.waiting b where b.subscription_id = $1 and b.barrier"
-				" and (b.place, b.waiting_id) < (w.place, w.waiting_id))"
-				" and (not barrier or waiting_id = (select f.waiting_id from fanout.waiting f"
-				" where f.subscription_id = $1 order by f.place, f.waiting_id limit 1))")
+				" and (b.place, b.waiting_id) < (w.place, w.waiting_id)) and not barrier")
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 
 	promote_at = 0;
 	run_promote(&query, 1, types, values);
+	promote_barrier(row);
 }
 
+/* When the next one is due; 0: never.  *barrier: is one behind others? */
 static MonoTime
-earliest(const SubscriptionRow *row)
+earliest(const SubscriptionRow *row, bool *barrier)
 {
 	static CachedQuery query = {
-		"select min(next_try) from fanout.waiting where subscription_id = $1 and not requeued"
+		"select (select min(next_try) from fanout.waiting where subscription_id = $1 and not requeued),"
+		" exists (select from fanout.waiting where subscription_id = $1 and barrier and next_try is null)"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
@@ -226,63 +272,144 @@ earliest(const SubscriptionRow *row)
 	bool		isnull;
 
 	owner_execute(&query, 1, types, values, NULL);
+	*barrier = DatumGetBool(query_value(0, 2, &isnull));
 	next_try = DatumGetTimestampTz(query_value(0, 1, &isnull));
 	return isnull ? 0 : Max(1, mono_now() + (next_try - GetCurrentTimestamp()));
 }
 
-/* Somebody is always first, so if nobody is due something was left undone. */
+/*
+ * Somebody is always first, so if nobody is due something was left undone.  A barrier has
+ * no key to be promoted by, and others may be due that it does not wait for.
+ */
 static void
 find_next_due(const SubscriptionRow *row)
 {
-	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row) : 0;
+	bool		barrier = false;
+
+	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row, &barrier) : 0;
 	if (waiting_room.count > 0 && waiting_room.next_due == 0)
-	{
 		promote_all(row);
-		waiting_room.next_due = earliest(row);
-	}
+	else if (barrier)
+		promote_barrier(row);
+	if (waiting_room.count > 0 && (barrier || waiting_room.next_due == 0))
+		waiting_room.next_due = earliest(row, &barrier);
 	if (promote_at != 0)
 		waiting_room.next_due = (waiting_room.next_due == 0) ? promote_at : Min(waiting_room.next_due, promote_at);
 }
 
-/* Frees what was stored in order, of a subscription that is not ordered any more. */
+/*
+ * Frees what was stored in order, of a subscription that is not ordered any more, but for
+ * what others have locked.  Once there is nothing of that kind, none comes.
+ */
 static void
 forget_order(const SubscriptionRow *row)
 {
 	static CachedQuery query = {
-		"update fanout.waiting set key1 = null, key2 = null, barrier = false, next_try = coalesce(next_try, clock_timestamp())"
-		" where waiting_id = any (array(select waiting_id from fanout.waiting where subscription_id = $1"
-		" and (key1 is not null or barrier or next_try is null) for update skip locked))"
-	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
-
-	owner_execute(&query, 1, types, values, NULL);
-}
-
-/*
- * Reads what the worker has to know of the room, if that may have changed: at the
- * start, after a transaction that was undone, and when a function has changed it.
- */
-void
-waiting_look(const SubscriptionRow *row)
-{
-	static CachedQuery query = {
-		"select count(*) filter (where not requeued), coalesce(max(place), 0), count(*) filter (where requeued)"
-		" from fanout.waiting where subscription_id = $1"
+		"with wanted as materialized (select waiting_id from fanout.waiting where subscription_id = $1"
+		" and (key1 is not null or barrier or next_try is null)),"
+		" free as (select waiting_id from fanout.waiting where waiting_id = any (array(select waiting_id from wanted))"
+		" for update skip locked),"
+		" done as (update fanout.waiting w"
+		" set key1 = null, key2 = null, barrier = false, next_try = coalesce(next_try, clock_timestamp())"
+		" from free f where w.waiting_id = f.waiting_id)"
+		" select count(*) from wanted"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
 	bool		isnull;
 
+	if (row->ordered)
+		order_kept = true;
+	if (row->ordered || !order_kept)
+		return;
+	owner_execute(&query, 1, types, values, NULL);
+	order_kept = DatumGetInt64(query_value(0, 1, &isnull)) > 0;
+}
+
+#define COUNT_WAITING(from) \
+	"select count(*) filter (where not requeued), count(*) filter (where requeued) from " from
+#define WAITING_AT_MOST \
+	"(select requeued from fanout.waiting where subscription_id = $1 order by place, waiting_id" \
+	" limit " CppAsString2(KNOWN_MAX) " + 1) w"
+
+/*
+ * Counts the messages, all of them or no more than one above KNOWN_MAX.  These are read
+ * in order of the index: a bitmap would have those behind them, too.
+ */
+static void
+count_messages(const SubscriptionRow *row, bool all)
+{
+	static CachedQuery queries[2] = {
+		{COUNT_WAITING(WAITING_AT_MOST)}, {COUNT_WAITING("fanout.waiting where subscription_id = $1")}
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	CachedQuery *query = &queries[all ? 1 : 0];
+	int64		count;
+	int64		requeued;
+	bool		isnull;
+	Caller		caller = become_owner();
+
+	if (!all)
+		query_plan_by_index(query_prepare(query, 1, types, CURSOR_OPT_GENERIC_PLAN));
+	query_execute(query, 1, types, values, NULL);
+	become_caller(&caller);
+	count = DatumGetInt64(query_value(0, 1, &isnull));
+	requeued = DatumGetInt64(query_value(0, 2, &isnull));
+	if (!all && count + requeued > KNOWN_MAX)
+	{
+		/* there may be more of either */
+		waiting_room.recount_at = count_at;
+		nrequeued = Max(nrequeued, 1);
+		set_count(Max(waiting_room.count, KNOWN_MAX + 1));
+		return;
+	}
+	waiting_room.recount_at = 0;
+	nrequeued = requeued;
+	set_count(count);
+}
+
+/* Counts the messages; if they are very many, only when it is time. */
+static void
+count_room(const SubscriptionRow *row)
+{
+	MonoTime	begun = mono_now();
+	bool		all = (begun >= count_at);
+
+	count_messages(row, all);
+	if (all)
+		count_at = mono_plus(begun, Max(RECOUNT_MS, (mono_now() - begun) * RECOUNT_PART / 1000));
+}
+
+/* Notes the highest place that was given to any. */
+static void
+find_last_place(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select coalesce(max(place), 0) from fanout.waiting where subscription_id = $1"
+	};
+	Oid			types[1] = {INT4OID};
+	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	bool		isnull;
+
+	owner_execute(&query, 1, types, values, NULL);
+	last_place = Max(last_place, DatumGetInt64(query_value(0, 1, &isnull)));
+}
+
+/*
+ * Reads what the worker has to know of the room, if that may have changed: at the
+ * start, after a transaction that was undone, when a function has changed it, and when
+ * very many messages are to be counted.  However many wait, it mostly reads few of them.
+ */
+void
+waiting_look(const SubscriptionRow *row)
+{
 	if (!waiting_room.stale)
 		return;
 	forget_known();
-	if (!row->ordered)
-		forget_order(row);
-	owner_execute(&query, 1, types, values, NULL);
-	nrequeued = DatumGetInt64(query_value(0, 3, &isnull));
-	set_count(DatumGetInt64(query_value(0, 1, &isnull)));
-	last_place = Max(last_place, DatumGetInt64(query_value(0, 2, &isnull)));
+	forget_order(row);
+	count_room(row);
+	find_last_place(row);
 	find_next_due(row);
 	waiting_room.stale = false;
 }
@@ -333,6 +460,7 @@ static void
 recall(const SubscriptionRow *row, Delivery *delivery, int result)
 {
 	bool		isnull;
+	TimestampTz next_try;
 
 	if (!DatumGetBool(query_value(result, 2, &isnull)))
 	{
@@ -343,8 +471,11 @@ recall(const SubscriptionRow *row, Delivery *delivery, int result)
 	delivery->attempts = DatumGetInt32(query_value(result, 4, &isnull));
 	delivery->postponed = DatumGetInt32(query_value(result, 5, &isnull));
 	delivery->waits_since = DatumGetTimestampTz(query_value(result, 6, &isnull));
-	delivery->next_try = DatumGetTimestampTz(query_value(result, 7, &isnull));
-	if (row->requeue && is_early(row, delivery->next_try))
+	next_try = DatumGetTimestampTz(query_value(result, 7, &isnull));
+	if (!is_early(row, next_try))
+		return;
+	delivery->next_try = next_try;
+	if (row->requeue)
 		delivery->outcome = OUTCOME_EARLY;
 }
 
@@ -730,13 +861,14 @@ message_params(const SubscriptionRow *row, const Delivery *delivery, Datum *valu
 }
 
 /*
- * When a message is due, as it is stored; 0: behind another.  What has no key of its
- * own to be promoted by is due at once: if it has to wait, that shows when it is taken.
+ * When a message is due, as it is stored; 0: behind another.  One that was given back
+ * keeps its time.  What has no key of its own to be promoted by is due at once: if it has
+ * to wait, that shows when it is taken.
  */
 static TimestampTz
 next_try(const Delivery *delivery)
 {
-	if (delivery->outcome == OUTCOME_FAILED)
+	if (delivery->next_try != 0)
 		return delivery->next_try;
 	return (delivery->order.nkeys == 0 || delivery->order.barrier) ? GetCurrentTimestamp() : 0;
 }
@@ -817,7 +949,7 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	}
 	become_caller(&caller);
 	MemoryContextDelete(scratch);
-	(void) delete_done(deliveries, n);
+	(void) delete_done(deliveries, n, false);
 	if (stored == 0)
 		return;
 	set_count(waiting_room.count + stored);
@@ -876,7 +1008,7 @@ waiting_requeue(const SubscriptionRow *row, Delivery **deliveries, int n)
 		insert_requeued(row, deliveries[i]);
 		become_caller(&caller);
 	}
-	(void) delete_done(deliveries, n);
+	(void) delete_done(deliveries, n, false);
 }
 
 /*
@@ -904,8 +1036,13 @@ is_done(const Delivery *delivery)
 		delivery->outcome == OUTCOME_SEEN;
 }
 
+/*
+ * Removes the rows of messages that are done with; returns how many.  Those that
+ * waiting_take() has locked must be there; what a row remembers of a delivery that was
+ * given back, somebody may have forgotten before.
+ */
 static int
-delete_done(Delivery **deliveries, int n)
+delete_done(Delivery **deliveries, int n, bool locked)
 {
 	static CachedQuery query = {"delete from fanout.waiting where waiting_id = any ($1)"};
 	Oid			types[1] = {INT8ARRAYOID};
@@ -921,7 +1058,10 @@ delete_done(Delivery **deliveries, int n)
 	if (count == 0)
 		return 0;
 	values[0] = int8_array(ids, count);
-	owner_execute(&query, 1, types, values, NULL);
+	if (locked)
+		owner_change(&query, 1, types, values, NULL, count);
+	else
+		owner_execute(&query, 1, types, values, NULL);
 	return count;
 }
 
@@ -976,6 +1116,41 @@ update_behind(Delivery **deliveries, int n)
 }
 
 /*
+ * Makes messages due that wait for others to come first (wait_for), HASTEN_MAX at most and
+ * not more often than every retry_delay: one of their kind has found what it waited for, and
+ * may be what the next one waits for.  Those whose latest attempt counts keep their pauses.
+ */
+static void
+hasten(const SubscriptionRow *row)
+{
+	static MonoTime hastened_at = 0;
+	static CachedQuery query = {
+		"update fanout.waiting set next_try = clock_timestamp() where waiting_id = any (array("
+		"select waiting_id from fanout.waiting where subscription_id = $1 and next_try > clock_timestamp() and not requeued"
+		" and waits_since is not null and postponed > 0 order by next_try limit $2 for update skip locked))"
+	};
+	Oid			types[2] = {INT4OID, INT4OID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(HASTEN_MAX)};
+
+	if (hastened_at != 0 && !mono_exceeds(hastened_at, mono_now(), row->retry_delay))
+		return;
+	hastened_at = mono_now();
+	owner_execute(&query, 2, types, values, NULL);
+}
+
+/* Was any applied that had waited for others to come first? */
+static bool
+any_found(Delivery **deliveries, int n)
+{
+	for (int i = 0; i < n; i++)
+	{
+		if (deliveries[i]->outcome == OUTCOME_APPLIED && deliveries[i]->waits_since != 0)
+			return true;
+	}
+	return false;
+}
+
+/*
  * Writes the outcomes of what waiting_take() has given: removes what is done
  * with, schedules what failed, and makes due what waited behind these.
  */
@@ -994,12 +1169,14 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 		barrier = barrier || (is_done(deliveries[i]) && deliveries[i]->order.barrier);
 	}
 	update_behind(deliveries, n);
-	set_count(waiting_room.count - delete_done(deliveries, n));
+	set_count(waiting_room.count - delete_done(deliveries, n, true));
 	if (barrier)
 		promote_all(row);
 	else
 		promote(row, keys, collect_keys(deliveries, n, is_done, keys));
 	(void) drop_superseded(row, deliveries, n);
+	if (any_found(deliveries, n))
+		hasten(row);
 	find_next_due(row);
 }
 
@@ -1020,18 +1197,21 @@ add_due_keys(DueList *due, int result)
 
 /*
  * Finds what is due; unlocked: but for what others have locked.  What was postponed
- * goes alone, and so does a barrier; singly: so does everything.
+ * goes alone, unless it waits for others to come first, and so does a barrier; singly: so
+ * does everything.
  */
 static DueList
 find_due(const SubscriptionRow *row, int limit, bool singly, bool unlocked)
 {
 	static CachedQuery queries[2] = {{FIND_DUE}, {FIND_DUE " for update skip locked"}};
-	Oid			types[2] = {INT4OID, INT4OID};
-	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(limit)};
+	Oid			types[3] = {INT4OID, INT4OID, TIMESTAMPTZOID};
+	Datum		values[3] = {
+		Int32GetDatum(row->subscription_id), Int32GetDatum(limit), TimestampTzGetDatum(GetCurrentTimestamp())
+	};
 	DueList		due = {.ids = palloc((limit + 1) * sizeof(Datum)),.keys = palloc((2 * limit + 1) * sizeof(Datum))};
 	bool		isnull;
 
-	owner_execute(&queries[unlocked ? 1 : 0], 2, types, values, NULL);
+	owner_execute(&queries[unlocked ? 1 : 0], 3, types, values, NULL);
 	for (uint64 i = 0; i < SPI_processed && !due.singly; i++)
 	{
 		bool		alone = singly || DatumGetBool(query_value(i, 4, &isnull));
@@ -1062,11 +1242,12 @@ read_candidate(Candidate *candidate, int result)
 	candidate->order.barrier = DatumGetBool(query_value(result, 5, &isnull));
 	candidate->follows = DatumGetBool(query_value(result, 6, &isnull));
 	candidate->size = DatumGetInt32(query_value(result, 7, &isnull));
+	candidate->order.free = DatumGetBool(query_value(result, 8, &isnull)) && !isnull;
 }
 
 /*
  * Finds what is due with all that it may have to wait for: of each key the first
- * messages, the first barrier, and the first message at all; in order.
+ * messages, the first barrier, and the first message that anybody waits for; in order.
  */
 static Candidate *
 find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *n)
@@ -1079,7 +1260,8 @@ find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *
 		" where subscription_id = $1 and key2 = k order by place, waiting_id limit $4) x"
 		" union (select " CANDIDATE " from fanout.waiting where subscription_id = $1 and barrier"
 		" order by place, waiting_id limit 1)"
-		" union (select " CANDIDATE " from fanout.waiting where subscription_id = $1 order by place, waiting_id limit 1)"
+		" union (select " CANDIDATE " from fanout.waiting where subscription_id = $1 and not " IS_FREE
+		" order by place, waiting_id limit 1)"
 		" order by place, waiting_id"
 	};
 	Oid			types[4] = {INT4OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID};

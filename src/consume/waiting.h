@@ -19,7 +19,9 @@
 typedef struct WaitingRoom
 {
 	bool		stale;			/* the table may say something else */
-	int64		count;			/* messages in it */
+	int64		count;			/* messages in it, at least if recount_at */
+	MonoTime	recount_at;		/* there are very many, and they are counted
+								 * then; 0: count is right */
 	MonoTime	next_due;		/* 0: none is due by the clock */
 } WaitingRoom;
 

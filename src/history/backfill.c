@@ -18,7 +18,9 @@
  * direction: by key only if its key changes, by page with any update.  Therefore a
  * table is walked by pages only if all its updates are captured.  When it is
  * rewritten (VACUUM FULL, CLUSTER), a walk by pages begins anew, for all rows have
- * another place; that a row is sent twice does no harm.
+ * another place; so does one by a key that sorts in another way since (ALTER TYPE), for
+ * rows that were behind the position may be before it.  That a row is sent twice does no
+ * harm.  A comparison, whose ranges must not overlap, ends instead.
  *
  * Ids are drawn while the rows are locked: a row's message has a higher sequence
  * than all changes that it contains, and a lower one than all later ones.
@@ -54,6 +56,7 @@
 #include "parser/parser.h"
 #include "storage/bufmgr.h"
 #include "utils/acl.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/jsonb.h"
@@ -109,6 +112,14 @@ become_table_owner(Relation rel)
 	return caller;
 }
 
+/* Is it the statement that is prepared, with arguments of the same types? */
+static bool
+is_prepared(const WalkQuery *query, const char *sql, const Range *range)
+{
+	return query->sql != NULL && strcmp(query->sql, sql) == 0 && query->nargs == range->n &&
+		memcmp(query->types, range->types, range->n * sizeof(Oid)) == 0;
+}
+
 /* Runs a statement of the walk as the table's owner; it is prepared again only if it is another one. */
 static void
 run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
@@ -117,7 +128,7 @@ run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 	MemoryContext context = CurrentMemoryContext;
 	int			result;
 
-	if (query->sql == NULL || strcmp(query->sql, sql) != 0)
+	if (!is_prepared(query, sql, range))
 	{
 		SPIPlanPtr	plan = SPI_prepare(sql, range->n, range->types);
 
@@ -128,6 +139,8 @@ run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 		if (query->sql != NULL)
 			pfree(query->sql);
 		query->plan = plan;
+		query->nargs = range->n;
+		memcpy(query->types, range->types, range->n * sizeof(Oid));
 		query->sql = MemoryContextStrdup(TopMemoryContext, sql);
 	}
 	result = SPI_execute_plan(query->plan, range->values, NULL, false, 0);
@@ -227,14 +240,32 @@ from_clause(const Source *source)
 					" cross join lateral (select \"new\".*) as \"old\"");
 }
 
-/* "(new.a, new.b) > ($1, $2)", with parameters from first on. */
+/* The type of a column of the key; of a domain, its base type. */
+static Oid
+key_type(const WalkRow *row, Relation rel, int key)
+{
+	return getBaseType(TupleDescAttr(RelationGetDescr(rel), row->keys[key] - 1)->atttypid);
+}
+
+/*
+ * Appends "(new.a, new.b) > ($1, $2)", with parameters from first on.  A domain is cast to
+ * its base type, because operators of enums and ranges take no domain over one; the index
+ * serves all the same.
+ */
 static void
 append_comparison(StringInfo sql, const WalkRow *row, Relation rel, const char *operator, int first)
 {
 	appendStringInfoChar(sql, '(');
 	for (int i = 0; i < row->nkeys; i++)
-		appendStringInfo(sql, "%s\"new\".%s", i == 0 ? "" : ", ",
-						 quote_identifier(get_attname(RelationGetRelid(rel), row->keys[i], false)));
+	{
+		Form_pg_attribute attr = TupleDescAttr(RelationGetDescr(rel), row->keys[i] - 1);
+		Oid			type = key_type(row, rel, i);
+
+		appendStringInfo(sql, "%s\"new\".%s", i == 0 ? "" : ", ", quote_identifier(NameStr(attr->attname)));
+		if (type != attr->atttypid)
+			appendStringInfo(sql, "::%s",
+							 format_type_extended(type, -1, FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY));
+	}
 	appendStringInfo(sql, ") %s (", operator);
 	for (int i = 0; i < row->nkeys; i++)
 		appendStringInfo(sql, "%s$%d", i == 0 ? "" : ", ", first + i);
@@ -274,7 +305,7 @@ add_to_range(Range *range, const WalkRow *row, Relation rel, char **texts)
 {
 	for (int i = 0; i < row->nkeys; i++)
 	{
-		Oid			type = TupleDescAttr(RelationGetDescr(rel), row->keys[i] - 1)->atttypid;
+		Oid			type = key_type(row, rel, i);
 		Oid			input;
 		Oid			parameter;
 
@@ -334,11 +365,64 @@ find_key_bound(Walk *walk, const WalkRow *row, const Source *source, Range *rang
 }
 
 static bool
+is_comparison(const WalkRow *row)
+{
+	return strcmp(row->kind, "compare") == 0;
+}
+
+/* Returns what says in which order the key sorts, as one text. */
+static char *
+order_of_key(const WalkRow *row, Relation rel)
+{
+	static CachedQuery query = {"select fanout.key_order($1, $2)::text"};
+	Oid			types[2] = {OIDOID, INT2ARRAYOID};
+	Datum		values[2] = {ObjectIdGetDatum(RelationGetRelid(rel)), (Datum) 0};
+	Datum	   *attnums = palloc(row->nkeys * sizeof(Datum));
+	bool		isnull;
+	Datum		value;
+
+	for (int i = 0; i < row->nkeys; i++)
+		attnums[i] = Int16GetDatum(row->keys[i]);
+	values[1] = PointerGetDatum(construct_array(attnums, row->nkeys, INT2OID, 2, true, TYPALIGN_SHORT));
+	query_execute(&query, 2, types, values, NULL);
+	value = query_value(0, 1, &isnull);
+	return isnull ? pstrdup("") : TextDatumGetCString(value);
+}
+
+/* Has the key been sorted in another way when the walk came to its position? */
+static bool
+is_sorted_anew(const WalkRow *row, const WalkStep *step)
+{
+	return row->nposition > 0 && row->nkeys > 0 && strcmp(row->order, step->order) != 0;
+}
+
+/*
+ * Looks at the key that the table has now; fills in step->order.  Returns why the walk
+ * cannot go on by it, or NULL.
+ */
+static const char *
+check_key(const WalkRow *row, Relation rel, WalkStep *step)
+{
+	if (row->nkeys == 0)
+		return NULL;
+	for (int i = 0; i < row->nkeys; i++)
+	{
+		if (TupleDescAttr(RelationGetDescr(rel), row->keys[i] - 1)->attisdropped)
+			return "a column of the key was dropped";
+	}
+	step->order = order_of_key(row, rel);
+	if (is_comparison(row) && is_sorted_anew(row, step))
+		return "the key sorts in another way than when the comparison began";
+	return NULL;
+}
+
+/* The range of a step by keys: behind the position, unless that says nothing any more. */
+static bool
 key_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, WalkStep *step)
 {
 	if (row->nposition > 0 && row->nposition != row->nkeys)
 		elog(ERROR, "backfill " INT64_FORMAT " has a malformed position", walk->id);
-	if (row->nposition > 0)
+	if (row->nposition > 0 && !is_sorted_anew(row, step))
 		add_to_range(range, row, source->rel, row->position);
 	return find_key_bound(walk, row, source, range, step);
 }
@@ -375,12 +459,6 @@ page_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, W
 	step->position = palloc(sizeof(char *));
 	step->position[0] = psprintf("%u", next);
 	return true;
-}
-
-static bool
-is_comparison(const WalkRow *row)
-{
-	return strcmp(row->kind, "compare") == 0;
 }
 
 /*
@@ -509,8 +587,14 @@ backfill_step(Walk *walk, const WalkRow *row, WalkStep *step)
 
 	step->file = row->file;
 	step->failure = open_source(row, &source);
+	if (step->failure == NULL)
+		step->failure = check_key(row, source.rel, step);
 	if (step->failure != NULL)
+	{
+		if (source.rel != NULL)
+			relation_close(source.rel, NoLock);
 		return;
+	}
 	any = row->nkeys > 0 ? key_range(walk, row, &source, &range, step)
 		: page_range(walk, row, &source, &range, step);
 	step->walked = !any;

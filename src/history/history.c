@@ -263,7 +263,7 @@ load_row(const Walk *walk, WalkRow *row)
 	static CachedQuery query = {
 		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair,"
 		" rows_done, coalesce(rows_estimated, -1),"
-		" queue is null or exists (select from fanout.binding n where n.queue = f.queue)"
+		" queue is null or exists (select from fanout.binding n where n.queue = f.queue), key_order"
 		" from fanout.backfill f where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
@@ -295,6 +295,7 @@ load_row(const Walk *walk, WalkRow *row)
 	row->done = DatumGetInt64(query_value(0, 14, &isnull));
 	row->estimated = DatumGetInt64(query_value(0, 15, &isnull));
 	row->bound = DatumGetBool(query_value(0, 16, &isnull));
+	row->order = text_column(17);
 	return true;
 }
 
@@ -304,13 +305,14 @@ save_step(const Walk *walk, const WalkStep *step, uint64 xid)
 	static CachedQuery query = {
 		"update fanout.backfill set rows_done = rows_done + $2, rows_sent = rows_sent + $3,"
 		" position = coalesce($4, position), file = $5, walked = $6, last_xid = coalesce($7::text::xid8, last_xid),"
+		" key_order = coalesce($8, key_order),"
 		" started_at = coalesce(started_at, clock_timestamp()), updated_at = clock_timestamp(), error = null"
 		" where backfill_id = $1"
 	};
-	Oid			types[7] = {INT8OID, INT8OID, INT8OID, TEXTARRAYOID, OIDOID, BOOLOID, INT8OID};
-	char		nulls[7] = "      ";
+	Oid			types[8] = {INT8OID, INT8OID, INT8OID, TEXTARRAYOID, OIDOID, BOOLOID, INT8OID, TEXTOID};
+	char		nulls[8] = "       ";
 	Datum	   *elements = palloc((step->nposition + 1) * sizeof(Datum));
-	Datum		values[7] = {
+	Datum		values[8] = {
 		Int64GetDatum(walk->id), Int64GetDatum(step->rows), Int64GetDatum(step->sent), (Datum) 0,
 		ObjectIdGetDatum(step->file), BoolGetDatum(step->walked), Int64GetDatum((int64) xid)
 	};
@@ -322,7 +324,8 @@ save_step(const Walk *walk, const WalkStep *step, uint64 xid)
 	else
 		nulls[3] = 'n';
 	nulls[6] = (xid != 0) ? ' ' : 'n';
-	query_change(&query, 7, types, values, nulls, 1);
+	values[7] = query_text_param(step->order, &nulls[7]);
+	query_change(&query, 8, types, values, nulls, 1);
 }
 
 static void

@@ -25,6 +25,8 @@ extern PGDLLEXPORT void pg_fanout_history_main(Datum main_arg);
 typedef struct WalkQuery
 {
 	char	   *sql;
+	int			nargs;
+	Oid			types[2 * INDEX_MAX_KEYS];	/* of the arguments */
 	SPIPlanPtr	plan;
 } WalkQuery;
 
@@ -61,6 +63,7 @@ typedef struct WalkRow
 	int16	   *keys;
 	int			nposition;		/* 0: at the beginning */
 	char	  **position;
+	char	   *order;			/* in which position stands; NULL: in none */
 	Oid			file;
 	bool		walked;			/* all rows are written */
 	int64		done;			/* rows looked at, or dead letters moved */
@@ -79,6 +82,7 @@ typedef struct WalkStep
 	bool		walked;
 	int			nposition;
 	char	  **position;		/* the next step goes on behind it */
+	char	   *order;			/* that of the key; NULL: there is none */
 	Oid			file;
 	const char *failure;		/* NULL, or why it cannot go on */
 	int64		estimated;		/* of a recovery; -1: not known */

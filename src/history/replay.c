@@ -40,6 +40,7 @@
 #include "utils/uuid.h"
 
 #include "capture/capture.h"
+#include "capture/ids.h"
 #include "capture/msgid.h"
 #include "capture/outbox.h"
 #include "history/history.h"
@@ -78,29 +79,35 @@ segment_pages(int segment)
 	return pages;
 }
 
-/* Lists what is to be sent of some pages of a segment. */
+/*
+ * Lists what is to be sent of some pages of a segment.  What is pending there is found
+ * once, and not for each message.
+ */
 static void
 collect_pages(const Walk *walk, int segment, BlockNumber first)
 {
 	Oid			types[1] = {INT8OID};
 	Datum		values[1] = {Int64GetDatum(walk->id)};
 	char	   *sql = psprintf(
-							   "insert into fanout.replay_message (backfill_id, id, segment, place)"
-							   " select b.backfill_id, o.id, %1$d, o.ctid"
+							   "with found as (select b.backfill_id, o.id, %1$d, o.ctid"
 							   " from fanout.backfill b join fanout.outbox_%1$d o on o.topic_id = b.topic_id"
 							   " where b.backfill_id = $1 and o.ctid >= '(%2$u,0)' and o.ctid < '(%3$u,0)'"
 							   " and o.database = (fanout.this_database()).database"
 							   " and o.created_at >= b.since and o.created_at < b.until"
 							   " and (o.queue is null or o.queue = b.queue)"
 							   " and not coalesce(o.headers ? 'replay', false)"
-							   " and not exists (select from fanout.pending p where p.id = o.id)"
+							   " and o.id not in (select p.id from fanout.pending p where p.segment = %1$d"
+							   " and p.place >= '(%2$u,0)' and p.place < '(%3$u,0)')"
 							   " and not exists (select from fanout.held h where h.id = o.id)"
-							   " and not exists (select from fanout.dead_letter d where d.id = o.id and d.consumer_group is null)"
-							   " on conflict do nothing",
+							   " and not exists (select from fanout.dead_letter d where d.id = o.id and d.consumer_group is null)),"
+							   " listed as (insert into fanout.replay_message (backfill_id, id, segment, place)"
+							   " select * from found returning 1)"
+							   " select (select count(*) from found), (select count(*) from listed)",
 							   segment, first, first + COLLECT_PAGES);
 
-	if (SPI_execute_with_args(sql, 1, types, values, NULL, false, 0) != SPI_OK_INSERT)
+	if (SPI_execute_with_args(sql, 1, types, values, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not list messages of segment %d", segment);
+	query_require_copied(sql);
 }
 
 static void
@@ -153,7 +160,7 @@ copy_message(const Walk *walk, const WalkRow *row, HeapTuple tuple, TupleDesc de
 	bool		isnull;
 
 	memset(&copy, 0, sizeof(copy));
-	copy.id = outbox_next_id();
+	copy.id = ids_draw(1);
 	copy.topic_id = DatumGetInt32(SPI_getbinval(tuple, desc, REPLAY_TOPIC, &isnull));
 	copy.message_id = *DatumGetUUIDP(SPI_getbinval(tuple, desc, REPLAY_MESSAGE_ID, &isnull));
 	if (row->again)
@@ -161,7 +168,7 @@ copy_message(const Walk *walk, const WalkRow *row, HeapTuple tuple, TupleDesc de
 	copy.type = text_or_null(tuple, desc, REPLAY_TYPE);
 	copy.key = text_or_null(tuple, desc, REPLAY_KEY);
 	copy.headers = replay_headers(walk, tuple, desc);
-	copy.payload = text_or_null(tuple, desc, REPLAY_PAYLOAD);
+	copy.payload = TextDatumGetCString(SPI_getbinval(tuple, desc, REPLAY_PAYLOAD, &isnull));
 	copy.payload_len = strlen(copy.payload);
 	copy.queue = row->queue;
 	copy.created_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, REPLAY_CREATED_AT, &isnull));

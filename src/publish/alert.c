@@ -18,6 +18,10 @@
  * - It fails, for whatever reason: the queue is emptied all the same.  The first
  *	 failure is logged, and the first success after one.
  *
+ * - The server's queue of notifications was full, and is not any more, since whoever
+ *	 did not take them out has: the server notices that when a notification succeeds,
+ *	 which none does, or when somebody asks how full it is (make_room()).
+ *
  * - Another transaction that notified holds the server's lock on notifications
  *	 (commits take turns; one that waits for a synchronous standby keeps the
  *	 lock): that is waited for LOCK_TIMEOUT at most.
@@ -87,10 +91,24 @@ notify(const Alert *alert)
 	query_execute(&query, 3, types, values, NULL);
 }
 
+/*
+ * Has the server look whether its queue of notifications is still full.  Else it would
+ * stay so until somebody asks.
+ */
+static void
+make_room(void)
+{
+	static CachedQuery query = {"select pg_notification_queue_usage()"};
+
+	query_execute(&query, 0, NULL, NULL, NULL);
+}
+
 static void
 notify_all(void)
 {
 	worker_begin();
+	if (failing)
+		make_room();
 	for (int i = 0; i < nalerts; i++)
 		notify(&alerts[i]);
 	worker_commit();
@@ -102,8 +120,8 @@ log_outcome(const ErrorData *error)
 {
 	if (failing == (error != NULL))
 		return;
-	failing = !failing;
-	if (failing)
+	failing = (error != NULL);
+	if (error != NULL)
 		ereport(WARNING,
 				(errcode(error->sqlerrcode),
 				 errmsg("pg_fanout cannot notify listeners on channel \"pg_fanout_alert\""),

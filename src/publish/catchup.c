@@ -349,12 +349,14 @@ flow_next_retry(bool connected)
 
 /* ---- joining the main cursor ---- */
 
-/* Does the broker confirm its messages soon enough? */
+/* Does the broker confirm its messages soon enough, and does it have a channel for them? */
 static bool
 is_quick(const Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
+	if (flow->in_line || flow->unconfirmed_since != 0)
+		return false;
 	return item == NULL || !mono_exceeds(item->published_at, mono_now(), JOIN_FLIGHT_MS);
 }
 

@@ -38,6 +38,10 @@
 #define MAX_MESSAGES	(9 * RUN_MESSAGES)
 #define MAX_BYTES		RUN_BYTES
 
+/* A chunk with more topics that are not done may take long, up to MANY_MS; see chunks_awaited(). */
+#define FEW_TOPICS		8
+#define MANY_MS			3000
+
 static Chunk *first = NULL;
 static Chunk *last = NULL;
 static int	nmessages = 0;
@@ -46,6 +50,7 @@ static int	ndone = 0;			/* messages of the oldest chunks that are done */
 static MonoTime done_since = 0; /* when the first of these was */
 static Chunk *oldest = NULL;	/* that is not done */
 static MonoTime oldest_since = 0;	/* when it became that */
+static MonoTime oldest_at = 0;	/* when one of its topics was last done */
 
 Chunk *
 chunks_create(void)
@@ -95,7 +100,7 @@ look_at_oldest(void)
 	if (chunk != first && done_since == 0)
 		done_since = mono_now();
 	if (chunk != oldest)
-		oldest_since = mono_now();
+		oldest_since = oldest_at = mono_now();
 	oldest = chunk;
 }
 
@@ -120,6 +125,8 @@ run_closed(Chunk *chunk)
 {
 	if (--chunk->open_runs == 0)
 		look_at_oldest();
+	if (chunk == oldest)
+		oldest_at = mono_now();
 }
 
 /* Another message of the run is done. */
@@ -176,7 +183,8 @@ chunks_one_waits(void)
 
 /*
  * Returns a topic's flow that the oldest chunk which is not done waits for, and since
- * when that chunk is the oldest; NULL: there is no such chunk.
+ * when; NULL: there is no such chunk.  A chunk of many topics may wait for each of them
+ * a moment, and is not held up as long as one after the other is done, for MANY_MS at most.
  */
 struct Flow *
 chunks_awaited(MonoTime *since)
@@ -184,6 +192,8 @@ chunks_awaited(MonoTime *since)
 	if (oldest == NULL)
 		return NULL;
 	*since = oldest_since;
+	if (oldest->open_runs > FEW_TOPICS && !mono_exceeds(oldest_since, mono_now(), MANY_MS))
+		*since = oldest_at;
 	for (Run *run = oldest->runs; run != NULL; run = run->next_of_chunk)
 	{
 		if (run->done < run->count)
@@ -230,7 +240,7 @@ chunks_record(void (*record_run) (Run *run), int *count)
 		if (newest != NULL)
 		{
 			chunk->flush_ticket = Max(chunk->flush_ticket, newest->flush_ticket);
-			chunk->drops_behind = chunk->drops_behind || newest->drops_behind;
+			chunk->load = Max(chunk->load, newest->load);
 			chunks_free(newest);
 		}
 		newest = chunk;

@@ -275,6 +275,39 @@ flow_uncount(Flow *flow)
 	flow->oldest = 0;
 }
 
+/*
+ * Has counted anew what waits of the topics whose messages are not in memory, because
+ * some may have been taken away.
+ */
+void
+flow_uncount_detached(void)
+{
+	dlist_iter	it;
+
+	dlist_foreach(it, &flow_detached)
+	{
+		if (flow_in(it.cur)->state == FLOW_DETACHED)
+			flow_uncount(flow_in(it.cur));
+	}
+}
+
+/*
+ * Counts anew what waits of the topics that ride with the main cursor: what they have in
+ * memory.  At the end of a batch, when nothing is found behind it.
+ */
+void
+flow_count_riding(void)
+{
+	Topic	   *topic;
+	int			i = 0;
+
+	while ((topic = topic_next(&i)) != NULL)
+	{
+		if (flow_rides(&topic->flow))
+			flow_set_backlog(&topic->flow, topic->flow.window.count);
+	}
+}
+
 /* Was the message given up with fanout.purge(), one by one? */
 bool
 flow_has_purged_id(const Flow *flow, const char *message_id)
@@ -496,9 +529,10 @@ memory_of(const Flow *flow)
 
 /*
  * Has a topic leave the main cursor that has so much in memory that others' messages
- * cannot be read; of several, the one with the most.
+ * cannot be read; of several, the one with the most.  Returns whether there was any; if
+ * not, there is none before the main cursor has read more.
  */
-void
+bool
 flow_leave_much(void)
 {
 	Topic	   *topic;
@@ -515,6 +549,7 @@ flow_leave_much(void)
 	}
 	if (most != NULL)
 		flow_leave(most, true);
+	return most != NULL;
 }
 
 /* ---- refusals ---- */
@@ -745,13 +780,17 @@ flow_reconsider(Topic *topic)
 	flow_sender->update(flow);
 }
 
-/* What the broker said of a topic's declaration has changed. */
+/*
+ * Takes notice that the broker's answer to a topic's declaration has changed.  A topic
+ * that waits for its next attempt looks at it then; but one that has begun to probe would
+ * wait for ever, because its message is not published without the declaration.
+ */
 void
 flow_declared(Topic *topic)
 {
 	const char *error = topology_error(topic);
 
-	if (error != NULL && !topic->dropping && !topic->flow.stalled)
+	if (error != NULL && !topic->dropping && (!topic->flow.stalled || topic->flow.state == FLOW_PROBING))
 		flow_refused(&topic->flow, topic->declaration.code, error);
 	if (flow_is_gone(topic))
 		flow_reconsider(topic);
@@ -780,7 +819,6 @@ flow_find_held(void)
 		Flow	   *flow = &topic_find_or_add(ids[i])->flow;
 
 		flow->held = true;
-		flow->held_after = 0;
 		if (flow_rides(flow))
 			flow_leave(flow, true);
 	}
@@ -809,11 +847,13 @@ flow_load_stalls(void)
 	for (int row = 0; row < SPI_processed; row++)
 	{
 		Topic	   *topic = topic_find(DatumGetInt32(query_value(row, 1, &isnull)));
-		MonoTime	retry_at = load_retry_at(DatumGetTimestampTz(query_value(row, 4, &isnull)));
+		TimestampTz stored = DatumGetTimestampTz(query_value(row, 4, &isnull));
+		MonoTime	retry_at = load_retry_at(stored);
 		Flow	   *flow = topic ? &topic->flow : NULL;
 
 		if (flow == NULL || !topic->known)
 			continue;
+		flow->retry_stored = stored;
 		if (flow->stalled || flow->stall_changed)
 		{
 			/* resume() may have brought the next attempt forward */

@@ -130,16 +130,20 @@ static void
 save_entries(int segment)
 {
 	static CachedQuery query = {
-		"insert into fanout.sent (segment, topic_id, attached, base, target, last_id, count, sent_at, files, unread)"
-		" select r.current, topic_id, attached, base, target, last_id, 0, sent_at, files, unread"
+		"with entry as (select r.current, topic_id, attached, base, target, last_id, 0, sent_at, files, unread"
 		" from fanout.topic_entry t, fanout.rotation r"
 		" where t.segment = $1::smallint and (not t.attached or exists ("
-		"select from fanout.sent s where s.topic_id = t.topic_id and s.segment <> $1::smallint))"
+		"select from fanout.sent s where s.topic_id = t.topic_id and s.segment <> $1::smallint))),"
+		" saved as (insert into fanout.sent"
+		" (segment, topic_id, attached, base, target, last_id, count, sent_at, files, unread)"
+		" select * from entry returning 1)"
+		" select (select count(*) from entry), (select count(*) from saved)"
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(segment)};
 
 	query_execute(&query, 1, types, values, NULL);
+	query_require_copied(query.sql);
 }
 
 static bool
@@ -213,6 +217,22 @@ forget_scattered(int retention_s)
 }
 
 /*
+ * Locks all segments, in the order in which a lock of the whole table does: a step looks at
+ * them in another one, and may hold one while it wants the next.  False: somebody has locked
+ * one of them.
+ */
+static bool
+lock_segments(void)
+{
+	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
+	{
+		if (!ConditionalLockRelationOid(tables_segment(i), AccessShareLock))
+			return false;
+	}
+	return true;
+}
+
+/*
  * Makes one step of rotation: empties segments whose rows have all been sent for
  * longer than the retention, those of the ledger with them, and makes the next
  * one current if it is empty and the current one is old enough.  Never waits for
@@ -224,6 +244,8 @@ maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id))
 {
 	int			current = maintenance_current_segment();
 
+	if (!lock_segments())
+		return current;
 	for (int i = 1; i < OUTBOX_SEGMENTS; i++)
 	{
 		int			segment = (current + i) % OUTBOX_SEGMENTS;
@@ -264,6 +286,20 @@ maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, doubl
 
 		query_execute(&query, 3, types, values, NULL);
 	}
+}
+
+/*
+ * Adds up by how much the numbers of held messages and dead letters have changed.
+ * Sessions that look at them would have to.  In a transaction of its own: the snapshot
+ * that the totals are true for does not tell which of one's own changes they have.
+ */
+void
+maintenance_add_tallies(void)
+{
+	static CachedQuery query = {"select fanout.add_tallies()"};
+
+	pg_atomic_write_u32(&worker_slot->tallies, 0);
+	query_execute(&query, 0, NULL, NULL, NULL);
 }
 
 /* ---- grants ---- */

@@ -27,6 +27,7 @@ extern void maintenance_set_upkeep(const ConsumerUpkeep *upkeep);
 extern int	maintenance_publish_subscriptions(void);
 extern void maintenance_rotate_inbox(int retention_s);
 extern void maintenance_bind_grants(void);
+extern void maintenance_add_tallies(void);
 
 extern int	maintenance_current_segment(void);
 extern int	maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id));

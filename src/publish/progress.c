@@ -78,8 +78,7 @@ bury(const Message *message)
 {
 	Topic	   *topic = topic_find(message->topic_id);
 
-	if (!reader_bury(message, topic->name))
-		return;					/* it was held, and somebody has purged it */
+	reader_bury(message, topic->name);
 	ereport(WARNING,
 			(errmsg("message %s of topic \"%s\" goes to fanout.dead_letter",
 					message->message_id, topic->name),
@@ -119,7 +118,7 @@ record_held(Run *run)
 		else if (run->messages[i]->item.state == WINDOW_DISCARDED)
 			dead[ndead++] = run->messages[i];
 	}
-	if (!reader_lock_held(sent, nsent) || !reader_lock_held(dead, ndead))
+	if (!reader_lock_held(sent, &nsent) || !reader_lock_held(dead, &ndead))
 		return false;
 	reader_release(sent, nsent);
 	for (int i = 0; i < ndead; i++)
@@ -422,6 +421,10 @@ lock_stall(Oid *types, Datum *values)
 	return SPI_processed == 0;
 }
 
+/*
+ * Records what is known of a stall.  When resume() has set another time for the next
+ * attempt than is known, that stays, until the catalog is read.
+ */
 static void
 record_stall(Flow *flow)
 {
@@ -429,14 +432,16 @@ record_stall(Flow *flow)
 	static CachedQuery keep = {
 		"insert into fanout.stall (topic_id, stalled_at, attempts, retry_at, last_error)"
 		" values ($1, $2, $3, $4, $5)"
-		" on conflict (topic_id) do update set attempts = excluded.attempts,"
-		" retry_at = excluded.retry_at, last_error = excluded.last_error"
+		" on conflict (topic_id) do update set attempts = excluded.attempts, last_error = excluded.last_error,"
+		" retry_at = case when stall.retry_at = $6 then excluded.retry_at else stall.retry_at end returning retry_at = $4"
 	};
-	Oid			types[5] = {INT4OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID, TEXTOID};
-	Datum		values[5] = {
+	Oid			types[6] = {INT4OID, TIMESTAMPTZOID, INT4OID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID};
+	TimestampTz retry_at = store_retry_at(flow->retry_at);
+	bool		isnull;
+	Datum		values[6] = {
 		Int32GetDatum(topic_of(flow)->topic_id), TimestampTzGetDatum(flow->stalled_at),
-		Int32GetDatum(flow->attempts), TimestampTzGetDatum(store_retry_at(flow->retry_at)),
-		(Datum) 0
+		Int32GetDatum(flow->attempts), TimestampTzGetDatum(retry_at), (Datum) 0,
+		TimestampTzGetDatum(flow->retry_stored)
 	};
 
 	if (!lock_stall(types, values))
@@ -446,7 +451,9 @@ record_stall(Flow *flow)
 	else
 	{
 		values[4] = CStringGetTextDatum(flow->reason);
-		query_execute(&keep, 5, types, values, NULL);
+		query_execute(&keep, 6, types, values, NULL);
+		if (DatumGetBool(query_value(0, 1, &isnull)))
+			flow->retry_stored = retry_at;
 	}
 	flow->stall_changed = false;
 }

@@ -60,6 +60,7 @@
 
 #define FIRST_STATISTICS_MS 1000
 #define STATISTICS_MS 10000
+#define TALLIES_MS 1000
 #define ALARM_LOG_MS 1000
 #define EVENTS_AT_ONCE 10000
 #define RECORD_AGAIN_MS 500
@@ -104,12 +105,14 @@ typedef struct Publisher
 	uint64		batch_ticket;	/* flush() before the batch that is being read */
 	bool		batch_found;	/* that was found while there was no broker */
 	bool		unfound;		/* there may be something to find ahead of it */
+	bool		much;			/* a topic may have much in memory of what it
+								 * has read */
 
 	/* requests */
 	uint64		flush_recorded; /* flush() tickets behind the ledger */
 	uint64		verify_pending; /* verify() tickets not served */
-	bool		drops_seen;		/* something may have to be dropped, once what
-								 * was written before it is sent */
+	uint32		batch_load;		/* of the catalog, before the batch that is
+								 * being read */
 
 	/* what waits */
 	uint64		start_number;	/* of the base behind which it is all new */
@@ -119,6 +122,7 @@ typedef struct Publisher
 	MonoTime	statistics_at;	/* 0: nothing to count */
 	MonoTime	statistics_since;
 	MonoTime	maintenance_at;
+	MonoTime	tallies_at;		/* 0: not before there are many */
 	MonoTime	record_at;		/* answers not recorded yet: no sooner */
 	MonoTime	record_flows_at;	/* how far topics have come: no sooner */
 } Publisher;
@@ -144,8 +148,10 @@ usable(void)
 static void
 forget_connection(const BrokerEvent *event)
 {
+	bool		doubtful = sender_doubtful(event);
+
 	sender_lost(event);
-	topology_lost(event);
+	topology_lost(event, doubtful);
 	pub.alarm_logged = false;
 	pub.login_at = 0;
 }
@@ -341,7 +347,10 @@ connect_broker(void)
 
 /* ---- the catalog ---- */
 
-/* Inside a transaction. */
+/*
+ * Reads the catalog.  Inside a transaction.  What is marked in it to be dropped goes once
+ * a batch is recorded that begins later, hence another batch.
+ */
 static void
 load_topics(void)
 {
@@ -349,15 +358,14 @@ load_topics(void)
 	int			i = 0;
 
 	pub.load = false;
+	pub.more = true;
 	topic_load();
 	flow_load_stalls();
 	flow_find_held();
 	while ((topic = topic_next(&i)) != NULL)
 		flow_reconsider(topic);
 	flow_load_purges();
-	topology_no_drops();
 	topology_request_all();
-	pub.drops_seen = true;
 }
 
 /* May something have been committed that was not looked at? */
@@ -409,17 +417,17 @@ look_meanwhile(void)
 /* ---- reading with the main cursor ---- */
 
 static void
-batch_recorded(uint64 ticket, bool drops)
+batch_recorded(uint64 ticket, uint32 load)
 {
 	if (ticket > pub.flush_recorded)
 		pub.flush_recorded = ticket;
-	if (drops)
-		topology_drop();
+	if (topology_keeps(load))
+		topology_drop(load);
 }
 
 /*
  * What has to wait until this batch is recorded: a flush() that began before
- * its snapshot, and the dropping of what it saw marked, since a queue must
+ * its snapshot, and the dropping of what was seen marked before that, since a queue must
  * still get what was written before.  A batch that was found long before it was read
  * is too old for either; the next one is not.
  */
@@ -429,15 +437,19 @@ note_end_of_batch(void)
 	Chunk	   *chunk = chunks_last();
 
 	if (pub.batch_found)
-		return;
-	if (chunk == NULL)
-		batch_recorded(pub.batch_ticket, pub.drops_seen);
-	else
 	{
-		chunk->flush_ticket = pub.batch_ticket;
-		chunk->drops_behind = chunk->drops_behind || pub.drops_seen;
+		/* rows that were found may have been taken away before they were read */
+		if (!reader_is_ahead())
+			flow_count_riding();
+		return;
 	}
-	pub.drops_seen = false;
+	if (chunk == NULL)
+	{
+		batch_recorded(pub.batch_ticket, pub.batch_load);
+		return;
+	}
+	chunk->flush_ticket = pub.batch_ticket;
+	chunk->load = pub.batch_load;
 }
 
 /*
@@ -457,6 +469,7 @@ begin_batch(void)
 		pg_atomic_write_u32(&worker_slot->dirty, 0);
 		pg_memory_barrier();
 		pub.batch_ticket = pg_atomic_read_u64(&worker_slot->flush_requested);
+		pub.batch_load = topic_loads();
 	}
 	flow_unknown_topic = false;
 	reader_begin_batch(&pub.cursor, flow_wanted);
@@ -484,6 +497,7 @@ admit_chunk(Chunk *chunk)
 {
 	bool		ended = chunk->ends_batch;
 
+	pub.much = true;
 	flow_end_runs(chunk);
 	if (chunk->runs == NULL)
 		chunks_free(chunk);
@@ -625,8 +639,8 @@ leave_slow(void)
 
 	if (!usable())
 		return;
-	if (pub.more && !chunks_room())
-		flow_leave_much();
+	if (pub.much && pub.more && !chunks_room())
+		pub.much = flow_leave_much();
 	flow = chunks_awaited(&since);
 	if (flow == NULL || !mono_exceeds(Max(since, pub.unblocked_at), now, SLOW_MS))
 		return;
@@ -636,17 +650,21 @@ leave_slow(void)
 
 /* ---- recording ---- */
 
-/* Somebody may have begun to wait for it since it was settled. */
+/*
+ * Does somebody wait until it is recorded?  As long as more is in flight, that would not
+ * end the wait, and recording a few messages at a time would make it longer.
+ */
 static bool
 flush_waits(void)
 {
-	return pg_atomic_read_u64(&worker_slot->flush_requested) > pg_atomic_read_u64(&worker_slot->flush_done);
+	return sender_idle() &&
+		pg_atomic_read_u64(&worker_slot->flush_requested) > pg_atomic_read_u64(&worker_slot->flush_done);
 }
 
 static bool
 chunks_to_record(void)
 {
-	return chunks_due() || (chunks_due_at() != 0 && (flush_waits() || chunks_first()->drops_behind));
+	return chunks_due() || (chunks_due_at() != 0 && (flush_waits() || topology_keeps(chunks_first()->load)));
 }
 
 static bool
@@ -694,7 +712,7 @@ record_settled(void)
 	pub.record_flows_at = mono_later(RECORD_FLOWS_MS);
 	if (chunk != NULL)
 	{
-		batch_recorded(chunk->flush_ticket, chunk->drops_behind);
+		batch_recorded(chunk->flush_ticket, chunk->load);
 		chunks_free(chunk);
 	}
 	return true;
@@ -791,6 +809,12 @@ take_requests(void)
 		pub.verify_pending = verify;
 		topology_forget_confirmed(false);
 	}
+	if (pg_atomic_read_u32(&worker_slot->rows_removed) != 0)
+	{
+		pg_atomic_write_u32(&worker_slot->rows_removed, 0);
+		pg_memory_barrier();
+		flow_uncount_detached();
+	}
 	if (pg_atomic_read_u32(&worker_slot->dirty) != 0)
 		pub.more = true;
 	if (pg_atomic_read_u32(&worker_slot->subscriptions_dirty) != 0)
@@ -877,6 +901,25 @@ keep_statistics(MonoTime now)
 	pub.statistics_at = uncounted ? mono_plus(now, STATISTICS_MS) : 0;
 }
 
+/*
+ * Adds up the entries of fanout.tally once there are many, because each look at the counts
+ * would have to; and again TALLIES_MS later, because the transactions that made them many
+ * may not have committed yet.  Entries that are committed even later, or are few, are added
+ * up with the next maintenance.
+ */
+static void
+add_tallies(MonoTime now)
+{
+	bool		many = pg_atomic_read_u32(&worker_slot->tallies) >= MANY_TALLIES;
+
+	if (!many && (pub.tallies_at == 0 || now < pub.tallies_at))
+		return;
+	pub.tallies_at = many ? mono_plus(now, TALLIES_MS) : 0;
+	worker_begin();
+	maintenance_add_tallies();
+	worker_commit();
+}
+
 static void
 maintain(MonoTime now)
 {
@@ -904,6 +947,7 @@ maintain(MonoTime now)
 	/* the safety nets: under the wake-ups, and under the topology */
 	pub.more = pub.look = true;
 	topology_recheck(RECHECK_TOPICS);
+	pub.tallies_at = now;
 	pub.maintenance_at = mono_plus(now, maintenance_interval());
 }
 
@@ -922,6 +966,7 @@ work_by_the_clock(void)
 	leave_slow();
 	maintain(now);
 	keep_statistics(now);
+	add_tallies(now);
 }
 
 /* ---- the loop ---- */
@@ -942,6 +987,7 @@ time_left(MonoTime now)
 
 	earlier(&timeout, now, pub.maintenance_at);
 	earlier(&timeout, now, pub.statistics_at);
+	earlier(&timeout, now, pub.tallies_at);
 	if (commits_unseen())
 		earlier(&timeout, now, may_begin_batch() ? pub.batch_at : Max(pub.look_at, 1));
 	if (pub.more && usable() && chunks_room())
@@ -1026,7 +1072,7 @@ start(void)
 		.create = flow_create,
 		.at_rest = flow_at_rest,
 		.free = flow_free,
-		.undropped = topology_undropped,
+		.drop_changed = topology_drop_changed,
 		.inherit = topology_inherit,
 		.gone = topology_forget,
 	};

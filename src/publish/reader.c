@@ -294,14 +294,13 @@ typedef struct Row
 static void
 take_row(HeapTuple tuple, TupleDesc desc, Row *row)
 {
-	for (int i = 1; i <= OUTBOX_CREATED_AT; i++)
-	{
-		bool		isnull;
+	/* somebody may have added columns */
+	static Datum values[MaxTupleAttributeNumber];
+	static bool nulls[MaxTupleAttributeNumber];
 
-		row->values[i] = heap_getattr(tuple, i, desc, &isnull);
-		if (isnull)
-			row->values[i] = (Datum) 0;
-	}
+	heap_deform_tuple(tuple, desc, values, nulls);
+	for (int i = 1; i <= OUTBOX_CREATED_AT; i++)
+		row->values[i] = nulls[i - 1] ? (Datum) 0 : values[i - 1];
 }
 
 static char *
@@ -878,31 +877,36 @@ reader_hold(Message **messages, int n)
 		hold_from(segment, messages, n);
 }
 
+/* The publisher does not know the name of a topic that was dropped before it started. */
 #define BURY "insert into fanout.dead_letter (id, topic, " CONTENTS ", reason, attempts)" \
-	" select id, $3, " CONTENTS ", $4, $5 from "
+	" select id, coalesce((select d.topic from fanout.dropped_topic d where d.topic_id = o.topic_id), $3)," \
+	" " CONTENTS ", $4, $5 from "
 
 static void
 bury_from_outbox(const Message *message, Oid *types, Datum *values)
 {
-#define BURY_FROM(segment) BURY "fanout.outbox_" #segment " where ctid = $2 and id = $1"
+#define BURY_FROM(segment) BURY "fanout.outbox_" #segment " o where ctid = $2 and id = $1"
 	static CachedQuery queries[OUTBOX_SEGMENTS] = {{BURY_FROM(0)}, {BURY_FROM(1)}, {BURY_FROM(2)}};
 
 	query_change(&queries[message->segment], 5, types, values, NULL, 1);
 }
 
-static bool
+static void
 bury_from_held(Oid *types, Datum *values)
 {
 	static CachedQuery query = {
 		"with moved as (delete from fanout.held where id = $1 returning *) "
-		BURY "moved"
+		BURY "moved o"
 	};
 
-	query_execute(&query, 5, types, values, NULL);
-	return SPI_processed > 0;
+	query_change(&query, 5, types, values, NULL, 1);
 }
 
-bool
+/*
+ * Makes a dead letter of a message, for its reason.  One that was held must be locked
+ * (reader_lock_held()).  Raises an error if it is not one afterwards.
+ */
+void
 reader_bury(const Message *message, const char *topic)
 {
 	Oid			types[5] = {INT8OID, TIDOID, TEXTOID, TEXTOID, INT4OID};
@@ -912,9 +916,9 @@ reader_bury(const Message *message, const char *topic)
 	};
 
 	if (message->segment == HELD)
-		return bury_from_held(types, values);
-	bury_from_outbox(message, types, values);
-	return true;
+		bury_from_held(types, values);
+	else
+		bury_from_outbox(message, types, values);
 }
 
 /* ---- held messages ---- */
@@ -977,29 +981,53 @@ ids_of(Message **messages, int n)
 }
 
 /*
- * Locks rows so that nothing that is done to them can fail to find them.  It
- * passes over those that a transaction is about to purge, because the publisher
- * waits for no user.
+ * Leaves of messages those whose ids are the rows of the result; both are in order of
+ * ids.  Returns how many.
  */
-bool
-reader_lock_held(Message **messages, int n)
+static int
+keep_found(Message **messages, int n)
 {
-	static CachedQuery lock = {"select from fanout.held where id = any ($1) for update skip locked"};
-	static CachedQuery all = {"select from fanout.held where id = any ($1)"};
-	Oid			types[1] = {INT8ARRAYOID};
-	Datum		values[1] = {ids_of(messages, n)};
-	uint64		locked;
+	int			kept = 0;
+	bool		isnull;
 
-	if (n == 0)
-		return true;
-	query_execute(&lock, 1, types, values, NULL);
-	locked = SPI_processed;
-	if (locked == n)
-		return true;
-	query_execute(&all, 1, types, values, NULL);
-	return SPI_processed == locked;
+	for (int i = 0; i < n && kept < SPI_processed; i++)
+	{
+		if (messages[i]->id == DatumGetInt64(query_value(kept, 1, &isnull)))
+			messages[kept++] = messages[i];
+	}
+	return kept;
 }
 
+/*
+ * Locks held messages, which are in order of ids, so that nothing that is done to them
+ * can fail to find them.  Leaves those that are there in the array, *n of them: others
+ * somebody has purged.  Returns false if a transaction has locked any, and may purge
+ * it, because the publisher waits for no user.
+ */
+bool
+reader_lock_held(Message **messages, int *n)
+{
+	static CachedQuery lock = {"select id from fanout.held where id = any ($1) order by id for update skip locked"};
+	static CachedQuery all = {"select from fanout.held where id = any ($1)"};
+	Oid			types[1] = {INT8ARRAYOID};
+	Datum		values[1] = {ids_of(messages, *n)};
+	int			locked;
+
+	if (*n == 0)
+		return true;
+	query_execute(&lock, 1, types, values, NULL);
+	locked = keep_found(messages, *n);
+	if (locked < *n)
+	{
+		query_execute(&all, 1, types, values, NULL);
+		if (SPI_processed != locked)
+			return false;
+	}
+	*n = locked;
+	return true;
+}
+
+/* Removes held messages that were sent, and are locked (reader_lock_held()). */
 void
 reader_release(Message **messages, int n)
 {
@@ -1008,7 +1036,7 @@ reader_release(Message **messages, int n)
 	Datum		values[1] = {ids_of(messages, n)};
 
 	if (n > 0)
-		query_execute(&query, 1, types, values, NULL);
+		query_change(&query, 1, types, values, NULL, n);
 }
 
 int

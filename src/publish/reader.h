@@ -51,8 +51,8 @@ extern void run_free(Run *run);
 extern void reader_free_body(Message *message);
 
 extern void reader_hold(Message **messages, int n);
-extern bool reader_bury(const Message *message, const char *topic);
-extern bool reader_lock_held(Message **messages, int n);
+extern void reader_bury(const Message *message, const char *topic);
+extern bool reader_lock_held(Message **messages, int *n);
 extern void reader_release(Message **messages, int n);
 extern int	reader_topics_held(int32 **topic_ids);
 

@@ -4,9 +4,9 @@
  *		Counts anew what waits of topics that have left the main cursor.
  *
  * Elsewhere a message is counted when its row is found, and again when it is done
- * (flow.c).  Three things leave a topic's figure unknown (flow_uncount()): the start of
- * the publisher, fanout.purge(), and leaving the main cursor in the middle of a batch
- * with nothing in memory.  Then one scan counts for all such topics together:
+ * (flow.c).  Four things leave a topic's figure unknown (flow_uncount()): the start of
+ * the publisher, fanout.purge(), leaving the main cursor in the middle of a batch with
+ * nothing in memory, and somebody who removes rows from the outbox by hand.  Then one scan counts for all such topics together:
  *
  *		uncounted -> begin(): its place is kept -> every row behind that place, up to
  *		"upto", counts -> finish(): its figure is known

@@ -104,7 +104,8 @@ typedef struct Chunk
 	int64		last_id;
 	bool		ends_batch;
 	uint64		flush_ticket;	/* flush() served when this is recorded */
-	bool		drops_behind;	/* what is to be dropped may go then */
+	uint32		load;			/* of the catalog, before the batch that it
+								 * ends; 0: it ends none */
 } Chunk;
 
 /*

@@ -36,9 +36,10 @@
  *
  * Segments that nobody has written to since they were read are left alone.
  *
- * Rows that did not come by way of segment_append() may be anywhere in a segment;
- * fanout.scattered tells of them, and the whole segment is read once.  So it is when
- * it is stored in another file than before: VACUUM FULL, CLUSTER, TRUNCATE.
+ * Rows that did not come by way of segment_append() may be anywhere in a segment, and
+ * rows that somebody has deleted may be cut off; fanout.scattered tells of both, and
+ * the whole segment is read once.  So it is when it is stored in another file than
+ * before: VACUUM FULL, CLUSTER, TRUNCATE.
  *
  * A batch is read in passes if it has more than MAX_ENTRIES rows: the first pass
  * keeps the lowest ids, the next one those above, and begins at the first block with
@@ -72,7 +73,6 @@
 #include "utils/xid8.h"
 
 #include "capture/msgid.h"
-#include "capture/outbox.h"
 #include "publish/scan.h"
 #include "server/insertion.h"
 #include "server/segment.h"
@@ -126,6 +126,9 @@ typedef struct Start
 	BlockNumber announced;
 } Start;
 
+/* The bits of a row's null bitmap that stand for the columns up to topic_id. */
+#define HEAD_BITS ((1 << OUTBOX_TOPIC_ID) - 1)
+
 static Place places[OUTBOX_SEGMENTS];
 static HTAB *pending = NULL;
 static Start starts[OUTBOX_SEGMENTS];
@@ -155,7 +158,7 @@ open_segments(void)
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
 		segments[i] = table_open(tables_segment(i), AccessShareLock);
-		segment_check_columns(segments[i], outbox_descriptor());
+		segment_check_columns(segments[i], outboxrow_descriptor());
 		if (segments[i]->rd_rel->relam != HEAP_TABLE_AM_OID)
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -469,20 +472,31 @@ is_wanted(const BatchScan *scan, const Entry *entry, uint64 xid, HeapTuple tuple
 	return scan->wanted == NULL || scan->wanted(&row);
 }
 
+/*
+ * Returns the row's first columns, up to topic_id, or NULL: somebody has allowed null in
+ * these.  They are looked at in each row of all topics, which heap_getattr() would make
+ * several times as expensive, since other columns are null.
+ */
+static const OutboxHead *
+head_of(HeapTuple row)
+{
+	if (HeapTupleHasNulls(row) && (row->t_data->t_bits[0] & HEAD_BITS) != HEAD_BITS)
+		return NULL;
+	return (const OutboxHead *) GETSTRUCT(row);
+}
+
 /* With the buffer locked: decides what a row is to the batch. */
 static void
 read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 {
 	BatchScan  *scan = pass->scan;
-	TupleDesc	desc = RelationGetDescr(segments[segment]);
-	bool		isnull;
+	const OutboxHead *head = head_of(row);
 	Entry		entry;
 
-	if (scan->topic_id != 0 &&
-		DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull)) != scan->topic_id)
+	if (head == NULL || (scan->topic_id != 0 && head->topic_id != scan->topic_id))
 		return;
 	entry.block = ItemPointerGetBlockNumber(&row->t_self);
-	look_at_xid(pass, DatumGetUInt64(heap_getattr(row, OUTBOX_XID, desc, &isnull)));
+	look_at_xid(pass, head->xid);
 	if (!pass->in_target)
 	{
 		if (scan->first)
@@ -495,13 +509,13 @@ read_row(Pass *pass, int segment, HeapTuple row, Buffer buffer)
 	if (pass->in_base)
 		return;
 	scan->has_rows[segment] = true;
-	entry.id = DatumGetInt64(heap_getattr(row, OUTBOX_ID, desc, &isnull));
+	entry.id = head->id;
 	if (entry.id <= scan->after_id)
 		return;
-	entry.topic_id = DatumGetInt32(heap_getattr(row, OUTBOX_TOPIC_ID, desc, &isnull));
+	entry.topic_id = head->topic_id;
 	entry.segment = segment;
 	entry.offset = ItemPointerGetOffsetNumber(&row->t_self);
-	if (is_wanted(scan, &entry, pass->xid, row, desc))
+	if (is_wanted(scan, &entry, pass->xid, row, RelationGetDescr(segments[segment])))
 		add_entry(scan, &entry);
 }
 
@@ -533,26 +547,30 @@ read_block(Pass *pass, int segment, BlockNumber block, BufferAccessStrategy stra
 		cut_entries(pass->scan);
 }
 
-/* Reads at most so many blocks of the range that is under way; returns how many. */
+/*
+ * Reads at most so many blocks of the range that is under way; returns how many.  VACUUM
+ * may have cut off its last blocks since the range was chosen: they had no row of the
+ * batch.
+ */
 static int
 read_range(Pass *pass, int limit)
 {
 	BatchScan  *scan = pass->scan;
 	const Range *range = &scan->ranges[scan->range];
-	BlockNumber behind = Min(range->behind, scan->block + limit);
-	int			n = behind - scan->block;
+	BlockNumber behind = Min(range->behind, RelationGetNumberOfBlocks(segments[range->segment]));
+	int			n = 0;
 	BufferAccessStrategy strategy = range->behind - range->first < BULK_BLOCKS ? NULL :
 		GetAccessStrategy(BAS_BULKREAD);
 
 	check_file(scan, range->segment);
-	for (; scan->block < behind; scan->block++)
+	for (; n < limit && scan->block < behind; n++, scan->block++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		read_block(pass, range->segment, scan->block, strategy);
 	}
 	if (strategy != NULL)
 		FreeAccessStrategy(strategy);
-	if (scan->block >= range->behind && ++scan->range < scan->nranges)
+	if (scan->block >= behind && ++scan->range < scan->nranges)
 		scan->block = scan->ranges[scan->range].first;
 	return n;
 }
@@ -623,13 +641,17 @@ last_block(BlockNumber blocks)
 	return blocks > 0 ? blocks - 1 : 0;
 }
 
-/* Begins at the first block of a segment that is stored in another file now. */
+/*
+ * Begins at the first block of a segment that is stored in another file now, or that may
+ * have rows of the batch anywhere, or may have lost some: the floor is found anew then.
+ */
 static void
-follow_file(int segment)
+place_floor(int segment, bool anywhere)
 {
 	Oid			file = segments[segment]->rd_rel->relfilenode;
 
-	if (places[segment].file == file && places[segment].floor <= last_block(starts[segment].blocks))
+	if (places[segment].file == file && !anywhere &&
+		places[segment].floor <= last_block(starts[segment].blocks))
 		return;
 	places[segment].file = file;
 	places[segment].floor = 0;
@@ -658,17 +680,15 @@ move_floor(const BatchScan *scan, int segment)
 	places[segment].floor = Max(places[segment].floor, floor);
 }
 
-/* Decides which blocks may have rows of the batch; read: the segments to be read. */
+/* Decides which blocks may have rows of the batch. */
 static void
-choose_ranges(BatchScan *scan, const bool *read, const bool *anywhere)
+choose_ranges(BatchScan *scan)
 {
 	make_room(scan);
 	add_pending(scan);
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
-		if (anywhere[i])
-			add_range(scan, i, 0, InvalidBlockNumber);
-		else if (read[i])
+		if (scan->read[i])
 			add_range(scan, i, places[i].floor, InvalidBlockNumber);
 	}
 	join_ranges(scan);
@@ -697,16 +717,11 @@ scan_batch(BatchScan *scan, Datum base, Datum target, int64 after_id, const bool
 	memset(scan->has_rows, false, sizeof(scan->has_rows));
 	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
 	{
-		follow_file(i);
+		place_floor(i, anywhere[i]);
 		scan->read[i] = must_read(i);
 	}
 	scan_unread(&scan->unread);
-	for (int i = 0; i < OUTBOX_SEGMENTS; i++)
-	{
-		if (anywhere[i])
-			scan->unread.blocks[i] = 0;
-	}
-	choose_ranges(scan, scan->read, anywhere);
+	choose_ranges(scan);
 	begin_pass(scan, after_id);
 }
 

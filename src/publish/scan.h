@@ -16,19 +16,8 @@
 #include "storage/block.h"
 #include "storage/off.h"
 
+#include "capture/outboxrow.h"
 #include "server/tables.h"
-
-/* Columns of fanout.outbox. */
-#define OUTBOX_ID			3
-#define OUTBOX_XID			4
-#define OUTBOX_TOPIC_ID		5
-#define OUTBOX_MESSAGE_ID	6
-#define OUTBOX_TYPE			7
-#define OUTBOX_KEY			8
-#define OUTBOX_HEADERS		9
-#define OUTBOX_PAYLOAD		10
-#define OUTBOX_QUEUE		11
-#define OUTBOX_CREATED_AT	12
 
 /*
  * For each segment: as long as it is stored in that file (pg_class.relfilenode), all

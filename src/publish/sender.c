@@ -12,12 +12,18 @@
  *		            others wait, and its turn is over    | nothing is in flight any more,
  *		                               +-> yields -------+ or no confirm comes
  *
- * Those that wait get one in the order in which they came.
+ * Topics get channels in the order in which they began to wait.  A topic whose turn ended
+ * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
+ * message alone in its next turns.  It is refused when the message is older than
+ * confirm_timeout and HUNG_MS of one more turn have brought no confirm either, so that time
+ * spent waiting for a channel refuses no topic by itself.
  *
- * Topics with something to publish stand in a ring.  Each publishes at most
- * TURN_MESSAGES and goes to the end of it; confirms are taken between turns.  The
+ * Topics with something to publish stand in a ring, or in line for a channel.  Each
+ * publishes at most TURN_MESSAGES and goes to the end of the ring; confirms are taken after
+ * as many messages, of one topic or of several.  The
  * window of each is bounded by pg_fanout.max_in_flight, as long as others publish by a
- * part of it (window_part()), and what is in flight of all by MAX_WINDOW_BYTES.
+ * part of it (window_part()), and what is in flight of all by MAX_WINDOW_BYTES, but for
+ * OWN_WINDOW_BYTES of each: topics whose queues do not confirm may have the rest for long.
  *
  * Which message the broker has closed a channel for it does not say.  So the topic
  * isolates: it sends those again that were in flight, one at a time, and the one
@@ -26,14 +32,19 @@
  *
  * A connection that is lost otherwise may be the fault of a message as well: somebody on
  * the way to the broker, or the broker itself, may end it whenever that message comes.
- * So each topic is suspected during whose messages it was lost twice, none of which was
- * confirmed in between, or more often while some were.  Those that are suspected publish
+ * So the sender suspects a topic if the connection was lost three times while messages of
+ * that topic were in flight, and none of them was confirmed in between; or more often, if
+ * some were.  Topics that are suspected publish
  * one after the other, beside all that are not:
  *
- *		none -> lost -> lost again: suspected -> on trial -> lost again: refused
+ *		none -> lost, three times: suspected -> on trial -> lost again: refused
  *
  * and none again once all messages are settled that were in flight.  A loss on trial after
- * a confirm refuses nothing: so it is where the network is bad.  A topic that was
+ * a confirm refuses nothing: so it is where the network is bad.  Nor does one while other
+ * messages were in flight that had been when it was lost before: it may be any of them,
+ * until their topics are suspected, too, or cleared.  On a new connection those that are
+ * suspected let the others go first (may_try()), which would otherwise have nothing
+ * confirmed before the connection is lost again.  A topic that was
  * refused stays suspected.  It isolates, so that what came before the message is settled
  * for good, and each of its probes is a trial.  Where nothing at all is confirmed
  * meanwhile, it is the broker, and no topic is refused.
@@ -59,6 +70,8 @@
 #define TURN_MESSAGES 100
 #define ROUND_MESSAGES 1000
 #define MAX_WINDOW_BYTES (16 * 1024 * 1024)
+#define OWN_WINDOW_BYTES (MAX_WINDOW_BYTES / 16)	/* of each topic, whatever
+													 * others have in flight */
 #define SLOTS_AT_FIRST 64
 
 /* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
@@ -66,6 +79,8 @@
 
 /* How long a window that was full may wait for half of it to be confirmed. */
 #define REFILL_MS 200
+#define REFILL_LATE_MS 10		/* or more, so that nobody is woken all the
+								 * time while nothing can be published */
 
 /* A topic may fill its window if no other has published for so long. */
 #define ALONE_MS 10000
@@ -84,7 +99,7 @@
  * when a topic is suspected; how long it is on trial.
  */
 #define STUCK_LOSS 5
-#define SUSPECT_LOSSES (2 * STUCK_LOSS)
+#define SUSPECT_LOSSES (3 * STUCK_LOSS)
 #define TRIAL_MS 1000
 
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
@@ -117,6 +132,9 @@ static MonoTime way = 0;		/* to the broker and back, in microseconds; 0:
 								 * being measured */
 static MonoTime way_since = 0;	/* with what was published since then */
 static MonoTime checked_at = 0;
+static MonoTime counts_from = 0;	/* time counts against topics: the
+									 * connection is new, or an alarm is over,
+									 * since then */
 
 /* Is the broker there at all? */
 static int	ping = 0;			/* channel that was asked for, to find out */
@@ -205,9 +223,12 @@ note_settled(Flow *flow, int count)
 		acquit(flow);
 }
 
-/* The connection was lost while n of the topic's messages were in flight. */
+/*
+ * The connection was lost while n of the topic's messages were in flight.  alone: of all
+ * that may be the reason, only this one's were.
+ */
 static void
-note_loss(Flow *flow, int n, bool on_trial, const BrokerEvent *event)
+note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 {
 	bool		stuck = (flow->losses == 0 || !flow->progressed);
 
@@ -219,7 +240,7 @@ note_loss(Flow *flow, int n, bool on_trial, const BrokerEvent *event)
 	}
 	flow->losses += stuck ? STUCK_LOSS : 1;
 	flow->progressed = false;
-	if (!on_trial || !stuck || acked_at <= flow->lost_at)
+	if (!alone || !stuck || acked_at <= flow->lost_at)
 		return;
 	flow->isolate = Max(flow->isolate, n);
 	flow_refused(flow, event->code,
@@ -238,6 +259,17 @@ may_send(const Flow *flow)
 }
 
 static void
+set_in_ring(Flow *flow, bool in_ring)
+{
+	nring += in_ring ? 1 : -1;
+	if (in_ring)
+		dlist_push_tail(&ring, &flow->ready_node);
+	else
+		dlist_delete(&flow->ready_node);
+}
+
+/* Moves a topic from the ring to the end of those that wait for a channel, or back. */
+static void
 set_in_line(Flow *flow, bool in_line)
 {
 	if (flow->in_line == in_line)
@@ -248,6 +280,7 @@ set_in_line(Flow *flow, bool in_line)
 		dlist_push_tail(&waiters, &flow->wait_node);
 	else
 		dlist_delete(&flow->wait_node);
+	set_in_ring(flow, !in_line);
 }
 
 /* To be called when anything changes on which it depends whether a topic may publish. */
@@ -262,14 +295,8 @@ sender_update(Flow *flow)
 	if (ready == flow->ready)
 		return;
 	flow->ready = ready;
-	nring += ready ? 1 : -1;
-	if (ready)
-		dlist_push_tail(&ring, &flow->ready_node);
-	else
-	{
-		dlist_delete(&flow->ready_node);
-		set_in_line(flow, false);
-	}
+	set_in_line(flow, false);
+	set_in_ring(flow, ready);
 }
 
 /* ---- channels ---- */
@@ -300,8 +327,8 @@ set_channel(Flow *flow, int channel)
 }
 
 /* Gives the topic's channel up, with what is in flight on it. */
-void
-sender_release(Flow *flow)
+static void
+give_channel_up(Flow *flow)
 {
 	if (flow->channel == 0)
 		return;
@@ -309,6 +336,14 @@ sender_release(Flow *flow)
 		broker_close_channel(conn->broker, flow->channel);
 	set_channel(flow, 0);
 	lose(flow);
+}
+
+/* The topic publishes nothing more for now: it gives its channel up. */
+void
+sender_release(Flow *flow)
+{
+	give_channel_up(flow);
+	flow->unconfirmed_since = 0;
 }
 
 bool
@@ -328,18 +363,62 @@ sender_opened(int channel)
 		return;
 	}
 	flows[channel]->channel_open = true;
-	flows[channel]->channel_since = mono_now();
+	flows[channel]->channel_since = flows[channel]->channel_at = mono_now();
 }
 
-/* May the topic's channel be given at once to another that waits? */
+/* Has the topic waited for so long for a confirm, or for its channel to be opened? */
+static bool
+waits_in_vain(MonoTime since, MonoTime now, int ms)
+{
+	return mono_exceeds(Max(since, counts_from), now, ms);
+}
+
+/*
+ * Is it time to doubt a topic, or the broker?  The age of what was not confirmed in former
+ * turns counts once it was not in this one either.
+ */
+static bool
+is_overdue(const Flow *flow, MonoTime now)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	if (!flow->channel_open)
+		return waits_in_vain(flow->channel_since, now, pgf_confirm_timeout);
+	if (item == NULL)
+		return false;
+	if (flow->unconfirmed_since != 0 && waits_in_vain(item->published_at, now, HUNG_MS))
+		return waits_in_vain(flow->unconfirmed_since, now, pgf_confirm_timeout);
+	return waits_in_vain(item->published_at, now, pgf_confirm_timeout);
+}
+
+/*
+ * May the topic's channel be given at once to another that waits?  Not before it is open:
+ * a broker that takes its time would do so in vain; nor while the topic is doubted.  Both
+ * end by confirm_timeout (check_flow()).
+ */
 static bool
 may_yield(const Flow *flow, MonoTime now)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
+	if (!flow->channel_open)
+		return !flow->ready;
 	if (item != NULL)
-		return mono_exceeds(Max(item->published_at, flow->confirmed_at), now, HUNG_MS);
+		return waits_in_vain(Max(item->published_at, flow->confirmed_at), now, HUNG_MS) &&
+			!is_overdue(flow, now);
 	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
+}
+
+/* Ends the topic's turn, since others wait.  What is in flight keeps its age. */
+static void
+end_turn(Flow *flow)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	if (item != NULL && flow->unconfirmed_since == 0)
+		flow->unconfirmed_since = item->published_at;
+	give_channel_up(flow);
+	flow_settle(flow);
 }
 
 /*
@@ -364,43 +443,60 @@ make_room(void)
 		nyield += flow->yields;
 		if (may_yield(flow, now) && (chosen == NULL || flow->channel_since < chosen->channel_since))
 			chosen = flow;
-		if (!flow->yields && mono_exceeds(flow->channel_at, now, YIELD_MS) &&
+		if (!flow->yields && flow->channel_open && mono_exceeds(flow->channel_at, now, YIELD_MS) &&
 			(longest == NULL || flow->channel_at < longest->channel_at))
 			longest = flow;
 	}
 	if (chosen != NULL)
-	{
-		sender_release(chosen);
-		flow_settle(chosen);
-	}
+		end_turn(chosen);
 	else if (longest != NULL && nyield < nwaiters)
 		longest->yields = true;
 }
 
-/* Does the topic have an open channel?  If not, one is asked for, when it is its turn. */
+/* Does the topic have an open channel?  If it has none, it is in line for one then. */
 static bool
 has_channel(Flow *flow)
 {
+	if (flow->channel == 0)
+	{
+		set_in_line(flow, true);
+		return false;
+	}
+	flow->yields = flow->yields && nwaiters > 0;
+	return flow->channel_open;
+}
+
+/*
+ * Asks for a channel for the topic that is first in line, unless it may not publish any
+ * more: the connection is another one, say, on which its topology is not declared yet.
+ * Returns false if there is none in line, or no channel is free.
+ */
+static bool
+serve_first(void)
+{
 	BrokerError error;
+	Flow	   *flow;
 	int			channel = 0;
 
-	if (flow->channel != 0)
-	{
-		flow->yields = flow->yields && nwaiters > 0;
-		return flow->channel_open;
-	}
-	set_in_line(flow, true);
-	if (dlist_head_node(&waiters) != &flow->wait_node)
+	if (nwaiters == 0)
 		return false;
 	if (nchannels >= pgf_max_channels)
 		make_room();
+	if (nwaiters == 0)
+		return false;
+	flow = dlist_container(Flow, wait_node, dlist_head_node(&waiters));
+	if (!may_send(flow))
+	{
+		sender_update(flow);
+		return true;
+	}
 	if (nchannels < pgf_max_channels)
 		channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
 	set_in_line(flow, false);
 	set_channel(flow, channel);
-	return false;
+	return true;
 }
 
 /* ---- publishing ---- */
@@ -409,7 +505,7 @@ has_channel(Flow *flow)
 bool
 sender_may_publish(void)
 {
-	return conn->broker != NULL && !broker_blocked(conn->broker) && nring > 0;
+	return conn->broker != NULL && !broker_blocked(conn->broker) && nring + nwaiters > 0;
 }
 
 /*
@@ -479,6 +575,41 @@ note_delay(const Flow *flow)
 		way = delay;
 }
 
+/* Is all that is to be published, or is in flight, of topics that are suspected? */
+static bool
+only_suspects(void)
+{
+	dlist_iter	it;
+
+	if (in_flight > (trial != NULL ? trial->window.in_flight : 0))
+		return false;
+	dlist_foreach(it, &ring)
+	{
+		if (!is_suspected(dlist_container(Flow, ready_node, it.cur)))
+			return false;
+	}
+	dlist_foreach(it, &waiters)
+	{
+		if (!is_suspected(dlist_container(Flow, wait_node, it.cur)))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * May a topic that is suspected publish on this connection?  Not before others have shown
+ * that it works, if there are any: else they would have nothing confirmed as long as there
+ * are suspects, and it could not be told whose fault a loss is.
+ */
+static bool
+may_try(const Flow *flow)
+{
+	if (trial != NULL && trial != flow)
+		return false;
+	return acked_at > conn->connected_at || mono_exceeds(conn->connected_at, mono_now(), TRIAL_MS) ||
+		(!topology_busy() && only_suspects());
+}
+
 /* Has the window room for another message? */
 static bool
 has_room(const Flow *flow)
@@ -487,14 +618,17 @@ has_room(const Flow *flow)
 
 	if (flow->yields)
 		return false;
-	if (is_suspected(flow) && trial != NULL && trial != flow)
+	if (is_suspected(flow) && !may_try(flow))
 		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;
+	if (flow->unconfirmed_since != 0)
+		return false;
 	part = window_part(flow);
 	return flow->isolate == 0 && isolate == 0 &&
 		flow->window.in_flight < Max(pgf_max_in_flight * part, 1) &&
-		flow->window.bytes < MAX_WINDOW_BYTES * part && bytes_in_flight < MAX_WINDOW_BYTES;
+		flow->window.bytes < MAX_WINDOW_BYTES * part &&
+		(bytes_in_flight < MAX_WINDOW_BYTES || flow->window.bytes < OWN_WINDOW_BYTES);
 }
 
 /* Has a slot for the next delivery tag. */
@@ -617,19 +751,20 @@ send_some(Flow *flow)
 		n++;
 	if (n > 0)
 		flow->channel_since = mono_now();
-	if (flow->window.in_flight >= pgf_max_in_flight)
-		flow->refill_at = mono_later(REFILL_MS);
-	else if (n > 0)
-		flow->refill_at = 0;
+	flow->refill_at = flow->window.in_flight >= pgf_max_in_flight ? mono_later(REFILL_MS) : 0;
 	sender_update(flow);
 	return n;
 }
 
-/* Gives each of the topics in the ring a turn; returns how many messages went out. */
+/*
+ * Gives each of the topics in the ring a turn, and asks for channels for those in line;
+ * returns how many messages went out.
+ */
 static int
 round_of_turns(bool (*take_events) (void))
 {
 	int			sent = 0;
+	int			since = 0;		/* events were taken */
 
 	for (int i = nring; i > 0 && nring > 0 && sender_may_publish(); i--)
 	{
@@ -639,10 +774,18 @@ round_of_turns(bool (*take_events) (void))
 		dlist_push_tail(&ring, &flow->ready_node);
 		n = send_some(flow);
 		sent += n;
+		since += n;
 		/* confirms free the window, and must not pile up at the broker */
-		if (n > 0)
+		if (since >= TURN_MESSAGES)
+		{
 			(void) take_events();
+			since = 0;
+		}
 	}
+	if (since > 0)
+		(void) take_events();
+	while (sender_may_publish() && serve_first())
+		;
 	return sent;
 }
 
@@ -696,6 +839,7 @@ sender_confirmed(const BrokerEvent *event)
 		return "the broker confirmed a message that was not in flight";
 	sender_heard();
 	flow->confirmed_at = heard_at;
+	flow->unconfirmed_since = 0;
 	if (ack)
 	{
 		acked_at = heard_at;
@@ -770,6 +914,7 @@ sender_closed(const BrokerEvent *event)
 	only = (n == 1) ? window_oldest(&flow->window) : NULL;
 	set_channel(flow, 0);
 	lose(flow);
+	flow->unconfirmed_since = 0;
 	if (event->code == BROKER_ACCESS_REFUSED &&
 		!connection_believes(conn, &flow->doubted, flow->stalled && flow->code == BROKER_ACCESS_REFUSED))
 	{
@@ -805,20 +950,44 @@ may_blame_message(const BrokerEvent *event)
 		(event->class_id == 0 || broker_blames_publish(event->class_id, event->method_id));
 }
 
-/* The same of one topic; only: its message alone was in flight, of all topics. */
+/* Are messages in flight that were when the connection was lost before? */
+static bool
+is_doubtful(const Flow *flow)
+{
+	return flow->losses > 0 && flow->window.in_flight > 0;
+}
+
+/*
+ * May the loss of the connection that is reported be the fault of messages that were in
+ * flight when it was lost before?  To be asked before sender_lost().
+ */
+bool
+sender_doubtful(const BrokerEvent *event)
+{
+	for (int i = 0; i < nflows && may_blame_message(event); i++)
+	{
+		if (flows[i] != NULL && is_doubtful(flows[i]))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * The connection is lost to one topic; only: its message alone was in flight, of all
+ * topics; alone: it was on trial, and no other is doubtful.
+ */
 static void
-flow_lost(Flow *flow, bool only, const BrokerEvent *event)
+flow_lost(Flow *flow, bool only, bool alone, const BrokerEvent *event)
 {
 	Message    *culprit = only && blames_content(event) ? message_of(window_oldest(&flow->window)) : NULL;
 	int			n = flow->window.in_flight;
-	bool		on_trial = (flow == trial);
 
 	set_channel(flow, 0);
 	lose(flow);
 	if (culprit != NULL)
 		discard(flow, culprit, psprintf("%d %s", event->code, event->text));
 	else if (n > 0 && !blames_content(event) && may_blame_message(event))
-		note_loss(flow, n, on_trial, event);
+		note_loss(flow, n, alone, event);
 	flow_settle(flow);
 }
 
@@ -830,17 +999,24 @@ void
 sender_lost(const BrokerEvent *event)
 {
 	uint64		n = in_flight;
+	Flow	   *tried = trial;
 
 	for (int i = 0; i < nflows; i++)
 	{
+		if (flows[i] != NULL && flows[i] != trial && is_doubtful(flows[i]))
+			tried = NULL;
+	}
+	for (int i = 0; i < nflows; i++)
+	{
 		if (flows[i] != NULL)
-			flow_lost(flows[i], n == 1 && flows[i]->window.in_flight == 1, event);
+			flow_lost(flows[i], n == 1 && flows[i]->window.in_flight == 1, flows[i] == tried, event);
 	}
 	if (n > 1 && blames_content(event))
 		isolate = n;
 	way = way_since = 0;
 	ping = 0;
 	ping_at = 0;
+	counts_from = mono_now();
 }
 
 /* ---- by the clock ---- */
@@ -854,20 +1030,6 @@ give_up_confirms(Flow *flow)
 	flow_settle(flow);
 }
 
-/* Is it time to doubt a topic, or the broker? */
-static bool
-is_overdue(const Flow *flow, MonoTime now, MonoTime unblocked_at)
-{
-	const WindowItem *item = window_oldest(&flow->window);
-	MonoTime	since;
-
-	if (flow->channel_open && item == NULL)
-		return false;
-	/* an alarm's time does not count: the broker did not read what we sent */
-	since = Max(flow->channel_open ? item->published_at : flow->channel_since, unblocked_at);
-	return mono_exceeds(since, now, pgf_confirm_timeout);
-}
-
 /* Asks something of the broker, to know whether it answers. */
 static void
 ask_for_life(MonoTime now)
@@ -877,13 +1039,14 @@ ask_for_life(MonoTime now)
 	if (ping_at != 0)
 		return;
 	ping_at = now;
-	ping = broker_open_channel(conn->broker, false, &error);
+	if (ping == 0)
+		ping = broker_open_channel(conn->broker, false, &error);
 }
 
 static void
-check_flow(Flow *flow, MonoTime now, MonoTime unblocked_at)
+check_flow(Flow *flow, MonoTime now)
 {
-	if (is_overdue(flow, now, unblocked_at))
+	if (is_overdue(flow, now))
 	{
 		if (ping_at != 0 && heard_at > ping_at)
 			give_up_confirms(flow);
@@ -902,22 +1065,25 @@ const char *
 sender_check(MonoTime now, MonoTime unblocked_at)
 {
 	bool		answered = (ping_at != 0 && heard_at > ping_at);
+	bool		blocked = conn->broker != NULL && broker_blocked(conn->broker);
 
-	if (conn->broker == NULL || broker_blocked(conn->broker) || !mono_exceeds(checked_at, now, 100))
+	/* an alarm's time does not count: the broker did not read what we sent */
+	counts_from = Max(counts_from, blocked ? now : unblocked_at);
+	if (conn->broker == NULL || blocked || !mono_exceeds(checked_at, now, 100))
 		return NULL;
 	checked_at = now;
 	for (int i = 0; i < nflows; i++)
 	{
 		if (flows[i] != NULL)
-			check_flow(flows[i], now, unblocked_at);
+			check_flow(flows[i], now);
 	}
-	if (trial != NULL && mono_exceeds(Max(trial_at, unblocked_at), now, TRIAL_MS))
+	if (trial != NULL && waits_in_vain(trial_at, now, TRIAL_MS))
 		acquit(trial);
 	if (ping_at == 0)
 		return NULL;
 	if (answered)
 		ping_at = 0;
-	else if (mono_exceeds(Max(ping_at, unblocked_at), now, Min(ANSWER_MS, pgf_confirm_timeout)))
+	else if (waits_in_vain(ping_at, now, Min(ANSWER_MS, pgf_confirm_timeout)))
 		return "the broker did not confirm a message within pg_fanout.confirm_timeout";
 	return NULL;
 }
@@ -927,17 +1093,21 @@ long
 sender_timeout(MonoTime now)
 {
 	long		timeout = IDLE_MS;
+	bool		may_publish = sender_may_publish();
 
 	if (in_flight > 0 || ping_at != 0)
 		timeout = Min(timeout, 500);
 	if (nwaiters > 0 || trial != NULL)
 		timeout = Min(timeout, 100);
+	/* then those that are suspected may publish */
+	if (nring > 0 && !mono_exceeds(conn->connected_at, now, TRIAL_MS))
+		timeout = Min(timeout, mono_left(now, mono_plus(conn->connected_at, TRIAL_MS)) + 1);
 	for (int i = 0; i < nflows; i++)
 	{
 		if (flows[i] != NULL && !flows[i]->channel_open)
 			timeout = Min(timeout, 500);
-		if (flows[i] != NULL && flows[i]->ready && flows[i]->refill_at != 0)
-			timeout = Min(timeout, mono_left(now, flows[i]->refill_at));
+		if (may_publish && flows[i] != NULL && flows[i]->ready && flows[i]->refill_at != 0)
+			timeout = Min(timeout, Max(mono_left(now, flows[i]->refill_at), REFILL_LATE_MS));
 	}
 	return timeout;
 }

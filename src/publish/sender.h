@@ -26,6 +26,7 @@ extern void sender_opened(int channel);
 extern const char *sender_confirmed(const BrokerEvent *event);
 extern const char *sender_returned(const BrokerEvent *event);
 extern bool sender_closed(const BrokerEvent *event);
+extern bool sender_doubtful(const BrokerEvent *event);
 extern void sender_lost(const BrokerEvent *event);
 
 extern const char *sender_check(MonoTime now, MonoTime unblocked_at);

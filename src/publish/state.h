@@ -175,6 +175,8 @@ typedef struct Flow
 	int			code;			/* the broker's, 0: none */
 	TimestampTz stalled_at;
 	MonoTime	retry_at;		/* no sooner */
+	TimestampTz retry_stored;	/* the same in fanout.stall, as it was written
+								 * or read last */
 	char	   *reason;			/* TopMemoryContext */
 	char	   *returned;		/* what the last return said; TopMemoryContext */
 	bool		serial;			/* it was refused since it joined */
@@ -186,10 +188,13 @@ typedef struct Flow
 	MonoTime	channel_since;	/* asked for, or used last */
 	MonoTime	channel_at;		/* has it since then */
 	MonoTime	confirmed_at;	/* the last confirm came */
+	MonoTime	unconfirmed_since;	/* the oldest message was published first,
+									 * if a turn ended without a confirm
+									 * since; 0: none did */
 	bool		yields;			/* others wait for it: publishes nothing more */
 	bool		in_line;		/* in the list of those that wait for one */
 	dlist_node	wait_node;
-	bool		ready;			/* in the list of those that may publish */
+	bool		ready;			/* it may publish: in the ring, or in line */
 	dlist_node	ready_node;
 	int			isolate;		/* messages to be sent one at a time */
 	int			losses;			/* of the connection in a row, weighed, while
@@ -215,6 +220,7 @@ typedef struct Binding
 	bool		stream;
 	bool		refuses;		/* its queue may refuse by design */
 	bool		dropping;
+	uint32		drop_load;		/* which topic_load() found it so */
 	bool		if_unused;
 	bool		if_empty;
 	BindingAnswer answer;		/* topology.c's */
@@ -237,6 +243,7 @@ typedef struct Topic
 	bool		dead_letters;	/* on_exhausted = 'dead_letter' */
 	bool		paused;
 	bool		dropping;
+	uint32		drop_load;		/* which topic_load() found it so, or not */
 	Binding    *bindings;
 	int			nbindings;
 

@@ -35,6 +35,7 @@
 PG_FUNCTION_INFO_V1(pgf_library_version);
 PG_FUNCTION_INFO_V1(pgf_preloaded);
 PG_FUNCTION_INFO_V1(pgf_wake_publisher);
+PG_FUNCTION_INFO_V1(pgf_note_tallies);
 PG_FUNCTION_INFO_V1(pgf_topology_changed);
 PG_FUNCTION_INFO_V1(pgf_flush);
 PG_FUNCTION_INFO_V1(pgf_verify);
@@ -94,6 +95,26 @@ pgf_topology_changed(PG_FUNCTION_ARGS)
 	if (!guard_is_replicated()) /* nothing was changed then */
 		topology_changed();
 	return PointerGetDatum(NULL);
+}
+
+/*
+ * Tells the publisher of new entries in fanout.tally, and wakes it once there are many.
+ * That is before they are committed; see add_tallies() in publisher.c.
+ */
+Datum
+pgf_note_tallies(PG_FUNCTION_ARGS)
+{
+	DatabaseSlot *slot = shmem_my_slot();
+	uint32		entries = Max(PG_GETARG_INT32(0), 0);
+	uint32		before;
+
+	if (slot != NULL)
+	{
+		before = pg_atomic_fetch_add_u32(&slot->tallies, entries);
+		if (before < MANY_TALLIES && before + entries >= MANY_TALLIES)
+			shmem_wake_publisher(slot);
+	}
+	PG_RETURN_VOID();
 }
 
 /* ---- requests ---- */

@@ -181,6 +181,7 @@ load_topic(int row)
 	Topic	   *topic = topic_find(topic_id);
 	MemoryContext oldcontext;
 	char	   *format;
+	bool		dropping;
 
 	if (topic != NULL)			/* what it had is freed in merge_previous() */
 		topic->context = AllocSetContextCreate(TopMemoryContext, "pg_fanout topic", ALLOCSET_SMALL_SIZES);
@@ -195,9 +196,13 @@ load_topic(int row)
 	topic->content_type = wire_content_type(format, strlen(format));
 	topic->dead_letters = bool_value(row, 4);
 	topic->paused = bool_value(row, 5);
-	if (topic->dropping && !bool_value(row, 6))
-		keepers->undropped(topic);
-	topic->dropping = bool_value(row, 6);
+	dropping = bool_value(row, 6);
+	if (topic->dropping != dropping)
+	{
+		topic->dropping = dropping;
+		topic->drop_load = current_load;
+		keepers->drop_changed(topic);
+	}
 	topic->bindings = NULL;
 	topic->nbindings = 0;
 	MemoryContextSwitchTo(oldcontext);
@@ -348,6 +353,7 @@ inherit_bindings(Topic *topic, const Binding *old, int nold)
 				strcmp(old[j].signature, binding->signature) == 0)
 				same = &old[j];
 		}
+		binding->drop_load = (same != NULL && same->dropping) ? same->drop_load : current_load;
 		keepers->inherit(topic, binding, same);
 	}
 	MemoryContextSwitchTo(oldcontext);
@@ -399,6 +405,13 @@ merge_previous(Previous *previous, int count)
 			inherit_bindings(topic, p->bindings, p->nbindings);
 		MemoryContextDelete(p->context);
 	}
+}
+
+/* How often topics and bindings were read. */
+uint32
+topic_loads(void)
+{
+	return current_load;
 }
 
 /* Reads topics and bindings. */

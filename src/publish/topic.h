@@ -18,7 +18,7 @@ typedef struct TopicKeepers
 	void		(*create) (Topic *topic);
 	bool		(*at_rest) (const Topic *topic);
 	void		(*free) (Topic *topic);
-	void		(*undropped) (Topic *topic);
+	void		(*drop_changed) (Topic *topic);
 	void		(*inherit) (Topic *topic, Binding *binding, const Binding *old);
 	void		(*gone) (Topic *topic);
 } TopicKeepers;
@@ -26,6 +26,7 @@ typedef struct TopicKeepers
 extern void topic_init(const TopicKeepers *who);
 extern bool topic_changed(void);
 extern void topic_load(void);
+extern uint32 topic_loads(void);
 extern Topic *topic_find(int32 topic_id);
 extern Topic *topic_find_or_add(int32 topic_id);
 extern Topic *topic_next(int *i);

@@ -32,7 +32,9 @@
  *	 of those under way.  On the next connection they go one at a time, and the one
  *	 that is under way when it happens again is refused.  So it is if the connection is
  *	 lost without a word (somebody on the way may not like a request), but that may be
- *	 chance: then once more is needed.
+ *	 chance: then once more is needed.  A loss does not count while messages are in
+ *	 flight that were when it was lost before, because it may be theirs: sender.c
+ *	 finds out.
  *
  * Must never: wait; have more than one request under way on a channel.
  *
@@ -95,7 +97,8 @@ static bool one_at_a_time = false;
 static int	witness = 0;		/* this channel; 0: none is asked for */
 static MonoTime witness_at = 0; /* when it was asked for */
 static MonoTime witnessed = 0;	/* when the last one was that was opened */
-static bool drops = false;		/* what is to be dropped may go */
+static uint32 drop_load = 0;	/* what topic_load() had found to be dropped
+								 * up to this one may go */
 
 /* A queue of dead letters keeps what it has, however often it is given back. */
 static const BrokerField dead_queue_arguments[] = {
@@ -168,15 +171,21 @@ set_error(Declaration *declaration, char *error)
 	declaration->error = error;
 }
 
-/* Refused to be dropped, or declared again meanwhile: as new, but no news. */
+/*
+ * The topic is to be dropped, or not any more: what was answered to the contrary is no
+ * news, and no reason not to ask.
+ */
 void
-topology_undropped(Topic *topic)
+topology_drop_changed(Topic *topic)
 {
 	Declaration *declaration = &topic->declaration;
 
 	set_error(declaration, NULL);
 	declaration->gone = false;
 	declaration->answered = false;
+	if (topic->dropping)
+		return;
+	/* refused to be dropped, or declared again meanwhile */
 	declaration->confirmed = false;
 	declaration->rechecked = true;
 }
@@ -363,7 +372,7 @@ next_of_binding(const Topic *topic, Binding *binding, Next *next)
 		next_drop(binding, next);
 	else
 		next->kind = answer->declared ? BROKER_BIND_QUEUE : BROKER_DECLARE_QUEUE;
-	return binding->dropping ? drops : topic->declaration.confirmed;
+	return binding->dropping ? binding->drop_load <= drop_load : topic->declaration.confirmed;
 }
 
 /* Finds out what has to be asked next of a topic; false: nothing. */
@@ -389,7 +398,7 @@ find_next(Topic *topic, Next *next)
 	next->binding = NULL;
 	next->dead = false;
 	next->kind = BROKER_DELETE_EXCHANGE;
-	return topic->dropping && drops && declaration->error == NULL;
+	return topic->dropping && topic->drop_load <= drop_load && declaration->error == NULL;
 }
 
 /* Puts the topic into the queue if anything has to be asked; first: at its head. */
@@ -425,19 +434,22 @@ topology_request_all(void)
 		topology_request(topic, false);
 }
 
-/* What is to be dropped may go: all that was written before was sent. */
-void
-topology_drop(void)
+/* Is what that topic_load(), or one before it, found to be dropped not to go yet? */
+bool
+topology_keeps(uint32 load)
 {
-	drops = true;
-	topology_request_all();
+	return drop_load < load;
 }
 
-/* What was marked to be dropped just now has to wait again. */
+/*
+ * What that topic_load() or one before it found to be dropped may go: all that was
+ * written before was sent.
+ */
 void
-topology_no_drops(void)
+topology_drop(uint32 load)
 {
-	drops = false;
+	drop_load = load;
+	topology_request_all();
 }
 
 /* ---- answers ---- */
@@ -470,7 +482,9 @@ exchange_answered(Topic *topic, BrokerRequestKind kind, int code, const char *er
 {
 	Declaration *declaration = &topic->declaration;
 
-	if (kind == BROKER_DELETE_EXCHANGE)
+	if ((kind == BROKER_DELETE_EXCHANGE) != topic->dropping)
+		return;					/* what is wanted of it has changed meanwhile */
+	if (topic->dropping)
 	{
 		declaration->confirmed = true;
 		declaration->gone = (error == NULL || code == 404);
@@ -815,16 +829,13 @@ step(Connection *conn, Control *control)
 	check_timeout(conn, control);
 	if (control->topic_id == 0 && !dlist_is_empty(&queue))
 		take_topic(control);
-	if (control->topic_id == 0)
-	{
-		if (control->channel != 0)
-			close_control(conn, control);
-		return;
-	}
-	if (control->channel == 0)
+	if (control->topic_id != 0 && control->channel == 0)
 		open_control(conn, control);
 	while (control->open && !control->asked && control->topic_id != 0 && !busy)
 		ask_next(conn, control, &busy);
+	/* at once, for the next step may be a minute away */
+	if (control->topic_id == 0 && control->channel != 0 && dlist_is_empty(&queue))
+		close_control(conn, control);
 }
 
 /* Is there a channel that is not closed yet? */
@@ -860,7 +871,7 @@ topology_step(Connection *conn)
 		any = any || (controls[i].asked && !asked);
 	}
 	if (nqueued == 0)
-		one_at_a_time = drops = false;
+		one_at_a_time = false;
 	return any;
 }
 
@@ -951,10 +962,11 @@ request_lost(Control *control, Topic *topic, bool alone, const BrokerEvent *even
 
 /*
  * The connection is lost.  event: with what the broker has closed it, or how it was
- * lost; NULL: in another way, which is no request's fault.
+ * lost; NULL: in another way, which is no request's fault.  doubtful: messages may be the
+ * reason that were in flight when it was lost before.
  */
 void
-topology_lost(const BrokerEvent *event)
+topology_lost(const BrokerEvent *event, bool doubtful)
 {
 	int			asked = 0;
 
@@ -968,7 +980,7 @@ topology_lost(const BrokerEvent *event)
 
 		control->channel = 0;
 		control->open = false;
-		if (topic != NULL && may_blame_request(control, event))
+		if (topic != NULL && !doubtful && may_blame_request(control, event))
 			request_lost(control, topic, asked == 1, event);
 		if (control->topic_id != 0)
 			release_topic(control, true);

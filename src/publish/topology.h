@@ -16,22 +16,22 @@
 extern void topology_init(void (*declared) (Topic *topic));
 extern void topology_request(Topic *topic, bool first);
 extern void topology_request_all(void);
-extern void topology_drop(void);
-extern void topology_no_drops(void);
+extern bool topology_keeps(uint32 load);
+extern void topology_drop(uint32 load);
 extern void topology_unblocked(void);
 extern const char *topology_check(MonoTime now, MonoTime heard_at);
 extern void topology_forget_confirmed(bool anew);
 extern void topology_forget_topic(Topic *topic);
 extern void topology_recheck(int count);
 extern void topology_inherit(Topic *topic, Binding *binding, const Binding *old);
-extern void topology_undropped(Topic *topic);
+extern void topology_drop_changed(Topic *topic);
 extern void topology_forget(Topic *topic);
 
 extern bool topology_step(Connection *conn);
 extern void topology_opened(Connection *conn, int channel);
 extern void topology_replied(Connection *conn, const BrokerEvent *event);
 extern bool topology_refused(Connection *conn, const BrokerEvent *event);
-extern void topology_lost(const BrokerEvent *event);
+extern void topology_lost(const BrokerEvent *event, bool doubtful);
 extern bool topology_owns(int channel);
 extern bool topology_busy(void);
 extern MonoTime topology_timeout(void);

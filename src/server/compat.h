@@ -12,8 +12,11 @@
 
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/transam.h"
 #include "catalog/pg_database.h"
+#include "catalog/pg_proc.h"
+#include "commands/sequence.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
@@ -24,7 +27,10 @@
 #include "utils/acl.h"
 #include "utils/guc.h"
 #include "utils/guc_tables.h"
+#include "utils/rel.h"
 #include "utils/wait_event.h"
+
+#include "server/append.h"
 
 #if PG_VERSION_NUM < 140000
 #error "pg_fanout needs PostgreSQL 14 or later"
@@ -105,7 +111,7 @@ pgf_guc_variables(int *n)
 #define pg_noreturn pg_attribute_noreturn()
 #endif
 
-/* 16: one function for the ownership of all kinds of objects */
+/* 16: one function for the ownership of all kinds of objects, and one for rights on them */
 static inline bool
 pgf_owns_database(Oid database)
 {
@@ -113,6 +119,16 @@ pgf_owns_database(Oid database)
 	return object_ownercheck(DatabaseRelationId, database, GetUserId());
 #else
 	return pg_database_ownercheck(database, GetUserId());
+#endif
+}
+
+static inline bool
+pgf_may_execute(Oid function, Oid role)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_aclcheck(ProcedureRelationId, function, role, ACL_EXECUTE) == ACLCHECK_OK;
+#else
+	return pg_proc_aclcheck(function, role, ACL_EXECUTE) == ACLCHECK_OK;
 #endif
 }
 
@@ -180,6 +196,17 @@ pgf_init_materialized(FunctionCallInfo fcinfo)
 #endif
 }
 
+/* 18: a scan may count its searches */
+static inline IndexScanDesc
+pgf_index_beginscan(Relation heap, Relation index, Snapshot snapshot, int nkeys)
+{
+#if PG_VERSION_NUM >= 180000
+	return index_beginscan(heap, index, snapshot, NULL, nkeys, 0);
+#else
+	return index_beginscan(heap, index, snapshot, nkeys, 0);
+#endif
+}
+
 /* 16: VARDATA_ANY() and the like have a header of their own */
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"
@@ -236,21 +263,24 @@ escape_json_with_len(StringInfo buf, const char *str, int len)
 {
 	const char *end = str + len;
 
-	enlargeStringInfo(buf, len + 2);
-	appendStringInfoCharMacro(buf, '"');
+	(void) append_room(buf, len + 2);
+	append_char(buf, '"');
 	while (str < end)
 	{
 		const char *start = str;
 
 		while (end - str >= (int) sizeof(uint64) && !pgf_json_escapes_word(str))
 			str += sizeof(uint64);
+		if (end - str < (int) sizeof(uint64) && end - start >= (int) sizeof(uint64) &&
+			!pgf_json_escapes_word(end - sizeof(uint64)))
+			str = end;			/* the last word reaches into the one before */
 		while (str < end && !pgf_json_escapes_byte((unsigned char) *str))
 			str++;
-		appendBinaryStringInfo(buf, start, str - start);
+		append_bytes(buf, start, str - start);
 		if (str < end)
 			pgf_append_json_escape(buf, *str++);
 	}
-	appendStringInfoCharMacro(buf, '"');
+	append_char(buf, '"');
 }
 #endif
 
@@ -260,6 +290,17 @@ escape_json_with_len(StringInfo buf, const char *str, int len)
 #else
 #define PGF_IS_VIRTUAL_GENERATED(attr) false
 #endif
+
+/* 16: other names for the place of a relation's files */
+static inline void
+pgf_set_sequence_locator(xl_seq_rec * record, Relation sequence)
+{
+#if PG_VERSION_NUM >= 160000
+	record->locator = sequence->rd_locator;
+#else
+	record->node = sequence->rd_node;
+#endif
+}
 
 /* The parameters of ExecutorRun_hook, and how they are passed on. */
 #if PG_VERSION_NUM >= 180000

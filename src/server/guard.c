@@ -35,6 +35,10 @@
  *	 sent, or count as sent.  The publisher is told that such a row may be anywhere
  *	 (fanout.scattered).
  *
+ * - Somebody deletes rows of the outbox by hand: they are gone.  The publisher is told,
+ *	 since VACUUM may cut off their blocks, and then others may be written there; and
+ *	 because it has counted them.
+ *
  * The outbox, the ledger and the inbox are written without the executor (see
  * segment.c), so these triggers cost nothing there.
  *
@@ -57,6 +61,7 @@
 #include "server/guard.h"
 #include "server/segment.h"
 #include "server/tables.h"
+#include "server/wakeup.h"
 
 PG_FUNCTION_INFO_V1(pgf_guard);
 
@@ -68,6 +73,7 @@ guard_is_replicated(void)
 		DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum) 0)) == 1;
 }
 
+/* The publisher finds out at once that rows are gone. */
 static void
 check_truncate(Relation rel)
 {
@@ -77,6 +83,7 @@ check_truncate(Relation rel)
 				 errmsg("logical replication cannot truncate table \"fanout.%s\"", RelationGetRelationName(rel)),
 				 errdetail("It has rows of this server, which no other server may remove."),
 				 errhint("Enable event triggers, then use ALTER SUBSCRIPTION ... REFRESH PUBLICATION, which takes the tables of pg_fanout out of the subscription.")));
+	wakeup_removed_at_commit();
 }
 
 /*
@@ -110,7 +117,10 @@ check_transaction(TriggerData *trigdata, HeapTuple row, const char *column)
 				 errhint("Use fanout.publish() to write a message.")));
 }
 
-/* A row that INSERT or UPDATE brings goes wherever there is room. */
+/*
+ * A row that INSERT or UPDATE brings goes wherever there is room, and where UPDATE or
+ * DELETE have removed rows from the end, the segment may become shorter.
+ */
 static void
 note_place(Relation rel)
 {
@@ -130,9 +140,12 @@ check_row(TriggerData *trigdata)
 
 	if (guard_is_replicated())
 		return NULL;
-	if (!TRIGGER_FIRED_BY_DELETE(trigdata->tg_event) && trigdata->tg_trigger->tgnargs > 0)
+	if (trigdata->tg_trigger->tgnargs > 0)
 	{
-		check_transaction(trigdata, row, trigdata->tg_trigger->tgargs[0]);
+		if (TRIGGER_FIRED_BY_DELETE(trigdata->tg_event))
+			wakeup_removed_at_commit();
+		else
+			check_transaction(trigdata, row, trigdata->tg_trigger->tgargs[0]);
 		note_place(trigdata->tg_relation);
 	}
 	return row;

@@ -33,6 +33,10 @@ extern void query_execute(CachedQuery *query, int nargs, Oid *types, Datum *valu
 extern void query_change(CachedQuery *query, int nargs, Oid *types, Datum *values, const char *nulls,
 						 uint64 rows);
 
+extern void query_require_copied(const char *sql);
+
+extern void query_plan_by_index(SPIPlanPtr plan);
+
 /* A value of the last result; rows from 0, columns from 1. */
 extern Datum query_value(int row, int column, bool *isnull);
 

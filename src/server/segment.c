@@ -149,8 +149,8 @@ lacks_value(Relation rel, HeapTuple *rows, int n)
 	return false;
 }
 
-static bool
-is_plain_index(Relation index)
+bool
+segment_is_plain_index(Relation index)
 {
 	return index->rd_rel->relam == BTREE_AM_OID &&
 		index->rd_index->indimmediate && !index->rd_index->indisexclusion &&
@@ -294,7 +294,7 @@ open_indexes(Relation rel, Relation *indexes, List *oids)
 	foreach(cell, oids)
 	{
 		indexes[i] = index_open(lfirst_oid(cell), RowExclusiveLock);
-		plain = plain && is_plain_index(indexes[i]);
+		plain = plain && segment_is_plain_index(indexes[i]);
 		i++;
 	}
 	return plain;

@@ -22,6 +22,9 @@ extern Oid	segment_oid(const char *table, int segment);
  */
 extern void segment_check_columns(Relation rel, TupleDesc desc);
 
+/* Is it a B-tree of columns, of all rows, as the install script makes them? */
+extern bool segment_is_plain_index(Relation index);
+
 /* Has no row, dead or alive. */
 extern bool segment_empty(Oid segment);
 

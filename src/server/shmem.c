@@ -199,6 +199,7 @@ init_slot(DatabaseSlot *slot)
 {
 	init_worker(&slot->worker, WORKER_PUBLISHER);
 	init_worker(&slot->history, WORKER_HISTORY);
+	pg_atomic_init_u32(&slot->rows_removed, 0);
 	pg_atomic_init_u32(&slot->history_dirty, 0);
 	ConditionVariableInit(&slot->progress);
 	pg_atomic_init_u32(&slot->dirty, 0);
@@ -212,6 +213,7 @@ init_slot(DatabaseSlot *slot)
 	pg_atomic_init_u64(&slot->verify_requested, 0);
 	pg_atomic_init_u64(&slot->verify_done, 0);
 	pg_atomic_init_u32(&slot->backlog_known, 0);
+	pg_atomic_init_u32(&slot->tallies, 0);
 	pg_atomic_init_u32(&slot->in_flight, 0);
 	pg_atomic_init_u64(&slot->published, 0);
 	pg_atomic_init_u64(&slot->confirmed, 0);

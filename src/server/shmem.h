@@ -103,6 +103,12 @@ typedef union Announcement
 	char		line[PG_CACHE_LINE_SIZE];	/* sessions must not share one */
 } Announcement;
 
+/*
+ * The publisher adds up the entries of fanout.tally when there are so many, because whoever
+ * looks at the counts reads all that are left: less than 1 ms.
+ */
+#define MANY_TALLIES 1000
+
 typedef struct DatabaseSlot
 {
 	WorkerSlot	worker;			/* the publisher */
@@ -113,6 +119,7 @@ typedef struct DatabaseSlot
 
 	/* hot */
 	pg_atomic_uint32 dirty;		/* something was committed since the last read */
+	pg_atomic_uint32 rows_removed;	/* from the outbox, by hand */
 	pg_atomic_uint32 subscriptions_dirty;	/* subscriptions were changed */
 	pg_atomic_uint32 history_dirty; /* fanout.backfill was changed */
 	pg_atomic_uint32 current_segment;	/* of the ring of outbox segments */
@@ -124,6 +131,8 @@ typedef struct DatabaseSlot
 	pg_atomic_uint64 verify_requested;	/* tickets drawn by check() */
 	pg_atomic_uint64 verify_done;
 	pg_atomic_uint32 backlog_known; /* the figures of backlog.c are true */
+	pg_atomic_uint32 tallies;	/* entries in fanout.tally that were not added
+								 * up, about */
 	ConditionVariable progress; /* signalled when flush_done or verify_done
 								 * moves */
 

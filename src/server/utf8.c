@@ -134,3 +134,26 @@ utf8_decode(const char *utf8, size_t len)
 		return unconstify(char *, view);
 	return pnstrdup(view, text_len);
 }
+
+/*
+ * The same; NULL also if encoding the text does not give the same bytes again.  Some
+ * encodings have one character for several of Unicode's (EUC_JP: U+00A6 and U+FFE4), and
+ * some have one that cannot be converted back (EUC_TW: U+4E04).
+ */
+char *
+utf8_decode_exactly(const char *utf8, size_t len)
+{
+	char	   *text = utf8_decode(utf8, len);
+	const char *again;
+	size_t		again_len;
+
+	if (text == NULL || GetDatabaseEncoding() == PG_UTF8 || GetDatabaseEncoding() == PG_SQL_ASCII)
+		return text;
+
+	again = utf8_encode(text, strlen(text), &again_len);
+	if (again != NULL && again_len == len && memcmp(again, utf8, len) == 0)
+		return text;
+
+	pfree(text);
+	return NULL;
+}

@@ -9,7 +9,7 @@
  *
  * XACT_EVENT_COMMIT comes after the transaction has left the ProcArray, so a
  * publisher that is woken by it sees what was committed.  An error in it would
- * be a PANIC: it allocates nothing, reads no catalog, and on the hot path (a
+ * be a PANIC, so it must never allocate or read a catalog; and on the hot path (a
  * commit with messages) takes no lock either: one atomic exchange, and a latch
  * if the publisher had nothing to do.  The LWLock in shmem.c is taken only
  * for what is rare, as the server itself does after commit.
@@ -59,6 +59,7 @@ typedef struct Hold
 
 /* What the current transaction asked for; lists in TopTransactionContext. */
 static bool publisher_at_commit = false;
+static bool removed_at_commit = false;
 static bool subscriptions_at_commit = false;
 static bool consumers_at_commit = false;
 static bool launcher_at_end = false;
@@ -94,6 +95,13 @@ wakeup_publisher_at_commit(void)
 		return;
 	wakeup_init();
 	publisher_at_commit = true;
+}
+
+void
+wakeup_removed_at_commit(void)
+{
+	wakeup_publisher_at_commit();
+	removed_at_commit = true;
 }
 
 void
@@ -203,6 +211,8 @@ commit_work(void)
 	{
 		DatabaseSlot *slot = shmem_my_slot();
 
+		if (slot != NULL && removed_at_commit)
+			pg_atomic_write_u32(&slot->rows_removed, 1);
 		/* Without a slot: a publisher that comes later finds the messages. */
 		if (slot != NULL)
 			shmem_wake_publisher(slot);
@@ -231,6 +241,7 @@ end_work(void)
 		shmem_wake_launcher(rescan_at_end);
 
 	publisher_at_commit = false;
+	removed_at_commit = false;
 	subscriptions_at_commit = false;
 	consumers_at_commit = false;
 	launcher_at_end = false;

@@ -20,6 +20,12 @@
 extern void wakeup_publisher_at_commit(void);
 
 /*
+ * The same for a transaction that removed rows of the outbox, which the publisher may
+ * have counted.
+ */
+extern void wakeup_removed_at_commit(void);
+
+/*
  * The same for changed subscriptions, which the publisher reads again, and for
  * what the consumers of this database are to look at.
  */

@@ -549,9 +549,12 @@ worker_begin(void)
 	PushActiveSnapshot(GetTransactionSnapshot());
 }
 
+/* Within a savepoint that somebody has left open, nothing would be committed. */
 void
 worker_commit(void)
 {
+	if (IsSubTransaction())
+		elog(FATAL, "a savepoint was left open");
 	SPI_finish();
 	PopActiveSnapshot();
 	CommitTransactionCommand();

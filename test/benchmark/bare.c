@@ -3,11 +3,13 @@
  * bare.c
  *		The limit: what publishing and consuming cost with rabbitmq-c and nothing else.
  *
- *	bare publish PORT EXCHANGE FILE WINDOW [RATE]
+ *	bare publish PORT EXCHANGE[,EXCHANGE...] FILE WINDOW [RATE]
  *		Publishes each line of FILE, all of them read before, with confirms and
- *		with the properties and headers that pg_fanout gives a message.  At most
- *		WINDOW are unconfirmed.  With RATE, so many per second, and then prints
- *		of each "key microseconds", when it was handed to the socket.
+ *		with the properties and headers that pg_fanout gives a message.  Each
+ *		exchange has a channel of its own, and the messages go to them in turn.
+ *		At most WINDOW are unconfirmed on a channel.  With RATE, so many per
+ *		second, and then prints of each "key microseconds", when it was handed to
+ *		the socket.
  *
  *	bare consume PORT QUEUE COUNT PREFETCH
  *		Consumes COUNT messages, acking several at once, and prints of each
@@ -31,7 +33,7 @@
 #include <amqp_framing.h>
 #include <amqp_tcp_socket.h>
 
-#define CHANNEL 1
+#define CHANNEL 1				/* of the consumer, and the publisher's first */
 
 typedef struct
 {
@@ -46,9 +48,19 @@ static amqp_connection_state_t conn;
 static Item *items;
 static size_t nitems;
 
-/* Of publishing: items sent so far, and the lowest delivery tag not confirmed. */
-static uint64_t sent;
-static uint64_t confirmed;
+/* What is published to one exchange: each nchannels-th item, from the first one on. */
+typedef struct
+{
+	const char *exchange;
+	size_t		next;			/* item */
+	uint64_t	sent;			/* the last delivery tag */
+	uint64_t	lowest;			/* delivery tag that is not confirmed */
+	uint64_t	in_flight;
+	bool	   *confirmed;		/* by delivery tag */
+} Channel;
+
+static Channel *channels;		/* the first one has number CHANNEL */
+static int	nchannels;
 
 static void
 die(const char *format,...)
@@ -89,7 +101,12 @@ connect_to(int port)
 	if (socket == NULL || amqp_socket_open(socket, "127.0.0.1", port) != 0)
 		die("cannot connect to port %d", port);
 	check(amqp_login(conn, "/", 0, AMQP_DEFAULT_FRAME_SIZE, 0, AMQP_SASL_METHOD_PLAIN, "guest", "guest"), "login");
-	amqp_channel_open(conn, CHANNEL);
+}
+
+static void
+open_channel(int number)
+{
+	amqp_channel_open(conn, number);
 	check(amqp_get_rpc_reply(conn), "channel.open");
 }
 
@@ -174,11 +191,19 @@ number_entry(const char *name, int64_t value)
 	return entry;
 }
 
-static void
-publish(Item *item, const char *exchange)
+static bool
+has_items(const Channel *channel)
 {
+	return channel->next < nitems;
+}
+
+/* Publishes the channel's next item. */
+static void
+publish(Channel *channel)
+{
+	Item	   *item = &items[channel->next];
 	amqp_table_entry_t headers[] = {
-		number_entry("sequence", sent + 1), number_entry("xid", 1000), text_entry("key", item->key)
+		number_entry("sequence", channel->next + 1), number_entry("xid", 1000), text_entry("key", item->key)
 	};
 	amqp_basic_properties_t properties = {
 		._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_MESSAGE_ID_FLAG |
@@ -194,22 +219,32 @@ publish(Item *item, const char *exchange)
 	amqp_bytes_t body = {item->len, item->body};
 
 	item->time = now();
-	if (amqp_basic_publish(conn, CHANNEL, amqp_cstring_bytes(exchange), amqp_empty_bytes,
-						   true, false, &properties, body) != AMQP_STATUS_OK)
+	if (amqp_basic_publish(conn, CHANNEL + (channel - channels), amqp_cstring_bytes(channel->exchange),
+						   amqp_empty_bytes, true, false, &properties, body) != AMQP_STATUS_OK)
 		die("publishing failed");
-	sent++;
+	channel->next += nchannels;
+	channel->sent++;
+	channel->in_flight++;
 }
 
-/*
- * Takes one frame within the time, if there is one.  Acks of single messages come
- * out of order now and then, but each counts one; "multiple" counts up to its tag.
- */
+/* Notes an ack.  Those of single messages may come out of order. */
+static void
+note_ack(Channel *channel, const amqp_basic_ack_t *ack)
+{
+	for (uint64_t tag = ack->multiple ? channel->lowest : ack->delivery_tag; tag <= ack->delivery_tag; tag++)
+	{
+		channel->in_flight -= !channel->confirmed[tag];
+		channel->confirmed[tag] = true;
+	}
+	while (channel->lowest <= channel->sent && channel->confirmed[channel->lowest])
+		channel->lowest++;
+}
+
+/* Takes one frame within the time, if there is one. */
 static bool
 take_confirm(struct timeval *timeout)
 {
-	static uint64_t last = 0;
 	amqp_frame_t frame;
-	amqp_basic_ack_t *ack;
 	int			status = amqp_simple_wait_frame_noblock(conn, &frame, timeout);
 
 	if (status == AMQP_STATUS_TIMEOUT)
@@ -218,12 +253,7 @@ take_confirm(struct timeval *timeout)
 		frame.payload.method.id != AMQP_BASIC_ACK_METHOD)
 		die("not an ack: status %d, method %x", status, (unsigned) frame.payload.method.id);
 
-	ack = frame.payload.method.decoded;
-	if (!ack->multiple)
-		confirmed++;
-	else if (ack->delivery_tag > last)
-		confirmed = ack->delivery_tag;
-	last = ack->delivery_tag;
+	note_ack(&channels[frame.channel - CHANNEL], frame.payload.method.decoded);
 	if (!amqp_frames_enqueued(conn) && !amqp_data_in_buffer(conn))
 		amqp_maybe_release_buffers(conn);
 	return true;
@@ -241,34 +271,65 @@ take_confirms(bool wait)
 		;
 }
 
-static void
-publish_all(const char *exchange, uint64_t window)
+static uint64_t
+unconfirmed(void)
 {
-	while (sent < nitems)
+	uint64_t	n = 0;
+
+	for (int i = 0; i < nchannels; i++)
+		n += channels[i].in_flight;
+	return n;
+}
+
+/* Publishes an item on each channel that has room; returns how many. */
+static int
+publish_in_turn(uint64_t window)
+{
+	int			n = 0;
+
+	for (int i = 0; i < nchannels; i++)
 	{
-		publish(&items[sent], exchange);
-		if (sent - confirmed >= window)
-			take_confirms(true);
-		else if (sent % 64 == 0)
-			take_confirms(false);
+		if (!has_items(&channels[i]) || channels[i].in_flight >= window)
+			continue;
+		publish(&channels[i]);
+		n++;
+	}
+	return n;
+}
+
+static void
+publish_all(uint64_t window)
+{
+	int			since = 0;		/* the last look for confirms */
+	int			n;
+
+	while ((n = publish_in_turn(window)) > 0 || unconfirmed() > 0)
+	{
+		since += n;
+		if (n > 0 && since < 64)
+			continue;
+		take_confirms(n == 0);
+		since = 0;
 	}
 }
 
 static void
-publish_at_rate(const char *exchange, double rate)
+publish_at_rate(double rate)
 {
 	int64_t		begin = now();
 
-	while (sent < nitems)
+	for (size_t sent = 0; sent < nitems;)
 	{
 		int64_t		wait = begin + (int64_t) (sent * 1000000 / rate) - now();
 		struct timeval timeout = {wait / 1000000, wait % 1000000};
 
 		if (wait <= 0)
-			publish(&items[sent], exchange);
+			publish(&channels[sent++ % nchannels]);
 		else
 			take_confirm(&timeout);
 	}
+	while (unconfirmed() > 0)
+		take_confirms(true);
 }
 
 static void
@@ -278,19 +339,36 @@ print_times(void)
 		printf("%s %lld\n", items[i].key, (long long) items[i].time);
 }
 
+/* Opens a channel for each of the exchanges, which are separated by commas. */
 static void
-run_publisher(const char *exchange, const char *file, int window, double rate)
+open_channels(char *exchanges)
+{
+	for (char *name = strtok(exchanges, ","); name != NULL; name = strtok(NULL, ","))
+	{
+		int			number = CHANNEL + nchannels;
+		Channel		channel = {.exchange = name, .next = nchannels, .lowest = 1};
+
+		channels = realloc(channels, (nchannels + 1) * sizeof(Channel));
+		channel.confirmed = calloc(nitems + 2, sizeof(bool));
+		if (channels == NULL || channel.confirmed == NULL)
+			die("out of memory");
+		channels[nchannels++] = channel;
+		open_channel(number);
+		amqp_confirm_select(conn, number);
+		check(amqp_get_rpc_reply(conn), "confirm.select");
+	}
+}
+
+static void
+run_publisher(char *exchanges, const char *file, int window, double rate)
 {
 	read_items(file);
-	amqp_confirm_select(conn, CHANNEL);
-	check(amqp_get_rpc_reply(conn), "confirm.select");
+	open_channels(exchanges);
 	wait_for_go();
 	if (rate > 0)
-		publish_at_rate(exchange, rate);
+		publish_at_rate(rate);
 	else
-		publish_all(exchange, window);
-	while (confirmed < sent)
-		take_confirms(true);
+		publish_all(window);
 	say("done");
 	if (rate > 0)
 		print_times();
@@ -340,6 +418,7 @@ run_consumer(const char *queue, size_t count, int prefetch)
 	if (items == NULL)
 		die("out of memory");
 	nitems = count;
+	open_channel(CHANNEL);
 	amqp_basic_qos(conn, CHANNEL, 0, prefetch, false);
 	check(amqp_get_rpc_reply(conn), "basic.qos");
 	wait_for_go();
@@ -355,7 +434,7 @@ int
 main(int argc, char **argv)
 {
 	if (argc < 6)
-		die("usage: bare publish PORT EXCHANGE FILE WINDOW [RATE] | bare consume PORT QUEUE COUNT PREFETCH");
+		die("usage: bare publish PORT EXCHANGE[,EXCHANGE...] FILE WINDOW [RATE] | bare consume PORT QUEUE COUNT PREFETCH");
 	connect_to(atoi(argv[2]));
 	if (strcmp(argv[1], "publish") == 0)
 		run_publisher(argv[3], argv[4], atoi(argv[5]), argc > 6 ? atof(argv[6]) : 0);

@@ -406,10 +406,11 @@ class Backlog:
         self.relay_db.close()
         self.env.broker.delete(self.topic, self.queues)
 
-    def bodies_file(self):
+    def bodies_file(self, count=None):
+        count = count or self.count
         file = os.path.join(self.env.scratch, 'bodies')
         with open(file, 'w') as f, self.db.cursor() as cursor:
-            cursor.copy_expert(f'copy (select body(i, {self.size}) from generate_series(1, {self.count}) i) to stdout '
+            cursor.copy_expert(f'copy (select body(i, {self.size}) from generate_series(1, {count}) i) to stdout '
                                "with (format csv, delimiter e'\\x01', quote e'\\x02')", f)
         return file
 

@@ -4,7 +4,6 @@ many databases
     topics       a backlog spread over 1, 100 and 2,000 topics
     idle         1 and 50 databases in which nothing happens
     backlog      10 million messages: the first tenth and the last
-    transaction  2 million messages of one transaction: latency of other topics
     snapshot     a snapshot that is held open for ten minutes under load
 
 The queues that nobody consumes keep the last 1,000 messages only, so that it is
@@ -175,29 +174,6 @@ def backlog(env):
                        'first tenth', {'last tenth': 1.05}, higher=False)]
 
 
-# Latency beside a large transaction
-
-def summary(what, seen, base, targets=None):
-    """Results of {variant: [{percentile: milliseconds}, ...]}."""
-    return [r for p in PERCENTILES for r in
-            results_of('stability', f'{what}, p{p:g}', 'ms', {name: [each[p] for each in v] for name, v in seen.items()},
-                       base, targets, higher=False, compare='difference')]
-
-
-def transaction(env):
-    count = env.size(2_000_000, 50_000)
-    run = Latency(env, 200)
-    execute(run.db, "select fanout.declare_binding('large', 'g', 'classic', %s)", (SHORT_QUEUE,))
-    seen = {'alone': [run.pg_fanout() for _ in range(env.rounds)], 'beside it': []}
-    execute(run.db, "select count(fanout.publish('large', jsonb_build_object('id', i), key => i::text)) "
-                    'from generate_series(1, %s) i', (count,))
-    while not value(run.db, "select fanout.flush('0 s')"):
-        seen['beside it'].append(run.pg_fanout())
-    run.end()
-    env.broker.delete('large', ['large_g'])
-    return summary(f'latency beside a transaction of {count:,}', seen, 'alone')
-
-
 # A snapshot that stays open
 
 LOAD = "select fanout.publish('load', jsonb_build_object('filler', repeat('x', 280)), key => random()::text);\n"
@@ -238,6 +214,12 @@ class Snapshot:
         return db
 
 
+def latencies(what, seen):
+    return [r for p in PERCENTILES for r in
+            results_of('stability', f'{what}, latency, p{p:g}', 'ms', {name: [each[p] for each in v] for name, v in seen.items()},
+                       'before', higher=False, compare='difference')]
+
+
 def snapshot(env):
     case = Snapshot(env)
     seen = {'before': case.measured()}
@@ -250,10 +232,10 @@ def snapshot(env):
     what = 'old snapshot'
     return (results_of('stability', what + ', drain', 'messages/s', {name: [rate for rate, _ in v] for name, v in seen.items()},
                        'before', {'with it': 0.97}) +
-            summary(what + ', latency', {name: [waits for _, waits in v] for name, v in seen.items()}, 'before') +
+            latencies(what, {name: [waits for _, waits in v] for name, v in seen.items()}) +
             results_of('stability', what + ', dead tuples per message', 'tuples', {'with it': [dead]}, None,
                        {'with it': 0.001}, higher=False, compare='value'))
 
 
 SCENARIOS = {'topics': topics, 'idle': idle}
-LONG = {'backlog': backlog, 'transaction': transaction, 'snapshot': snapshot}
+LONG = {'backlog': backlog, 'snapshot': snapshot}

@@ -187,12 +187,6 @@ tcp_set_user_timeout(int fd, int ms)
 	(void) fd, (void) ms;
 }
 
-void
-tcp_set_cork(int fd, bool on)
-{
-	(void) fd, (void) on;
-}
-
 int
 tcp_unsent(int fd)
 {
@@ -940,6 +934,12 @@ void
 tcp_wait_readable(int fd, long timeout_ms)
 {
 	(void) wait_socket(fd, false, timeout_ms);
+}
+
+void
+tcp_wait_writable(int fd, long timeout_ms)
+{
+	(void) wait_socket(fd, true, timeout_ms);
 }
 
 

@@ -48,8 +48,10 @@ use IPC::Run ();
 use JSON::PP ();
 use Test::More;
 
+use PgFanout::Node;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+use Time::HiRes ();
 
 our $lib = Cwd::abs_path(dirname(__FILE__));
 our @brokers;
@@ -96,6 +98,25 @@ sub broker_cluster
 
 =pod
 
+=item PgFanout::cluster_with_copy(broker)
+
+A started node for both ends of copies: databases postgres and copy have the extension.
+
+=cut
+
+sub cluster_with_copy
+{
+	my ($broker) = @_;
+	my $node = cluster('main', $broker, conf => q(
+log_statement = none
+max_worker_processes = 30
+));
+
+	$node->safe_psql('postgres', 'create database copy');
+	$node->safe_psql('copy', 'create extension pg_fanout');
+	return $node;
+}
+
 =item PgFanout::cluster(name, broker or proxy, conf => 'lines', extension => 0)
 
 A started PostgreSQL node that publishes to the broker.  With no broker, it
@@ -106,7 +127,7 @@ publishes to a port that nobody listens to.
 sub cluster
 {
 	my ($name, $broker, %params) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $node = PgFanout::Node->new($name);
 	my $uri = $broker ? $broker->uri : 'amqp://guest:guest@127.0.0.1:1/%2F';
 
 	$node->init(%{ $params{init} || {} });
@@ -227,6 +248,45 @@ sub ask
 
 =pod
 
+=item PgFanout::soon(node, condition, seconds)
+
+Does a condition become true within so many seconds, though the server may be away
+meanwhile?  If not, shows what subscriptions do.
+
+=cut
+
+sub soon
+{
+	my ($node, $condition, $seconds) = @_;
+
+	return 1 if eval { poll(sub { ask($node, "select coalesce($condition, false)") eq 't' }, $condition, $seconds); 1 };
+	diag(ask($node, 'select * from fanout.stat_subscriptions; select * from fanout.subscription;
+		select key, attempts, sqlstate, left(error, 200), next_try from fanout.delivery_failure limit 20; select count(*) from fanout.waiting'));
+	return 0;
+}
+
+=pod
+
+=item PgFanout::kill_process(node, pid)
+
+Kills a process of the server with SIGKILL, and waits until the server, which restarts
+itself then, answers again.  For a moment after the signal it still does.
+
+=cut
+
+sub kill_process
+{
+	my ($node, $pid) = @_;
+
+	kill 'KILL', $pid or return;
+	# the postmaster takes no session any more when it has noticed
+	poll(sub { !kill(0, $pid) }, "the end of process $pid");
+	poll(sub { ask($node, 'select 1') eq '1' }, 'the server to be back');
+	return;
+}
+
+=pod
+
 =item session($node), run_in($session, $sql)
 
 A psql of its own in the database postgres, for transactions that stay open, and
@@ -259,7 +319,8 @@ sub run_in
 
 =item PgFanout::poll(sub { condition }, what, seconds)
 
-Waits until the condition is true, and dies if that takes too long.
+Waits until the condition is true, and dies if that takes too long.  What is soon true is
+soon noticed; a condition that takes long is asked less often.
 
 =cut
 
@@ -268,11 +329,18 @@ sub poll
 	my ($condition, $what, $seconds) = @_;
 	my $deadline =
 	  time + ($seconds || $PostgreSQL::Test::Utils::timeout_default);
+	my $pause = 0.01;
 
-	until ($condition->())
+	while (1)
 	{
+		my $begin = Time::HiRes::time();
+
+		return if $condition->();
 		die 'timed out waiting for: ' . (ref $what ? $what->() : $what) if time > $deadline;
-		select(undef, undef, undef, 0.1);
+
+		my $spent = Time::HiRes::time() - $begin;
+		Time::HiRes::sleep($pause > $spent ? $pause : $spent > 0.5 ? 0.5 : $spent);
+		$pause = $pause * 1.5 < 0.1 ? $pause * 1.5 : 0.1;
 	}
 	return;
 }
@@ -441,8 +509,8 @@ sub permit
 {
 	my ($self, $user, @rights) = @_;
 
-	$self->ctl('set_permissions', '-p', $self->{vhost}, $user,
-		map { defined $rights[$_] ? $rights[$_] : '.*' } 0 .. 2);
+	$self->obey('rabbit_auth_backend_internal:set_permissions',
+		$user, $self->{vhost}, map { defined $rights[$_] ? $rights[$_] : '.*' } 0 .. 2);
 	return;
 }
 
@@ -475,7 +543,7 @@ sub create_vhost
 {
 	my ($self) = @_;
 
-	$self->ctl('add_vhost', $self->{vhost});
+	$self->obey('rabbit_vhost:add', $self->{vhost});
 	$self->permit($_) foreach 'guest', keys %{ $self->{users} };
 	return;
 }
@@ -543,6 +611,82 @@ sub ctl
 	my ($self, @args) = @_;
 
 	return $self->rabbit('ctl', @args);
+}
+
+=pod
+
+=item $broker->evaluate(erlang)
+
+Evaluates an expression of Erlang in the broker, and returns its value as text.
+rabbitmqctl takes a hundred times as long, most of it to start.
+
+=cut
+
+sub evaluate
+{
+	my ($self, $erlang) = @_;
+	my $value = $self->rabbit('eval', $erlang);
+
+	chomp $value;
+	return $value;
+}
+
+# Calls a function that takes strings and, at last, who wants it, and returns "ok".
+sub obey
+{
+	my ($self, $function, @arguments) = @_;
+	my $list = join(', ', map { qq(<<"$_"/utf8>>) } map { s/(["\\])/\\$1/gr } @arguments, 'test');
+	my $answer = $self->evaluate("$function($list)");
+
+	die "$function: $answer" if $answer ne 'ok';
+	return;
+}
+
+=pod
+
+=item $broker->eval_queue(queue, erlang)
+
+Evaluates an expression of Erlang, in which Q is a queue of the virtual host.
+
+=cut
+
+sub eval_queue
+{
+	my ($self, $queue, $erlang) = @_;
+	my $vhost = $self->vhost;
+
+	return $self->evaluate(
+		qq({ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"$vhost">>, queue, <<"$queue">>)), $erlang));
+}
+
+=pod
+
+=item $broker->suspend_queue(queue), $broker->resume_queue(queue)
+
+A classic queue's process does nothing meanwhile: it confirms nothing, and no
+declaration of it is answered.
+
+=cut
+
+sub suspend_queue { return $_[0]->eval_queue($_[1], 'sys:suspend(amqqueue:get_pid(Q))'); }
+sub resume_queue { return $_[0]->eval_queue($_[1], 'sys:resume(amqqueue:get_pid(Q))'); }
+
+=pod
+
+=item $broker->message_store('suspend'), $broker->message_store('resume')
+
+Messages that are not very small are written by a process of their virtual host's, and
+confirmed once it has.  Classic queues answer as ever meanwhile.
+
+=cut
+
+sub message_store
+{
+	my ($self, $what) = @_;
+	my $vhost = $self->vhost;
+
+	return $self->evaluate(qq({ok, S} = rabbit_vhost_sup_sup:get_vhost_sup(<<"$vhost">>),
+		{_, P, _, _} = lists:keyfind(msg_store_persistent, 1, supervisor:which_children(S)), sys:$what(P)));
 }
 
 =pod
@@ -633,8 +777,8 @@ sub end
 
 	if (!$self->{private})
 	{
-		$self->ctl('delete_vhost', $self->{vhost});
-		$self->ctl('delete_user', $_) foreach keys %{ $self->{users} };
+		$self->obey('rabbit_vhost:delete', $self->{vhost});
+		$self->obey('rabbit_auth_backend_internal:delete_user', $_) foreach keys %{ $self->{users} };
 		return;
 	}
 	foreach my $log (glob "$self->{dir}/log/*.log")
@@ -706,6 +850,13 @@ sub ctl
 	my ($self, @args) = @_;
 
 	return $self->alive->ctl(@args);
+}
+
+sub evaluate
+{
+	my ($self, $erlang) = @_;
+
+	return $self->alive->evaluate($erlang);
 }
 
 sub amqp

@@ -352,5 +352,22 @@ insert into sample values
 select payload from fanout.outbox o join fanout.topic t using (topic_id)
 where topic = 'body_types' and headers ->> 'table' = 'sample' order by o.id;
 
+-- times of all years, at the ends of the ordinary ones and of the types, with all kinds of fractions; and texts of all lengths with what must be escaped anywhere
+create table texts (id int primary key, d date, t timestamp, z timestamptz, s text, k varchar);
+select fanout.capture('texts', 'body_types');
+insert into texts
+select i, day, day + time, (day + time) at time zone 'UTC', overlay(repeat('x', i % 40) placing e'"\\\n\u0001é' from 1 + i % 41 for i % 3),
+       substr('abcdefghijklm', 1, i % 14) || chr(i % 126 + 1)
+from generate_series(1, 5000) i,
+     lateral (select date '0001-01-01' + (i * 7368787::bigint % 3652059)::int as day, i * 12342857017::bigint % 86400000000 as us,
+                     case i % 4 when 0 then 1000000 when 1 then 1000 when 2 then 10 else 1 end as unit) t,
+     lateral (select (us - us % unit) * interval '1 us' as time) f;
+insert into texts (id, d, t, z)
+select -row_number() over (), t::date, t, t at time zone 'UTC'
+from unnest('{4714-11-24 00:00:00 BC,0001-12-31 23:59:59.999999 BC,0001-01-01,0001-01-01 00:00:00.000001,1999-12-31 23:59:59.999999,2000-01-01,2000-01-01 00:00:00.1,
+              9999-12-31 23:59:59.999999,10000-01-01,294276-12-31 23:59:59.999999,infinity,-infinity}'::timestamp[]) t;
+select count(*) as compared, count(*) filter (where o.payload is distinct from row_to_json(x)::text) as different
+from texts x left join fanout.outbox o on o.key = x.id::text and o.headers ->> 'table' = 'texts';
+
 set client_min_messages = warning;
 drop schema body_types cascade;

@@ -37,7 +37,7 @@ delete from users where id = 99;
 update users set name = name;
 select * from messages();
 
--- not asked for: truncate
+-- TRUNCATE is captured without being asked for
 truncate users;
 select * from messages();
 

@@ -87,6 +87,33 @@ insert into things values (2, 'TOP SECRET');
 select * from messages();
 select columns from captures where entity = 'things'::regclass;
 
+create role fanout_owner_of_types;
+create domain long as text check (length(value) > 1);
+create domain tag as text;
+create function tagged(text) returns boolean language sql immutable as $$ select $1 <> '' $$;
+alter domain long owner to fanout_owner_of_types;
+alter domain tag owner to fanout_owner_of_types;
+alter function tagged(text) owner to fanout_owner_of_types;
+create table owned (id int primary key, long long, tag tag, secret text);
+create table by_function (id int primary key, tag text);
+create table by_column (id int primary key, tag tag);
+select fanout.capture('owned', 'capture_columns', exclude => '{long,secret}');
+select fanout.capture('by_function', 'capture_columns', exclude => '{id}', key => '{tag}', "where" => 'tagged(tag)');
+select fanout.capture('by_column', 'capture_columns', columns => '{id,tag}', "when" => 'new.tag is not null');
+set client_min_messages = warning;
+drop owned by fanout_owner_of_types cascade;
+reset client_min_messages;
+insert into owned values (1, 'TOP SECRET');
+alter table owned add column long text default 'TOP SECRET';
+insert into owned (id) values (2);
+insert into by_function values (1, 'a');
+insert into by_column values (1);
+delete from by_column;
+select * from messages();
+select entity, columns, exclude, key, enabled from captures where entity in ('owned'::regclass, 'by_function'::regclass, 'by_column'::regclass);
+select item, ok, detail from fanout.check_captures() where item ~ 'by_(function|column)' and not ok order by 1, 2;
+select fanout.uncapture('by_function'), fanout.uncapture('by_column');
+
 -- a key's column cannot go by any of them
 create type part_of_key as enum ('x', 'y');
 create domain tenant as int;
@@ -94,6 +121,8 @@ create table keyed (id int primary key, part part_of_key, tenant tenant);
 select fanout.capture('keyed', 'capture_columns', key => '{tenant,part}');
 drop type part_of_key cascade;
 drop domain tenant cascade;
+alter domain tenant owner to fanout_owner_of_types;
+drop owned by fanout_owner_of_types cascade;
 alter table keyed drop column part cascade;
 alter type part_of_key rename value 'x' to 'z';
 alter table keyed rename part to piece;
@@ -104,6 +133,20 @@ select * from messages();
 select fanout.uncapture('keyed');
 alter table keyed drop column piece;
 drop table keyed;
+drop owned by fanout_owner_of_types;
+drop role fanout_owner_of_types;
+
+-- it can while event triggers are off, and that is told
+create table unseen (id int primary key, part int, other int);
+select fanout.capture('unseen', 'capture_columns', key => '{part,other}');
+select item, detail, hint from fanout.check_captures() where item ~ 'unseen';
+alter event trigger pg_fanout_schema_changed disable;
+alter event trigger pg_fanout_objects_dropped disable;
+alter table unseen drop column part;
+alter event trigger pg_fanout_schema_changed enable always;
+alter event trigger pg_fanout_objects_dropped enable always;
+select item, ok, detail, hint from fanout.check_captures() where item ~ 'unseen';
+drop table unseen;
 
 -- an excluded value does not get out by way of a primary key
 create table people (id int, email text not null, name text);
@@ -145,7 +188,7 @@ select fanout.capture('people', 'capture_columns_2', exclude => '{mail}', key =>
 select count(*) from fanout.check_captures() where item ~ 'people.*_2' and not ok;
 
 -- what is dropped leaves nothing behind
-drop table typed, plain, by_view, by_matview, by_foreign, parent, things, people;
+drop table typed, plain, by_view, by_matview, by_foreign, parent, things, people, owned;
 drop type user_t;
 select count(*) from fanout.capture where topic ~ '^capture_columns';
 select count(*) from fanout.captured_column where trigger ~ 'capture_columns';

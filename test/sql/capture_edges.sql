@@ -19,6 +19,16 @@ for each row execute function fanout.capture_trigger('capture_edges', 'sent_as',
 insert into by_hand values (1);
 drop table by_hand;
 
+-- a table of another extension: dumps do not have its triggers
+create table owned (id int primary key);
+alter extension plpgsql add table owned;
+\set VERBOSITY default
+select fanout.capture('owned', 'capture_edges');
+\set VERBOSITY terse
+alter extension plpgsql drop table owned;
+select fanout.capture('owned', 'capture_edges', replace => true);
+drop table owned;
+
 -- two triggers made by hand each keep their own columns
 create table twice (id int primary key, a text, b text);
 create trigger one after insert on twice
@@ -108,6 +118,31 @@ from unnest(array['old.r <> new.r', 'row(old.id, old.r) < row(new.id, new.r)', '
 select fanout.capture('compared', 'capture_edges', '{update}', "when" => 'row(old.id, old) is distinct from row(new.id, new)', replace => true);
 select fanout.capture('compared', 'capture_edges', '{update}', "when" => 'old = any (array[new])', replace => true);
 select fanout.capture('compared', 'capture_edges', '{update}', "when" => 'record_eq(old, new)', replace => true);
+
+-- A capture that a trigger replaces in the middle of a statement is the new one from then on.
+-- No change is lost for that, and the last message of a key tells what the row is.
+create table replaced (id int primary key, a text, secret text default 'SECRET');
+select fanout.capture('replaced', 'capture_edges');
+create function replace_capture() returns trigger language plpgsql as $$
+begin
+    if tg_argv[0] = 'where' then
+        perform fanout.capture('replaced', 'capture_edges', exclude => '{secret}', "where" => 'id > 0', "when" => 'true', replace => true);
+    else
+        perform fanout.capture('replaced', 'capture_edges', columns => '{id,a}', replace => true);
+    end if;
+    update replaced set a = a || ' nested' where id in (1, 4);
+    return null;
+end $$;
+create trigger a_replace after insert on replaced for each row when (new.id in (2, 3)) execute function replace_capture('where');
+create trigger a_replace_again after update on replaced for each row when (new.id = 2 and new.a = 'updated') execute function replace_capture('no where');
+begin;
+insert into replaced select i, 'x' from generate_series(1, 4) i;
+update replaced set a = 'updated';
+delete from replaced where id = 1;
+commit;
+select type, key, body::json ->> 'op' as op, body::json ->> 'after' as after from messages where type ~ 'replaced';
+drop table replaced;
+drop function replace_capture();
 
 set client_min_messages = warning;
 drop schema capture_edges cascade;

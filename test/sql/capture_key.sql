@@ -134,5 +134,25 @@ show timezone;
 show bytea_output;
 reset timezone; reset bytea_output; reset datestyle;
 
+-- so is one of any other type that settings have a say in, alone and as a part
+create domain place as regtype;
+create table pg_class (id int);
+create table told (c regclass, t place, i interval, at timestamptz, b bytea, r tstzrange, f float8, d daterange[], p regprocedure, x int);
+select fanout.declare_topic('keys told'), fanout.capture('told', 'keys told', '{update}', key => '{c,t,i,at,b,r,f,d,p}');
+select count(fanout.capture('told', topic, '{update}', key => array[k]))
+from unnest('{c,t,i,at,b,r,f,d,p}'::text[]) k, lateral (select 'key told ' || k) n(topic), fanout.declare_topic(topic);
+insert into told values ('capture_key.pg_class', 'capture_key.pg_class', '-1 day -2:00', '2024-01-01 00:00+00', '\x01ff',
+    '[2024-05-01 00:00+00,2024-06-01 00:00+00)', 0.1::float8 + 0.2::float8, '{"[2024-05-01,2024-12-01)"}', 'capture_key.messages()');
+update told set x = 1;
+set search_path = ''; set quote_all_identifiers = on;
+update capture_key.told set x = 2;
+set search_path = pg_catalog; set intervalstyle = sql_standard; set datestyle = 'SQL, DMY'; set timezone = 'Asia/Tokyo';
+update capture_key.told set x = 3;
+set search_path = capture_key, pg_catalog; set intervalstyle = iso_8601; set datestyle = German; set bytea_output = escape; set extra_float_digits = -15;
+update capture_key.told set x = 4;
+reset quote_all_identifiers; reset intervalstyle; reset datestyle; reset timezone; reset bytea_output; reset extra_float_digits;
+set search_path = capture_key;
+select topic, key, count(*) from fanout.outbox_status where topic ~ '^keys? told' group by 1, 2 order by 1, 2;
+
 set client_min_messages = warning;
 drop schema capture_key cascade;

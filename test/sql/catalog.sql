@@ -26,6 +26,9 @@ select c.oid::regclass as not_a_member from pg_class c
 where relnamespace = 'fanout'::regnamespace and relkind not in ('i', 'I', 'c')
   and not exists (select from member where objid = c.oid);
 
+-- what becomes of captured tables is seen whatever command does it
+select evtname, evtevent, evtenabled, evttags from pg_event_trigger where evtname like 'pg_fanout%' order by 1;
+
 -- No function looks up names as the caller says, above all none that runs as
 -- its owner.  C alone needs no search_path: it looks nothing up by name, or
 -- sets one itself.
@@ -96,6 +99,10 @@ where attnum > 0 and not attisdropped and relkind = 'v'
   and obj_description(attrelid, 'pg_class') not like 'internal:%'
   and col_description(attrelid, attnum) is null
 order by attrelid::regclass::text collate "C", attnum;
+
+-- tables whose rows are changed again and again are cleaned up soon, however many rows they have
+select c.oid::regclass as relation, unnest(reloptions) as option from pg_class c
+where relnamespace = 'fanout'::regnamespace and exists (select from unnest(reloptions) o where o ~ '^autovacuum') order by 1, 2;
 
 \c postgres
 drop database fanout_catalog;

@@ -65,6 +65,16 @@ select (select count(*) from json_object_keys(payload::json)) as columns, payloa
 from messages where "table" = 'wide';
 -- and the lists, of 1600 names each, are not kept in the session's memory
 select sum(total_bytes) < 2000000 as small from pg_backend_memory_contexts where name ~ 'pg_fanout';
+-- nor what belongs to captures of tables that are gone
+do $$ begin
+for i in 1..300 loop
+    create temp table gone (id int primary key);
+    perform fanout.capture('gone', 'hostile_capture');
+    insert into gone values (i);
+    drop table gone;
+end loop;
+end $$;
+select count(*) < 30 as few from pg_backend_memory_contexts where name ~ 'pg_fanout';
 
 -- kinds of tables: what is stored is captured, and nothing else
 create temp table temporary (id int primary key);

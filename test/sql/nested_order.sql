@@ -340,6 +340,34 @@ select * from other order by id;
 select wrong('nested_order_other', 'other');
 select wrong('nested_order_form', 'form');
 
+-- rows that move to another partition, where a trigger deletes what has the same id
+create table place (part int primary key);
+insert into place values (0), (2);
+create table moving (id int, part int references place on update cascade, a text) partition by list (part);
+create table moving_0 partition of moving for values in (0);
+create table moving_1 partition of moving for values in (1);
+create table moving_2 partition of moving for values in (2);
+create function make_place() returns trigger language plpgsql as $$
+begin
+    delete from moving where id = new.id;
+    return new;
+end $$;
+create trigger b before insert on moving_1 for each row execute function make_place();
+select fanout.declare_topic('nested_order_moving');
+select fanout.capture('moving', 'nested_order_moving', key => '{id}');
+insert into moving select i, 0, 'moved' from generate_series(1, 9) i union all select i, 2, 'deleted' from generate_series(6, 9) i;
+update place set part = 1 where part = 0;
+select count(*) from moving;
+select last_states from wrong('nested_order_moving', 'moving');
+-- with a condition, and moved by the statement itself
+select fanout.capture('moving', 'nested_order_moving', key => '{id}', "when" => 'new.a is distinct from ''''', replace => true);
+insert into moving select i, 2, 'deleted' from generate_series(6, 9) i;
+insert into place values (0);
+update moving set part = 0 where part = 1;
+update moving set part = 1 where part = 0;
+select count(*) from moving;
+select last_states from wrong('nested_order_moving', 'moving');
+
 -- whoever may write to a table needs no other right but the one that all have
 create role fanout_nested_order;
 grant usage on schema nested_order to fanout_nested_order;
@@ -382,3 +410,17 @@ end $$;
 create trigger z after update on calm for each row execute function calm_again();
 update calm set a = 3 where id < 20;
 select count(*) > 100 as many, max(o.id) - min(o.id) + 1 - count(*) as unused from fanout.outbox o join fanout.topic t using (topic_id) where t.topic = 'nested_order_calm';
+
+-- nothing counts but what captures queue
+select fanout.count_change();
+update calm set a = 4 where fanout.count_change();
+create function wrapped() returns boolean language sql as $$ select fanout.count_change() $$;
+create trigger a after update on calm for each row when (wrapped()) execute function calm_again();
+update calm set a = 4;
+drop trigger a on calm;
+create trigger a after update on calm for each row when (new.a < 0 or not fanout.count_change()) execute function calm_again();
+create schema nested_order_2 create table t (id int) create trigger a after insert on t for each row when (fanout.count_change()) execute function calm_again();
+create trigger by_hand after insert on calm for each row when (fanout.count_change() and new.a > 0) execute function fanout.capture_trigger('nested_order_calm');
+create trigger by_hand after insert on calm for each row when (new.a < 0 or fanout.count_change()) execute function fanout.capture_trigger('nested_order_calm');
+create trigger by_hand after insert on calm for each row when (new.a < 0 and fanout.count_change()) execute function fanout.capture_trigger('nested_order_calm');
+drop trigger by_hand on calm;

@@ -114,5 +114,17 @@ create trigger publish_event after insert on event for each row execute function
 insert into event values (1), (2), (3);
 select key, type, payload from (select * from messages order by id desc limit 3) m order by id;
 
+-- values of all lengths at which the layout of a row changes, and none of them
+create table given as
+select i, case when i % 7 > 0 then repeat('k', (i * 5) % 401) end as key, case when i % 5 > 0 then repeat('t', i % 256) end as type,
+       case when i % 3 > 0 then jsonb_build_object('h', repeat('h', (i * 3) % 301)) end as headers, to_jsonb(repeat('p', i % 200)) as payload
+from generate_series(0, 4000) i;
+alter table given add message_id uuid;
+update given set message_id = fanout.publish('publish', payload, key => key, type => type, headers => headers);
+select count(*) as given, count(o.id) as written, count(distinct o.id) as ids,
+       bool_and(row(o.key, o.type, o.headers, o.payload) is not distinct from row(g.key, g.type, g.headers, g.payload::text)) as same,
+       bool_and(o.queue is null and o.created_at <= clock_timestamp() and o.created_at > clock_timestamp() - interval '1 day') as own
+from given g left join fanout.outbox o using (message_id);
+
 set client_min_messages = warning;
 drop schema publish cascade;

@@ -246,7 +246,7 @@ sub limit_messages
 {
 	my ($bytes) = @_;
 
-	$broker->ctl('eval', "application:set_env(rabbit, max_message_size, $bytes).");
+	$broker->evaluate("application:set_env(rabbit, max_message_size, $bytes)");
 	my $pid = PgFanout::publisher_pid($node);
 	sql("select pg_terminate_backend($pid)");
 	$node->poll_query_until('postgres',

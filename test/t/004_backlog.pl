@@ -97,7 +97,8 @@ my $last = touched() - $before;
 cmp_ok($last, '<=', $first * 1.2,
 	sprintf('per message, no more buffers are touched when twice as much was sent (%.2f, before %.2f)', $last / 500, $first / 500));
 
-my ($touched) = sql('explain (analyze, buffers, costs off, timing off) select * from fanout.stat_topics') =~ /Buffers: shared hit=(\d+)/;
+# the second look of a session: the first one fills its caches
+my ($touched) = sql('select count(*) from fanout.stat_topics; explain (analyze, buffers, costs off, timing off) select * from fanout.stat_topics') =~ /Buffers: shared hit=(\d+)/;
 cmp_ok($touched, '<', 500, "stat_topics touches no more buffers for what was sent: $touched");
 
 $in .= "select count(*) from t; commit; \\q\n";

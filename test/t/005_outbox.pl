@@ -81,6 +81,17 @@ PgFanout::wait_for_state($node, 'sent', where => q(topic = 't'));
 ok(1, 'and nothing waits for that');
 PgFanout::run_in($reader, 'commit');
 
+# A lock of the whole table takes the segments in order.  Rotation looks at them in another
+# one, and must hold none of the later ones while it waits for the first.
+wait_for_rotation(current()) while current() == 2;
+PgFanout::run_in($reader, 'begin; lock table fanout.outbox_0 in access exclusive mode');
+$node->poll_query_until('postgres',
+	q(select count(*) > 0 from pg_locks where relation = 'fanout.outbox_0'::regclass and not granted and pid = (select pid from fanout.stat_publisher)))
+  or die 'the publisher does not wait';
+PgFanout::run_in($reader, "lock table fanout.outbox_$_ in access exclusive mode nowait") foreach 1, 2;
+PgFanout::run_in($reader, 'commit');
+ok(1, 'while it waits for the first segment, the publisher has no lock of another one');
+
 # ---- around the ring ----
 
 $node->poll_query_until('postgres', "select count(*) = 0 from fanout.outbox_$first where key is not null")

@@ -78,6 +78,26 @@ is(invented('backlog'), 0, 'immediate shutdown: nothing is invented');
 cmp_ok($repeats, '<', 50_000, 'it does not begin anew each time');
 note("$repeats repeated");
 
+# One transaction of very many messages, whose topic leaves the main cursor
+
+$node->safe_psql('postgres', q(select fanout.declare_binding('large', 'c', 'classic')));
+PgFanout::flush($node);
+my $before = $node->safe_psql('postgres', 'select confirmed from fanout.stat_publisher');
+$proxy->command('throttle 4000000');
+write_messages('large', 1, 60_000);
+wait_until_busy($before + 30_000);
+is($node->safe_psql('postgres', q(select topic from fanout.detached join fanout.topic using (topic_id))), 'large', 'a large transaction is read by its topic alone');
+$node->stop('immediate');
+$proxy->command('pass');
+$node->start;
+PgFanout::publisher_pid($node);
+PgFanout::flush($node);
+$repeats = 0;
+receive_ids('large');
+is(missing('large'), 0, 'a crash in the middle of a large transaction: nothing is lost');
+cmp_ok($repeats, '<', 15_000, 'the publisher goes on where it was');
+note("$repeats repeated");
+
 # synchronous_commit = off
 
 declare('async');

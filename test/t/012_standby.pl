@@ -17,7 +17,7 @@ my $broker = PgFanout::broker();
 my $proxy = $broker->proxy;
 my $primary =
   PgFanout::cluster('primary', $proxy, init => { allows_streaming => 1 });
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = PgFanout::Node->new('standby');
 my %received;
 
 $primary->safe_psql('postgres', q(

@@ -59,7 +59,47 @@ is( $experiment->sql(
 	0,
 	'no topic is stalled, and nothing was given up');
 
+# ---- a queue that loses its majority, while the member that we talk to lives ----
+
+# The defaults put the leader of a new queue on the node that its client talks to.
+$experiment->sql(
+	q(select fanout.declare_binding('lost', 'g'), fanout.declare_binding('fine', 'g', arguments => '{"x-quorum-initial-group-size": 1}')));
+PgFanout::flush($node);
+my ($here, @others) = sort { talks_to($b) <=> talks_to($a) } $cluster->members;
+my $place = 'select connected_to, reconnects from fanout.stat_publisher';
+my $connected = $experiment->sql($place);
+ok(talks_to($here), "the publisher talks to $connected");
+is_deeply([ map { $_->port } $cluster->replicas('fine_g') ], [ $here->port ], 'one queue has its only member there');
+is(scalar($cluster->replicas('lost_g')), 3, 'the other one has members everywhere');
+$_->kill foreach @others;
+$experiment->sql(q(select fanout.publish('lost', '"lost"', 'k')));
+foreach my $i (1 .. 20)
+{
+	$experiment->sql("select fanout.publish('fine', '$i', '$i')");
+	PgFanout::wait_for_state($node, 'sent', where => "topic = 'fine' and key = '$i'");
+}
+is($experiment->sql(q(select state from fanout.outbox_status where topic = 'lost')), 'pending', 'a queue without a majority confirms nothing');
+is($experiment->sql($place), $connected, 'and another queue confirms at once, on the same connection');
+$experiment->sql(q(alter system set pg_fanout.confirm_timeout = '3s'));
+$node->reload;
+PgFanout::poll(sub { $experiment->sql(q(select coalesce(reason, '') from fanout.stat_topics where topic = 'lost')) =~ /did not confirm/ }, 'the reason');
+my $trouble = $experiment->sql(q(select item, detail from fanout.check() where not ok));
+like($trouble, qr/^topic "lost" flows\|.*did not confirm/m, 'check() says so');
+unlike($trouble, qr/^topic "fine" flows/m, 'and has nothing against the other one');
+$_->start foreach @others;
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 'lost'));
+ok(1, 'with a majority again, it flows again');
+
 done_testing();
+
+# Is it the member to which the publisher is connected?
+sub talks_to
+{
+	my ($member) = @_;
+	my $port = $member->port;
+
+	return $experiment->sql('select connected_to from fanout.stat_publisher') =~ /:$port\b/ ? 1 : 0;
+}
 
 # Returns after how many seconds messages were confirmed again.
 sub kill_leader

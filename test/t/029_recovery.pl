@@ -26,8 +26,8 @@ my $node = PgFanout::cluster(
 	});
 my $experiment = PgFanout::Experiment->new(
 	node => $node, broker => $broker, file => __FILE__);
-my $standby = PostgreSQL::Test::Cluster->new('standby');
-my $restored = PostgreSQL::Test::Cluster->new('restored');
+my $standby = PgFanout::Node->new('standby');
+my $restored = PgFanout::Node->new('restored');
 
 $node->backup('backup');
 

@@ -87,7 +87,7 @@ experiment('prefetch changed 6 times', sub {
 	}
 });
 
-$broker->ctl('eval', "application:set_env(rabbit, $_).") foreach 'consumer_timeout, 1000', 'channel_tick_interval, 300';
+$broker->evaluate("application:set_env(rabbit, $_)") foreach 'consumer_timeout, 1000', 'channel_tick_interval, 300';
 sql('b', q(create function slow(m fanout.message) returns void language plpgsql as $$
 	begin
 		if m.body ? 'slow' then perform pg_sleep(2.5); end if;
@@ -105,7 +105,7 @@ cmp_ok(sql('b', q(select reconnects from fanout.stat_subscriptions where topic =
 # up to 4.2 it closes the channel, since then it cancels the consumer
 like(sql('b', q(select last_error from fanout.stat_subscriptions where topic = 'late')), qr{406 .*timeout|its consumer_timeout is over}i, 'last_error says why');
 sql('b', q(select fanout.unsubscribe('late', 'g')));
-$broker->ctl('eval', "application:set_env(rabbit, $_).") foreach 'consumer_timeout, 1800000', 'channel_tick_interval, 60000';
+$broker->evaluate("application:set_env(rabbit, $_)") foreach 'consumer_timeout, 1800000', 'channel_tick_interval, 60000';
 
 # ---- two databases on one queue, and workers that are terminated ----
 

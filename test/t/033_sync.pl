@@ -270,12 +270,9 @@ sub equal
 	$where ||= '';
 	PgFanout::flush($node);
 	$there = a(sprintf($list, sprintf($columns, $theirs), $table, $where));
-	foreach (1 .. 300)
-	{
-		$here = b(sprintf($list, sprintf($columns, $ours), $copy, $where));
-		last if $here eq $there;
-		select(undef, undef, undef, 0.1);
-	}
+	eval {
+		PgFanout::poll(sub { $here = b(sprintf($list, sprintf($columns, $ours), $copy, $where)); return $here eq $there; }, $name);
+	};
 	ok($here eq $there, "$name: equal")
 	  or diag(b('select * from fanout.stat_subscriptions'), "\n",
 		b('select * from fanout.delivery_failure limit 3'));

@@ -59,6 +59,7 @@ token_expires_and_there_is_no_other();
 right_to_write_is_missing();
 right_to_declare_is_missing();
 rights_of_many_are_missing();
+rights_of_others_are_missing();
 right_to_read_is_missing();
 
 $node->stop;
@@ -180,6 +181,41 @@ sub rights_of_many_are_missing
 	$node->safe_psql('postgres', "select fanout.resume('$_')") foreach @others;
 	PgFanout::flush($node);
 	is_untouched('with all rights again');
+	return;
+}
+
+# The new login is made for a topic that has its right then, so that it proves nothing; what
+# is refused on it soon after is believed nevertheless.
+sub rights_of_others_are_missing
+{
+	my @also = map { "rabbitmq.write:*/$_" } qw(dead consumed last secret hidden *_g);
+	my ($before, $began);
+
+	for (1 .. 5)
+	{
+		write_token(3600, write => 'held', also => \@also);
+		log_in_anew();
+		$before = reconnects();
+		$began = Time::HiRes::time();
+		write_token(3600, write => 'held', also => [ @also, "rabbitmq.write:*/$others[0]" ]);
+		publish($others[0]);
+		$node->poll_query_until('postgres', "select pending + held = 0 from fanout.stat_topics where topic = '$others[0]'");
+		publish($_) foreach @others[ 1 .. $#others ];
+		$node->poll_query_until('postgres',
+			"select count(*) = 12 from fanout.stat_topics where reason ~ '403' and topic like 'other%'")
+		  or die PgFanout::status($node, 'postgres');
+		$began = Time::HiRes::time() - $began;
+		last if $began < 5;
+		write_token(3600);
+		$node->safe_psql('postgres', "select fanout.resume('$_')") foreach @others;
+		PgFanout::flush($node);
+	}
+	note sprintf('%.1f s', $began);
+	is(reconnects() - $before, 1, 'what is refused soon after a new login costs no other one');
+	write_token(3600);
+	$node->safe_psql('postgres', "select fanout.resume('$_')") foreach @others;
+	PgFanout::flush($node);
+	is_untouched('with all rights once more');
 	return;
 }
 

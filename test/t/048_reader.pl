@@ -130,11 +130,24 @@ sql(qq(
 		select to_jsonb(string_agg(md5(i::text), '')) as body from generate_series(1, 625000) i));
 PgFanout::flush($node);
 
-uses_less_than(100, '100 messages of 20 MB', sub {
-	sql("select fanout.publish('large', $large) from generate_series(1, 100)");
+uses_less_than(100, '30 messages of 20 MB', sub {
+	sql("select fanout.publish('large', $large) from generate_series(1, 30)");
 	PgFanout::flush($node, timeout => '180 s');
 });
-is(sql(q(select count(*) from fanout.outbox_status where topic = 'large' and state = 'sent')), 100, 'all are sent');
+is(sql(q(select count(*) from fanout.outbox_status where topic = 'large' and state = 'sent')), 30, 'all are sent');
+
+# The same by a capture; the row's writer keeps what a statement captures until it is inserted.
+my ($before, $after) = sql(q(
+	create table captured (id int, v text);
+	select from fanout.capture('captured', 'large', '{insert}', key => '{id}');
+	select pg_backend_pid() as pid \gset
+	\setenv BACKEND :pid
+	\! grep VmHWM /proc/$BACKEND/status
+	insert into captured select i, repeat('x', 20000000) from generate_series(1, 15) i;
+	\! grep VmHWM /proc/$BACKEND/status
+)) =~ /VmHWM:\s+(\d+) kB/g;
+cmp_ok($after - $before, '<', 200 * 1024, 'a statement that writes 15 captured rows of 20 MB: less than 200 MB for its session');
+note 'the writer: ' . ($after - $before) . ' kB';
 
 uses_less_than(100, '10 messages of 20 MB that cannot be compressed', sub {
 	sql("select fanout.publish('large', body) from incompressible, generate_series(1, 10)");
@@ -142,20 +155,20 @@ uses_less_than(100, '10 messages of 20 MB that cannot be compressed', sub {
 });
 
 sql(q(select fanout.pause('held')));
-uses_less_than(100, 'pausing with 50 large messages behind many small ones', sub {
+uses_less_than(100, 'pausing with 20 large messages behind many small ones', sub {
 	sql(qq(
 		begin;
 		select count(fanout.publish('held', to_jsonb(i))) from generate_series(1, 1000) i;
-		select count(fanout.publish('held', $large)) from generate_series(1, 50);
+		select count(fanout.publish('held', $large)) from generate_series(1, 20);
 		commit));
-	PgFanout::wait_for_state($node, 'held', where => q(topic = 'held'), count => 1050);
+	PgFanout::wait_for_state($node, 'held', where => q(topic = 'held'), count => 1020);
 });
 is(sql('select count(*) from fanout.held'), 0, 'no message is copied for that');
 uses_less_than(100, 'sending them at last', sub {
 	sql(q(select fanout.resume('held')));
 	PgFanout::flush($node, timeout => '180 s');
 });
-is(sql(q(select count(*) from fanout.outbox_status where topic = 'held' and state = 'sent')), 1050, 'all are sent');
+is(sql(q(select count(*) from fanout.outbox_status where topic = 'held' and state = 'sent')), 1020, 'all are sent');
 
 uses_less_than(100, 'small and large messages by turns', sub {
 	sql(qq(select count(fanout.publish('mixed', case when i % 150 = 0 then to_jsonb(repeat('x', 5000000)) else to_jsonb(i) end))
@@ -204,6 +217,24 @@ sub fails_with
 	return;
 }
 
+# Runs it and has the publisher started again at once, which waits longer after each failure.
+sub mend { sql("$_[0]; select fanout.restart_workers()"); return; }
+
+# Writes until the rotation of segments, which moves what a paused topic has, has failed.
+sub cannot_rotate
+{
+	my ($offset, $name) = @_;
+
+	for (1 .. 300)
+	{
+		sql(q(select fanout.publish('large', '"filler"')));
+		last if slurp_file($node->logfile, $offset) =~ /changed 0 rows instead of 1/;
+		select(undef, undef, undef, 0.2);
+	}
+	like(slurp_file($node->logfile, $offset), qr/changed 0 rows instead of 1/, $name);
+	return;
+}
+
 sql(q(alter system set pg_fanout.retention = '4s'));
 $node->reload;
 for (1 .. 300)
@@ -220,28 +251,61 @@ is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed' and octet
 	10, 'and are dead letters again: none was lost');
 
 sql(q(create function suppress() returns trigger language plpgsql as 'begin return null; end';
-	create trigger suppress before insert on fanout.held for each row execute function suppress();
+	create trigger suppress before insert on fanout.held for each row execute function suppress()));
+my ($code, $out, $err) = $node->psql('postgres', q(select fanout.redrive('keyed')));
+like($err, qr/changed 0 rows instead of 10/, 'redrive() fails that cannot put messages where the publisher finds them');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed')), 10, 'they stay dead letters');
+sql(q(drop trigger suppress on fanout.held));
+foreach my $obstacle (
+	[ 'trigger', 'create trigger away before insert on fanout.dead_letter for each row execute function suppress()', 'drop trigger away on fanout.dead_letter' ],
+	[ 'rule', 'create rule away as on insert to fanout.dead_letter do instead nothing', 'drop rule away on fanout.dead_letter' ])
+{
+	my ($what, $add, $remove) = @$obstacle;
+
+	fails_with(qr/changed 0 rows instead of 1/, qq($add; select fanout.redrive('keyed')));
+	is(sql(q(select count(*) from fanout.held)), 10, "a publisher fails that a $what keeps from making a dead letter of a held message, which stays held");
+	mend($remove);
+	PgFanout::wait_for_state($node, 'dead', where => q(topic = 'keyed'), count => 10);
+}
+
+# One that is purged while the publisher has it in memory is not missing.
+sql(q(select fanout.pause('keyed'); select fanout.redrive('keyed')));
+my $purger = $node->background_psql('postgres');
+$purger->query_safe(q(begin; select fanout.purge('keyed', (select min(message_id::text)::uuid from fanout.held), held => true)));
+my $log = -s $node->logfile;
+sql(q(select fanout.resume('keyed')));
+PgFanout::poll(sub { sql(q(select count(*) from fanout.held where xmax::text <> '0')) == 10 }, 'the publisher to lock the others');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'keyed')), 0, 'a message that a transaction is about to purge is waited for');
+$purger->query_safe('commit');
+$purger->quit;
+PgFanout::wait_for_state($node, 'dead', where => q(topic = 'keyed'), count => 9);
+PgFanout::poll(sub { sql('select count(*) from fanout.held') == 0 }, 'all to be moved');
+unlike(slurp_file($node->logfile, $log), qr/rows instead of/, 'and is not missed once it is purged');
+
+sql(q(create trigger suppress before insert on fanout.held for each row execute function suppress();
 	select fanout.pause('mixed');
 	select fanout.publish('mixed', '"not to be lost"')));
 my $offset = -s $node->logfile;
-for (1 .. 300)
-{
-	sql(q(select fanout.publish('large', '"filler"')));
-	last if slurp_file($node->logfile, $offset) =~ /changed 0 rows instead of 1/;
-	select(undef, undef, undef, 0.2);
-}
-like(slurp_file($node->logfile, $offset), qr/changed 0 rows instead of 1/,
-	'a publisher fails that cannot move what a paused topic has in an old segment');
-sql(q(drop trigger suppress on fanout.held));
+cannot_rotate($offset, 'a publisher fails that cannot move what a paused topic has in an old segment');
+mend(q(drop trigger suppress on fanout.held));
 PgFanout::poll(sub { sql('select count(*) from fanout.held') == 1 }, 'the message to be moved');
 is(sql(q(select state from fanout.outbox_status where topic = 'mixed' order by id desc limit 1)),
 	'held', 'then it is moved');
+$offset = -s $node->logfile;
+sql(q(create trigger suppress before insert on fanout.sent for each row
+	when (new.topic_id is not null and new.sent_at < clock_timestamp() - interval '1 s') execute function suppress()));
+cannot_rotate($offset, 'a publisher fails that cannot write the entry of a paused topic anew, before the old one is forgotten');
+mend(q(drop trigger suppress on fanout.sent;
+	create trigger suppress before delete on fanout.held for each row execute function suppress()));
+fails_with(qr/changed 0 rows instead of 1/, q(select fanout.resume('mixed')));
+is(sql('select count(*) from fanout.held'), 1, 'so does one that cannot remove a held message that was sent');
+mend(q(drop trigger suppress on fanout.held));
+PgFanout::poll(sub { sql('select count(*) from fanout.held') == 0 }, 'the message to be sent');
 sql(q(create trigger suppress before insert on fanout.dead_letter for each row execute function suppress()));
-fails_with(qr/changed 0 rows instead of 1/, q(select fanout.publish('mixed', '1', 'k', headers => jsonb_build_object('large', repeat('x', 3000000)))
-	from fanout.resume('mixed')));
+fails_with(qr/changed 0 rows instead of 1/, q(select fanout.publish('mixed', '1', 'k', headers => jsonb_build_object('large', repeat('x', 3000000)))));
 is(sql(q(select state from fanout.outbox_status where topic = 'mixed' order by id desc limit 1)),
 	'pending', 'nor is one that cannot become a dead letter');
-sql(q(drop trigger suppress on fanout.dead_letter));
+mend(q(drop trigger suppress on fanout.dead_letter));
 PgFanout::wait_for_state($node, 'dead', where => q(topic = 'mixed' and key = 'k'), count => 1);
 PgFanout::flush($node);
 ok(1, 'they are, once that is possible');

@@ -26,6 +26,12 @@ my ($rounds, $rows, $keys) = $long ? (40, 40, 1000) : (2, 20, 10);
 srand($seed);
 note("seed $seed");
 
+# Locales that write money in other ways: 1,5 and a sign behind it, no fractions.
+my @locales = ('de_DE.UTF-8', 'ja_JP.UTF-8');
+my $dir = PostgreSQL::Test::Utils::tempdir();
+PgFanout::run_command_ok('localedef', '-f', 'UTF-8', '-i', s/\..*//r, "$dir/$_") foreach @locales;
+$ENV{LOCPATH} = $dir;
+
 my $node = PgFanout::cluster('main', undef,
 	init => { extra => [ '--encoding', 'UTF8', '--locale', 'C' ] });
 my $user = sql('select current_user');
@@ -49,6 +55,7 @@ foreach my $round (1 .. $rounds)
 {
 	round($round);
 }
+write_money();
 done_testing();
 
 # ---------------------------------------------------------------------------
@@ -625,9 +632,7 @@ sub sql
 
 sub locales
 {
-	my @names = grep { /^[\w.@-]+$/ } split /\n/, `locale -a 2>/dev/null`;
-
-	return @names ? @names : ('C');
+	return ('C', 'POSIX', @locales);
 }
 
 sub random_settings
@@ -673,6 +678,38 @@ sub round
 	$unlike = join "\n", map { where_unlike(@{ JSON::PP->new->decode($_) }) }
 	  split /\n/, sql('select json_build_array(id, n, was, became) from unlike() order by n, id limit 10');
 	is($unlike, '', 'every value is read back equal') or diag("# seed $seed; settings:\n$reader");
+	return;
+}
+
+# Money in body and key, of whatever type it is part of, under each locale.
+sub write_money
+{
+	sql(q(
+create type paid;
+create function paid_in(cstring) returns paid language internal stable strict as 'cash_in';
+create function paid_out(paid) returns cstring language internal stable strict as 'cash_out';
+create type paid (input = paid_in, output = paid_out, like = money);
+create table prices (m money, r moneys, p paid, c compared, x int);
+select fanout.declare_topic(t, 'row') from unnest('{prices,"prices m","prices r","prices p","prices c"}'::text[]) t;
+select fanout.capture('prices', 'prices', '{update}', key => '{m,r,p,c}');
+select fanout.capture('prices', 'prices ' || k, '{update}', key => array[k], columns => '{m}') from unnest('{m,r,p,c}'::text[]) k;
+insert into prices values (1234.5, '[1.50,2000]', '-1234.50', '(1,,,,-0.05)', 0);));
+	foreach my $locale (locales())
+	{
+		my $own = sql("update fz.prices set x = 0; select '1234.5'::numeric::money", "set lc_monetary = '$locale';");
+
+		isnt($own, '$1,234.50', "a session writes money as in $locale") if $locale =~ /UTF/;
+	}
+	is( sql(q(select string_agg(distinct concat_ws(' ', topic, key, payload), E'\n' order by concat_ws(' ', topic, key, payload))
+		from fanout.outbox join fanout.topic using (topic_id) where topic ~ '^prices')),
+		join("\n",
+			'prices ["$1,234.50","[$1.50,\"$2,000.00\"]","-$1,234.50",{"a":1,"t":null,"i":null,"b":null,"m":"-$0.05"}]'
+			  . ' {"m":"$1,234.50","r":"[$1.50,\"$2,000.00\"]","p":"-$1,234.50","c":{"a":1,"t":null,"i":null,"b":null,"m":"-$0.05"},"x":0}',
+			'prices c {"a":1,"t":null,"i":null,"b":null,"m":"-$0.05"} {"m":"$1,234.50"}',
+			'prices m $1,234.50 {"m":"$1,234.50"}',
+			'prices p -$1,234.50 {"m":"$1,234.50"}',
+			'prices r [$1.50,"$2,000.00"] {"m":"$1,234.50"}'),
+		'money is the same in body and key under every locale');
 	return;
 }
 

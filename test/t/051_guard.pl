@@ -289,13 +289,14 @@ sub query
 	return $server->safe_psql('postgres', $sql);
 }
 
-# All rows of all tables of pg_fanout.
+# All rows of all tables of pg_fanout but those that only say whether and what the
+# publisher has to count anew.
 sub own_state
 {
 	my ($server) = @_;
 	my $tables = query($server, q(
 		select string_agg(format('select %L, r::text from %s r', c.oid::regclass, c.oid::regclass), ' union all ')
-		from pg_class c where relnamespace = 'fanout'::regnamespace and relkind = 'r'));
+		from pg_class c where relnamespace = 'fanout'::regnamespace and relkind = 'r' and relname not in ('counted', 'tally')));
 
 	return query($server, "$tables order by 1, 2");
 }

@@ -26,7 +26,7 @@ my $seed = $ENV{PG_FANOUT_TEST_SEED} || int(rand(1_000_000));
 my $programs = $ENV{PG_FANOUT_LONG} ? 4000 : 40;
 note "seed $seed, $programs programs";
 
-my $node = PostgreSQL::Test::Cluster->new('main');
+my $node = PgFanout::Node->new('main');
 $node->init(allows_streaming => 'logical');
 $node->append_conf('postgresql.conf', <<"END");
 shared_preload_libraries = 'pg_fanout'
@@ -91,7 +91,7 @@ begin
                       d as (delete from model.o where id = model.touched(k2) returning id)
                  insert into model.o select id + 6, 'w' from u on conflict (id) do update set a = left(model.o.a, 20) || 'w';
     when 23 then insert into model.moving values (k, k % 2, 'i'), (k2, k2 % 2, 'j') on conflict do nothing;
-    when 24 then update model.moving set part = 1 - part, a = left(a, 20) || 'p' where id = k;
+    when 24 then update model.moving set part = 1 - part, a = left(a, 20) || 'p' where id between k and k2;
     when 25 then update model.moving set part = model.touched(k) % 2, id = id + 6 where id between k and k + 2 and id <= 6;
     when 26 then delete from model.moving where id = k2;
     when 27 then insert into model.named (name, a) values ('n' || k, 'i') on conflict (name) do update set a = left(model.named.a, 20) || 'c';
@@ -164,6 +164,12 @@ begin
     if tg_level = 'STATEMENT' or tg_when = 'AFTER' then return null; end if;
     return case when tg_op = 'DELETE' then old else new end;
 end $$;
+-- makes room for a row that moves
+create function make_room() returns trigger language plpgsql as $$
+begin
+    delete from model.moving where id = new.id and part = new.part;
+    return new;
+end $$;
 -- of a statement, knowing the rows
 create function act_on_rows() returns trigger language plpgsql as $$
 begin
@@ -193,6 +199,9 @@ begin
         create table model.moving (id int, part int, a text, primary key (id, part)) partition by list (part);
         create table model.moving_0 partition of model.moving for values in (0);
         create table model.moving_1 partition of model.moving for values in (1);
+        if random() < 0.7 then
+            create trigger room before insert on model.moving_1 for each row execute function model.make_room();
+        end if;
         create table model.named (id int generated always as identity primary key, name text not null unique, a text);
         create table model.keyless (n int, stamp bigint not null default nextval('model.stamp'));
         perform fanout.capture('model.moving', 'moving', old_row => true),

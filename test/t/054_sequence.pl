@@ -14,7 +14,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
-my $node = PostgreSQL::Test::Cluster->new('main');
+my $node = PgFanout::Node->new('main');
 $node->init(has_archiving => 1, allows_streaming => 1);
 $node->append_conf('postgresql.conf', <<'END');
 shared_preload_libraries = 'pg_fanout'
@@ -79,6 +79,19 @@ is($node->safe_psql('postgres', q(select count(*) from (
 	select (payload::json -> 'after' ->> 'a')::int - lag((payload::json -> 'after' ->> 'a')::int) over (order by id) as step
 	from fanout.outbox) s where step <> 1)), 0, 'which order the changes of a row as they were made');
 
+# Whatever its options are, and the rights of its owner
+
+$node->safe_psql('postgres', <<'END');
+create role owner;
+select setval('fanout.outbox_id_seq', 1000);
+alter sequence fanout.outbox_id_seq maxvalue 2000;
+alter sequence fanout.outbox_id_seq owner to owner;
+revoke all on sequence fanout.outbox_id_seq from owner;
+END
+$node->restart;
+$before = time;
+cmp_ok(draw($node), '>=', int($before * 1e6), 'ids follow the clock whatever options the sequence has');
+
 # DROP EXTENSION, pg_dump
 
 $id = draw($node);
@@ -100,17 +113,19 @@ cmp_ok(draw($node, 'templated'), '>', $id, 'and in one that was made from a temp
 $node->backup('backup');
 $id = draw($node);
 $node->safe_psql('postgres', q(select pg_create_restore_point('here')));
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = PgFanout::Node->new('standby');
 $standby->init_from_backup($node, 'backup', has_streaming => 1);
 $standby->start;
 $node->wait_for_catchup($standby);
-$standby->safe_psql('postgres', 'select pg_wal_replay_pause()');
+$standby->safe_psql('postgres', q(alter system set primary_conninfo = ''));
+$standby->reload;
+$standby->poll_query_until('postgres', 'select count(*) = 0 from pg_stat_wal_receiver') or die 'the standby receives';
 draw($node) for 1 .. 40;	# the server logs 32 numbers ahead
 $id = draw($node);
 my $wal = $node->safe_psql('postgres', 'select pg_walfile_name(pg_switch_wal())');
 $node->poll_query_until('postgres', "select last_archived_wal >= '$wal' from pg_stat_archiver") or die 'not archived';
 $node->stop('immediate');
-my $recovered = PostgreSQL::Test::Cluster->new('recovered');
+my $recovered = PgFanout::Node->new('recovered');
 $recovered->init_from_backup($node, 'backup', has_restoring => 1);
 $recovered->append_conf('postgresql.conf', "recovery_target_name = 'here'\nrecovery_target_action = promote");
 $recovered->start;
@@ -120,7 +135,6 @@ $recovered->stop;
 
 # A standby that has not got all of them, with a session that was there before
 
-$standby->safe_psql('postgres', 'select pg_wal_replay_resume()');
 my $session = $standby->background_psql('postgres', on_error_stop => 0);
 $session->query_until(qr/waits/, "select count(*) from fanout.outbox;\n\\echo waits\n");
 $standby->promote;

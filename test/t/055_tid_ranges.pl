@@ -41,7 +41,7 @@ sub all_arrived
 	my %times;
 	my %message_ids;
 
-	foreach my $message ($broker->collect("t_g", idle => 1))
+	foreach my $message ($broker->collect("t_g", idle => 0.2))
 	{
 		next if $params{repeats} && $message_ids{ $message->{message_id} }++;
 		$times{ $message->{body}->{after}->{id} }++;
@@ -331,7 +331,11 @@ sub at_random
 }
 
 my $first = current();
-at_random('16 clients, one transaction in ten long, with rotations', sub { Time::HiRes::sleep(0.5); });
+foreach my $run (1 .. 5)
+{
+	at_random('16 clients, one transaction in ten long, with rotations', sub { Time::HiRes::sleep(0.5); });
+	last if current() != $first;
+}
 isnt(current(), $first, 'the outbox was rotated meanwhile');
 at_random('the same while publishers end, the broker goes away and segments are vacuumed',
 	sub

@@ -20,7 +20,7 @@ my $rounds = $ENV{PG_FANOUT_LONG} ? 3000 : 150;
 note "seed $seed, $rounds rounds";
 srand($seed);
 
-my $node = PostgreSQL::Test::Cluster->new('main');
+my $node = PgFanout::Node->new('main');
 $node->init;
 $node->append_conf('postgresql.conf', <<'END');
 shared_preload_libraries = 'pg_fanout'
@@ -73,7 +73,7 @@ is(sql(q(select count(*) from (select (payload::json -> 'after' ->> 'n')::int - 
 	0, 'none is missing or there twice');
 is(sql(q(select count(*) from fanout.outbox where payload ~ 'SECRET')), 0, 'none has an excluded column');
 
-# A row whose JSON is larger than a string of the server can be
+# Rows whose message is larger than the server can store
 
 sql(q(create table large (id int primary key, a bytea);
 select fanout.capture('large', 'live');
@@ -86,8 +86,33 @@ is(sql(q(select string_agg(concat_ws(' ', headers ->> 'op', key, length(payload)
 	'c f, u 1 t, d 1 t', 'a row that is too large to be rendered is written');
 sql('drop table large; truncate fanout.outbox');
 
+# of 1 MB, all null, with long names
+sql(q(do $$ begin execute (select 'create type nulls as (' || string_agg(format('%I int', lpad(i::text, 3) || repeat(e'\x01', 60)), ', ') || ')'
+	from generate_series(1, 100) i); end $$;
+create function nulls(count int) returns nulls[] language sql as 'select array_fill(null::nulls, array[0]) || array_agg(jsonb_populate_record(null::nulls, $${"x": 1}$$)) from generate_series(1, count)';
+create table small (id int primary key, a nulls[], b nulls[]);
+alter table small alter a set storage external;
+insert into small values (1, nulls(30000)), (2, nulls(15000)), (3, nulls(7500));
+select fanout.capture('small', 'live', '{update}', old_row => true);
+update small set id = 4 where id = 1;
+select fanout.capture('small', 'live', '{update}', columns => '{id}', key => '{a}', replace => true);
+update small set a = null where id = 3;
+select fanout.alter_topic('live', 'row');
+select fanout.capture('small', 'live', '{update}', columns => '{a}', key => '{a}', replace => true);
+update small set id = 5 where id = 2;
+select fanout.alter_topic('live', 'debezium');
+));
+is(sql(q(select string_agg(concat_ws(' ', headers ->> 'op', key, length(payload) > 0, headers ? 'old_key'), ', ' order by id)
+	from fanout.outbox where headers ->> 'table' = 'small')),
+	'u f f, u f f, u f f', 'a row is written whose body, whose old key, or whose key and body together are too large');
+sql('drop table small; truncate fanout.outbox');
+
 # Whatever happens to columns.  Columns are known here by their numbers, and hold
 # values that tell what they are: S excluded, K the key, and others.
+
+# Types of two columns, what their captures name besides, and what takes both away.
+my $has_citext = sql(q(select count(*) from pg_available_extensions where name = 'citext'));
+sql('create role fanout_swept');
 
 my $names = 0;
 my $table;
@@ -97,6 +122,8 @@ sub column_name { my ($attnum) = @_;
 
 sub columns { my ($condition) = @_;
 	return split /\n/, sql("select attnum from pg_attribute where attrelid = '$table'::regclass and attnum > 0 and not attisdropped and $condition"); }
+
+sub chance { return rand() < 0.5; }
 
 sub pick { return $_[ int(rand(@_)) ]; }
 
@@ -117,6 +144,7 @@ sub rename_column
 my $leaks = 0;
 my $wrong_keys = 0;
 my $columns_by_name = 0;
+my $not_dropped = 0;
 my ($excluded, $key, $id);
 
 sub new_table
@@ -153,7 +181,7 @@ sub change_table
 	my $typed = sql("select reloftype <> 0 from pg_class where oid = '$table'::regclass") eq 't';
 	my $secret = column_name($excluded);
 
-	my $what = int(rand(9));
+	my $what = int(rand(11));
 	if ($what == 0) { rename_column($excluded, $new); }
 	elsif ($what == 1) { rename_column($key, $new); }
 	elsif ($what == 2 && $other) { my $attnum = pick(@others); rename_column($attnum, $new); }
@@ -182,6 +210,32 @@ sub change_table
 		$columns_by_name++ if $status == 0;
 	}
 	elsif ($what == 8) { sql("alter table $table rename to ${table}x"); $table = "${table}x"; }
+	elsif ($what >= 9 && !$typed) { drop_type_of($what == 9 && chance() ? $key : $excluded); }
+	return;
+}
+
+# Gives a column the type of a role or of an extension, and drops that with all it takes along.  What takes
+# the key along is refused.
+sub drop_type_of
+{
+	my ($attnum) = @_;
+	my $column = column_name($attnum);
+	my $extension = $has_citext && chance();
+	my $type = $extension ? 'citext' : 'swept_type';
+
+	sql($extension ? 'create extension citext' : 'create domain swept_type as text; alter domain swept_type owner to fanout_swept');
+	sql("alter table $table alter $column drop default, alter $column type $type using $column\::text");
+	my ($status) = $node->psql('postgres', $extension ? 'drop extension citext cascade' : 'drop owned by fanout_swept cascade');
+	if ($attnum == $key)
+	{
+		$columns_by_name++ if $status == 0;
+		sql("alter table $table alter $column type text using $column\::text");
+		sql($extension ? 'drop extension citext' : 'drop owned by fanout_swept');
+		return;
+	}
+	$not_dropped++ if $status != 0;
+	sql("alter table $table add column $column text default 'TOP SECRET'");
+	($excluded) = columns("attname = '$column'");
 	return;
 }
 
@@ -210,6 +264,7 @@ for my $round (1 .. $rounds)
 is($leaks, 0, 'an excluded column is in no message, whatever command renamed, dropped or retyped columns');
 is($wrong_keys, 0, 'and the key is the same columns');
 is($columns_by_name, 0, 'of which none can be dropped');
+is($not_dropped, 0, 'what takes an excluded column along can be dropped');
 is(sql(q(select count(*) from fanout.check_captures() where not ok)), 0, 'check() has nothing against it');
 
 $node->stop;

@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
 max_worker_processes = 24
@@ -148,8 +148,7 @@ sub kill_busy
 	my $pid = try_sql(q(select pid from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep'));
 
 	return 0 if $pid !~ /^\d+$/;
-	kill 'KILL', $pid;
-	PgFanout::poll(sub { try_sql('select 1') eq '1' }, 'the server again');
+	PgFanout::kill_process($node, $pid);
 	return 1;
 }
 

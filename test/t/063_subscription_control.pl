@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
 max_worker_processes = 24
@@ -36,6 +36,12 @@ publish('a', 2);
 publish('b', 3, 2);
 wait_until(q((select count(*) = 2 from fanout.delivery_failure) and (select waiting = 3 from fanout.stat_subscriptions)));
 my $a = sql(q(select message_id from fanout.delivery_failure where key = 'a'));
+sql(q(create function suppress() returns trigger language plpgsql as 'begin return null; end';
+	create trigger stay before delete on fanout.waiting for each row execute function suppress()));
+sql("select fanout.retry('t', 'g', '$a')");
+wait_until(q((select attempts = 2 and error ~ 'changed 0 rows instead of 1' from fanout.delivery_failure where key = 'a')));
+is(log_of(), '', 'a message that cannot be removed from where it waits is not applied');
+sql(q(drop trigger stay on fanout.waiting));
 is(sql("select fanout.retry('t', 'g', '$a')"), 1, 'retry() of a message');
 wait_until(q((select count(*) = 2 from log)));
 is(log_of(), 'a1 a2', 'tries it now, and those behind it follow');
@@ -48,6 +54,14 @@ pass('which is an attempt as any');
 publish('b', 4);
 wait_until(q((select waiting = 2 from fanout.stat_subscriptions)));
 my $b = sql(q(select message_id from fanout.delivery_failure where key = 'b'));
+# a message that cannot get where skip() puts it stays where it is
+foreach my $table (qw(dead_letter inbox_0))
+{
+	sql("create trigger away before insert on fanout.$table for each row execute function suppress()");
+	like(error("select fanout.skip('t', 'g', '$b')"), qr/changed 0 rows instead of 1/, "skip() fails that cannot write to $table");
+	is(sql("select count(*) from fanout.waiting where message_id = '$b'"), 1, 'and the message waits');
+	sql("drop trigger away on fanout.$table");
+}
 sql("select fanout.skip('t', 'g', '$b')");
 wait_until(q((select count(*) = 3 from log)));
 is(log_of(), 'a1 a2 b4', 'skip() gives a message up, and those behind it go on');

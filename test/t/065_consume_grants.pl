@@ -113,7 +113,44 @@ is(sql(q(set role developer; create table developer.other (id int); create funct
 	create trigger t before insert on developer.other for each row execute function developer.f(); insert into developer.other values (1) returning id)), 1,
 	'other triggers are nobody\'s business');
 
+# ---- the guides of README on rows that exist already ----
+
+$node->safe_psql('postgres', 'create database guides');
+guides(q(
+create extension pg_fanout;
+create table users (id int primary key, name text);
+insert into users select i, 'user ' || i from generate_series(1, 10) i;
+select fanout.declare_binding('exchange_user', 'consumer_org_rpc'), fanout.capture('users', 'exchange_user');
+insert into users values (11, 'user 11')));
+PgFanout::flush($node, dbname => 'guides');
+my $sent = $broker->count('exchange_user_consumer_org_rpc');
+guides(guide('A new service joins'));
+$node->poll_query_until('guides', q(select count(*) = 1 from fanout.backfills where state = 'done')) or die 'the backfill is not done';
+PgFanout::flush($node, dbname => 'guides');
+my %keys = map { $_->{headers}->{op} ? ($_->{headers}->{key} => 1) : () } $broker->collect('exchange_user_consumer_new', expect => 11);
+is(join(' ', sort { $a <=> $b } keys %keys), join(' ', 1 .. 11), 'a new service joins, as README says, and gets every row');
+is($broker->count('exchange_user_consumer_org_rpc'), $sent, 'others notice nothing');
+my ($replay, $rows) = guide('A queue was lost');
+guides($replay);
+PgFanout::poll(sub { PgFanout::flush($node, dbname => 'guides'); $broker->count('exchange_user_consumer_org_rpc') > $sent }, 'what was sent before is sent again');
+pass('a queue was lost: README sends again what it had');
+guides($rows =~ s/^truncate users;.*\n//r);
+$node->poll_query_until('guides', q(select count(*) = 2 from fanout.backfills where state = 'done' and finished_at is not null and kind = 'backfill')) or die 'the backfill is not done';
+pass('or all rows');
+
 done_testing();
+
+sub guides { return $node->safe_psql('guides', $_[0]); }
+
+# The statements that README has in a chapter.
+sub guide
+{
+	my ($title) = @_;
+	my ($chapter) = slurp_file("$FindBin::RealBin/../../README.md") =~ /^#### \Q$title\E\n(.*?)^#/ms;
+	my @blocks = $chapter =~ /^```sql\n(.*?)^```/gms;
+
+	return wantarray ? @blocks : $blocks[0];
+}
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub as { return $node->safe_psql('postgres', $_[1], extra_params => [ '-U', $_[0] ]); }

@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, extension => 0, conf => q(
 log_statement = none
 max_worker_processes = 24
@@ -99,6 +99,34 @@ cmp_ok($failed[0] + $failed[1], '>', 40, "many of them are applied by the other:
 is(sql('b', 'select count(*) - count(distinct message_id) from log') . sql('c', 'select count(*) - count(distinct message_id) from log'), '00', 'each once');
 PgFanout::poll(sub { $broker->count('t_g') == 0 && unacked() == 0 }, 'an empty queue');
 pass('nothing is left in the queue');
+
+# ---- ordered, in two instances ----
+
+sql($_, q(select fanout.unsubscribe('t', 'g'); truncate log;
+create function apply_second(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.attempt = 1 and m.body ? 'fails' then raise exception 'once'; end if;
+	insert into log (message_id, body, attempt, redelivered) values (m.message_id, m.body, m.attempt, m.redelivered);
+end $$)) foreach qw(b c);
+my $ordered = q(set client_min_messages = warning;
+	select fanout.subscribe('two', 'g', 'apply_second(fanout.message)', retry_delay => '1 h', max_retry_delay => '1 h', prefetch => 5));
+sql('b', q(select fanout.declare_binding('two', 'g'); select fanout.publish('two', '{"fails": 1, "n": 0}', key => 'k')));
+sql('b', $ordered);
+wait_until('b', q((select attempts = 1 from fanout.delivery_failure where topic = 'two')));
+sql('c', $ordered);
+wait_until('c', q((select state = 'idle' from fanout.stat_subscriptions)));
+sql('b', q(select fanout.publish('two', jsonb_build_object('n', i), key => 'k') from generate_series(1, 20) i));
+my $kept = q(select count(*) from fanout.waiting where not requeued);
+PgFanout::poll(sub { sql('b', $kept) + sql('c', 'select count(*) from log') == 21 }, 'all messages in one of two instances');
+is(sql('b', 'select count(*) from log') . sql('c', $kept), '00', 'where a message waits later ones of its key wait, and in another instance of the group they do not');
+sql('b', q(select fanout.retry('two', 'g')));
+wait_until('b', q((select waiting = 0 from fanout.stat_subscriptions)));
+is(count(), 21, 'once it succeeds all are applied');
+is(sql($_, q(select string_agg(body ->> 'n', ' ' order by n) from log)), sql($_, q(select string_agg(body ->> 'n', ' ' order by (body ->> 'n')::int) from log)),
+	"in order in $_") foreach qw(b c);
+sql($_, q(select fanout.unsubscribe('two', 'g'))) foreach qw(b c);
+sql('c', sprintf($subscribe, 10));
+sql('b', sprintf($subscribe, 10));
 
 # ---- the prefetch ----
 

@@ -3,7 +3,7 @@
 # 65535, little memory, one in ten messages that fails at first, and workers that
 # are terminated all the time.
 #
-# PG_FANOUT_LONG=1: 12,000 messages in each experiment in place of 1,500.
+# PG_FANOUT_LONG=1: 12,000 messages in each experiment in place of 600.
 
 use strict;
 use warnings;
@@ -17,8 +17,8 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 my $long = $ENV{PG_FANOUT_LONG};
-my $messages = $long ? 12000 : 1500;
-my $broker = PgFanout::broker(private => 1);
+my $messages = $long ? 12000 : 600;
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
 max_worker_processes = 24

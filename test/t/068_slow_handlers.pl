@@ -13,7 +13,7 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 my $long = $ENV{PG_FANOUT_LONG};
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, extension => 0, conf => q(
 log_statement = none
 max_worker_processes = 24

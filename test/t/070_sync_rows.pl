@@ -182,6 +182,26 @@ sql(q(begin; update moving set id = 1000 where id = 1; update moving set id = 10
 equal('moving', 'a key that changes several times, and back');
 is(stat_of('moving', 'g', 'failed'), 0, 'nothing failed meanwhile');
 
+# Unique values that change places in one transaction, as those that are deferrable can
+
+sql(q(
+create table places (id int primary key, place int unique deferrable initially deferred);
+create table places_copy (id int primary key, place int unique);
+select fanout.declare_binding('places', 'g');
+select fanout.capture('places', 'places');
+select fanout.sync_table('places', 'g', 'places_copy', max_attempts => 1);
+insert into places select i, i from generate_series(1, 4) i;
+));
+equal('places', 'rows with unique values');
+sql('update places set place = 3 - place where place < 3');
+PgFanout::poll(sub { dead('places') == 2 }, 'dead letters', 60);
+is(sql(q(select string_agg(distinct sqlstate, ' ') from fanout.dead_letter where topic = 'places')), '23505', 'unique values that change places are refused');
+is(rows('places_copy'), '(1,1) (2,2) (3,3) (4,4)', 'and the rows stay as they were');
+sql(q(alter table places_copy drop constraint places_copy_place_key; create index on places_copy (place); select fanout.redrive('places')));
+equal('places', 'with an index that is not unique, they follow');
+sql('update places set place = 5 - place');
+equal('places', 'and all later ones');
+
 # A batch is its messages one by one
 
 sql(q(

@@ -81,6 +81,21 @@ sql(q(alter table wide drop column went; update wide set name = 'Di'));
 PgFanout::poll(sub { missing('wide') eq '{} {}' }, 'no column');
 is(stat_of('wide', 'failed'), 0, 'nothing failed meanwhile');
 
+# Statements name the type of a key whose equal values may look different.  They are read again
+# when all plans are invalid, as after CREATE FOREIGN DATA WRAPPER.
+
+sql('create extension citext');
+copied('inexact', 'k citext primary key, x int', '', 'max_attempts => 1');
+sql(q(insert into inexact values ('a', 1); update inexact set x = 2));
+equal('inexact', 'inexact_copy', 'a key of citext');
+sql(q(alter type citext rename to ci; create foreign data wrapper one; update inexact set x = 3));
+equal('inexact', 'inexact_copy', 'its type was renamed');
+sql(q(create schema moved; alter extension citext set schema moved; create foreign data wrapper two; update inexact set x = 4, k = 'A'));
+equal('inexact', 'inexact_copy', 'its extension was moved to another schema');
+sql(q(alter schema moved rename to moved_again; create foreign data wrapper three; update inexact set x = 5; insert into inexact values ('b', 1)));
+equal('inexact', 'inexact_copy', 'that schema was renamed');
+is(stat_of('inexact', 'failed'), 0, 'nothing failed meanwhile');
+
 copied('strict', 'id int primary key, x int', '', q(unknown_columns => 'error', max_attempts => 2, retry_delay => '100 ms'));
 sql('insert into strict values (1, 1)');
 equal('strict', 'strict_copy', 'a copy that takes no unknown columns');
@@ -154,10 +169,10 @@ foreach my $case (
 }
 is(sql('select count(*) from child where id is null'), 1, 'what refers to a deleted row is told');
 
-# More rows than can be deleted within the time that a handler has
+# More rows than can be deleted within the time that a handler has, by pieces that can
 
-copied('slow', 'id int primary key, x int', q(, operations => '{insert,update,delete,truncate}'), q(handler_timeout => '3 s', max_attempts => 1, prefetch => 5000));
-sql(q(insert into slow select i, i from generate_series(1, 6000) i));
+copied('slow', 'id int primary key, x int', q(, operations => '{insert,update,delete,truncate}'), q(handler_timeout => '8 s', max_attempts => 1, prefetch => 5000));
+sql(q(insert into slow select i, i from generate_series(1, 9000) i));
 equal('slow', 'slow_copy', 'a table');
 sql(q(
 create function linger() returns trigger language plpgsql as 'begin perform pg_sleep(0.001); return old; end';
@@ -165,7 +180,7 @@ create trigger linger before delete on slow_copy for each row execute function l
 truncate slow;
 insert into slow values (1, 1);
 ));
-equal('slow', 'slow_copy', 'a TRUNCATE that takes longer than handler_timeout', 600);
+equal('slow', 'slow_copy', 'a TRUNCATE that takes longer than handler_timeout');
 is(stat_of('slow', 'failed'), 0, 'does not fail');
 
 done_testing();
@@ -218,24 +233,21 @@ sub wide
 	my ($name, $id, $what, $mail) = @_;
 
 	$mail ||= 'mail';
-	return equal('wide', 'wide_copy', $what, 200, 'id, name, m::text, p, q::text, gone, mail', "$id, $name, m::text, p, q::text, gone, $mail");
+	return equal('wide', 'wide_copy', $what, 'id, name, m::text, p, q::text, gone, mail', "$id, $name, m::text, p, q::text, gone, $mail");
 }
 
 # Waits until the copy is equal to the table.
 sub equal
 {
-	my ($table, $copy, $name, $tenths, $theirs, $ours) = @_;
+	my ($table, $copy, $name, $theirs, $ours) = @_;
 	my ($there, $here) = ('', '');
 
 	$theirs ||= '*';
 	PgFanout::flush($node);
 	$there = sql("select $theirs from $table order by 1");
-	foreach (1 .. ($tenths || 200))
-	{
-		$here = sql('select ' . ($ours || $theirs) . " from $copy order by 1");
-		last if $here eq $there;
-		select(undef, undef, undef, 0.1);
-	}
+	eval {
+		PgFanout::poll(sub { $here = sql('select ' . ($ours || $theirs) . " from $copy order by 1"); return $here eq $there; }, $name);
+	};
 	ok($here eq $there, "$name: equal")
 	  or diag(substr($here, 0, 500), "\n", substr($there, 0, 500), "\n", sql("select * from fanout.stat_subscriptions where topic = '$table'"), "\n",
 		sql('select * from fanout.delivery_failure limit 3'), "\n", sql('select topic, reason from fanout.dead_letter limit 3'));

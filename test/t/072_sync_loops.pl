@@ -33,6 +33,20 @@ is(sql('a', q(select string_agg(users::text, ' ') from users)), '(3,2)', 'and th
 is(messages('users', 'a', 'b'), '5 5', 'in one message each way');
 is(own('users', 'a', 'b'), '2 3', 'counted as its own');
 
+# Both sides change one row before they have heard of each other, as README says
+
+sql('a', q(select fanout.pause('users_b', 'g')));
+sql('b', q(select fanout.pause('users_a', 'g')));
+sql('a', 'update users set x = 10');
+sql('b', 'update users set x = 20');
+PgFanout::flush($node, dbname => $_) for 'a', 'b';
+sql('a', q(select fanout.resume('users_b', 'g')));
+sql('b', q(select fanout.resume('users_a', 'g')));
+quiet('users', 'a', 'b') for 1, 2;
+is(messages('users', 'a', 'b'), '7 7', 'a row that is changed at both sides at once: each change is one message each way, and then it is quiet');
+is(own('users', 'a', 'b'), '1 1', 'each is left out where it was made');
+is(join(' ', map { sql($_, 'select x from users') } 'a', 'b'), '20 10', 'and the two differ from then on');
+
 # A ring of three
 
 link_all('ring', 'a', 'b', 'c');

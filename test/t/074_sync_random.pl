@@ -444,16 +444,25 @@ sub restore
 	changes() if rand() < 0.5;
 	if ($kind =~ /old/)
 	{
-		compared($_, 1) foreach @made, map { @$_ } @families;
+		# rows that refer to each other wait for each other
+		my @mended = map { [ $_, begin_comparison($_, 1) ] } @made, map { @$_ } @families;
+
+		found(@$_) foreach @mended;
 	}
 	return;
 }
 
-# Has a copy compared, and returns what it finds.
-sub compared
+sub begin_comparison
 {
 	my ($t, $repair) = @_;
-	my $run = sql('a', "select fanout.compare('$t->{name}', '$t->{name}', 'g'" . ($repair ? ', true)' : ')'));
+
+	return sql('a', "select fanout.compare('$t->{name}', '$t->{name}', 'g'" . ($repair ? ', true)' : ')'));
+}
+
+# What a comparison finds, once it is at its end.
+sub found
+{
+	my ($t, $run) = @_;
 	my $state = '';
 
 	PgFanout::poll(
@@ -465,6 +474,8 @@ sub compared
 	$did{compared}++;
 	return $state;
 }
+
+sub compared { return found($_[0], begin_comparison($_[0])); }
 
 sub told
 {

@@ -110,16 +110,20 @@ sub original_is_gone
 	return;
 }
 
-# What waits was acked by the original, which applies it.
+# What waits was acked by the original, which applies it.  The copies are made once that is
+# so: what the original's workers have not noted and acked when they are ended, the queue
+# has again, and gives to the copy, which consumes for the same group, or the original.
 sub waiting_room
 {
 	sql('postgres', 'create database first');
 	sql('first', q(create extension pg_fanout; create table ready (x int); create table got (n int);
 		create function handle(m fanout.message) returns void language plpgsql
 		as $$ begin if not exists (select from public.ready) then raise 'not ready'; end if; insert into public.got values ((m.body->>'n')::int); end $$;
-		select fanout.declare_binding('waits', 'g'); select fanout.subscribe('waits', 'g', 'handle(fanout.message)', max_attempts => 1000, retry_delay => '100 ms', max_retry_delay => '200 ms');
+		select fanout.declare_binding('waits', 'g', 'classic'); select fanout.subscribe('waits', 'g', 'handle(fanout.message)', max_attempts => 1000, retry_delay => '100 ms', max_retry_delay => '200 ms');
 		select fanout.publish('waits', '{"n": 1}', 'key'); select fanout.publish('waits', '{"n": 2}', 'key')));
 	PgFanout::poll(sub { sql('first', q(select count(*) from fanout.waiting)) == 2 }, 'messages that wait', 60);
+	PgFanout::flush($node, dbname => 'first');
+	PgFanout::poll(sub { $broker->eval_queue('waits_g', '[{_, N}] = rabbit_amqqueue:info(Q, [messages]), N') eq '0' }, 'their acks');
 	foreach my $copy ('keeps', 'forgets')
 	{
 		sql('template1', "select pg_terminate_backend(pid) from pg_stat_activity where datname = 'first'");

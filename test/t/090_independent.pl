@@ -8,9 +8,9 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use PgFanout;
+use PgFanout::Independence;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes ();
 
 my $broker = PgFanout::broker(private => 1);
 my $node = PgFanout::cluster(
@@ -22,94 +22,6 @@ pg_fanout.confirm_timeout = 5s
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-# A session of its own, which costs no new connection for each query.
-my %s = (in => '', out => '', err => '');
-$s{harness} = IPC::Run::start(
-	[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
-	'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(600));
-
-sub query
-{
-	my ($sql) = @_;
-
-	$s{in} .= "$sql;\n\\echo done\n";
-	$s{harness}->pump until $s{out} =~ s/^(.*\n)?done\n//ms;
-	my $result = defined $1 ? $1 : '';
-	chomp $result;
-	return $result;
-}
-
-# An independent client notes when messages of the healthy topic arrive.
-my $arrivals = "$PostgreSQL::Test::Utils::tmp_check/arrivals";
-my $collector;
-
-sub start_collector
-{
-	$collector = IPC::Run::start(
-		[ "$PgFanout::lib/collector", '--uri', $broker->uri, '--out', $arrivals, '--queue', 'healthy_g' ],
-		'<', \undef, '>', \my $collector_out, '2>', \my $collector_err);
-	PgFanout::poll(sub { -e $arrivals }, 'the collector');
-	return;
-}
-
-# Token => time of arrival.
-sub arrived
-{
-	return map { my @column = split /\t/; chomp @column; ($column[7] => $column[0]) } split /^/, slurp_file($arrivals);
-}
-
-# How long single messages of the healthy topic take from their commit to the client:
-# in milliseconds, in order.
-my $token = 0;
-
-sub latencies
-{
-	my ($count) = @_;
-	my %committed;
-	my %arrived;
-
-	for (1 .. $count)
-	{
-		$token++;
-		query("insert into beat (token) values ('t$token')");
-		$committed{"t$token"} = Time::HiRes::time();
-		select(undef, undef, undef, 0.03);
-	}
-	for (1 .. 200)
-	{
-		%arrived = arrived();
-		last unless grep { !defined $arrived{$_} } keys %committed;
-		select(undef, undef, undef, 0.1);
-	}
-	return sort { $a <=> $b } map { (($arrived{$_} || 1e12) - $committed{$_}) * 1000 } keys %committed;
-}
-
-# While something happens to the topic "ill", is the healthy one as quick as ever?
-my $worst;
-
-sub is_independent
-{
-	my ($name, %params) = @_;
-	my @ms = latencies($params{count} || 60);
-	my ($median, $slow, $p99) = map { $ms[ int(@ms * $_) ] } 0.5, 0.97, 0.99;
-
-	note sprintf('%s: p50 %.1f ms, p97 %.1f ms, p99 %.1f ms, longest %.1f ms', $name, $median, $slow, $p99, $ms[-1]);
-	cmp_ok($slow, '<', $worst, "$name: another topic's messages arrive as soon as ever");
-	cmp_ok($ms[-1], '<', 2000, "$name: and none of them waits");
-	return;
-}
-
-sub eval_queue
-{
-	my ($queue, $erlang) = @_;
-	my $vhost = $broker->vhost;
-
-	return $broker->ctl('eval',
-		qq({ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"$vhost">>, queue, <<"$queue">>)), $erlang.));
-}
-
-sub ill_state { return sql(q(select string_agg(distinct state, ',') from fanout.outbox_status where topic = 'ill')); }
-
 sub wait_for_reason
 {
 	my ($topic, $reason) = @_;
@@ -119,11 +31,7 @@ sub wait_for_reason
 	return;
 }
 
-sql( q(select fanout.declare_binding('healthy', 'g', 'classic');
-	   create table beat (id serial primary key, token text);
-	   select fanout.capture('beat', 'healthy');
-	   insert into beat (token) values ('first');
-	   select fanout.declare_binding('ill', 'g', 'classic');
+sql( q(select fanout.declare_binding('ill', 'g', 'classic');
 	   select fanout.declare_binding('ill_q', 'g', 'quorum');
 	   create table hot (id int primary key, n int);
 	   create table big (id int primary key, v text);
@@ -133,42 +41,72 @@ sql( q(select fanout.declare_binding('healthy', 'g', 'classic');
 	   select fanout.capture('big', 'big');
 	   insert into hot values (1, 0)));
 PgFanout::flush($node);
-start_collector();
-my @alone = latencies(60);
-note sprintf('alone: p50 %.1f ms, longest %.1f ms', $alone[ @alone / 2 ], $alone[-1]);
-$worst = $alone[ int(@alone * 0.97) ] + 300;
+PgFanout::Independence::of($node, $broker);
 
 # ---- a queue that does not confirm ----
 
-eval_queue('ill_g', 'sys:suspend(amqqueue:get_pid(Q))');
+$broker->suspend_queue('ill_g');
 sql(q(select fanout.publish('ill', to_jsonb(i), 'k' || i) from generate_series(1, 100) i));
 is_independent('a queue that does not confirm', count => 100);
 wait_for_reason('ill', 'did not confirm');
 is_independent('once that is noticed');
-eval_queue('ill_g', 'sys:resume(amqqueue:get_pid(Q))');
+$broker->resume_queue('ill_g');
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'ill'));
 ok(1, 'and it goes on by itself');
 $broker->amqp('purge', '--queue', 'ill_g');
 
 # ---- the same with more than is kept in memory of all topics ----
 
-eval_queue('ill_g', 'sys:suspend(amqqueue:get_pid(Q))');
+$broker->suspend_queue('ill_g');
 sql(q(select count(fanout.publish('ill', to_jsonb(repeat('x', 100000)))) from generate_series(1, 200) i));
 is_independent('a queue that does not confirm very large messages', count => 100);
-eval_queue('ill_g', 'sys:resume(amqqueue:get_pid(Q))');
+$broker->resume_queue('ill_g');
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'ill'));
 $broker->amqp('purge', '--queue', 'ill_g');
 
 # ---- a quorum queue without a leader ----
 
-eval_queue('ill_q_g', 'ra:stop_server(quorum_queues, amqqueue:get_pid(Q))');
+$broker->eval_queue('ill_q_g', 'ra:stop_server(quorum_queues, amqqueue:get_pid(Q))');
 sql(q(select fanout.publish('ill_q', to_jsonb(i), 'k' || i) from generate_series(1, 100) i));
 is_independent('a quorum queue that has lost its leader', count => 100);
 wait_for_reason('ill_q', '.');
 is_independent('once that is noticed');
-eval_queue('ill_q_g', 'ra:restart_server(quorum_queues, amqqueue:get_pid(Q))');
+$broker->eval_queue('ill_q_g', 'ra:restart_server(quorum_queues, amqqueue:get_pid(Q))');
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'ill_q'));
 ok(1, 'and it goes on by itself');
+
+# ---- refusals that last ----
+
+my $bound = q(select fanout.declare_binding('refused', 'g', 'classic'););
+my $publish = q(select count(fanout.publish('refused', to_jsonb(i), 'k' || i)) from generate_series(1, 100) i;);
+
+# Others do not notice what the broker refuses of a topic, nor that it is tried again.
+sub is_refused
+{
+	my ($name, $reason, $sql) = @_;
+
+	sql($sql);
+	wait_for_reason('refused', $reason);
+	is_independent("a topic is refused, $name", count => 40);
+	$broker->permit('guest');
+	sql( q(select fanout.drop_binding(topic, consumer_group, false, false) from fanout.bindings where topic = 'refused';
+		   select fanout.purge('refused', held => true);
+		   select fanout.drop_topic('refused')));
+	PgFanout::poll(sub { sql(q(select count(*) from fanout.topics where topic = 'refused')) == 0 }, 'the topic to be dropped');
+	return;
+}
+
+is_refused('since no queue is bound', '^returned: 312', "select fanout.declare_topic('refused'); $publish");
+is_refused('since a queue is full', '^nacked', qq(select fanout.declare_binding('refused', 'g', 'classic', '{"x-max-length": 1, "x-overflow": "reject-publish"}'); $publish));
+$broker->amqp('declare', '--queue', 'refused_g', '--arguments', '{"x-max-length": 5}');
+is_refused('since a queue exists with other arguments', '^406', $bound . $publish);
+$broker->permit('guest', '.*', '^(?!refused$)');
+is_refused('since the right to write is missing', '^403', $bound . $publish);
+sql($bound);
+PgFanout::flush($node);
+$broker->permit('guest', '^(?!refused)');
+$broker->evaluate(sprintf('rabbit_exchange:delete(rabbit_misc:r(<<"%s">>, exchange, <<"refused">>), false, <<"test">>)', $broker->vhost));
+is_refused('since an exchange is missing and may not be declared', '^40[34]', $publish);
 
 # ---- a declaration that the broker answers by closing the connection ----
 
@@ -180,6 +118,7 @@ like(sql(q(select last_error from fanout.bindings where topic = 'hated')), qr/de
 	'the request is named for which the broker has closed the connection twice');
 my ($error) = sql(q(select detail from fanout.check() where item like '%hated_g%'));
 like($error, qr/closed the connection/, 'and check() shows it');
+is_independent('while that goes on', count => 100);
 is(sql('select reconnects from fanout.stat_publisher') - $reconnects < 8 ? 'few' : 'many', 'few', 'it is not asked again and again');
 sql(q(select fanout.drop_binding('hated', 'g')));
 PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'hated')) == 0 }, 'the culprit to be dropped');
@@ -191,13 +130,17 @@ is_independent('after that');
 
 sql(q(select fanout.declare_binding('mute', 'g', 'classic')));
 PgFanout::flush($node);
-eval_queue('mute_g', 'sys:suspend(amqqueue:get_pid(Q))');
+$broker->suspend_queue('mute_g');
 sql(q(select fanout.declare_binding('mute', 'other', 'classic')));
 is(sql(q(select fanout.verify('2 s'))), 'f', 'a queue does not answer');
 is_independent('a declaration that is not answered', count => 100);
 wait_for_reason('mute', 'did not answer');
+ok($node->poll_query_until('postgres', q(select last_error = 'declare queue "mute_g": the broker did not answer' from fanout.bindings where queue = 'mute_g')),
+	'the request is named that is not answered');
+like(sql(q(select ok, detail, hint from fanout.check() where item = 'queue "mute_g"')),
+	qr/^f\|declare queue "mute_g": the broker did not answer\|Remove what stands in the way/, 'and check() shows it');
 is_independent('once that is noticed');
-eval_queue('mute_g', 'sys:resume(amqqueue:get_pid(Q))');
+$broker->resume_queue('mute_g');
 $node->poll_query_until('postgres', q(select count(*) = 0 from fanout.stat_topics where topic = 'mute' and reason is not null));
 ok(1, 'and it goes on by itself');
 
@@ -244,8 +187,6 @@ sql(q(select fanout.resume('ill')));
 is_independent('while its backlog is sent');
 PgFanout::flush($node, timeout => '60 s');
 is($broker->count('ill_g'), 20000, 'all of it arrives');
-$s{harness}->kill_kill;
-$collector->signal('TERM');
-$collector->finish;
+PgFanout::Independence::end();
 
 done_testing();

@@ -19,7 +19,7 @@ pg_fanout.max_channels = 8
 ));
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
-sub channels { my $n = () = $broker->ctl('-q', 'list_channels', 'pid') =~ /^</mg; return $n; }
+sub channels { return $broker->evaluate('length(rabbit_channel:list())'); }
 
 sql("select count(fanout.declare_binding('t' || i, 'g', 'classic')) from generate_series(1, $topics) i");
 PgFanout::flush($node);
@@ -35,36 +35,54 @@ for (1 .. 20)
 }
 PgFanout::flush($node, timeout => '60 s');
 cmp_ok($most, '<=', 8 + 8, "no more channels than pg_fanout.max_channels, besides those for requests ($most)");
+my @queues = map { "t${_}_g" } 1 .. $topics;
+my %bodies;
+push @{ $bodies{ $_->{exchange} } }, $_->{body} foreach $broker->collect(\@queues, expect => 6000);
 my $wrong = 0;
 foreach my $topic (1 .. $topics)
 {
-	my @bodies = map { $_->{body} } $broker->collect("t${topic}_g", expect => 6000 / $topics);
-	$wrong++ if join(',', @bodies) ne join(',', sort { $a <=> $b } @bodies) || @bodies != 6000 / $topics;
+	my @arrived = @{ $bodies{"t$topic"} || [] };
+	$wrong++ if join(',', @arrived) ne join(',', sort { $a <=> $b } @arrived) || @arrived != 6000 / $topics;
 }
 is($wrong, 0, 'with more topics than channels, all messages of each arrive in order');
 
 # One of them does not confirm: it does not keep a channel from the others.
-my $vhost = $broker->vhost;
-foreach my $topic (1 .. 10)
-{
-	$broker->ctl('eval', qq({ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"$vhost">>, queue, <<"t${topic}_g">>)), sys:suspend(amqqueue:get_pid(Q)).));
-}
+$broker->suspend_queue("t${_}_g") foreach 1 .. 10;
 sql("select count(fanout.publish('t' || (i % $topics + 1), to_jsonb(i), 'k')) from generate_series(1, 600) i");
 $node->poll_query_until('postgres',
 	q(select count(*) = 0 from fanout.stat_topics where substr(topic, 2)::int > 10 and pending > 0))
   or die PgFanout::status($node, 'postgres');
 ok(1, 'more topics whose queues do not confirm than channels: the others are sent');
-foreach my $topic (1 .. 10)
-{
-	$broker->ctl('eval', qq({ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"$vhost">>, queue, <<"t${topic}_g">>)), sys:resume(amqqueue:get_pid(Q)).));
-}
+$broker->resume_queue("t${_}_g") foreach 1 .. 10;
 PgFanout::flush($node, timeout => '60 s');
-my %seen;
-foreach my $topic (1 .. $topics)
-{
-	$seen{ $_->{message_id} } = 1 foreach $broker->collect("t${topic}_g", expect => 10);
-}
+my %seen = map { $_->{message_id} => 1 } $broker->collect(\@queues, expect => 600);
 is(scalar(keys %seen), 600, 'and these too, once they do');
 is(sql('select reconnects from fanout.stat_publisher'), 0, 'on one connection');
+
+# ---- a channel that is not used for a while ----
+
+# The server's clocks go forward by a minute, so that nobody waits for it.
+my ($faketime) = glob '/usr/lib/*/faketime/libfaketime.so.1';
+my $offset = PostgreSQL::Test::Utils::tempdir() . '/offset';
+
+die 'libfaketime is not installed' unless $faketime;
+append_to_file($offset, "+0\n");
+$node->append_conf('postgresql.conf', 'pg_fanout.heartbeat = 0');
+$node->stop;
+{
+	local %ENV = (%ENV, LD_PRELOAD => $faketime, FAKETIME_TIMESTAMP_FILE => $offset, FAKETIME_NO_CACHE => 1,
+		FAKETIME_DISABLE_SHM => 1, NO_FAKE_STAT => 1);
+	$node->start;
+}
+sql(q(select fanout.publish('t1', '1')));
+PgFanout::flush($node);
+cmp_ok(channels(), '>', 0, 'a topic that has had messages keeps its channel for the next ones');
+append_to_file("$offset.new", "+61\n");
+rename "$offset.new", $offset or die "$offset: $!";
+PgFanout::poll(sub { channels() == 0 }, 'the channel to be closed');
+is(sql('select connected_to is not null, reconnects from fanout.stat_publisher'), 't|0', 'after a minute without any it is closed, and the connection is not');
+sql(q(select fanout.publish('t1', '2')));
+PgFanout::flush($node);
+is_deeply([ map { $_->{body} } $broker->collect('t1_g', expect => 2) ], [ 1, 2 ], 'the next message gets a new one');
 
 done_testing();

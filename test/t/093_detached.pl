@@ -12,9 +12,9 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes ();
 
-my $seconds = 12;
+my $seconds = 8;
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster(
 	'main', $broker,
 	conf => q(
@@ -67,7 +67,7 @@ my %arrived;
 sub all_in_order
 {
 	my ($name, $topic) = @_;
-	my @messages = $broker->collect("${topic}_g", idle => 2);
+	my @messages = $broker->collect("${topic}_g", idle => 0.2);
 	my %ids = map { $_->{message_id} => 1 } @messages;
 
 	$arrived{$_} = 1 foreach keys %ids;
@@ -122,16 +122,6 @@ settle('the same while publishers end');
 
 # ---- the server crashes while a topic is in a state ----
 
-# A topic that waits for a queue that does not answer keeps what it does.
-sub hang
-{
-	my ($topic, $what) = @_;
-	my $vhost = $broker->vhost;
-
-	$broker->ctl('eval', qq({ok, Q} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"$vhost">>, queue, <<"${topic}_g">>)), sys:$what(amqqueue:get_pid(Q)).));
-	return;
-}
-
 sub wait_until
 {
 	my ($condition, $what) = @_;
@@ -142,6 +132,20 @@ sub wait_until
 
 my $updates = 'update flapping set n = n + 1; update paused set n = n + 1; update quiet set n = n + 1;';
 my $is_detached = q(exists (select from fanout.detached join fanout.topic using (topic_id) where topic = '%s'));
+
+# A topic joins as soon as it has read as far as the main cursor, unless its oldest message
+# has been in flight for 200 ms.  It has no more to read than one step takes, so that it
+# joins before its first message is published, or in the moment after.  Its queue
+# does not confirm, so that it goes on joining until others wait for it.
+sub join_hanging
+{
+	sql("select fanout.pause('paused'); $updates");
+	wait_until(sprintf($is_detached, 'paused'), 'it to be detached');
+	$broker->suspend_queue('paused_g');
+	sql(q(select fanout.resume('paused')));
+	wait_until(q((select in_flight > 0 from fanout.stat_publisher)), 'messages in flight');
+	return;
+}
 
 # What is done until the topic is in that state, and after the crash.
 my @states = (
@@ -163,21 +167,22 @@ my @states = (
 	],
 	[
 		'leaving, with messages in flight',
-		sub { hang('paused', 'suspend'); sql($updates); wait_until(q((select in_flight > 0 from fanout.stat_publisher)), 'messages in flight');
+		sub { $broker->suspend_queue('paused_g'); sql($updates); wait_until(q((select in_flight > 0 from fanout.stat_publisher)), 'messages in flight');
 			sql(q(select fanout.pause('paused'))); Time::HiRes::sleep(0.3) },
-		sub { hang('paused', 'resume') }
+		sub { $broker->resume_queue('paused_g') }
 	],
 	[
-		'probing',
+		'probing, with its probe in flight',
 		sub
 		{
-			hang('paused', 'suspend');
-			sql(q(alter system set pg_fanout.confirm_timeout = '1s'));
+			sql(q(alter system set pg_fanout.confirm_timeout = '5s'));
 			sql('select pg_reload_conf()');
-			sql($updates);
-			wait_until(q((select attempts >= 2 from fanout.stat_topics where topic = 'paused')), 'it to be tried again');
+			$broker->message_store('suspend');
+			sql("select fanout.publish('paused', to_jsonb(repeat('x', 10000)), 'large') from generate_series(1, 10)");
+			wait_until(q((select attempts >= 1 from fanout.stat_topics where topic = 'paused')
+				and (select in_flight = 1 from fanout.stat_publisher)), 'it to be tried again');
 		},
-		sub { hang('paused', 'resume'); sql('alter system reset pg_fanout.confirm_timeout'); sql('select pg_reload_conf()') }
+		sub { $broker->message_store('resume'); sql('alter system reset pg_fanout.confirm_timeout'); sql('select pg_reload_conf()') }
 	],
 	[
 		'catching up',
@@ -186,11 +191,22 @@ my @states = (
 			sql(q(select fanout.pause('paused')));
 			sql($updates x 500);
 			sql(q(select fanout.resume('paused')));
-			wait_until(q((select pending < 490 from fanout.stat_topics where topic = 'paused')), 'a part to be sent');
+			wait_until(q((select pending < 9900 from fanout.stat_topics where topic = 'paused')), 'a part to be sent');
 		},
 		sub { }
 	],
+	[
+		'joining, what it has read by itself being in flight',
+		sub { join_hanging() },
+		sub { $broker->resume_queue('paused_g') }
+	],
+	[
+		'joining, with messages of the main cursor behind these',
+		sub { join_hanging(); sql($updates) },
+		sub { $broker->resume_queue('paused_g') }
+	],
 	(
+		# at whatever point of it
 		map {
 			[
 				'joining, or soon',
@@ -202,7 +218,7 @@ my @states = (
 				},
 				sub { }
 			]
-		} 1 .. 4
+		} 1 .. 2
 	));
 
 foreach my $each (@states)
@@ -216,5 +232,36 @@ foreach my $each (@states)
 	$end->();
 	settle("a crash while a topic is $name");
 }
+
+# ---- held messages in flight, while others are declared and held ----
+
+sql(q(select fanout.declare_binding('held', 'g', 'classic')));
+PgFanout::flush($node);
+
+# So many dead letters of a topic, as if they had been refused; they are redriven.
+sub hold
+{
+	my ($topic, $first, $last) = @_;
+
+	sql(qq(insert into fanout.dead_letter (id, topic, message_id, type, payload, xid, created_at, reason, attempts)
+		select nextval('fanout.outbox_id_seq'), '$topic', gen_random_uuid(), 't', to_jsonb(i), pg_current_xact_id(), now(), 'refused', 1
+		from generate_series($first, $last) i;
+		select fanout.redrive('$topic')));
+	return;
+}
+
+# more than are read at once
+hold('held', 1, 20_000);
+foreach my $i (1 .. 3)
+{
+	wait_until('(select in_flight > 0 from fanout.stat_publisher)', 'messages in flight');
+	$broker->suspend_queue('held_g');
+	sql("select fanout.declare_binding('other$i', 'g', 'classic'); select fanout.publish('other$i', '1')");
+	PgFanout::poll(sub { $broker->count("other${i}_g") == 1 }, 'its message');
+	hold('held', 20_000 + 50 * $i - 49, 20_000 + 50 * $i);
+	$broker->resume_queue('held_g');
+}
+PgFanout::flush($node);
+is_deeply([ map { $_->{body} } $broker->collect('held_g', expect => 20_150) ], [ 1 .. 20_150 ], 'held messages arrive once, in order');
 
 done_testing();

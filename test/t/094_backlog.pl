@@ -14,7 +14,7 @@ use Time::HiRes ();
 
 my $rows = 300_000;
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $proxy = $broker->proxy;
 my $node = PgFanout::cluster('main', $proxy, conf => "pg_fanout.retry_interval = 200ms\n");
 

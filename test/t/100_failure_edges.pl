@@ -14,7 +14,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, init => { extra => [ '--encoding=UTF8', '--locale=C' ] }, conf => q(
 log_statement = none
 max_worker_processes = 24
@@ -287,19 +287,4 @@ sub end_of
 	return;
 }
 
-# Does that become true within 20 seconds, or as many as given?
-sub soon
-{
-	my ($condition, $seconds) = @_;
-	my $deadline = time + ($seconds || 20);
-	my $stdout = '';
-
-	while (time < $deadline)
-	{
-		IPC::Run::run([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', "select coalesce($condition, false)" ], '>', \$stdout, '2>', '/dev/null');
-		return 1 if $stdout eq "t\n";
-		sleep 0.1;
-	}
-	diag(sql('select * from fanout.stat_subscriptions; select * from fanout.subscription; select key, attempts, sqlstate, left(error, 200), next_try from fanout.delivery_failure limit 20; select count(*) from fanout.waiting'));
-	return 0;
-}
+sub soon { return PgFanout::soon($node, $_[0], $_[1] || 20); }

@@ -21,7 +21,7 @@ my $keys = 25;
 my $seed = $ENV{PG_FANOUT_SEED} || int(rand(2**31));
 my $rows = "$PostgreSQL::Test::Utils::tmp_check/experiments";
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
 max_worker_processes = 24
@@ -88,7 +88,8 @@ note "$skipped skipped";
 cmp_ok($skipped, '>', 0, 'some messages were skipped');
 is(sql('select count(*), count(distinct message_id) from log'), ($messages - $skipped) . '|' . ($messages - $skipped), 'every other one is applied, once');
 is(sql('select count(*) from log join fanout.dead_letter using (message_id)'), 0, 'none of those that were skipped');
-is(sql('select count(*) from (select sequence < lag(sequence) over (partition by key order by n) as wrong from log) x where wrong'), 0, 'those of a key in order');
+is(sql('select count(*) from (select sequence < lag(sequence) over (partition by key order by n) as wrong from log) x where wrong'), 0, 'those of a key in order')
+  or diag(sql("select * from (select *, lag(sequence) over w as before, lag(n) over w as n_before from log window w as (partition by key order by n)) x where before > sequence"));
 
 # ---- a snapshot that is open for the whole time ----
 

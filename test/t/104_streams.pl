@@ -93,7 +93,8 @@ sub placed
 }
 
 sql(q(
-create table log (n serial, topic text, message_id uuid, body jsonb, attempt int, stream_offset bigint, at timestamptz default clock_timestamp());
+create table log (n serial, topic text, message_id uuid, body jsonb, attempt int, stream_offset bigint,
+	at timestamptz default clock_timestamp(), xid xid default pg_current_xact_id()::xid);
 create function note(m fanout.message) returns void language plpgsql as $$
 begin
 	if m.body ? 'fails' and m.attempt <= (m.body ->> 'fails')::int then raise exception 'attempt %', m.attempt; end if;
@@ -111,6 +112,8 @@ publish($_, 1, 5) foreach qw(first next last offset time);
 subscribe('first', 'first');
 applied_becomes('first', '1 2 3 4 5', 'from the first message on');
 is(stat_of('first', 'stream_offset'), '4', 'the offset is stored');
+is(sql(q(select o.xmin = (select xid from log where topic = 'first' and stream_offset = 4)
+	from fanout.stream_offset o join fanout.subscription s using (inbox_id) where s.topic = 'first')), 't', 'in the very transaction of the effects');
 is(sql(q(select string_agg(stream_offset::text, ' ' order by n) from log where topic = 'first')), '0 1 2 3 4', 'a handler gets it as a header');
 is(stat_of('first', 'lag'), '', 'how many a stream keeps is not shown as a lag');
 publish('first', 6, 8);

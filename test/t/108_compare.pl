@@ -21,13 +21,7 @@ my $planted = 50;
 $PostgreSQL::Test::Utils::timeout_default = 1800 if $long;
 
 my $broker = PgFanout::broker();
-my $node = PgFanout::cluster('main', $broker, conf => q(
-log_statement = none
-max_worker_processes = 30
-));
-
-$node->safe_psql('postgres', 'create database copy');
-$node->safe_psql('copy', 'create extension pg_fanout');
+my $node = PgFanout::cluster_with_copy($broker);
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub copy { return $node->safe_psql('copy', $_[0]); }
@@ -138,6 +132,7 @@ create table other (name letter primary key);
 insert into other values ('a'), ('B');
 select fanout.declare_topic('part', 'cloudevents'), fanout.declare_topic('filter', 'row');
 select fanout.declare_binding(t, 'k') from unnest('{part,filter,nothing,other}'::text[]) t;
+select fanout.declare_binding('part', 'another');
 select fanout.capture('parts', 'part', exclude => '{secret}'), fanout.capture('filtered', 'filter', "where" => 'kept'),
        fanout.capture('nothing', 'nothing'), fanout.capture('other', 'other');
 select fanout.backfill(e, t, 'k') from (values ('parts'::regclass, 'part'), ('filtered', 'filter'), ('nothing', 'nothing'), ('other', 'other')) x(e, t);
@@ -177,6 +172,8 @@ is(copy("select string_agg(kind || ' ' || key || ' ' || columns::text, ', ' orde
 	'extra {"name": "k \"8", "amount": 1000.000} {}, missing {"name": "k \"8", "amount": 1.143} {}', 'each difference is found, by the names of the copy');
 is((compared(q('parts', 'part', 'k'), $all))[1], 'equal 1000 0', 'and mended');
 is(copy(q(select string_agg(own::text, ' ' order by doc ->> 'i') from parts where doc ->> 'i' in ('6', '7'))), '5000 6000', 'columns that the copy alone has stay as they are');
+PgFanout::flush($node);
+is($broker->count('part_another'), 0, 'another group gets nothing of a comparison');
 is((compared(q('filtered', 'filter', 'k', true), $counts))[1], 'different 0 1 1 2', 'a row that the condition leaves out is one too many');
 is((compared(q('filtered', 'filter', 'k'), $all))[1], 'equal 666 0', 'and is taken away');
 is((compared(q('nothing', 'nothing', 'k', true), $counts))[1], 'different 0 0 1 1', 'rows too many are found without a row at the source');

@@ -69,7 +69,7 @@ is($broker->count('item_g_dead'), 0, 'so is the queue of dead letters');
 sql(q(select fanout.publish('item', jsonb_build_object('n', i), key => 'k' || i % 10, type => 't',
 	headers => '{"mine": "deep", "number": 7}') from generate_series(1, 300) i));
 PgFanout::flush($node);
-my @original = $broker->collect('item_other', expect => 300, idle => 1);
+my @original = $broker->collect('item_other', expect => 300);
 ok(consume('item_g', 'reject', 300), 'a consumer rejects all messages');
 PgFanout::poll(sub { $broker->count('item_g_dead') == 300 }, 'dead letters');
 is($broker->count('item_g'), 0, 'they are dead letters');
@@ -78,7 +78,7 @@ is(sql(q(select ok, detail, hint ~ 'recover_dead' from fanout.check() where item
 
 is(recover('item', 'g'), 'done|300|300|', 'they are moved back');
 is($broker->count('item_g_dead'), 0, 'none is left');
-my @again = $broker->collect('item_g', expect => 300, idle => 1);
+my @again = $broker->collect('item_g', expect => 300);
 is(join(' ', map { $_->{body}->{n} } @again), join(' ', 1 .. 300), 'all are there, once each, in order');
 my @differences = grep {
 	my ($x, $y) = ($original[$_], $again[$_]);
@@ -112,7 +112,7 @@ is(recover('item', 'g'), 'done|0|0|', 'nothing to move is no error');
 $broker->amqp('publish', '--exchange', 'item', '--message-id', 'foreign', '--headers',
 	'{"CC": ["item_other"], "when": {"!timestamp": 12}, "bytes": {"!bytes": "00ff"}}', 'not json');
 $broker->amqp('publish', '--exchange', 'item', '--bare', 'bare');
-$broker->collect('item_other', expect => 2, idle => 1);
+$broker->collect('item_other', expect => 2);
 ok(consume('item_g', 'reject', 2), 'foreign messages are rejected');
 PgFanout::poll(sub { $broker->count('item_g_dead') == 2 }, 'foreign dead letters');
 is(recover('item', 'g'), 'done|2|2|', 'they are moved back, too');
@@ -190,7 +190,7 @@ foreach my $queue ('item_g', 'item_g_dead')
 {
 	my $count = $broker->count($queue);
 
-	$seen{ $_->{body}->{n} }++ foreach $count == 0 ? () : $broker->collect($queue, expect => $count, idle => 1);
+	$seen{ $_->{body}->{n} }++ foreach $count == 0 ? () : $broker->collect($queue, expect => $count);
 }
 is(scalar(keys %seen), 3000, 'no message is lost when worker and broker are killed');
 

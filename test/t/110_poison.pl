@@ -8,6 +8,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use PgFanout;
+use PgFanout::Independence;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -21,9 +22,12 @@ pg_fanout.retry_limit = 3
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
 my @good = qw(good_1 good_2 good_3);
-sql("select fanout.declare_binding('$_', 'g', 'classic')") foreach @good, qw(bad worse);
+my @more = map { "bad_$_" } 1 .. 4;
+sql("select fanout.declare_binding('$_', 'g', 'classic')") foreach @good, qw(bad worse), @more;
 sql(q(select fanout.alter_topic('worse', on_exhausted => 'dead_letter')));
 PgFanout::flush($node);
+
+PgFanout::Independence::of($node, $broker);
 
 # Messages of good topics, written all the time.
 my $script = PostgreSQL::Test::Utils::tempdir() . '/good.sql';
@@ -44,6 +48,9 @@ sub good_flow
 	  or diag(PgFanout::status($node, 'postgres'));
 	return;
 }
+
+# What others wait for is the next connection.
+my %reconnecting = (within => 1000, longest => 5000);
 
 # Its 1000 messages are written in one transaction, as many of each topic, the bad one in
 # the middle.
@@ -69,7 +76,7 @@ sub stalled
 sub in_order
 {
 	my ($topic, $expected, $name) = @_;
-	my @messages = $broker->collect("${topic}_g", idle => 2);
+	my @messages = $broker->collect("${topic}_g", idle => 0.2);
 	my %ids = map { $_->{message_id} => 1 } @messages;
 
 	note "$topic: " . @messages . ' messages, ' . (@messages - keys %ids) . ' of them again';
@@ -83,11 +90,11 @@ sub in_order
 $proxy->command('cut-at POISON');
 publish_poison('bad');
 stalled('bad', 'connection was lost again and again', 'a topic with a message that ends the connection is stalled, and what comes before it is sent');
-good_flow('other topics go on');
+is_independent('a connection that is lost for a message', %reconnecting);
 like(sql(q(select detail from fanout.check() where item = 'topic "bad" flows')), qr/connection was lost/, 'check() says why');
 my $attempts = sql(q(select attempts from fanout.stat_topics where topic = 'bad'));
 $node->poll_query_until('postgres', "select attempts > $attempts + 2 from fanout.stat_topics where topic = 'bad'") or die;
-good_flow('and do so while it is tried again');
+good_flow('other topics flow while it is tried again');
 $proxy->command('pass');
 sql(q(select fanout.resume('bad')));
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'bad'));
@@ -97,15 +104,17 @@ in_order('bad', 1000, 'once nobody minds the message any more');
 
 $proxy->command('close-at 541 POISON');
 publish_poison('bad', 'worse');
+sql("select fanout.publish('$_', '\"POISON\"')") foreach @more;
+PgFanout::poll(sub { sql(q(select count(*) = 5 from fanout.stat_topics where topic ~ 'bad' and reason ~ '541 refused')) eq 't' }, 'all of them to be found');
 stalled('bad', '541 refused', 'a topic with a message for which the broker closes the connection is stalled');
-good_flow('other topics go on');
+is_independent('a connection that the broker closes for several messages', %reconnecting);
 ok($node->poll_query_until('postgres', q(select count(*) = 1 from fanout.dead_letter)), 'with on_exhausted = dead_letter the message becomes a dead letter');
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'worse' and state <> 'dead'));
 is(sql(q(select topic, payload, reason ~ '541 refused' from fanout.dead_letter)), 'worse|"POISON"|t', 'this one, and no other');
 good_flow('other topics still go on');
 in_order('worse', 999, 'all others of that topic arrive');
 $proxy->command('pass');
-sql(q(select fanout.resume('bad'); select fanout.redrive()));
+sql(q(select fanout.resume(topic) from fanout.stat_topics where topic ~ 'bad'; select fanout.redrive()));
 PgFanout::wait_for_state($node, 'sent', where => q(topic ~ 'bad|worse'));
 in_order('bad', 1000, 'once the broker takes it');
 # beside what may have come again
@@ -123,9 +132,11 @@ good_flow('other topics go on');
 $proxy->command('pass');
 $node->poll_query_until('postgres', q(select state = 'declared' from fanout.bindings where queue = 'bad_nasty')) or die;
 ok(1, 'it is declared once nobody minds');
+PgFanout::Independence::end();
 
 # ---- connections that are lost for other reasons ----
 
+unlike(slurp_file($node->logfile), qr/topic "good_\d" is stalled/, 'no other topic was stalled meanwhile, not for a moment');
 my $offset = -s $node->logfile;
 foreach my $how (qw(reset kill restart reset stop))
 {
@@ -144,6 +155,26 @@ foreach my $topic (@good)
 {
 	in_order($topic, sql("select count(*) from fanout.outbox_status where topic = '$topic'"), $topic);
 }
+
+# ---- a declaration that is refused while the topic is being tried again ----
+
+# A message is returned, so that its topic is stalled; tried again it is not confirmed,
+# because the broker does not write it.  Then the connection is lost.
+sql(q(select fanout.declare_binding('probed', 'g', 'classic')));
+PgFanout::flush($node);
+$broker->message_store('suspend');
+$broker->amqp('unbind', '--exchange', 'probed', '--queue', 'probed_g');
+sql(q(select fanout.publish('probed', to_jsonb(repeat('x', 10000)))));
+ok($node->poll_query_until('postgres', q(select reason ~ '312' and in_flight = 1 from fanout.stat_topics, fanout.stat_publisher where topic = 'probed')), 'a topic is tried again');
+$broker->permit('guest', '^(?!probed)');
+$proxy->command('reset');
+ok($node->poll_query_until('postgres', q(select reason ~ '403' from fanout.stat_topics where topic = 'probed')),
+	'a topic that was being tried again is refused when its declaration is');
+$broker->permit('guest');
+$broker->message_store('resume');
+PgFanout::wait_for_state($node, 'sent', where => q(topic = 'probed'));
+ok(1, 'and goes on by itself when it is not any more');
+
 is(sql(q(select count(*) from fanout.dead_letter)), 0, 'nothing else was given up');
 
 done_testing();

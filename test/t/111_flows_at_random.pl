@@ -146,16 +146,9 @@ my @trouble = (
 
 my @crashes = (
 	[ 'server, immediately', sub { $node->stop('immediate'); $node->start } ],
-	[ 'publisher, SIGKILL', sub { my $pid = PgFanout::publisher_pid($node); kill 9, $pid; sleep 1; up() } ],
+	[ 'publisher, SIGKILL', sub { PgFanout::kill_process($node, PgFanout::publisher_pid($node)) } ],
 	[ 'broker, SIGKILL', sub { $broker->kill; sleep rand(1); $broker->start } ],
 	[ 'broker, stopped', sub { $broker->stop; $broker->start } ]);
-
-# The server answers again.
-sub up
-{
-	PgFanout::poll(sub { eval { $node->psql('postgres', 'select') == 0 } }, 'the server', 60);
-	return;
-}
 
 sub chosen
 {
@@ -250,16 +243,17 @@ sub check_queue
 	my @messages = take($topic);
 	my %ids = map { $_->{message_id} => 1 } @messages;
 	my %committed = map { $_ => 1 } split /\n/, sql("select message_id from committed where topic = '$topic'");
-	my %over = map { $_ => 1 } split /\n/,
-	  sql("select message_id from purged union select message_id from fanout.dead_letter where topic = '$topic'");
-	my @missing = grep { !$arrived{$topic}->{$_} && !$over{$_} } keys %committed;
+	my %purged = map { $_ => 1 } split /\n/, sql('select message_id from purged');
+	my %dead = map { $_ => 1 } split /\n/, sql("select message_id from fanout.dead_letter where topic = '$topic'");
+	my @missing = grep { !$arrived{$topic}->{$_} && !$purged{$_} && !$dead{$_} } keys %committed;
 	my @invented = grep { !$committed{$_} } keys %ids;
 
 	note sprintf('%s: %d messages, %d of them again', $topic, scalar(@messages), @messages - keys %ids);
 	is(scalar(@missing), 0, "$topic: what was committed is there")
 	  or diag(sql("select o.*, null as payload from fanout.outbox o where message_id = '$missing[0]'"));
 	is(scalar(@invented), 0, "$topic: what was rolled back is not");
-	is(PgFanout::overtaken(@messages), 0, "$topic: in order per key") unless $loose{$topic};
+	# what was purged while it was to be sent again came before what was sent again
+	is(PgFanout::overtaken(grep { !$purged{ $_->{message_id} } } @messages), 0, "$topic: in order per key") unless $loose{$topic};
 	return;
 }
 

@@ -104,4 +104,53 @@ PgFanout::wait_for_state($node, 'sent', where => q(topic = 'flapping'));
 cmp_ok(sql('select returned from fanout.stat_publisher'), '>', $returned, 'messages were returned');
 right('a queue unbound and bound again', $published, $broker->collect('flapping_g', expect => $published));
 
+# ---- how many messages of a key are in flight ----
+
+# How many are in flight once all that may be published is, since a message of another
+# topic, written later, is sent.
+sub in_flight
+{
+	PgFanout::poll(sub { sql('select in_flight > 0 from fanout.stat_publisher') eq 't' }, 'messages in flight');
+	my $last = sql(q(select fanout.publish('flapping', '1')));
+	PgFanout::wait_for_state($node, 'sent', where => "message_id = '$last'");
+	return sql('select in_flight from fanout.stat_publisher');
+}
+
+# While its queue does nothing, 200 messages of two keys are written.
+sub in_flight_of
+{
+	my ($topic) = @_;
+
+	$broker->suspend_queue("${topic}_g");
+	sql("select count(fanout.publish('$topic', to_jsonb(i), 'k' || i % 2)) from generate_series(1, 200) i");
+	my $n = in_flight();
+	$broker->resume_queue("${topic}_g");
+	PgFanout::flush($node);
+	return $n;
+}
+
+sql( q(select fanout.declare_binding('plain', 'g', 'classic');
+	   select fanout.declare_binding('rejects', 'g', 'classic', '{"x-max-length": 100000, "x-overflow": "reject-publish"}')));
+PgFanout::flush($node);
+cmp_ok(in_flight_of('plain'), '>', 10, 'messages of a key are published one after the other without waiting for confirms');
+is(in_flight_of('rejects'), 2, 'one message of each key is in flight where a queue refuses by design');
+
+# ---- a TRUNCATE among the changes of a row ----
+
+# They go out one by one, and the TRUNCATE, which has no key, waits for all before it.
+sql( q(create table rejects (id int primary key, n int);
+	   select fanout.capture('rejects', 'rejects');
+	   insert into rejects select i, 0 from generate_series(1, 3) i));
+PgFanout::flush($node);
+$broker->collect('rejects_g', expect => 203);
+sql( q(begin;
+	   update rejects set n = 1;
+	   update rejects set n = 2;
+	   truncate rejects;
+	   insert into rejects values (1, 3), (2, 3);
+	   update rejects set n = 4;
+	   commit));
+PgFanout::flush($node);
+is(join('', map { $_->{headers}->{op} } $broker->collect('rejects_g', expect => 11)), 'uuuuuutccuu', 'a TRUNCATE goes out behind all changes before it, and before all behind it');
+
 done_testing();

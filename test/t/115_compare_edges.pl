@@ -14,13 +14,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $broker = PgFanout::broker();
-my $node = PgFanout::cluster('main', $broker, conf => q(
-log_statement = none
-max_worker_processes = 30
-));
-
-$node->safe_psql('postgres', 'create database copy');
-$node->safe_psql('copy', 'create extension pg_fanout');
+my $node = PgFanout::cluster_with_copy($broker);
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub copy { return $node->safe_psql('copy', $_[0]); }
@@ -124,6 +118,29 @@ copy('update made set a = 0 where id = 1; delete from made where id in (2, 8); i
 is(compared('made', 'made', 1), 'different: 11 compared, 0 left out, 2 missing, 1 different, 1 extra, 4 mended', 'its differences are found in all partitions');
 is(copy('select count(*), sum(a), sum(g) from made'), '10|55|165', 'and mended');
 
+# ---- a change while the rows of a range are read ----
+
+# the source waits at row 1 until the gate is open
+my $gate = PgFanout::session($node);
+PgFanout::run_in($gate, 'select pg_advisory_lock(1)');
+sql(q(create function is_open(id int) returns bool immutable language plpgsql as $$
+begin
+	while id = 1 and (select backend_type from pg_stat_activity where pid = pg_backend_pid()) = 'pg_fanout history' and not pg_try_advisory_xact_lock_shared(1) loop
+		perform pg_sleep(0.01);
+	end loop;
+	return true;
+end $$));
+replicate('gated', 'id int primary key, v int', 'id int primary key, v int');
+sql(q(select fanout.capture('gated', 'gated', "where" => 'is_open(id)', replace => true); insert into gated select i, 0 from generate_series(1, 3) i));
+settled('gated');
+my $gated = compare(q('gated', 'gated', 'k'));
+PgFanout::poll(sub { sql(q(select count(*) from pg_stat_activity where backend_type = 'pg_fanout history' and wait_event = 'PgSleep')) == 1 }, 'the source to read');
+sql('update gated set v = 1 where id = 2');
+PgFanout::poll(sub { copy('select v from gated where id = 2') == 1 }, 'the change at the copy');
+PgFanout::run_in($gate, 'select pg_advisory_unlock(1)');
+is(result($gated, 'gated'), 'equal: 2 compared, 1 left out, 0 missing, 0 different, 0 extra, 0 mended',
+	'a row that was changed while it was read is left out');
+
 # ---- a subscription that is paused, or ended in the middle ----
 
 replicate('later', 'id int primary key, v int', 'id int primary key, v int');
@@ -138,7 +155,7 @@ sql('update later set v = 3 where id between 50 and 150; delete from later where
 PgFanout::flush($node);
 is(copy("select count(*) from fanout.sync_comparisons where run = $run"), '0', 'nothing is compared while the subscription is paused');
 copy(q(select fanout.resume('later', 'k')));
-is(result($run, 'later'), 'different: 1000 compared, 0 left out, 0 missing, 1 different, 0 extra, 0 mended', 'and then each row as it was when it was sent');
+like(result($run, 'later'), qr/^different: \d+ compared, \d+ left out, 0 missing, 1 different, 0 extra, 0 mended$/, 'and then each row as it was when it was sent');
 settled('later');
 
 copy(q(select fanout.pause('later', 'k')));
@@ -172,10 +189,10 @@ create function refuse() returns trigger language plpgsql as $$ begin raise 'not
 create trigger refuse before delete on emptied for each row execute function refuse()));
 sql('truncate emptied');
 $node->poll_query_until('copy', q(select waiting = 1 from fanout.stat_subscriptions where topic = 'emptied')) or die 'nothing waits';
-$run = compare(q('emptied', 'emptied', 'k', true));
-PgFanout::poll(sub { sql("select state from fanout.backfills where id = $run") eq 'done' }, 'the end of the walk');
+is(compared('emptied', 'emptied'), 'equal: 0 compared, 0 left out, 0 missing, 0 different, 0 extra, 0 mended', 'while a TRUNCATE waits, a comparison finds no difference');
 copy(q(drop trigger refuse on emptied; select fanout.retry('emptied', 'k')));
-is(result($run, 'emptied'), 'equal: 0 compared, 0 left out, 0 missing, 0 different, 0 extra, 0 mended', 'a comparison waits behind a TRUNCATE that waits');
+settled('emptied');
+is(copy('select count(*) from emptied'), '0', 'and then there is none');
 
 # ---- two sources of one copy ----
 

@@ -60,7 +60,8 @@ sub strike
 	my ($signal, $kind) = @_;
 	my $pid = ask("select pid from pg_stat_activity where backend_type = 'pg_fanout $kind' limit 1");
 
-	kill $signal, $pid if $pid =~ /^\d+$/;
+	return if $pid !~ /^\d+$/;
+	$signal eq 'KILL' ? PgFanout::kill_process($node, $pid) : kill($signal, $pid);
 	return;
 }
 
@@ -93,7 +94,8 @@ sub compared
 			},
 			'server and load');
 	}
-	PgFanout::poll(sub { ask("select count(*) from fanout.sync_comparisons where run = $run and finished_at is not null", 'copy') eq '1' },
+	# when the last message has come, others may still wait to be tried again
+	PgFanout::poll(sub { ask("select count(*) from fanout.sync_comparisons where run = $run and finished_at is not null and state <> 'incomplete'", 'copy') eq '1' },
 		'the end of the comparison', $patience);
 	return $run;
 }

@@ -11,7 +11,7 @@ use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('a', $broker, conf => 'pg_fanout.retry_interval = 200ms');
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }

@@ -172,6 +172,8 @@ my %actions = (
 		PgFanout::flush($node, timeout => '60 s');
 		wait_until(q((select state = 'refused' from fanout.stat_subscriptions where topic = 'loop')));
 		sql(q(select fanout.alter_subscription('loop', 'g', start_at => 'first')));
+		# until something was read, another start_at is another place
+		wait_until(q((select stream_offset is not null from fanout.subscriptions where topic = 'loop')));
 	},);
 my @often = ((qw(publish) x 12), (qw(pause prefetch subscribe terminate) x 3), qw(disconnect server broker delete delete));
 my %done;

@@ -10,7 +10,7 @@ use lib "$FindBin::RealBin/../lib";
 use PgFanout;
 use Test::More;
 
-my $broker = PgFanout::broker(private => 1);
+my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('a', $broker, conf => q(
 restart_after_crash = on
 pg_fanout.retry_interval = 200ms
@@ -66,7 +66,7 @@ sub numbers
 	my ($queue) = @_;
 	my $count = settled($queue);
 
-	return $count == 0 ? () : grep { defined } map { $_->{body}->{n} } $broker->collect($queue, expect => $count, idle => 1);
+	return $count == 0 ? () : grep { defined } map { $_->{body}->{n} } $broker->collect($queue, expect => $count);
 }
 
 sub everything { my ($topic, $group, $more) = @_; return "fanout.replay('$topic', '$group', '-infinity'" . ($more // '') . ')'; }
@@ -84,7 +84,7 @@ sql(q(select fanout.resume('format')));
 PgFanout::flush($node);
 is(wait_for_end(sql('select ' . everything('format', 'g'))), 'done', 'after a change of the format');
 PgFanout::flush($node);
-my @messages = $broker->collect('format_g', expect => 7, idle => 1);
+my @messages = $broker->collect('format_g', expect => 7);
 is( join(' ', map { "$_->{headers}->{format}:$_->{content_type}" } @messages[ 0 .. 5 ]),
 	join(' ', (qw(cloudevents:application/cloudevents+json cloudevents:application/cloudevents+json row:application/json)) x 2),
 	'each row says in which format it is, also if it was written before and sent after the change');

@@ -86,6 +86,9 @@ test_barrier(void)
 	begin();
 	fail(0, 0, true);
 	ok(comes(7, 0, false) && comes(0, 0, true), "a barrier that failed blocks all");
+	ok(!order_blocks(&order, &(OrderItem) {.free = true}), "but what waits for nothing");
+	begin();
+	ok(order_add(&order, &(OrderItem) {.free = true}) && !comes(0, 0, true), "for which no barrier waits, either");
 }
 
 static void

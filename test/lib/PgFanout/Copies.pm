@@ -75,12 +75,9 @@ sub equal
 	my ($there, $here) = (sql(sprintf($list, $table)), '');
 
 	PgFanout::flush($node);
-	foreach (1 .. 200)
-	{
-		$here = sql(sprintf($list, "${table}_copy"));
-		last if $here eq $there;
-		select(undef, undef, undef, 0.1);
-	}
+	eval {
+		PgFanout::poll(sub { $here = sql(sprintf($list, "${table}_copy")); return $here eq $there; }, $name);
+	};
 	is($here, $there, "$name: equal")
 	  or diag(sql('select * from fanout.delivery_failure limit 3'), "\n", sql('select topic, reason from fanout.dead_letter limit 3'));
 	return;

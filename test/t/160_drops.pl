@@ -1,0 +1,81 @@
+# What is dropped while it is being declared, or while much is being sent: it goes, and not
+# before what was written earlier has been sent.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use Test::More;
+
+my $broker = PgFanout::broker();
+my $proxy = $broker->proxy;
+my $node = PgFanout::cluster('main', $proxy);
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+
+sub exists_at_broker
+{
+	my ($kind, $name) = @_;
+	my $function = $kind eq 'exchange' ? 'rabbit_exchange:lookup' : 'rabbit_amqqueue:lookup';
+
+	return $broker->evaluate(sprintf('%s(rabbit_misc:r(<<"%s">>, %s, <<"%s">>))', $function, $broker->vhost, $kind, $name)) =~ /^\{ok/;
+}
+
+# ---- while the broker's answer to the declaration is under way ----
+
+sql(q(select fanout.declare_topic('old')));
+foreach my $each (
+	[ 'a topic', 'exchange', 'soon', q(fanout.declare_topic('soon')), q(fanout.drop_topic('soon')), q(fanout.topic where topic = 'soon') ],
+	[ 'a binding', 'queue', 'old_soon', q(fanout.declare_binding('old', 'soon')), q(fanout.drop_binding('old', 'soon')), q(fanout.binding where consumer_group = 'soon') ])
+{
+	my ($what, $kind, $name, $declare, $drop, $row) = @$each;
+
+	PgFanout::flush($node);
+	$proxy->command('delay 1500');
+	sql("select $declare");
+	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared', 60);
+	sql("select $drop");
+	PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
+	is(sql("select count(declared_at) from $row"), 0, "$what is dropped before the answer to its declaration has come");
+	$proxy->command('pass');
+	PgFanout::flush($node);
+	is(sql("select count(*) from $row"), 0, 'it is gone all the same');
+	ok(!exists_at_broker($kind, $name), 'at the broker, too');
+}
+
+# ---- and while it is under way, declared again ----
+
+sql(q(select fanout.declare_topic('soon')));
+PgFanout::flush($node);
+$proxy->command('delay 1500');
+sql(q(select fanout.drop_topic('soon')));
+PgFanout::poll(sub { !exists_at_broker('exchange', 'soon') }, 'it to be deleted');
+sql(q(select fanout.declare_topic('soon')));
+PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
+$proxy->command('pass');
+PgFanout::flush($node);
+is(sql(q(select state from fanout.topics where topic = 'soon')), 'declared', 'a topic is declared again before the answer to its deletion has come');
+ok(exists_at_broker('exchange', 'soon'), 'at the broker, too');
+
+# ---- while a large batch is being read ----
+
+sql(q(select fanout.declare_binding('last', 'g', 'classic')));
+sql("select fanout.declare_binding('t$_', 'g', 'classic')") foreach 1 .. 8;
+PgFanout::flush($node);
+kill 'STOP', PgFanout::publisher_pid($node);
+foreach my $i (1 .. 40)
+{
+	sql("select fanout.publish('t' || 1 + n % 8, to_jsonb(n)) from generate_series(1, 1000) n");
+}
+kill 'CONT', PgFanout::publisher_pid($node);
+PgFanout::poll(sub { sql('select in_flight > 0 from fanout.stat_publisher') eq 't' }, 'messages in flight');
+sql(q(begin; select fanout.publish('last', '1'), fanout.drop_binding('last', 'g'); commit));
+PgFanout::flush($node);
+is($broker->count('last_g'), 1, 'a queue gets what was written when it was dropped');
+like(sql(q(select last_error from fanout.binding where topic_id = (select topic_id from fanout.topic where topic = 'last'))),
+	qr/^not dropped: the queue has 1 messages$/, 'so it is not empty, and stays');
+
+done_testing();
