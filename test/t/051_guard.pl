@@ -34,7 +34,7 @@ PgFanout::flush($source);
 $target->safe_psql('postgres', "$declare
 	select fanout.publish('exchange_user', '1', 'unsent');");
 
-my $before = own_state($target);
+my $before = settled_state($target);
 my ($stdout, $stderr);
 $target->psql('postgres',
 	"create subscription s connection '$connection' publication everything",
@@ -66,7 +66,7 @@ query($source, q(insert into users values (777, 'fires')));
 $source->wait_for_catchup('s');
 is( query($target, q(select topic, state from fanout.outbox_status where topic = 'from_777')),
 	'from_777|pending', 'a trigger in an apply worker may use pg_fanout');
-$before = own_state($target);
+$before = settled_state($target);
 
 # ---- the same with event triggers off ----
 
@@ -299,6 +299,16 @@ sub own_state
 		from pg_class c where relnamespace = 'fanout'::regnamespace and relkind = 'r' and relname not in ('counted', 'tally')));
 
 	return query($server, "$tables order by 1, 2");
+}
+
+# The same once the publisher has taken in what was declared, of which the note is removed.
+sub settled_state
+{
+	my ($server) = @_;
+
+	$server->poll_query_until('postgres', 'select count(*) = 0 from fanout.topology_change')
+	  or die 'the publisher does not look at the topics';
+	return own_state($server);
 }
 
 # Changes all kinds of tables of pg_fanout on the source, waits until the target
