@@ -58,10 +58,12 @@ foreach my $i (1 .. 4)
 	foreach (1 .. 17) { sleep 0.1; note_longest(); }
 }
 note 'messages of other keys took ' . join(', ', map { sprintf('%.1f s', $_) } @late);
-cmp_ok((sort { $b <=> $a } @late)[0], '<', 3, 'a lock that 100 messages wait for delays other keys by no more than one call');
-is(sql(q(select waiting from fanout.stat_subscriptions where topic = 'locked')), 100, 'the others wait in the waiting room');
+# which takes two seconds
+cmp_ok((sort { $b <=> $a } @late)[0], '<', 3.9, 'a lock that 100 messages wait for delays other keys by no more than one call');
+wait_until(q((select waiting = 100 from fanout.stat_subscriptions where topic = 'locked')));
+pass('the others wait in the waiting room');
 is($broker->count('locked_g'), 0, 'and not in the queue');
-cmp_ok($longest, '<', 3, 'no transaction lasts for long');
+cmp_ok($longest, '<', 3.9, 'no transaction lasts for long');
 $locker->quit;
 wait_until(q((select count(*) from log) = 104));
 is(sql('select count(*), count(distinct n) from wanted'), '100|100', 'once the lock is gone, each is applied once');
