@@ -155,7 +155,7 @@ begin
 end $$));
 sql(q(select fanout.subscribe('big', 'g', 'never(fanout.message)', prefetch => 1000, retry_delay => '1 h', max_retry_delay => '1 h', max_attempts => 1000)));
 sql(qq(select fanout.publish('big', jsonb_build_object('filler', repeat('x', 2000)), key => 'k' || i) from generate_series(1, $many) i));
-wait_until(qq((select waiting from fanout.stat_subscriptions) = $many));
+PgFanout::poll(sub { sql('select waiting from fanout.stat_subscriptions') == $many }, 'all to wait', 600);
 my $pid = sql('select pid from fanout.stat_subscriptions');
 my ($memory) = slurp_file("/proc/$pid/status") =~ /^RssAnon:\s+(\d+)/m;
 cmp_ok($memory, '<', 25 * 1024, sprintf('with %d messages that wait the worker has %.1f MB', $many, $memory / 1024));
