@@ -291,7 +291,7 @@ sub kill_process
 
 A psql of its own in the database postgres, for transactions that stay open, and
 statements in it, which are done when run_in() returns. The session's harness is the
-member "harness".
+member "harness"; it may be used for ten times as long as a test waits for anything.
 
 =cut
 
@@ -302,7 +302,8 @@ sub session
 
 	$s{harness} = IPC::Run::start(
 		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
-		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
+		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err},
+		IPC::Run::timeout(10 * $PostgreSQL::Test::Utils::timeout_default));
 	return \%s;
 }
 

@@ -13,7 +13,8 @@ use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $broker = PgFanout::broker();
+# its own: the largest message is a setting of the whole broker
+my $broker = PgFanout::broker(private => 1);
 my $node = PgFanout::cluster(
 	'main', $broker,
 	conf => q(
@@ -162,7 +163,7 @@ my $lines = "$PostgreSQL::Test::Utils::tmp_check/busy.jsonl";
 my $consumer = IPC::Run::start(
 	[
 		"$PgFanout::lib/amqp", 'collect', '--uri', $broker->uri, '--queue', 'busy_g',
-		'--expect', 3000, '--timeout', 100, '--idle', 3, '--ack'
+		'--expect', 3000, '--timeout', 300, '--idle', 3, '--ack'
 	],
 	'<', \undef, '>', $lines);
 sql(q(select fanout.publish('busy', to_jsonb(i), 'k' || i % 40) from generate_series(1, 3000) i));
@@ -211,6 +212,10 @@ sql( q(select fanout.declare_binding('other', 'g', 'classic');
 	   select fanout.declare_binding('other', 'fine', 'classic');
 	   select fanout.publish('other', to_jsonb(i), 'k') from generate_series(1, 10) i;));
 stalled('other', 'PRECONDITION_FAILED');
+# the answers about queues are recorded after the stall
+$node->poll_query_until('postgres',
+	q(select bool_and(state <> 'pending') from fanout.bindings where topic = 'other'))
+  or die PgFanout::status($node, 'postgres');
 like( sql(q(select last_error from fanout.bindings where queue = 'other_g')),
 	qr/^406 PRECONDITION_FAILED - inequivalent arg 'x-max-length'/,
 	'a queue declared otherwise is an error of its binding, in the words of the broker');

@@ -48,7 +48,7 @@ PgFanout::flush($node);
 my ($in, $out, $err) = ('', '', '');
 my $holder = IPC::Run::start(
 	[ 'psql', '-XAtq', '-d', $node->connstr('postgres') ],
-	'<', \$in, '>', \$out, '2>', \$err, IPC::Run::timeout(600));
+	'<', \$in, '>', \$out, '2>', \$err, IPC::Run::timeout(1800));
 $in .= "begin isolation level repeatable read; select 'open', count(*) from t;\n";
 $holder->pump until $out =~ /open/;
 

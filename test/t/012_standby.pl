@@ -76,7 +76,7 @@ PgFanout::poll(
 			'select confirmed > 1000 and in_flight > 0 from fanout.stat_publisher') eq
 		  't';
 	},
-	'a busy publisher', 60);
+	'a busy publisher');
 $primary->stop('immediate');
 is(workers($standby), 0, 'still nothing runs on the standby');
 Time::HiRes::sleep(0.5);

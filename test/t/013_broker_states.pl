@@ -45,7 +45,7 @@ my @states = (
 			set_uri($proxy->uri);
 			PgFanout::poll(
 				sub { status("connected_to ~ ':@{[ $proxy->port ]}/'") },
-				'a connection through the proxy', 20);
+				'a connection through the proxy');
 			write_backlog();
 		},
 		sub {
@@ -283,7 +283,7 @@ sub write_backlog
 	}
 	write_messages(800, 20_000);
 	PgFanout::poll(sub { status('in_flight > 0') },
-		'messages in flight', 20);
+		'messages in flight');
 	Time::HiRes::sleep(0.3);
 	return;
 }

@@ -305,7 +305,8 @@ $in_queues += $1 while $list =~ /^topic \d+_g\t(\d+)$/mg;
 record("$topics topics on classic queues, one stalled, publisher terminated",
 	'1 client', 2 * $topics + 1, 2 * $topics + 1 - $in_queues, 'uncounted');
 sql('many', q(select fanout.declare_binding('stalled', 'g', 'classic')));
-PgFanout::flush($node, dbname => 'many');
+# the pauses between its attempts have grown
+PgFanout::flush($node, dbname => 'many', timeout => '150 s');
 is_deeply([ bodies('stalled_g', 10) ], [ 1 .. 10 ], 'bound at last, the stalled one flows, in order');
 
 # ---- values of hundreds of megabytes ----

@@ -14,7 +14,8 @@ use PgFanout::Faults;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $broker = PgFanout::broker();
+# its own: the largest message is a setting of the whole broker
+my $broker = PgFanout::broker(private => 1);
 my $proxy = $broker->proxy;
 my $password_file = PostgreSQL::Test::Utils::tempdir() . '/password';
 my $uri = PgFanout::Faults::own_user($broker, $proxy, $password_file);

@@ -61,6 +61,12 @@ is( $experiment->sql(
 
 # ---- a queue that loses its majority, while the member that we talk to lives ----
 
+# That connection must not be lost because the machine is busy.
+my $reconnects = $experiment->sql('select reconnects from fanout.stat_publisher');
+$experiment->sql(q(alter system set pg_fanout.heartbeat = '30s'));
+$node->reload;
+PgFanout::poll(sub { $experiment->sql("select reconnects > $reconnects from fanout.stat_publisher") eq 't' }, 'a connection with other heartbeats');
+
 # The defaults put the leader of a new queue on the node that its client talks to.
 $experiment->sql(
 	q(select fanout.declare_binding('lost', 'g'), fanout.declare_binding('fine', 'g', arguments => '{"x-quorum-initial-group-size": 1}')));

@@ -134,7 +134,7 @@ tls(
 			$proxy->command("cut-after $bytes");
 			$proxy->command('reset');
 			PgFanout::poll(sub { $proxy->command('mode') eq 'pass' },
-				"a cut after $bytes bytes", 30);
+				"a cut after $bytes bytes");
 			wait_for_confirms();
 		}
 		$experiment->audit($proxy, 'TLS connection cut');
@@ -246,8 +246,7 @@ sub wait_until
 			# none while the publisher is started again
 			return value("coalesce($condition, false)") eq 't';
 		},
-		$condition . "\n" . value('stat_publisher'),
-		30);
+		$condition . "\n" . value('stat_publisher'));
 	return;
 }
 

@@ -59,8 +59,8 @@ $experiment->run(
 
 		is(scalar(@pids), 2, 'there are a launcher and a publisher');
 		$node->safe_psql('postgres', "select pg_terminate_backend($_)") foreach @pids;
-		PgFanout::poll(sub { !grep { kill 0, $_ } @pids }, 'their end', 10);
-		PgFanout::poll(sub { split(/\n/, workers()) == 2 }, 'others', 30);
+		PgFanout::poll(sub { !grep { kill 0, $_ } @pids }, 'their end');
+		PgFanout::poll(sub { split(/\n/, workers()) == 2 }, 'others');
 	},
 	repeats => 1);
 
@@ -133,7 +133,7 @@ sub wait_for_other_publisher
 
 	PgFanout::poll(
 		sub { $experiment->try_sql("select pid from fanout.stat_publisher where pid <> $pid") },
-		'another publisher', 30);
+		'another publisher');
 	return;
 }
 
@@ -142,7 +142,7 @@ sub crash
 {
 	PgFanout::poll(
 		sub { $experiment->try_sql('select confirmed > 50 from fanout.stat_publisher') eq 't' },
-		'a publisher at work', 30);
+		'a publisher at work');
 	$experiment->wait_for_commits(20);
 	Time::HiRes::sleep(rand(0.7));
 	$node->stop('immediate');
@@ -165,6 +165,6 @@ sub lose_commits
 	kill 'KILL', $pid;
 	PgFanout::poll(
 		sub { $experiment->try_sql("select exists (select from pg_stat_activity where backend_type = 'walwriter' and pid <> $pid)") eq 't' },
-		'the server', 30);
+		'the server');
 	return $committed - $node->safe_psql('postgres', "select least(count(*), $committed) from ledger");
 }

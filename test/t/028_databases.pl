@@ -63,7 +63,7 @@ $experiment->run(
 		}
 		$experiment->end_program('writer');
 	});
-PgFanout::poll(sub { publishers() == 1 }, 'end of the publisher of a dropped extension', 10);
+PgFanout::poll(sub { publishers() == 1 }, 'end of the publisher of a dropped extension');
 $broker->amqp('purge', '--queue', 'neighbour_g');
 
 # No room: a neighbour has taken the place of a publisher that ended.
@@ -79,11 +79,11 @@ $experiment->run(
 		$node->wait_for_log(qr/out of background worker slots/, $offset);
 		sql(q(select pg_terminate_backend(pid) from fanout.stat_publisher));
 		PgFanout::poll(sub { value("state = 'idle'", 'neighbour') eq 't' },
-			'a publisher of the neighbour', 30);
+			'a publisher of the neighbour');
 		$experiment->wait_for_commits(200);
 		is(publishers(), 1, 'there is no room for a second publisher');
 		sql('drop database neighbour');
-		PgFanout::poll(sub { publishers() == 1 }, 'a publisher', 30);
+		PgFanout::poll(sub { publishers() == 1 }, 'a publisher');
 	},
 	repeats => 1);
 my @complaints = slurp_file($node->logfile, $offset) =~ /out of background worker slots/g;

@@ -79,7 +79,7 @@ $experiment->run(
 		PgFanout::poll(
 			sub { sql("select pg_relation_size('fanout.outbox_$segment')") == $size
 				&& unchanged_for(1) },
-			'nothing to be committed any more', 30);
+			'nothing to be committed any more');
 		isnt($node->psql('postgres', insert_rows(1000)), 0, 'a statement that writes messages fails');
 		is(sql('select count(*) from item_1 where id < 0'), 0, 'and does nothing');
 		limit_files('unlimited');

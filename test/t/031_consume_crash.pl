@@ -123,7 +123,7 @@ for my $i (1 .. $kills)
 	my $way = $i <= 4 ? (qw(worker_kill worker_term server broker))[ $i - 1 ] : $often[ int(rand(@often)) ];
 
 	PgFanout::poll(sub { my $now = applied(); defined $now && (!defined $before || $now > $before + $rate / 5) },
-		'progress after kill ' . ($i - 1), 120);
+		'progress after kill ' . ($i - 1));
 	select(undef, undef, undef, rand(0.5));
 	$ways{$way}->();
 	$done{$way}++;
@@ -137,7 +137,7 @@ PgFanout::poll(sub { $a->safe_psql('postgres', q(select count(*) from pg_stat_ac
 PgFanout::flush($a, timeout => '120 s');
 my $written = $a->safe_psql('postgres', 'select sum(value) from counters');
 eval {
-	PgFanout::poll(sub { $broker->count($_) == 0 }, "$_ is empty", 120) foreach qw(counter_ordered counter_unordered user_copy);
+	PgFanout::poll(sub { $broker->count($_) == 0 }, "$_ is empty") foreach qw(counter_ordered counter_unordered user_copy);
 	$b->poll_query_until('postgres', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 	1;
 } or diag($@);

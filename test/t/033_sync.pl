@@ -110,6 +110,7 @@ equal('users', $users, 'name', 'copy.users', 'full_name', 'TRUNCATE, and what ca
 
 # Never something older
 
+my @delivered;    # message ids
 deliver('users', 'u', '1', 1, { id => 1, name => 'older', email => 'older' });
 deliver('users', 'd', '2', 1, { id => 2 });
 deliver('users', 'c', '77', 1, { id => 77, name => 'before the TRUNCATE' });
@@ -135,7 +136,7 @@ PgFanout::poll(
 	sub {
 		b('select count(*) from fanout.sync_row where deleted_at is not null') == 0;
 	},
-	'an end of deleted rows', 30);
+	'an end of deleted rows');
 pass('deleted rows are forgotten after the retention');
 
 # A message that fails is given up, corrected, and redriven too late
@@ -156,7 +157,7 @@ update orders set amount = -1 where no = 'n"50';
 update orders set part = 9, no = no || 'x' where no like '%7';
 ));
 PgFanout::poll(sub { b('select count(*) from fanout.dead_letter') == 1 },
-	'a dead letter', 60);
+	'a dead letter');
 like(b('select reason from fanout.dead_letter'),
 	qr/violates check constraint/, 'a message that the table refuses is given up');
 a(q(update orders set amount = 51 where no = 'n"50'));
@@ -164,7 +165,7 @@ equal('orders', '%s, no, amount', 'part', 'copy.orders', 'part',
 	'format row, a key of two columns that changes; a newer message mends the row');
 b('select fanout.redrive()');
 PgFanout::poll(sub { b('select count(*) from fanout.dead_letter') == 0 },
-	'no dead letter', 60);
+	'no dead letter');
 equal('orders', '%s, no, amount', 'part', 'copy.orders', 'part',
 	'a dead letter that is redriven is not written over something newer');
 
@@ -218,7 +219,7 @@ PgFanout::poll(
 		b(q(select ignored from fanout.stat_subscriptions where topic = 'strict')) == 2
 		  && b(q(select count(*) from fanout.dead_letter where topic = 'strict')) == 11;
 	},
-	'dead letters', 60);
+	'dead letters');
 is(b(q(select name from copy.strict)), 'good', 'the message that can be applied is; those of another table, and what is no captured change, are ignored');
 is(b(q(select source from fanout.subscriptions where topic = 'strict')), 'public.strict', 'the table of the first one is the source');
 is( b(q(select string_agg(sqlstate || ' ' || split_part(reason, E'\n', 1), E'\n' order by sqlstate || ' ' || split_part(reason, E'\n', 1)) from fanout.dead_letter where topic = 'strict')),
@@ -293,10 +294,11 @@ sub deliver
 		op => $op);
 
 	$headers{key} = $key if defined $key;
+	push @delivered, a('select gen_random_uuid()');
 	$broker->amqp(
 		'publish', '--routing-key', "${topic}_b",
 		'--headers', $json->encode(\%headers),
-		'--message-id', a('select gen_random_uuid()'),
+		'--message-id', $delivered[-1],
 		$json->encode(\%body));
 	return;
 }
@@ -312,19 +314,18 @@ sub strict
 	return;
 }
 
-# Waits until as many more messages have been applied.
+# Waits until all that deliver() has put into the queue since the last call has been
+# applied, and is counted.
 sub applied
 {
 	my ($count) = @_;
+	my $ids = join(',', splice(@delivered));
 
-	# they were delivered before this is asked
 	PgFanout::poll(
 		sub {
-			$broker->count('users_b') == 0
+			b("select count(*) from fanout.inbox where message_id = any ('{$ids}')") == $count
 			  && b(q(select delivered = applied + skipped from fanout.stat_subscriptions where topic = 'users')) eq 't';
 		},
-		"$count messages",
-		30);
-	select(undef, undef, undef, 0.5);
+		"$count messages");
 	return;
 }

@@ -50,11 +50,9 @@ select fanout.publish('exchange_user', '{"after": null}');
 select fanout.publish('exchange_user', '[]', key => '$round')));
 }
 PgFanout::flush($node);
-foreach my $name (@languages)
-{
-	$broker->amqp('publish', '--routing-key', "exchange_user_$name", '--headers', '{"op": "c", "key": "1", "sequence": 9000000000000000000}',
-		'--message-id', "bad", '{"after": ');
-}
+# one for each of them
+$broker->amqp('publish', '--exchange', 'exchange_user', '--headers', '{"op": "c", "key": "1", "sequence": 9000000000000000000}',
+	'--message-id', "bad", '{"after": ');
 
 my $users = $node->safe_psql('postgres', q(select string_agg(concat_ws(' ', id, id, name, amount), E'\n' order by id) from users));
 my $messages = $node->safe_psql('postgres', 'select count(*) from fanout.outbox');
@@ -77,7 +75,7 @@ sub start
 	my ($name) = @_;
 	my $consumer = { out => '', err => '', copy => PostgreSQL::Test::Utils::tempdir() . '/copy.db' };
 	my @arguments = ($broker->uri, "exchange_user_$name");
-	my @options = ('--idle', 5, $name =~ /failing/ ? '--fail-once' : ());
+	my @options = ('--idle', 15, $name =~ /failing/ ? '--fail-once' : ());
 	my @command =
 	    $name =~ /python/ ? ("$examples/consumer.py", @arguments, $consumer->{copy}, @options)
 	  : $name =~ /node/ ? ('node', "$examples/consumer.mjs", @arguments, @options)

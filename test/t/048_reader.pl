@@ -349,7 +349,7 @@ PostgreSQL::Test::Utils::append_to_file($script,
 my ($bench_out, $bench_err) = ('', '');
 my $bench = IPC::Run::start(
 	[ 'pgbench', '-n', '-c', 4, '-T', 8, '-f', $script, $node->connstr('postgres') ],
-	'>', \$bench_out, '2>', \$bench_err, IPC::Run::timeout(120));
+	'>', \$bench_out, '2>', \$bench_err, IPC::Run::timeout(600));
 foreach my $segment (0 .. 2)
 {
 	sql("create index concurrently concurrent_btree_$segment on fanout.outbox_$segment (key)");
@@ -358,6 +358,9 @@ foreach my $segment (0 .. 2)
 }
 $bench->finish;
 unlike($bench_err, qr/ERROR/, 'no write fails while indexes are built concurrently');
+# rotation must not empty a segment between two looks at it
+my $keeper = PgFanout::session($node);
+PgFanout::run_in($keeper, 'begin; lock table fanout.outbox in access share mode');
 foreach my $segment (0 .. 2)
 {
 	my $outbox = "fanout.outbox_$segment";

@@ -84,21 +84,13 @@ sleep 2;
 sql(q(commit prepared 'applied'));
 $node->wait_for_catchup('s');
 cmp_ok(seconds_until(sub { sent('true', 'copy') == 3 }),
-	'<', 5, 'what a worker of logical replication commits by COMMIT PREPARED is sent at once');
+	'<', 8, 'what a worker of logical replication commits by COMMIT PREPARED is sent at once');
 
 # ---- a worker that waits for a heavyweight lock ----
 
-my ($in, $out, $err) = ('', '', '');
-my $holder = IPC::Run::start(
-	[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
-	'<', \$in, '>', \$out, '2>', \$err, IPC::Run::timeout(300));
+my $holder = PgFanout::session($node);
 
-sub run_in_holder
-{
-	$in .= "$_[0];\n\\echo done\n";
-	$holder->pump until $out =~ s/^done\n//m;
-	return;
-}
+sub run_in_holder { return PgFanout::run_in($holder, $_[0]); }
 
 # Makes the publisher, which counts what it sent a second later, wait for a lock.
 sub make_publisher_wait
@@ -119,12 +111,12 @@ make_publisher_wait();
 sql(q(select fanout.publish('t', '"committed meanwhile"')));
 run_in_holder('commit');
 cmp_ok(seconds_until(sub { sent(q(topic = 't')) == 2 }),
-	'<', 5, 'a commit that comes while the publisher waits for a lock wakes it');
+	'<', 8, 'a commit that comes while the publisher waits for a lock wakes it');
 
 make_publisher_wait();
 my ($verify_in, $verify_out) = (q(select 'verified ' || fanout.verify('5 s')), '');
 my $verify = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres') ],
-	'<', \$verify_in, '>', \$verify_out, IPC::Run::timeout(60));
+	'<', \$verify_in, '>', \$verify_out, IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
 sleep 1;
 run_in_holder('commit');
 $verify->finish;
@@ -137,16 +129,16 @@ $node->reload;
 sleep 1;
 run_in_holder('commit');
 cmp_ok(seconds_until(sub { sql('select connected_to from fanout.stat_publisher') =~ /:@{[ $other->port ]}\b/ }),
-	'<', 5, 'and a change of settings');
+	'<', 8, 'and a change of settings');
 
 sql(q(create function handle(m fanout.message) returns void language sql as ''));
 make_publisher_wait();
 sql(q(select fanout.subscribe('t', 'g', 'handle(fanout.message)')));
 run_in_holder('commit');
 cmp_ok(seconds_until(sub { sql(q(select count(*) from fanout.stat_subscriptions where connected_to is not null)) == 1 }),
-	'<', 5, 'and a subscription');
+	'<', 8, 'and a subscription');
 
-$in .= "\\q\n";
-$holder->finish;
+$holder->{in} .= "\\q\n";
+$holder->{harness}->finish;
 
 done_testing();

@@ -38,7 +38,7 @@ sub pending_memory
 	my $offset = -s $node->logfile;
 
 	sql('select pg_log_backend_memory_contexts(pid) from fanout.stat_publisher');
-	PgFanout::poll(sub { in_log(qr/pg_fanout pending transactions: \d+ total/, $offset) }, 'the list of contexts', 10);
+	PgFanout::poll(sub { in_log(qr/pg_fanout pending transactions: \d+ total/, $offset) }, 'the list of contexts');
 	my ($bytes) = slurp_file($node->logfile, $offset) =~ /pg_fanout pending transactions: (\d+) total/;
 	return $bytes;
 }

@@ -58,10 +58,12 @@ foreach my $i (1 .. 4)
 	foreach (1 .. 17) { sleep 0.1; note_longest(); }
 }
 note 'messages of other keys took ' . join(', ', map { sprintf('%.1f s', $_) } @late);
-cmp_ok((sort { $b <=> $a } @late)[0], '<', 3, 'a lock that 100 messages wait for delays other keys by no more than one call');
-is(sql(q(select waiting from fanout.stat_subscriptions where topic = 'locked')), 100, 'the others wait in the waiting room');
+# which takes two seconds
+cmp_ok((sort { $b <=> $a } @late)[0], '<', 3.9, 'a lock that 100 messages wait for delays other keys by no more than one call');
+wait_until(q((select waiting = 100 from fanout.stat_subscriptions where topic = 'locked')));
+pass('the others wait in the waiting room');
 is($broker->count('locked_g'), 0, 'and not in the queue');
-cmp_ok($longest, '<', 3, 'no transaction lasts for long');
+cmp_ok($longest, '<', 3.9, 'no transaction lasts for long');
 $locker->quit;
 wait_until(q((select count(*) from log) = 104));
 is(sql('select count(*), count(distinct n) from wanted'), '100|100', 'once the lock is gone, each is applied once');
@@ -153,7 +155,7 @@ begin
 end $$));
 sql(q(select fanout.subscribe('big', 'g', 'never(fanout.message)', prefetch => 1000, retry_delay => '1 h', max_retry_delay => '1 h', max_attempts => 1000)));
 sql(qq(select fanout.publish('big', jsonb_build_object('filler', repeat('x', 2000)), key => 'k' || i) from generate_series(1, $many) i));
-wait_until(qq((select waiting from fanout.stat_subscriptions) = $many));
+PgFanout::poll(sub { sql('select waiting from fanout.stat_subscriptions') == $many }, 'all to wait', 600);
 my $pid = sql('select pid from fanout.stat_subscriptions');
 my ($memory) = slurp_file("/proc/$pid/status") =~ /^RssAnon:\s+(\d+)/m;
 cmp_ok($memory, '<', 25 * 1024, sprintf('with %d messages that wait the worker has %.1f MB', $many, $memory / 1024));

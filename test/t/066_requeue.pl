@@ -38,7 +38,9 @@ my $subscribe = q(select fanout.subscribe('t', 'g', 'apply(fanout.message)', ord
 
 # ---- alone ----
 
-sql('b', sprintf($subscribe, 10));
+# so long that each attempt is seen
+my $patiently = $subscribe =~ s/1 s/4 s/gr;
+sql('b', sprintf($patiently, 10));
 wait_until('b', q((select state = 'idle' from fanout.stat_subscriptions)));
 sql('b', q(select fanout.publish('t', '{"fails": "b"}', key => 'k'), fanout.publish('t', '{"n": 1}', key => 'k')));
 wait_until('b', 'exists (select from log)');
@@ -92,7 +94,7 @@ sql('c', sprintf($subscribe, 10));
 wait_until('c', q((select state = 'idle' from fanout.stat_subscriptions)));
 sql('b', q(select fanout.publish('t', jsonb_build_object('fails', case when i % 4 = 0 then 'b' when i % 4 = 1 then 'c' else 'none' end, 'n', i))
 	from generate_series(1, 400) i));
-PgFanout::poll(sub { count() + dead() == 401 }, 'all messages', 60);
+PgFanout::poll(sub { count() + dead() == 401 }, 'all messages');
 my @failed = map { sql($_, q(select count(*) from log where body ->> 'fails' in ('b', 'c'))) } qw(b c);
 is($failed[0] + $failed[1] + dead(), 200, 'what fails in one instance is applied by the other, or given up after all attempts by one of them');
 cmp_ok($failed[0] + $failed[1], '>', 40, "many of them are applied by the other: $failed[0] and $failed[1]");
@@ -132,7 +134,7 @@ sql('b', sprintf($subscribe, 10));
 
 sql('c', q(select fanout.unsubscribe('t', 'g')));
 sql('b', q(select fanout.unsubscribe('t', 'g'); truncate log; select fanout.purge()));
-sql('b', sprintf($subscribe, 5));
+sql('b', sprintf($patiently, 5));
 wait_until('b', q((select state = 'idle' from fanout.stat_subscriptions)));
 sql('b', q(select fanout.publish('t', '{"fails": "b"}') from generate_series(1, 4) i));
 sql('b', q(select fanout.publish('t', '{"n": 1}') from generate_series(1, 100) i));

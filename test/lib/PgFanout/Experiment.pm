@@ -240,7 +240,7 @@ sub drain
 {
 	my ($self) = @_;
 
-	PgFanout::poll(sub { !$self->waiting(@{ $self->{queues} }) }, 'empty queues', 60);
+	PgFanout::poll(sub { !$self->waiting(@{ $self->{queues} }) }, 'empty queues');
 	# it writes down and acks what it has got; what came meanwhile is next
 	$self->end_program('collector');
 	$self->start_collector && return $self->drain
@@ -405,7 +405,7 @@ sub verdict
 				$result = $self->judge;
 				return $result->{missing} == 0;
 			},
-			'all messages', 30);
+			'all messages');
 	};
 	# one too many may still be on its way
 	Time::HiRes::sleep(0.5);
@@ -514,8 +514,7 @@ sub audit
 				@early = grep { !$arrived{$_} } @sent;
 				return !@early;
 			},
-			'all that was sent',
-			30);
+			'all that was sent');
 	} if @sent;
 	is(scalar(@early), 0,
 		"$name: none of the " . @sent . ' messages shown as sent is on its way');

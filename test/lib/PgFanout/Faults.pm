@@ -257,17 +257,19 @@ my @faults = (
 		begin => sub {
 			my ($experiment) = @_;
 
+			# first, for what a queue takes behind a message that it has refused comes again
+			$experiment->end_program('collector');
 			$experiment->{broker}->ctl('set_policy', '-p', $experiment->{broker}->vhost,
 				'--apply-to', 'queues', 'full', "^$queue\$",
 				'{"max-length": 20, "overflow": "reject-publish"}');
-			$experiment->end_program('collector');
 		},
 		end => sub {
 			my ($experiment) = @_;
 
 			$experiment->start_collector;
-			PgFanout::poll(sub { !$experiment->waiting($queue) }, 'an empty queue', 60);
-			$experiment->{broker}->ctl('clear_policy', '-p', $experiment->{broker}->vhost, 'full');
+			PgFanout::poll(sub { !$experiment->waiting($queue) }, 'an empty queue');
+			# at once, before the topic publishes as before
+			$experiment->{broker}->obey('rabbit_policy:delete', $experiment->{broker}->vhost, 'full');
 		},
 	},
 	{
