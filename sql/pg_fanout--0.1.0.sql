@@ -2607,6 +2607,21 @@ comment on function fanout.redrive(text, uuid, text) is
 'tries dead letters again: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription. The publisher''s go out in order of id, under their old message ids; a subscription''s go through its handler once more. The publisher''s of a topic that was dropped stay, with a NOTICE, until it is declared again. Returns how many. Errors: 42704 unknown topic';
 revoke all on function fanout.redrive(text, uuid, text) from public;
 
+-- A snapshot of a transaction does not list the transaction itself as in progress, and so
+-- would show what it is yet to write, once a later one has ended.
+create function fanout.committed_snapshot() returns pg_snapshot
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when own.xid < pg_snapshot_xmax(s.now) then
+        (select format('%s:%s:%s', pg_snapshot_xmin(s.now), pg_snapshot_xmax(s.now), string_agg(x::text, ',' order by x))::pg_snapshot
+         from (select pg_snapshot_xip(s.now) union select own.xid) running(x)) else s.now end
+    from (select pg_current_snapshot()) s(now), (select pg_current_xact_id_if_assigned()) own(xid)
+$$;
+comment on function fanout.committed_snapshot() is
+'internal: the current snapshot, but without what this transaction writes';
+revoke all on function fanout.committed_snapshot() from public;
+
 -- Messages in the outbox are only marked, whatever they are: by what the snapshot shows.
 create function fanout.purge_held(topic text, message_id uuid) returns bigint
 language plpgsql volatile
@@ -2630,10 +2645,12 @@ begin
         where (purge_held.topic is null or t.topic = purge_held.topic)
           and (purge_held.message_id is null or p.message_id = purge_held.message_id)
           and (t.paused or exists (select from fanout.stall s where s.topic_id = t.topic_id))
+          -- not what this transaction has written, unless it is named
+          and (purge_held.message_id is not null or pg_visible_in_snapshot(p.xid, (select fanout.committed_snapshot())))
         group by t.topic_id
     ), mark as (
         insert into fanout.purged (topic_id, snapshot, message_id)
-        select topic_id, pg_current_snapshot(), purge_held.message_id from waiting
+        select topic_id, fanout.committed_snapshot(), purge_held.message_id from waiting
         returning 1
     )
     select count(*), (select count(*) from mark), coalesce(sum(count), 0) into topics, marks, marked from waiting;
@@ -2671,7 +2688,7 @@ begin
 end
 $$;
 comment on function fanout.purge(text, uuid, boolean, text) is
-'removes dead letters for good: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription; with held, gives up what waits of topics that are paused or stalled instead, as far as the call sees it. Returns how many';
+'removes dead letters for good: of a topic (NULL: of all), or a single message; with consumer_group, only those of that subscription; with held, gives up what waits of topics that are paused or stalled instead, as far as the call sees it, but for what its own transaction has written. Returns how many';
 revoke all on function fanout.purge(text, uuid, boolean, text) from public;
 
 create function fanout.flush(timeout interval default '30 s') returns boolean
@@ -5644,6 +5661,11 @@ begin
     insert into fanout.sent (segment, base, target, last_id, count)
     select r.current, base, base, 0, 0
     from fanout.rotation r, (select format('%1$s:%1$s:', first)::pg_snapshot) b(base);
+
+    -- what is published from the outbox is not to be sent, or made a dead letter, twice
+    delete from fanout.held h using fanout.outbox o where o.id = h.id and o.xid >= first;
+    delete from fanout.dead_letter d using fanout.outbox o
+    where d.consumer_group is null and o.id = d.id and o.xid >= first;
 
     select count(*) into passed from fanout.outbox o where o.xid < first;
     raise notice 'it is not known which messages were sent'

@@ -195,6 +195,57 @@ flow_is_gone(const Topic *topic)
 	return !topic->known || topic->declaration.gone;
 }
 
+/* ---- what is dropped ---- */
+
+/* Returns the number of the main cursor's base up to which all messages were sent. */
+static uint64
+sent_up_to(Flow *flow)
+{
+	dlist_iter	it;
+
+	if (flow->held)
+		return 0;
+	dlist_foreach(it, &flow->runs)
+	{
+		const Run  *run = dlist_container(Run, node, it.cur);
+
+		if (run->done < run->count)
+			return run->batch != NULL ? run->batch->base_number : 0;
+	}
+	return flow->cursor.number;
+}
+
+/*
+ * For topology_init().  A topic that has left the main cursor may have much to send that
+ * was written before.  If it is paused, or the broker refuses it, that may take for ever,
+ * and perhaps what is dropped is the reason.
+ */
+bool
+flow_may_drop(Topic *topic, uint32 load)
+{
+	Flow	   *flow = &topic->flow;
+
+	if (flow->state == FLOW_ATTACHED || topic->paused || flow->stalled)
+	{
+		flow->drop_number = 0;
+		return true;
+	}
+	if (flow->drop_number == 0 || flow->drop_load < load)
+	{
+		flow->drop_number = flow_main->number;
+		flow->drop_load = load;
+	}
+	return sent_up_to(flow) >= flow->drop_number;
+}
+
+/* Has what waits to be dropped asked for again. */
+static void
+request_drop(Flow *flow)
+{
+	if (flow->drop_number != 0)
+		topology_request(topic_of(flow), false);
+}
+
 void
 flow_set_state(Flow *flow, FlowState state)
 {
@@ -203,6 +254,7 @@ flow_set_state(Flow *flow, FlowState state)
 	else if (flow->state != FLOW_ATTACHED && state == FLOW_ATTACHED)
 		dlist_delete(&flow->node);
 	flow->state = state;
+	request_drop(flow);
 	flow_sender->update(flow);
 }
 
@@ -679,6 +731,7 @@ flow_settle(Flow *flow)
 		flow->unrecorded = true;
 	if (flow_is_gone(topic_of(flow)) && window_next(&flow->window) != NULL)
 		discard_all(flow);
+	request_drop(flow);
 	flow_sender->update(flow);
 }
 

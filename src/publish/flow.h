@@ -36,6 +36,7 @@ extern void flow_load_purges(void);
 extern void flow_find_held(void);
 extern void flow_reconsider(Topic *topic);
 extern void flow_declared(Topic *topic);
+extern bool flow_may_drop(Topic *topic, uint32 load);
 
 extern bool flow_wanted(const ScanRow *row);
 extern bool flow_found(const ScanRow *row);

@@ -48,9 +48,15 @@ maintenance_current_segment(void)
 	return DatumGetInt32(query_value(0, 1, &isnull));
 }
 
+/* The newest entry of the main cursor in the ledger that is older than the retention: seconds. */
+#define EXPIRED \
+	"(select * from fanout.sent where topic_id is null and sent_at < now() - %1$d * interval '1 s'" \
+	" order by sent_at desc, sent_id desc limit 1)"
+
 /*
  * Do all rows of the segment count as sent by an entry of the ledger that is
- * older than the retention, but for those of topics that have left the main cursor?
+ * older than the retention, but for those of topics that have left the main cursor,
+ * which it shows as committed?
  * That entry is the newest such one; what it has passed is decided by the same rule as
  * everywhere.  Rows before the block from which on it has not read need not be looked
  * at, unless some may be anywhere.
@@ -62,40 +68,40 @@ segment_expired(int segment, int retention_s)
 	bool		isnull;
 
 	snprintf(sql, sizeof(sql),
-			 "with l as (select s.*, case when s.files[%1$d + 1] = pg_relation_filenode('fanout.outbox_%1$d')"
+			 "with l as (select s.*, case when s.files[%2$d + 1] = pg_relation_filenode('fanout.outbox_%2$d')"
 			 " and not exists (select from fanout.scattered c"
-			 " where c.segment = %1$d and not pg_visible_in_snapshot(c.xid, s.base))"
-			 " then format('(%%s,0)', s.unread[%1$d + 1])::tid else '(0,0)' end as first from fanout.sent s"
-			 " where topic_id is null and sent_at < now() - %2$d * interval '1 s'"
-			 " order by sent_at desc, sent_id desc limit 1)"
+			 " where c.segment = %2$d and not pg_visible_in_snapshot(c.xid, s.base))"
+			 " then format('(%%s,0)', s.unread[%2$d + 1])::tid else '(0,0)' end as first from " EXPIRED " s)"
 			 " select exists (select from l) and not exists (select from l, lateral ("
-			 " select from fanout.outbox_%1$d o"
+			 " select from fanout.outbox_%2$d o"
 			 " where o.ctid >= l.first and not pg_visible_in_snapshot(o.xid, l.base)"
-			 " and not (pg_visible_in_snapshot(o.xid, l.target) and o.id <= l.last_id)"
-			 " and o.topic_id not in (select topic_id from fanout.detached) offset 0) o)",
-			 segment, retention_s);
+			 " and not (pg_visible_in_snapshot(o.xid, l.target)"
+			 " and (o.id <= l.last_id or o.topic_id in (select topic_id from fanout.detached))) offset 0) o)",
+			 retention_s, segment);
 	if (SPI_execute(sql, false, 1) != SPI_OK_SELECT)
 		elog(ERROR, "could not inspect segment %d", segment);
 	return DatumGetBool(query_value(0, 1, &isnull));
 }
 
 /*
- * Are there rows in the segment that a topic which has left the main cursor has not
- * sent?  found: told each such topic, or NULL.
+ * May a topic that has left the main cursor not have sent rows of a segment that has
+ * expired?  That is so if the entry by which it has shows any transaction that the topic's
+ * base does not show.  No row is looked at: there may be very many, and nothing is
+ * published meanwhile.  found: told each such topic, or NULL.
  */
 static bool
-segment_awaited(int segment, void (*found) (int32 topic_id))
+segment_awaited(int retention_s, void (*found) (int32 topic_id))
 {
 	char		sql[1024];
 	bool		isnull;
 
 	snprintf(sql, sizeof(sql),
-			 "select distinct o.topic_id from fanout.outbox_%1$d o join fanout.detached d using (topic_id)"
-			 " where not pg_visible_in_snapshot(o.xid, d.base)"
-			 " and not (pg_visible_in_snapshot(o.xid, d.target) and o.id <= d.last_id)",
-			 segment);
+			 "select d.topic_id from fanout.detached d, " EXPIRED " l"
+			 " where pg_snapshot_xmax(d.base) < pg_snapshot_xmax(l.target)"
+			 " or exists (select from pg_snapshot_xip(d.base) x where pg_visible_in_snapshot(x, l.target))",
+			 retention_s);
 	if (SPI_execute(sql, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not inspect segment %d", segment);
+		elog(ERROR, "could not inspect the ledger");
 	for (int i = 0; i < SPI_processed && found != NULL; i++)
 		found(DatumGetInt32(query_value(i, 1, &isnull)));
 	return SPI_processed > 0;
@@ -113,9 +119,9 @@ empty_outbox(int segment, int retention_s, void (*in_the_way) (int32 topic_id))
 
 	if (segment_empty(relid))
 		return true;
-	if (!segment_expired(segment, retention_s) || segment_awaited(segment, in_the_way) ||
+	if (!segment_expired(segment, retention_s) || segment_awaited(retention_s, in_the_way) ||
 		!segment_lock(relid) ||
-		!segment_expired(segment, retention_s) || segment_awaited(segment, NULL))
+		!segment_expired(segment, retention_s) || segment_awaited(retention_s, NULL))
 		return false;
 	segment_truncate(relid);
 	return true;

@@ -1080,7 +1080,7 @@ start(void)
 
 	forget_backlogs();
 	topic_init(&keepers);
-	topology_init(flow_declared);
+	topology_init(flow_declared, flow_may_drop);
 	flow_init(&pub.cursor, &sender);
 	sender_init(&pub.conn);
 	worker_begin();

@@ -89,13 +89,14 @@ snapshot_replace(Datum *snapshot, Datum by)
 }
 
 static Batch *
-batch_create(Datum base, Datum target, uint64 number, const Unread *unread)
+batch_create(const Cursor *cursor, Datum target, uint64 number, const Unread *unread)
 {
 	Batch	   *batch = MemoryContextAllocZero(TopMemoryContext, sizeof(Batch));
 
 	batch->references = 1;
 	batch->number = number;
-	batch->base = snapshot_keep(base);
+	batch->base_number = cursor->number;
+	batch->base = snapshot_keep(cursor->base);
 	batch->target = snapshot_keep(target);
 	batch->unread = batch->end_unread = *unread;
 	return batch;
@@ -216,7 +217,7 @@ cursor_set(Cursor *cursor, Datum base, Datum target, int64 last_id, const Unread
 	cursor->unread = *unread;
 	if (!DatumGetBool(DirectFunctionCall2(byteaeq, base, target)))
 	{
-		cursor->batch = batch_create(base, target, 0, unread);
+		cursor->batch = batch_create(cursor, target, 0, unread);
 		cursor->last_id = last_id;
 	}
 }
@@ -516,7 +517,7 @@ begin_found(Cursor *cursor, ScanWanted wanted)
 {
 	bool		anywhere[OUTBOX_SEGMENTS];
 
-	cursor->batch = batch_create(cursor->base, ahead.base, cursor->number + 1, &ahead.unread);
+	cursor->batch = batch_create(cursor, ahead.base, cursor->number + 1, &ahead.unread);
 	scan_open();
 	find_scattered(cursor->base, anywhere);
 	scan_found(&cursor->scan, cursor->batch->base, cursor->batch->target, cursor->last_id, wanted,
@@ -547,7 +548,7 @@ reader_begin_batch(Cursor *cursor, ScanWanted wanted)
 	scan_begin();
 	PushActiveSnapshot(GetTransactionSnapshot());
 	if (!resumed)
-		cursor->batch = batch_create(cursor->base, DirectFunctionCall1(pg_current_snapshot, (Datum) 0),
+		cursor->batch = batch_create(cursor, DirectFunctionCall1(pg_current_snapshot, (Datum) 0),
 									 cursor->number + 1, &cursor->unread);
 	batch = cursor->batch;
 	find_scattered(batch->base, anywhere);
@@ -688,7 +689,7 @@ open_topic_batch(Cursor *cursor, const Cursor *main)
 
 	if (batch == NULL)
 	{
-		batch = cursor->batch = batch_create(cursor->base, main->base, main->number, &cursor->unread);
+		batch = cursor->batch = batch_create(cursor, main->base, main->number, &cursor->unread);
 		if (main->batch != NULL)
 			batch->end_unread = main->batch->unread;
 		else

@@ -60,6 +60,7 @@ typedef struct Batch
 	int			references;
 	uint64		number;			/* that the main cursor's base has when it has
 								 * read up to target */
+	uint64		base_number;	/* likewise, of base; 0: not known */
 	Datum		base;			/* pg_snapshot */
 	Datum		target;
 	Unread		unread;			/* with respect to base */

@@ -83,6 +83,7 @@ typedef struct Control
 } Control;
 
 static void (*tell_declared) (Topic *topic);
+static bool (*topic_may_drop) (Topic *topic, uint32 load);
 static Control controls[CONTROL_CHANNELS];
 static dlist_head queue = DLIST_STATIC_INIT(queue);
 static dlist_head unrecorded = DLIST_STATIC_INIT(unrecorded);
@@ -116,11 +117,16 @@ static const char *const request_name[] = {
 	[BROKER_DELETE_QUEUE] = "delete queue",
 };
 
-/* declared: told each topic of which all was asked, or something was refused. */
+/*
+ * declared: told each topic of which all was asked, or something was refused.
+ * may_drop: has the topic sent what was written before that topic_load(), which found
+ * something of it to be dropped?  What it has not sent must be before drop_load.
+ */
 void
-topology_init(void (*declared) (Topic *topic))
+topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load))
 {
 	tell_declared = declared;
+	topic_may_drop = may_drop;
 }
 
 /* ---- what is known of a topic ---- */
@@ -359,8 +365,15 @@ next_drop(const Binding *binding, Next *next)
 		next->kind = answer->inspected ? BROKER_DELETE_QUEUE : BROKER_INSPECT_QUEUE;
 }
 
+/* May what that topic_load() has found to be dropped go? */
 static bool
-next_of_binding(const Topic *topic, Binding *binding, Next *next)
+may_drop(Topic *topic, uint32 load)
+{
+	return load <= drop_load && topic_may_drop(topic, load);
+}
+
+static bool
+next_of_binding(Topic *topic, Binding *binding, Next *next)
 {
 	const BindingAnswer *answer = &binding->answer;
 
@@ -372,7 +385,10 @@ next_of_binding(const Topic *topic, Binding *binding, Next *next)
 		next_drop(binding, next);
 	else
 		next->kind = answer->declared ? BROKER_BIND_QUEUE : BROKER_DECLARE_QUEUE;
-	return binding->dropping ? binding->drop_load <= drop_load : topic->declaration.confirmed;
+	if (!binding->dropping)
+		return topic->declaration.confirmed;
+	/* once begun, it goes on */
+	return answer->inspected || answer->dead_inspected || may_drop(topic, binding->drop_load);
 }
 
 /* Finds out what has to be asked next of a topic; false: nothing. */
@@ -398,7 +414,7 @@ find_next(Topic *topic, Next *next)
 	next->binding = NULL;
 	next->dead = false;
 	next->kind = BROKER_DELETE_EXCHANGE;
-	return topic->dropping && topic->drop_load <= drop_load && declaration->error == NULL;
+	return topic->dropping && declaration->error == NULL && may_drop(topic, topic->drop_load);
 }
 
 /* Puts the topic into the queue if anything has to be asked; first: at its head. */

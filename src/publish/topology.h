@@ -13,7 +13,7 @@
 #include "broker/connection.h"
 #include "publish/state.h"
 
-extern void topology_init(void (*declared) (Topic *topic));
+extern void topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load));
 extern void topology_request(Topic *topic, bool first);
 extern void topology_request_all(void);
 extern bool topology_keeps(uint32 load);

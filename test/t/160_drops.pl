@@ -78,4 +78,13 @@ is($broker->count('last_g'), 1, 'a queue gets what was written when it was dropp
 like(sql(q(select last_error from fanout.binding where topic_id = (select topic_id from fanout.topic where topic = 'last'))),
 	qr/^not dropped: the queue has 1 messages$/, 'so it is not empty, and stays');
 
+# A topic with so many messages reads them by itself, after the others.
+sql(q(select fanout.declare_binding('large', 'g', 'classic')));
+PgFanout::flush($node);
+sql(q(begin; select count(fanout.publish('large', to_jsonb(i))) from generate_series(1, 25000) i; select fanout.drop_binding('large', 'g'); commit));
+PgFanout::flush($node);
+is($broker->count('large_g'), 25000, 'a queue gets all of a large transaction that drops it');
+like(sql(q(select last_error from fanout.binding where topic_id = (select topic_id from fanout.topic where topic = 'large'))),
+	qr/^not dropped: the queue has 25000 messages$/, 'and stays, too');
+
 done_testing();
