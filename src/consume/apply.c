@@ -706,7 +706,8 @@ write_failure(SubscriptionRow *row, Batch *batch)
 	if (state == HANDLER_READY)
 	{
 		get_messages(row, batch, MODE_TOGETHER, oldcontext);
-		note_failure(row, batch, batch->deliveries[0]);
+		if (may_run(batch->deliveries[0]))
+			note_failure(row, batch, batch->deliveries[0]);
 		write_outcomes(row, batch);
 		commit();
 		result = APPLY_COMMITTED;
