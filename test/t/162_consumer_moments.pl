@@ -1,6 +1,6 @@
 # Moments of a subscription that hardly ever come: it ends while its handler runs, a batch
-# has no time left, somebody has locked a table of pg_fanout's, or what kept a table gets
-# another handler.
+# has no time left, somebody has locked a table of pg_fanout's, what kept a table gets
+# another handler, or the clock is set back.
 
 use strict;
 use warnings;
@@ -112,6 +112,16 @@ foreach my $how ('unsubscribe() and subscribe()', 'alter_subscription()')
 	sql("select fanout.uncapture('source')");
 	end_of($topic);
 }
+
+# ---- the clock is set back ----
+
+# Times in the table that are a day ahead are what it leaves.
+sql(q(select fanout.declare_binding('back', 'g'), fanout.subscribe('back', 'g', 'apply(fanout.message)', retry_delay => '1 h', max_retry_delay => '1 h');
+	select fanout.publish('back', '{"fail": 1}', key => 'k'), fanout.publish('back', '{}', key => 'k')));
+ok(soon('(select count(*) = 2 from fanout.waiting)'), 'a message has failed, and another one waits behind it');
+sql(q(update fanout.waiting set next_try = next_try + interval '1 day', failed_at = failed_at + interval '1 day'));
+sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 'back'));
+ok(soon(q((select count(*) = 2 from log where topic = 'back'))), 'they are applied soon, though by a clock that was set back by a day the first one is not due');
 
 done_testing();
 
