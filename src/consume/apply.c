@@ -767,6 +767,8 @@ apply_due(SubscriptionRow *row, Batch *batch)
 
 	recorded = 0;
 	result = run(row, batch, batch->careful || batch->singly ? MODE_GROUPS : MODE_TOGETHER);
+	if (result != APPLY_COMMITTED)
+		recorded = 0;
 	if (result == APPLY_UNDONE && !batch->careful && !batch->singly)
 	{
 		have_late = batch->failure.late && !row->batch;
