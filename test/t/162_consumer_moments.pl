@@ -1,6 +1,7 @@
 # Moments of a subscription that hardly ever come: it ends while its handler runs, a batch
 # has no time left, somebody has locked a table of pg_fanout's, what kept a table gets
-# another handler, or the clock is set back.
+# another handler, the clock is set back, or messages that sync_table() leaves out are
+# looked at again because of one that fails.
 
 use strict;
 use warnings;
@@ -122,6 +123,20 @@ ok(soon('(select count(*) = 2 from fanout.waiting)'), 'a message has failed, and
 sql(q(update fanout.waiting set next_try = next_try + interval '1 day', failed_at = failed_at + interval '1 day'));
 sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 'back'));
 ok(soon(q((select count(*) = 2 from log where topic = 'back'))), 'they are applied soon, though by a clock that was set back by a day the first one is not due');
+
+end_of('back');
+
+# ---- what sync_table() leaves out is counted once ----
+
+sql(q(create table wide (id int primary key); create table narrow (id int primary key check (id < 10));
+	select fanout.declare_binding('counted', 'g'), fanout.capture('wide', 'counted');
+	select fanout.publish('counted', '{}') from generate_series(1, 20);
+	insert into wide values (1), (10), (2);
+	select fanout.publish('counted', '{}') from generate_series(1, 20)));
+PgFanout::flush($node);
+sql(q(select fanout.sync_table('counted', 'g', 'narrow', retry_delay => '1 h', max_retry_delay => '1 h')));
+ok(soon(q((select ignored >= 40 and waiting = 1 from fanout.stat_subscriptions where topic = 'counted'))), 'one of many messages fails, most of which are no changes of a row');
+is(sql(q(select applied, ignored from fanout.stat_subscriptions where topic = 'counted')), '42|40', 'each of these is counted once');
 
 done_testing();
 
