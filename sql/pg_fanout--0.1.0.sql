@@ -3398,6 +3398,9 @@ begin
         insert into fanout.subscription_bound as b (subscription_id, role, handler_owner)
         select new.subscription_id, add_subscription.role, p.proowner from pg_proc p where p.oid = add_subscription.handler
         on conflict (subscription_id) do update set role = excluded.role, handler_owner = excluded.handler_owner;
+        if new.handler <> 'fanout.sync_messages' then
+            perform fanout.forget_sync_target(new.subscription_id);
+        end if;
         return;
     end if;
 
@@ -4272,6 +4275,25 @@ comment on function fanout.check_sync_source(text) is
 'internal: takes the name of a source table apart; raises an error if it is none';
 revoke all on function fanout.check_sync_source(text) from public;
 
+-- A subscription that gets another handler keeps no table any more.
+create function fanout.forget_sync_target(id integer) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+    delete from fanout.sync_row r where r.subscription_id = forget_sync_target.id;
+    delete from fanout.sync_comparison c where c.subscription_id = forget_sync_target.id;
+    delete from fanout.sync_difference d where d.subscription_id = forget_sync_target.id;
+    delete from fanout.sync_column k where k.subscription_id = forget_sync_target.id;
+    delete from fanout.sync_target t where t.subscription_id = forget_sync_target.id;
+    update fanout.subscription_bound b set target = null where b.subscription_id = forget_sync_target.id and b.target is not null;
+end
+$$;
+comment on function fanout.forget_sync_target(integer) is
+'internal: removes what is known of the table that a subscription keeps';
+revoke all on function fanout.forget_sync_target(integer) from public;
+
 create function fanout.add_sync_target(id integer, target regclass, key text[], columns jsonb,
                                        source_schema text, source_table text, unknown_columns text) returns void
 language plpgsql volatile
@@ -4285,10 +4307,7 @@ begin
     -- another table knows nothing of what the one before was told
     if fanout.target_table(old) is distinct from add_sync_target.target
        or fanout.sync_key_columns(add_sync_target.id) is distinct from add_sync_target.key then
-        delete from fanout.sync_row r where r.subscription_id = add_sync_target.id;
-        delete from fanout.sync_comparison c where c.subscription_id = add_sync_target.id;
-        delete from fanout.sync_difference d where d.subscription_id = add_sync_target.id;
-        delete from fanout.sync_target t where t.subscription_id = add_sync_target.id;
+        perform fanout.forget_sync_target(add_sync_target.id);
     end if;
     delete from fanout.sync_column k where k.subscription_id = add_sync_target.id;
     insert into fanout.sync_target as t (subscription_id, target, source_schema, source_table, unknown_columns)

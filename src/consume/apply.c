@@ -81,6 +81,8 @@ static pg_uuid_t late;			/* message whose call did not end in time */
 static bool have_late = false;
 static bool lost;				/* the handler was, in the middle */
 
+static bool apply_group(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n);
+
 static void
 add(Order *waiting, const Delivery *delivery)
 {
@@ -236,6 +238,25 @@ reset_applied(Delivery **deliveries, int n)
 }
 
 /*
+ * Applies those before one that failed once more.  They were done within the batch's time
+ * and have as much of it again: without them the one that failed must not get its outcome,
+ * since one of them may be of its key.  Returns false if the transaction is to end.
+ */
+static bool
+apply_before(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
+{
+	MonoTime	end = deadline;
+	bool		result;
+
+	deadline = mono_later(batch->limit_ms);
+	result = apply_group(row, batch, deliveries, n);
+	deadline = end;
+	for (int i = 0; i < n; i++)
+		result = result && deliveries[i]->outcome != OUTCOME_NONE;
+	return result;
+}
+
+/*
  * Applies messages with one savepoint, and again without the one that failed.
  * Returns false if the transaction is to end.
  */
@@ -250,7 +271,7 @@ apply_group(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n)
 		if (done < 0)
 			return true;
 		reset_applied(deliveries, done);
-		if (!apply_group(row, batch, deliveries, done))
+		if (!apply_before(row, batch, deliveries, done))
 			return false;
 		batch->failure = failure;
 		if (!message_failed(row, batch, deliveries[done]))
@@ -669,7 +690,10 @@ run(SubscriptionRow *row, Batch *batch, ApplyMode mode)
 
 /* ---- deliveries ---- */
 
-/* The attempt of a single message was undone at its end: writes that. */
+/*
+ * The attempt of a single message was undone at its end: writes that.  One that was applied
+ * or stored before, or waits, had none; it is our own statements that failed.
+ */
 static ApplyResult
 write_failure(SubscriptionRow *row, Batch *batch)
 {
@@ -682,7 +706,8 @@ write_failure(SubscriptionRow *row, Batch *batch)
 	if (state == HANDLER_READY)
 	{
 		get_messages(row, batch, MODE_TOGETHER, oldcontext);
-		note_failure(row, batch, batch->deliveries[0]);
+		if (may_run(batch->deliveries[0]))
+			note_failure(row, batch, batch->deliveries[0]);
 		write_outcomes(row, batch);
 		commit();
 		result = APPLY_COMMITTED;
@@ -742,6 +767,8 @@ apply_due(SubscriptionRow *row, Batch *batch)
 
 	recorded = 0;
 	result = run(row, batch, batch->careful || batch->singly ? MODE_GROUPS : MODE_TOGETHER);
+	if (result != APPLY_COMMITTED)
+		recorded = 0;
 	if (result == APPLY_UNDONE && !batch->careful && !batch->singly)
 	{
 		have_late = batch->failure.late && !row->batch;

@@ -140,7 +140,8 @@ still_waits(const SubscriptionRow *row, Delivery *delivery)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
-	if (delivery->waits_since == 0)
+	/* or the clock was set back */
+	if (delivery->waits_since == 0 || delivery->waits_since > now)
 		delivery->waits_since = now;
 	return now < delivery->waits_since + row->max_wait * INT64CONST(1000);
 }

@@ -151,7 +151,6 @@ read_anew(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 {
 	bool		found;
 
-	MemoryContextReset(context);
 	refresh = false;
 	found = subscription_load(subscription_id, context, row);
 	sync_target = found ? row->sync_target : InvalidOid;
@@ -160,7 +159,8 @@ read_anew(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
 
 /*
  * Reads the subscription anew, in a transaction of its own; texts in the context,
- * which is reset.  Returns false if the subscription has ended.
+ * which is reset.  Returns false, and leaves the row as it is, if the subscription has
+ * ended.
  */
 bool
 handler_refresh(SubscriptionRow *row, int32 subscription_id, MemoryContext context)
@@ -421,13 +421,14 @@ handler_prepare(SubscriptionRow *row)
 
 /*
  * After an error: is the handler, or what it needs, gone by now?  Then the error
- * is not the message's.
+ * is not the message's.  That the subscription has ended is no reason for an error, and
+ * may be what a handler has done in this very transaction.
  */
 bool
 handler_lost(SubscriptionRow *row)
 {
 	AcceptInvalidationMessages();
-	return refresh && handler_prepare(row) != HANDLER_READY;
+	return refresh && handler_prepare(row) == HANDLER_UNUSABLE;
 }
 
 /*

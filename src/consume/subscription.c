@@ -158,7 +158,8 @@ read_subscription(SubscriptionRow *row)
 
 /*
  * Reads a subscription and what keeps it from being consumed, and notes what its
- * names mean in this database; texts in the context.  Returns false if it has ended.  In a transaction of worker_begin().
+ * names mean in this database; texts in the context, which is reset.  Returns false, and
+ * leaves the row as it is, if it has ended.  In a transaction of worker_begin().
  */
 bool
 subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow *row)
@@ -191,6 +192,7 @@ subscription_load(int32 subscription_id, MemoryContext context, SubscriptionRow 
 	{
 		MemoryContext oldcontext = MemoryContextSwitchTo(context);
 
+		MemoryContextReset(context);
 		memset(row, 0, sizeof(*row));
 		row->subscription_id = subscription_id;
 		read_subscription(row);

@@ -97,13 +97,18 @@ typedef struct SyncMessage
 	SyncValues	old_key_values;
 } SyncMessage;
 
-/* Of the transaction; added to the worker's counters when it has committed. */
-static struct
+typedef struct SyncCounts
 {
 	uint64		stale;
 	uint64		own;
 	uint64		ignored;
-}			counted;
+}			SyncCounts;
+
+/* Of the transaction; added to the worker's counters when it has committed. */
+static SyncCounts counted;
+
+/* Of the call that runs; what it counts is the transaction's once it has succeeded. */
+static SyncCounts counting;
 
 #define HINT_OTHERS "Only messages of pg_fanout can be applied to a table."
 
@@ -120,6 +125,14 @@ xact_ended(XactEvent event, void *arg)
 	}
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT)
 		memset(&counted, 0, sizeof(counted));
+}
+
+static void
+count_call(void)
+{
+	counted.stale += counting.stale;
+	counted.own += counting.own;
+	counted.ignored += counting.ignored;
 }
 
 static void
@@ -363,12 +376,12 @@ look_into(SyncTarget *target, SyncMessage *message)
 	message->moves = false;
 	if (!is_of_source(target, message))
 	{
-		counted.ignored++;
+		counting.ignored++;
 		return;
 	}
 	if (via_contains(message->via, target->schema, target->table))
 	{
-		counted.own++;
+		counting.own++;
 		return;
 	}
 	if (!message->has_sequence)
@@ -406,7 +419,7 @@ static void
 put_row(SyncTarget *target, const SyncMessage *message)
 {
 	if (!sync_write_put(target, &message->row))
-		counted.ignored++;
+		counting.ignored++;
 }
 
 /* Remembers it; a new row where the source has another one takes its place. */
@@ -437,7 +450,7 @@ apply_write(SyncTarget *target, const SyncMessage *message)
 
 	if (is_stale(target, known, message))
 	{
-		counted.stale++;
+		counting.stale++;
 		return;
 	}
 	refuse_foreign(target, known);
@@ -452,7 +465,7 @@ apply_leave(SyncTarget *target, SyncRow *known, const SyncValues *key, const Syn
 	bool		displaced = is_displaced(known, message);
 
 	if (!displaced && !known->foreign && !sync_write_delete(target, key))
-		counted.ignored++;
+		counting.ignored++;
 	sync_rows_set(known, message->sequence, message->xid, displaced);
 }
 
@@ -462,7 +475,7 @@ apply_delete(SyncTarget *target, const SyncMessage *message)
 	SyncRow    *known = sync_rows_find(&message->row.hash);
 
 	if (is_stale(target, known, message))
-		counted.stale++;
+		counting.stale++;
 	else
 		apply_leave(target, known, &message->row, message);
 }
@@ -480,7 +493,7 @@ apply_move(SyncTarget *target, const SyncMessage *message)
 	bool		arrives = !is_stale(target, known, message);
 
 	if (!leaves || !arrives)
-		counted.stale++;
+		counting.stale++;
 	if (arrives)
 		refuse_foreign(target, known);
 	if (arrives && leaves && !is_displaced(known_old, message) && !known_old->foreign &&
@@ -525,7 +538,7 @@ apply_truncate(SyncTarget *target, const SyncMessage *message)
 {
 	if (message->sequence <= target->floor)
 	{
-		counted.stale++;
+		counting.stale++;
 		return;
 	}
 	sync_rows_store(target->subscription_id);
@@ -706,6 +719,7 @@ pgf_sync_messages(PG_FUNCTION_ARGS)
 	if (desc->natts != MESSAGE_ATTRIBUTES)
 		elog(ERROR, "fanout.message has %d attributes", desc->natts);
 	watch_transactions();
+	memset(&counting, 0, sizeof(counting));
 	deconstruct_array(array, type, -1, false, TYPALIGN_DOUBLE, &elements, NULL, &count);
 	messages = palloc((count + 1) * sizeof(SyncMessage));
 	SPI_connect();
@@ -718,6 +732,7 @@ pgf_sync_messages(PG_FUNCTION_ARGS)
 	}
 	if (count > 0)
 		apply_as_owner(target, messages, count);
+	count_call();
 	SPI_finish();
 	ReleaseTupleDesc(desc);
 	PG_RETURN_VOID();

@@ -277,6 +277,45 @@ earliest(const SubscriptionRow *row, bool *barrier)
 	return isnull ? 0 : Max(1, mono_now() + (next_try - GetCurrentTimestamp()));
 }
 
+/* No attempt is put off for longer, in microseconds: what is due later was by another clock. */
+static int64
+longest_pause(const SubscriptionRow *row)
+{
+	return row->max_retry_delay * INT64CONST(1250);
+}
+
+/* Was the clock set back since the last call, as far as this process has seen it? */
+static bool
+clock_was_set_back(void)
+{
+	static int64 ahead = PG_INT64_MIN;	/* of the clock that only goes on */
+	int64		before = ahead;
+
+	ahead = GetCurrentTimestamp() - mono_now();
+	return ahead + USECS_PER_SEC < before;
+}
+
+/*
+ * Makes those due that would be tried later than any attempt is put off, since the clock
+ * was set back when they had got their time, but for what others have locked.
+ */
+static void
+heed_clock(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set next_try = clock_timestamp() where waiting_id = any (array("
+		"select waiting_id from fanout.waiting where subscription_id = $1 and next_try > $2 and not requeued"
+		" for update skip locked))"
+	};
+	Oid			types[2] = {INT4OID, TIMESTAMPTZOID};
+	Datum		values[2] = {
+		Int32GetDatum(row->subscription_id), TimestampTzGetDatum(GetCurrentTimestamp() + longest_pause(row))
+	};
+
+	(void) clock_was_set_back();
+	owner_execute(&query, 2, types, values, NULL);
+}
+
 /*
  * Somebody is always first, so if nobody is due something was left undone.  A barrier has
  * no key to be promoted by, and others may be due that it does not wait for.
@@ -286,6 +325,8 @@ find_next_due(const SubscriptionRow *row)
 {
 	bool		barrier = false;
 
+	if (clock_was_set_back())
+		heed_clock(row);
 	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row, &barrier) : 0;
 	if (waiting_room.count > 0 && waiting_room.next_due == 0)
 		promote_all(row);
@@ -408,6 +449,7 @@ waiting_look(const SubscriptionRow *row)
 		return;
 	forget_known();
 	forget_order(row);
+	heed_clock(row);
 	count_room(row);
 	find_last_place(row);
 	find_next_due(row);
@@ -449,7 +491,7 @@ is_early(const SubscriptionRow *row, TimestampTz next_try)
 {
 	TimestampTz wait = next_try - GetCurrentTimestamp();
 
-	return wait > DUE_SOON_MS * INT64CONST(1000) && wait <= row->max_retry_delay * INT64CONST(1250);
+	return wait > DUE_SOON_MS * INT64CONST(1000) && wait <= longest_pause(row);
 }
 
 /*

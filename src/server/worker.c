@@ -84,6 +84,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/timeout.h"
 #include "utils/timestamp.h"
 
 #include "server/compat.h"
@@ -192,11 +193,14 @@ handle_sigterm(SIGNAL_ARGS)
 	errno = save_errno;
 }
 
-/* There is something to cancel only while a handler runs. */
+/*
+ * There is something to cancel only while a handler runs; but the server sends itself such a
+ * signal, too, when lock_timeout is over, which bounds what a consumer waits for (owner.c).
+ */
 static void
 handle_sigint(SIGNAL_ARGS)
 {
-	if (may_cancel)
+	if (may_cancel || (worker_subscription != NULL && get_timeout_indicator(LOCK_TIMEOUT, false)))
 		StatementCancelHandler(postgres_signal_arg);
 }
 
