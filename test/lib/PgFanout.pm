@@ -756,6 +756,26 @@ sub count
 
 =pod
 
+=item $broker->left(queue)
+
+How many messages a queue has that are not acked, those that are with a consumer as well.
+Of what was published before it is 0, a consumer has acked everything: pg_fanout's has
+committed it before that, and counted it.  Not for streams.
+
+=cut
+
+sub left
+{
+	my ($self, $queue) = @_;
+
+	# what is told of a quorum queue in general is some seconds old
+	return $self->eval_queue($queue, 'case amqqueue:get_type(Q) of
+		rabbit_quorum_queue -> {ok, {_, N}, _} = ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:query_messages_total/1), N;
+		_ -> [{_, N}] = rabbit_amqqueue:info(Q, [messages]), N end') + 0;
+}
+
+=pod
+
 =item $broker->proxy(to => port)
 
 A proxy in front of the broker, with uri, tls_uri, port and command(); see

@@ -341,7 +341,7 @@ $load->signal('TERM');
 eval { $load->finish };
 PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where application_name = 'pgbench')) eq '0' }, 'end of the load');
 PgFanout::flush($node, timeout => '600 s');
-PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', $long ? 1800 : 600);
+PgFanout::poll(sub { $broker->left('account_copy') == 0 }, 'the queue is empty', $long ? 1800 : 600);
 $node->poll_query_until('copy', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 my $sum = q(select count(*), sum(balance), md5(string_agg(a::text, ',' order by id)) from accounts a);
 is($node->safe_psql('copy', $sum), sql($sum), 'the new copy equals the table');

@@ -44,7 +44,7 @@ sub settled
 	my ($topic, $group) = @_;
 
 	PgFanout::flush($node, timeout => '600 s');
-	PgFanout::poll(sub { $broker->count("${topic}_$group") == 0 }, 'the queue is empty');
+	PgFanout::poll(sub { $broker->left("${topic}_$group") == 0 }, 'the queue is empty');
 	$node->poll_query_until('copy',
 		"select waiting = 0 and state = 'idle' from fanout.stat_subscriptions where topic = '$topic' and consumer_group = '$group'") or die 'not idle';
 	return;

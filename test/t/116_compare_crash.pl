@@ -123,7 +123,7 @@ select fanout.sync_table('account', 'copy', 'accounts');
 ));
 PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfill', $patience);
 PgFanout::flush($node, timeout => "$patience s");
-PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', $patience);
+PgFanout::poll(sub { $broker->left('account_copy') == 0 }, 'the queue is empty', $patience);
 PgFanout::poll(sub { copy('select count(*) from accounts') == $rows }, 'the copy', $patience);
 my $step = int($rows / $planted / 10) * 10;
 copy(qq(

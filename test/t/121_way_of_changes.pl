@@ -173,7 +173,7 @@ sub quiet
 			my $to = { c => 'a', a => 'b', b => 'c' }->{$database};
 			my $queue = { c => 'cu_a', a => 'au_b', b => 'w_c' }->{$database};
 
-			PgFanout::poll(sub { $broker->count($queue) == 0 && sql($to, 'select delivered = applied + skipped from fanout.stat_subscriptions') eq 't' },
+			PgFanout::poll(sub { $broker->left($queue) == 0 && sql($to, 'select delivered = applied + skipped from fanout.stat_subscriptions') eq 't' },
 				"the end of $queue", 60);
 		}
 	}
