@@ -211,7 +211,7 @@ sub settled
 			$broker->left("${topic}_$group") == 0
 			  && sql($database, "select delivered = applied + skipped from fanout.stat_subscriptions where topic = '$topic'") eq 't';
 		},
-		"the end of ${topic}_$group", 60);
+		"the end of ${topic}_$group");
 	return;
 }
 

@@ -106,7 +106,7 @@ ok(soon(q((select state = 'idle' from fanout.stat_subscriptions where topic = 'd
 $broker->amqp('publish', '--exchange', 'dropped', '{"sleep": 2, "late fail": 1}');
 ok(soon(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep'))), 'the handler runs');
 sql(q(select fanout.unsubscribe('dropped', 'g', drop_queue => true)));
-PgFanout::poll(sub { $broker->ctl('list_queues', '-p', $broker->vhost, 'name') !~ /^dropped_g$/m }, 'the queue is gone', 30);
+PgFanout::poll(sub { $broker->ctl('list_queues', '-p', $broker->vhost, 'name') !~ /^dropped_g$/m }, 'the queue is gone');
 ok(soon(q((select not drop_queue from fanout.subscription where topic = 'dropped'))), 'the queue was dropped');
 is(sql(q(select count(*) from fanout.waiting)), 0, 'what failed meanwhile does not stay');
 

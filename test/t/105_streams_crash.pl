@@ -142,7 +142,7 @@ for my $i (1 .. $kills)
 	my $way = $i <= 5 ? (qw(worker_kill source worker_term server broker))[ $i - 1 ] : $often[ int(rand(@often)) ];
 
 	PgFanout::poll(sub { my $now = applied(); defined $now && (!defined $before || $now > $before + $rate / 5) },
-		'progress after kill ' . ($i - 1), 120);
+		'progress after kill ' . ($i - 1));
 	select(undef, undef, undef, rand(0.5));
 	$ways{$way}->();
 	begin('late') if $i == 3;

@@ -210,7 +210,7 @@ foreach my $case ([ 'backfill', 'odd', 'parts' ], [ 'compare', 'parts', 'odd' ])
 	PgFanout::poll(sub { stands_still($id) }, "$call to stand still");
 	is(sql("select state, rows_done < $expected{$paused} from fanout.backfills where id = $id"), 'running|t', "$call: that of the paused topic waits until its messages are sent");
 	PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity a where backend_type = 'pg_fanout history' and backend_xmin is null and backend_xid is null
-		and not exists (select from pg_locks l where l.pid = a.pid and relation in (select relid from pg_partition_tree('odd') union all select relid from pg_partition_tree('parts'))))) eq '1' }, 'a worker without a snapshot', 60);
+		and not exists (select from pg_locks l where l.pid = a.pid and relation in (select relid from pg_partition_tree('odd') union all select relid from pg_partition_tree('parts'))))) eq '1' }, 'a worker without a snapshot');
 	pass("$call: meanwhile it keeps no snapshot, no transaction and no lock on the table");
 	sql("select fanout.resume('$paused')");
 	is(wait_for_end($id), 'done', "$call: and goes on with its topic");

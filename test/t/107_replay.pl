@@ -21,7 +21,7 @@ sub wait_for_end
 {
 	my ($id) = @_;
 
-	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' }, "end of replay $id", 120);
+	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' }, "end of replay $id");
 	return sql("select state || coalesce(': ' || error, '') from fanout.backfills where id = $id");
 }
 

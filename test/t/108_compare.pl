@@ -149,7 +149,7 @@ create table other (name letter primary key);
 select fanout.sync_table('part', 'k', 'parts', key => '{name,amount}', columns => '{"k": "name", "n": "amount"}');
 select fanout.sync_table(topic, 'k', target) from (values ('filter', 'filtered'::regclass), ('nothing', 'nothing'), ('other', 'other')) x(topic, target);
 ));
-PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfills', 60);
+PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfills');
 settled($_, 'k') foreach qw(part filter nothing other);
 my $all = q(state || ' ' || compared || ' ' || missing + different + extra);
 is((compared(q('parts', 'part', 'k'), $all))[1], 'equal 1000 0', 'a copy with other names, types and columns is equal');

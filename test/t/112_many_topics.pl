@@ -32,7 +32,7 @@ sub channels { return $broker->evaluate('length(rabbit_channel:list())'); }
 
 sql("select count(fanout.declare_binding('t' || i, 'g', 'classic')) from generate_series(1, $topics) i");
 PgFanout::flush($node, timeout => '600 s');
-PgFanout::poll(sub { channels() == 0 }, 'no channel', 60);
+PgFanout::poll(sub { channels() == 0 }, 'no channel');
 ok(1, "$topics topics without messages cost no channel");
 
 # ---- some hundred are busy ----

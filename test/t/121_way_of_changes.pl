@@ -96,7 +96,7 @@ sub arrays
 	{
 		# or some, if the same error of all has the subscription refused before
 		PgFanout::poll(sub { sql('b', "select count(*) = 3 * $n or (select state = 'refused' from fanout.stat_subscriptions where topic = 'many') from fanout.delivery_failure") eq 't' },
-			'all of them in the waiting room', 60);
+			'all of them in the waiting room');
 		sql('b', 'insert into ready default values');
 	}
 	wait_for_rows('b', 'v', join(' ', 1 .. 3 * $n));
@@ -149,7 +149,7 @@ sub wait_for_rows
 	my ($database, $table, $ids) = @_;
 
 	PgFanout::poll(sub { sql($database, "select coalesce(string_agg(id::text, ' ' order by id), '') from $table") eq $ids },
-		sub { "rows $ids in $table of $database, which has " . sql($database, "select string_agg(id::text, ' ' order by id) from $table; select topic, state, delivered, applied, failed, waiting, last_error from fanout.stat_subscriptions; select pid, backend_type, state, wait_event, query from pg_stat_activity where backend_type ~ 'consumer'; select message_id, attempts, error from fanout.delivery_failure limit 3") }, 60);
+		sub { "rows $ids in $table of $database, which has " . sql($database, "select string_agg(id::text, ' ' order by id) from $table; select topic, state, delivered, applied, failed, waiting, last_error from fanout.stat_subscriptions; select pid, backend_type, state, wait_event, query from pg_stat_activity where backend_type ~ 'consumer'; select message_id, attempts, error from fanout.delivery_failure limit 3") });
 	return;
 }
 
@@ -174,7 +174,7 @@ sub quiet
 			my $queue = { c => 'cu_a', a => 'au_b', b => 'w_c' }->{$database};
 
 			PgFanout::poll(sub { $broker->left($queue) == 0 && sql($to, 'select delivered = applied + skipped from fanout.stat_subscriptions') eq 't' },
-				"the end of $queue", 60);
+				"the end of $queue");
 		}
 	}
 	return;

@@ -46,7 +46,7 @@ sub waits_for_counting
 {
 	my ($name, $dbname) = @_;
 
-	PgFanout::poll(sub { sql('select exists (select from fanout.counted)', $dbname) eq 't' }, 'the publisher to have counted', 120);
+	PgFanout::poll(sub { sql('select exists (select from fanout.counted)', $dbname) eq 't' }, 'the publisher to have counted');
 	true_counts($name, $dbname);
 	return;
 }
@@ -178,7 +178,7 @@ is(sql(q(select dead from fanout.stat_topics where topic = 'a')), 3, 'all of it'
 
 sql(q(select fanout.pause('a'); select count(fanout.publish('a', to_jsonb(i))) from generate_series(1, 50) i;
 	alter system set pg_fanout.retention = '2s'; select pg_reload_conf()));
-PgFanout::poll(sub { sql(q(select fanout.publish('b', '0'); select count(*) from fanout.held)) =~ /50$/ }, 'the messages to be held', 60);
+PgFanout::poll(sub { sql(q(select fanout.publish('b', '0'); select count(*) from fanout.held)) =~ /50$/ }, 'the messages to be held');
 sql(q(alter system reset pg_fanout.retention; select pg_reload_conf()));
 true_counts('what moves there with the rotation of segments is held');
 sql('select fanout.add_tallies()');

@@ -36,7 +36,7 @@ foreach my $each (
 	PgFanout::flush($node);
 	$proxy->command('delay 1500');
 	sql("select $declare");
-	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared', 60);
+	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared');
 	sql("select $drop");
 	PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
 	is(sql("select count(declared_at) from $row"), 0, "$what is dropped before the answer to its declaration has come");
