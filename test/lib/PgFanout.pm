@@ -287,9 +287,9 @@ sub kill_process
 
 =pod
 
-=item session($node), run_in($session, $sql)
+=item session($node, $dbname), run_in($session, $sql)
 
-A psql of its own in the database postgres, for transactions that stay open, and
+A psql of its own in a database ("postgres"), for transactions that stay open, and
 statements in it, which are done when run_in() returns. The session's harness is the
 member "harness".
 
@@ -297,11 +297,11 @@ member "harness".
 
 sub session
 {
-	my ($node) = @_;
+	my ($node, $dbname) = @_;
 	my %s = (in => '', out => '', err => '');
 
 	$s{harness} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr($dbname || 'postgres') ],
 		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err}, IPC::Run::timeout(300));
 	return \%s;
 }

@@ -33,7 +33,7 @@ sub wait_for_end
 	my ($id, $seconds) = @_;
 
 	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' },
-		"end of backfill $id", $seconds || 60);
+		"end of backfill $id", $seconds);
 	return sql("select state || coalesce(': ' || error, '') from fanout.backfills where id = $id");
 }
 
