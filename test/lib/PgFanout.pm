@@ -287,6 +287,30 @@ sub kill_process
 
 =pod
 
+=item PgFanout::suspend(node, pid)
+
+Stops a worker with SIGSTOP at a moment at which it is in no transaction, and so keeps
+nobody waiting; SIGCONT lets it go on.
+
+=cut
+
+sub suspend
+{
+	my ($node, $pid) = @_;
+
+	poll(
+		sub {
+			kill 'STOP', $pid;
+			return 1 if ask($node, "select not exists (select from pg_locks where pid = $pid)") eq 't';
+			kill 'CONT', $pid;
+			return 0;
+		},
+		"process $pid to be in no transaction");
+	return;
+}
+
+=pod
+
 =item session($node, $dbname), run_in($session, $sql)
 
 A psql of its own in a database ("postgres"), for transactions that stay open, and

@@ -104,12 +104,13 @@ shows('t', 'pending', 30, 'what is not committed is not');
 PgFanout::run_in($open, 'commit');
 shows('t', 'pending', 35, 'once it is, it is counted, too');
 sql(q(begin; select count(fanout.publish('t', '{}')) from generate_series(1, 5); rollback));
+my $few = time_of_view();
 publish('t', $rows);
 shows('t', 'pending', $rows + 35, 'so are very many, and nothing that was rolled back');
 is(sql(q(select oldest_pending_age between '0' and '10 min' from fanout.stat_topics where topic = 't')), 't', 'the oldest one has an age');
 is(sql(q(select oldest_pending_age is null from fanout.stat_topics where topic = 'idle')), 't', 'where nothing waits there is none');
 my $time = time_of_view();
-cmp_ok($time, '<', 5, "with $rows messages that wait, looking takes $time ms");
+cmp_ok($time, '<', $few + 5, "with $rows messages that wait, looking takes $time ms, with a few $few ms");
 
 new_publisher();
 shows('t', 'pending', $rows + 35, 'another publisher finds them all again');

@@ -242,9 +242,16 @@ is(wait_dropped('few_g'), 'gone', 'nor does it matter that the queue of dead let
 
 # ---- a queue that is gone ----
 
-$broker->amqp('publish', '--routing-key', 'item_g_dead', '--confirm', '{}');
-$broker->amqp('delete', '--queue', 'item_g');
-like(recover('item', 'g'), qr/^failed\|0\|\d+\|a message for queue "item_g" was returned: 312/, 'a queue that is gone fails the recovery') unless eval { $broker->count('item_g'); 1 };
+# the publisher may declare it again just then, as it does by the clock
+my $gone = 'done';
+foreach my $i (1 .. 5)
+{
+	last if $gone !~ /^done/;
+	$broker->amqp('publish', '--routing-key', 'item_g_dead', '--confirm', '{}');
+	$broker->amqp('delete', '--queue', 'item_g');
+	$gone = recover('item', 'g');
+}
+like($gone, qr/^failed\|0\|\d+\|a message for queue "item_g" was returned: 312/, 'a queue that is gone fails the recovery');
 look('item_g');
 is($broker->count('item_g'), 0, 'and is declared again');
 

@@ -97,7 +97,7 @@ sub while_counted
 	my $session = PgFanout::session($node);
 	my $pid = PgFanout::publisher_pid($node);
 
-	kill 'STOP', $pid;
+	PgFanout::suspend($node, $pid);
 	sql($before);
 	PgFanout::run_in($session, 'begin isolation level repeatable read; select count(*) from fanout.topic');
 	sql('select fanout.add_tallies()');

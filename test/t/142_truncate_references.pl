@@ -14,6 +14,9 @@ use Test::More;
 
 my $broker = PgFanout::broker();
 my $node = PgFanout::cluster_with_copy($broker);
+# whoever looks at a table keeps it from being truncated
+$node->append_conf('postgresql.conf', 'autovacuum = off');
+$node->reload;
 copy(q(
 create table deleted (name text);
 create function note() returns trigger language plpgsql as $$ begin insert into deleted values (tg_table_name); return null; end $$));
@@ -27,6 +30,9 @@ sub same
 	my $rows = "select coalesce(string_agg(t::text, ' ' order by id), '') from $table t";
 	my $there = source($rows);
 
+	# so does this test
+	PgFanout::flush($node);
+	PgFanout::poll(sub { $broker->left("${table}_g") == 0 }, "$what: an empty queue");
 	PgFanout::poll(sub { copy($rows) eq $there },
 		sub { "$what: " . copy('select topic, error from fanout.delivery_failure') . copy('select topic, waiting from fanout.stat_subscriptions') });
 	ok(1, $what);
