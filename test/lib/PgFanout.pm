@@ -145,7 +145,7 @@ log_min_messages = info
 
 =pod
 
-=item PgFanout::flush(node, dbname => 'postgres', timeout => '60 s')
+=item PgFanout::flush(node, dbname => 'postgres', timeout => '180 s')
 
 Waits until all that was committed is acked, and dies if that does not happen.
 
@@ -155,7 +155,7 @@ sub flush
 {
 	my ($node, %params) = @_;
 	my $dbname = $params{dbname} || 'postgres';
-	my $timeout = $params{timeout} || '60 s';
+	my $timeout = $params{timeout} || '180 s';
 
 	my $flushed =
 	  $node->safe_psql($dbname, "select fanout.flush('$timeout')");

@@ -189,7 +189,7 @@ is_independent('a paused topic that is written to');
 is(sql('select count(*) from fanout.held'), 0, 'pausing copies nothing');
 sql(q(select fanout.resume('ill')));
 is_independent('while its backlog is sent');
-PgFanout::flush($node, timeout => '60 s');
+PgFanout::flush($node);
 is($broker->count('ill_g'), 20000, 'all of it arrives');
 PgFanout::Independence::end();
 

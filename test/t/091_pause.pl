@@ -81,7 +81,7 @@ $proxy->command('pass');
 sql('alter system reset pg_fanout.max_in_flight');
 $node->reload;
 sql(q(select fanout.resume('p')));
-PgFanout::flush($node, timeout => '60 s');
+PgFanout::flush($node);
 my %seen;
 my @arrived = grep { !$seen{ $_->{message_id} }++ } $broker->collect('p_g', expect => 8000);
 is_deeply([ sort { $a <=> $b } bodies(@arrived) ], [ 1 .. 8000 ], 'resumed, all of it arrives');

@@ -132,7 +132,7 @@ my %ways = (
 	server => sub { $b->stop('immediate'); $b->start },
 	source => sub { $a->stop('immediate'); eval { $load->finish }; $a->start; load() },
 	broker => sub { $broker->kill; $broker->start },
-	disconnect => sub { $broker->ctl('close_all_connections', 'test') });
+	disconnect => sub { $broker->ctl('close_all_connections', '-p', $broker->vhost, 'test') });
 my @often = qw(worker_kill worker_kill worker_term worker_term server server source broker disconnect);
 my %done;
 

@@ -165,7 +165,7 @@ sub reject_many
 
 	$broker->amqp('purge', '--queue', 'item_g');
 	sql("select fanout.publish('item', jsonb_build_object('n', i, 'text', repeat('x', 2000))) from generate_series(1, $number) i");
-	PgFanout::flush($node, timeout => '60 s');
+	PgFanout::flush($node);
 	consume('item_g', 'reject', $number) or die 'not rejected';
 	PgFanout::poll(sub { $broker->count('item_g_dead') == $number }, "$number dead letters");
 	return;
