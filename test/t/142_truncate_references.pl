@@ -120,6 +120,22 @@ PgFanout::poll(sub { copy('select count(*), min(x) from node') eq '200|3' }, sub
 ok(1, 'messages whose handler waits for a later message');
 is(copy(q(select count(*) from fanout.dead_letter)), '0', 'none was given up');
 
+# Nor do they come one at a time where a batch has no time for all of them, so that they are
+# tried in several, and what makes one of them due has done so a moment ago.
+
+source('select fanout.declare_binding($$slow$$, $$g$$)');
+copy(q(
+create table slow (id int primary key, parent int references slow);
+create function slow(m fanout.message) returns void language plpgsql as $$ begin
+	perform pg_sleep(0.03);
+	insert into slow values (m.key::int, (m.body->>'parent')::int);
+end $$;
+select fanout.subscribe('slow', 'g', 'slow(fanout.message)', retry_delay => '1 s', prefetch => 1000)));
+source(q(select fanout.publish('slow', jsonb_build_object('parent', nullif(i + 1, 81)), i::text) from generate_series(1, 80) i));
+PgFanout::poll(sub { copy('select count(*) from slow') == 80 },
+	sub { 'slow: ' . copy('select count(*) from slow') . ' ' . copy('select count(*), min(next_try), max(postponed) from fanout.waiting') });
+ok(1, 'messages whose handler waits for a later message, and takes its time');
+
 # Rows that others refer to still wait for these.
 
 source(q(
