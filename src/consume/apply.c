@@ -80,6 +80,8 @@ static int64 recorded;			/* message whose attempt was recorded; 0: none */
 static pg_uuid_t late;			/* message whose call did not end in time */
 static bool have_late = false;
 static bool lost;				/* the handler was, in the middle */
+static bool ending;				/* an error is to be the last of the
+								 * transaction */
 
 static bool apply_group(SubscriptionRow *row, Batch *batch, Delivery **deliveries, int n);
 
@@ -208,6 +210,7 @@ message_failed(SubscriptionRow *row, Batch *batch, Delivery *delivery)
 	bool		conflict = failure->class == FAILURE_CONFLICT || failure->class == FAILURE_OUTER;
 
 	lost = handler_lost(row);
+	ending = lost || conflict || failure->late;
 	if (lost || (conflict && batch->applied > 0))
 		return false;
 	if (failure->late && call_time(row, batch, delivery) < row->handler_timeout)
@@ -215,7 +218,7 @@ message_failed(SubscriptionRow *row, Batch *batch, Delivery *delivery)
 	note_failure(row, batch, delivery);
 	if (delivery->outcome == OUTCOME_FAILED)
 		add(&order, delivery);
-	return !conflict && !failure->late;
+	return !ending;
 }
 
 /* ---- one call for each message ---- */
@@ -424,18 +427,6 @@ apply_again(SubscriptionRow *row, Batch *batch, Delivery **delivery)
 	return false;
 }
 
-/* Did the transaction come to its end before all had their turn? */
-static bool
-cut_short(const Batch *batch)
-{
-	for (int i = 0; i < batch->n; i++)
-	{
-		if (batch->deliveries[i]->outcome == OUTCOME_NONE)
-			return true;
-	}
-	return lost || over_time(batch);
-}
-
 /*
  * Chooses those that wait for others, and are the first of their keys that do: one that was
  * called behind another that failed only when that was called again is not.
@@ -459,13 +450,19 @@ choose_waiting(const SubscriptionRow *row, const Batch *batch, Delivery **chosen
 	return n;
 }
 
-/* Tries those that wait again, as long as any of them succeeds. */
+/*
+ * Tries those that wait again, as long as any of them succeeds.  Where the calls before took
+ * all of the batch's time, half of it again is for that: else the same calls would take
+ * all of it each time, and of many that wait one for the other only one would succeed.
+ */
 static void
 apply_waiting(SubscriptionRow *row, Batch *batch)
 {
-	bool		progress = batch->failed && batch->applied > 0 && !cut_short(batch);
+	bool		progress = batch->failed && batch->applied > 0 && !lost && !ending;
 	Delivery  **chosen = progress ? palloc(batch->n * sizeof(Delivery *)) : NULL;
 
+	if (progress && over_time(batch))
+		deadline = mono_later(batch->limit_ms / 2);
 	while (progress)
 	{
 		progress = false;
@@ -655,7 +652,7 @@ static void
 begin_batch(Batch *batch)
 {
 	batch->tries = batch->applied = batch->slowest_ms = 0;
-	batch->failed = lost = false;
+	batch->failed = lost = ending = false;
 	batch->began = mono_now();
 	deadline = mono_plus(batch->began, batch->limit_ms);
 }

@@ -151,6 +151,9 @@ static KnownMessage known[KNOWN_MAX];
 static int	nknown = -1;		/* -1: to be read */
 static MonoTime promote_at = 0; /* others had locked what was to be due; 0:
 								 * none */
+static MonoTime hastened_at = 0;	/* when hasten() made messages due; 0:
+									 * never */
+static MonoTime hasten_at = 0;	/* when it is to do that once more; 0: no need */
 static int64 nrequeued = 0;		/* rows of messages given back to their queue */
 static MonoTime count_at = 0;	/* very many are counted no sooner */
 static bool order_kept = true;	/* there may be rows that were stored in order */
@@ -316,6 +319,14 @@ heed_clock(const SubscriptionRow *row)
 	owner_execute(&query, 2, types, values, NULL);
 }
 
+/* Something is to be done then, too; 0: nothing. */
+static void
+due_at(MonoTime when)
+{
+	if (when != 0)
+		waiting_room.next_due = (waiting_room.next_due == 0) ? when : Min(waiting_room.next_due, when);
+}
+
 /*
  * Somebody is always first, so if nobody is due something was left undone.  A barrier has
  * no key to be promoted by, and others may be due that it does not wait for.
@@ -334,8 +345,9 @@ find_next_due(const SubscriptionRow *row)
 		promote_barrier(row);
 	if (waiting_room.count > 0 && (barrier || waiting_room.next_due == 0))
 		waiting_room.next_due = earliest(row, &barrier);
-	if (promote_at != 0)
-		waiting_room.next_due = (waiting_room.next_due == 0) ? promote_at : Min(waiting_room.next_due, promote_at);
+	due_at(promote_at);
+	if (waiting_room.count > 0)
+		due_at(hasten_at);
 }
 
 /*
@@ -1159,13 +1171,13 @@ update_behind(Delivery **deliveries, int n)
 
 /*
  * Makes messages due that wait for others to come first (wait_for), HASTEN_MAX at most and
- * not more often than every retry_delay: one of their kind has found what it waited for, and
- * may be what the next one waits for.  Those whose latest attempt counts keep their pauses.
+ * not more often than every retry_delay, or once that is over: one of their kind has found
+ * what it waited for, and may be what the next one waits for.  Those whose latest attempt
+ * counts keep their pauses.
  */
 static void
 hasten(const SubscriptionRow *row)
 {
-	static MonoTime hastened_at = 0;
 	static CachedQuery query = {
 		"update fanout.waiting set next_try = clock_timestamp() where waiting_id = any (array("
 		"select waiting_id from fanout.waiting where subscription_id = $1 and next_try > clock_timestamp() and not requeued"
@@ -1173,10 +1185,13 @@ hasten(const SubscriptionRow *row)
 	};
 	Oid			types[2] = {INT4OID, INT4OID};
 	Datum		values[2] = {Int32GetDatum(row->subscription_id), Int32GetDatum(HASTEN_MAX)};
+	MonoTime	now = mono_now();
 
-	if (hastened_at != 0 && !mono_exceeds(hastened_at, mono_now(), row->retry_delay))
+	hasten_at = (hastened_at == 0) ? 0 : mono_plus(hastened_at, row->retry_delay);
+	if (hasten_at > now)
 		return;
-	hastened_at = mono_now();
+	hasten_at = 0;
+	hastened_at = now;
 	owner_execute(&query, 2, types, values, NULL);
 }
 
@@ -1536,6 +1551,8 @@ waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, 
 
 	if (promote_at != 0 && mono_now() >= promote_at)
 		promote_all(row);
+	if (hasten_at != 0 && mono_now() >= hasten_at)
+		hasten(row);
 	due = find_due(row, limit, singly, false);
 	n = take(row, limit, memory, &due, context, deliveries, &locked);
 

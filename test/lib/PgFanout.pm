@@ -145,7 +145,7 @@ log_min_messages = info
 
 =pod
 
-=item PgFanout::flush(node, dbname => 'postgres', timeout => '60 s')
+=item PgFanout::flush(node, dbname => 'postgres', timeout => '180 s')
 
 Waits until all that was committed is acked, and dies if that does not happen.
 
@@ -155,7 +155,7 @@ sub flush
 {
 	my ($node, %params) = @_;
 	my $dbname = $params{dbname} || 'postgres';
-	my $timeout = $params{timeout} || '60 s';
+	my $timeout = $params{timeout} || '180 s';
 
 	my $flushed =
 	  $node->safe_psql($dbname, "select fanout.flush('$timeout')");
@@ -287,9 +287,33 @@ sub kill_process
 
 =pod
 
-=item session($node), run_in($session, $sql)
+=item PgFanout::suspend(node, pid)
 
-A psql of its own in the database postgres, for transactions that stay open, and
+Stops a worker with SIGSTOP at a moment at which it is in no transaction, and so keeps
+nobody waiting; SIGCONT lets it go on.
+
+=cut
+
+sub suspend
+{
+	my ($node, $pid) = @_;
+
+	poll(
+		sub {
+			kill 'STOP', $pid;
+			return 1 if ask($node, "select not exists (select from pg_locks where pid = $pid)") eq 't';
+			kill 'CONT', $pid;
+			return 0;
+		},
+		"process $pid to be in no transaction");
+	return;
+}
+
+=pod
+
+=item session($node, $dbname), run_in($session, $sql)
+
+A psql of its own in a database ("postgres"), for transactions that stay open, and
 statements in it, which are done when run_in() returns. The session's harness is the
 member "harness"; it may be used for ten times as long as a test waits for anything.
 
@@ -297,11 +321,11 @@ member "harness"; it may be used for ten times as long as a test waits for anyth
 
 sub session
 {
-	my ($node) = @_;
+	my ($node, $dbname) = @_;
 	my %s = (in => '', out => '', err => '');
 
 	$s{harness} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres') ],
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr($dbname || 'postgres') ],
 		'<', \$s{in}, '>', \$s{out}, '2>', \$s{err},
 		IPC::Run::timeout(10 * $PostgreSQL::Test::Utils::timeout_default));
 	return \%s;
@@ -753,6 +777,26 @@ sub count
 	my ($self, $queue) = @_;
 
 	return $self->amqp('count', '--queue', $queue) + 0;
+}
+
+=pod
+
+=item $broker->left(queue)
+
+How many messages a queue has that are not acked, those that are with a consumer as well.
+Of what was published before it is 0, a consumer has acked everything: pg_fanout's has
+committed it before that, and counted it.  Not for streams.
+
+=cut
+
+sub left
+{
+	my ($self, $queue) = @_;
+
+	# what is told of a quorum queue in general is some seconds old
+	return $self->eval_queue($queue, 'case amqqueue:get_type(Q) of
+		rabbit_quorum_queue -> {ok, {_, N}, _} = ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:query_messages_total/1), N;
+		_ -> [{_, N}] = rabbit_amqqueue:info(Q, [messages]), N end') + 0;
 }
 
 =pod

@@ -208,10 +208,10 @@ sub settled
 	}
 	PgFanout::poll(
 		sub {
-			$broker->count("${topic}_$group") == 0
+			$broker->left("${topic}_$group") == 0
 			  && sql($database, "select delivered = applied + skipped from fanout.stat_subscriptions where topic = '$topic'") eq 't';
 		},
-		"the end of ${topic}_$group", 60);
+		"the end of ${topic}_$group");
 	return;
 }
 

@@ -214,7 +214,7 @@ where src::text is distinct from dst::text or record_image_eq(src, dst) is not t
 				sql("select (select count(*) from here.t_$table) = (select count(*) from here.copy_$table) + (select count(*) from fanout.dead_letter where topic = 'v_$table')") eq 't'
 				  && sql("select delivered = applied + dead from fanout.stat_subscriptions where topic = 'v_$table'") eq 't';
 			},
-			"the values of $table", 60);
+			"the values of $table");
 		my $wrong = sql($compare);
 		push @different, "$tables{$table}: $wrong " . sql("select string_agg(key || ': ' || left(reason, 200), E'\n') from fanout.dead_letter where topic = 'v_$table'") if $wrong ne '';
 	}

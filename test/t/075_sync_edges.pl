@@ -53,7 +53,7 @@ create table cased_copy (name citext primary key, x int);
 select fanout.declare_binding('cased', 'g'), fanout.capture('cased', 'cased'), fanout.sync_table('cased', 'g', 'cased_copy', max_attempts => 1);
 insert into cased values ('Ann', 1), ('ANN', 2);
 ));
-PgFanout::poll(sub { dead('cased') == 1 }, 'a dead letter of cased', 60);
+PgFanout::poll(sub { dead('cased') == 1 }, 'a dead letter of cased');
 is(rows('cased_copy'), '(Ann,1)', 'two rows whose keys are one here do not overwrite each other');
 like(sql(q(select reason from fanout.dead_letter where topic = 'cased')), qr/duplicate key/, 'and the second one says so');
 
@@ -69,7 +69,7 @@ insert into late values (1.0, 1);
 ));
 equal('late', 'a row');
 sql(q(delete from late; insert into late values (1.00, 2)));
-PgFanout::poll(sub { sql(q(select count(*) from fanout.delivery_failure where topic = 'late')) >= 1 }, 'a failure of late', 60);
+PgFanout::poll(sub { sql(q(select count(*) from fanout.delivery_failure where topic = 'late')) >= 1 }, 'a failure of late');
 sql('truncate hindrance');
 equal('late', 'a late delete of an equal key does not take the row that came since');
 
@@ -227,7 +227,7 @@ insert into holding values (1, 1);
 ));
 for my $topic (qw(rising holding))
 {
-	PgFanout::poll(sub { sql("select count(*) from fanout.inbox where inbox_id = (select inbox_id from fanout.subscription where topic = '$topic')") == 1 }, "an end of $topic", 60);
+	PgFanout::poll(sub { sql("select count(*) from fanout.inbox where inbox_id = (select inbox_id from fanout.subscription where topic = '$topic')") == 1 }, "an end of $topic");
 	is(sql(q(select rolsuper from pg_roles where rolname = 'eve')), 'f', "nothing that a trigger leaves for the commit has other rights than the owner's: $topic");
 }
 

@@ -121,7 +121,7 @@ sub waiting_room
 		as $$ begin if not exists (select from public.ready) then raise 'not ready'; end if; insert into public.got values ((m.body->>'n')::int); end $$;
 		select fanout.declare_binding('waits', 'g', 'classic'); select fanout.subscribe('waits', 'g', 'handle(fanout.message)', max_attempts => 1000, retry_delay => '100 ms', max_retry_delay => '200 ms');
 		select fanout.publish('waits', '{"n": 1}', 'key'); select fanout.publish('waits', '{"n": 2}', 'key')));
-	PgFanout::poll(sub { sql('first', q(select count(*) from fanout.waiting)) == 2 }, 'messages that wait', 60);
+	PgFanout::poll(sub { sql('first', q(select count(*) from fanout.waiting)) == 2 }, 'messages that wait');
 	PgFanout::flush($node, dbname => 'first');
 	PgFanout::poll(sub { $broker->eval_queue('waits_g', '[{_, N}] = rabbit_amqqueue:info(Q, [messages]), N') eq '0' }, 'their acks');
 	foreach my $copy ('keeps', 'forgets')
@@ -136,12 +136,12 @@ sub waiting_room
 	is(sql('forgets', 'select count(*) from fanout.waiting'), 0, 'template: it does not wait there any more');
 	sql('forgets', q(insert into ready values (1)));
 	sql('first', q(insert into ready values (1)));
-	PgFanout::poll(sub { sql('first', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the original', 60);
+	PgFanout::poll(sub { sql('first', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the original');
 	is(sql('forgets', 'select count(*) from got'), 0, 'template: the original alone applies it');
 	sql('forgets', q(select fanout.unsubscribe('waits', 'g')));
 	sql('postgres', 'drop database first with (force)');
 	sql('keeps', q(insert into ready values (1); select fanout.activate(publish_copied => true)));
-	PgFanout::poll(sub { sql('keeps', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the copy', 60);
+	PgFanout::poll(sub { sql('keeps', q(select string_agg(n::text, ' ' order by n) from got)) eq '1 2' }, 'both in the copy');
 	pass('with publish_copied, a copy applies what waited in its original');
 	sql('postgres', "drop database $_ with (force)") foreach 'keeps', 'forgets';
 	return;

@@ -58,7 +58,12 @@ sub is_switched
 	my $log;
 
 	$switch_off->();
-	PgFanout::wait_for_publisher($node, 'passive', dbname => $_) foreach @$off;
+	foreach my $database (@$off)
+	{
+		PgFanout::wait_for_publisher($node, 'passive', dbname => $database);
+		# it may see that later than the publisher
+		$node->poll_query_until($database, 'select bool_and(pid is null) from fanout.stat_subscriptions') or die 'a consumer is left';
+	}
 	foreach my $database (@$off, @$on)
 	{
 		sql($database, qq(truncate got;

@@ -48,7 +48,7 @@ sub is_met
 	$liar->command("lie $lie");
 	set_uri($liar->uri(lc $lie =~ s/\W+/_/gr));
 	$node->safe_psql('postgres', q(select fanout.publish('t', '1')));
-	PgFanout::poll(sub { ($liar->command('told'))[0] =~ /^[2-9]|^\d\d/ }, "$lie, twice", 30);
+	PgFanout::poll(sub { ($liar->command('told'))[0] =~ /^[2-9]|^\d\d/ }, "$lie, twice");
 	ok($node->poll_query_until('postgres', "select last_error = 'no reason' from $view"), "$lie: last_error has the broker's words")
 	  or diag $node->safe_psql('postgres', "select last_error from $view");
 	return;

@@ -60,8 +60,8 @@ arrives('original', 2, qw(elsewhere.people big mine seen));
 is(sql('original', 'select count(*) from users'), 0, 'a table that was renamed is written, not the one that has its name now');
 is(sql('original', q(select string_agg(distinct role::text, ' ' order by role::text) from fanout.subscriptions)), 'extra warden', 'a role that was renamed is known by its new name');
 is(sql('original', q(select target from fanout.subscriptions where topic = 'users')), 'elsewhere.people', 'so is a table');
-PgFanout::poll(sub { sql('original', q(select string_agg(distinct role || handler_owner, ' ' order by role || handler_owner) from fanout.subscription)) eq 'extrapostgres wardenpostgres wardenwarden' }, 'names to be noted', 30);
-PgFanout::poll(sub { sql('original', q(select count(*) from fanout.sync_target where target = 'elsewhere.people')) == 1 }, 'the table to be noted', 30);
+PgFanout::poll(sub { sql('original', q(select string_agg(distinct role || handler_owner, ' ' order by role || handler_owner) from fanout.subscription)) eq 'extrapostgres wardenpostgres wardenwarden' }, 'names to be noted');
+PgFanout::poll(sub { sql('original', q(select count(*) from fanout.sync_target where target = 'elsewhere.people')) == 1 }, 'the table to be noted');
 
 # Restored, a table and a role are missing
 
@@ -115,7 +115,7 @@ sub arrives
 	foreach my $table (@tables)
 	{
 		PgFanout::poll(sub { sql($database, "select count(*) from $table where id = $id") == 1 }, "row $id in $table of $database: "
-			  . sql($database, 'select topic, state, last_error from fanout.stat_subscriptions'), 40);
+			  . sql($database, 'select topic, state, last_error from fanout.stat_subscriptions'));
 	}
 	return;
 }

@@ -33,7 +33,7 @@ for (1 .. 20)
 	my $n = channels();
 	$most = $n if $n > $most;
 }
-PgFanout::flush($node, timeout => '60 s');
+PgFanout::flush($node);
 cmp_ok($most, '<=', 8 + 8, "no more channels than pg_fanout.max_channels, besides those for requests ($most)");
 my @queues = map { "t${_}_g" } 1 .. $topics;
 my %bodies;
@@ -54,7 +54,7 @@ $node->poll_query_until('postgres',
   or die PgFanout::status($node, 'postgres');
 ok(1, 'more topics whose queues do not confirm than channels: the others are sent');
 $broker->resume_queue("t${_}_g") foreach 1 .. 10;
-PgFanout::flush($node, timeout => '60 s');
+PgFanout::flush($node);
 my %seen = map { $_->{message_id} => 1 } $broker->collect(\@queues, expect => 600);
 is(scalar(keys %seen), 600, 'and these too, once they do');
 is(sql('select reconnects from fanout.stat_publisher'), 0, 'on one connection');

@@ -88,9 +88,9 @@ sub settle
 	my ($name) = @_;
 
 	sql(q(select fanout.resume('paused'); select fanout.resume('flapping')));
-	PgFanout::poll(sub { sql(q(select fanout.flush('5 s'))) eq 't' }, 'everything to be sent', 120);
+	PgFanout::poll(sub { sql(q(select fanout.flush('5 s'))) eq 't' }, 'everything to be sent');
 	ok(1, "$name: everything is sent");
-	PgFanout::poll(sub { sql('select count(*) from fanout.detached') == 0 }, 'all topics to join', 30);
+	PgFanout::poll(sub { sql('select count(*) from fanout.detached') == 0 }, 'all topics to join');
 	all_in_order($name, $_) foreach qw(flapping paused quiet);
 	return;
 }
@@ -126,7 +126,7 @@ sub wait_until
 {
 	my ($condition, $what) = @_;
 
-	PgFanout::poll(sub { sql("select $condition") eq 't' }, $what, 60);
+	PgFanout::poll(sub { sql("select $condition") eq 't' }, $what);
 	return;
 }
 

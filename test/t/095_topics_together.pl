@@ -20,7 +20,7 @@ sub sql { return $node->safe_psql('postgres', $_[0]); }
 sql("select count(fanout.declare_binding('t' || i, 'g', 'classic', '{\"x-max-length\": 10}')) from generate_series(1, $topics) i");
 PgFanout::flush($node, timeout => '180 s');
 my $pid = PgFanout::publisher_pid($node);
-kill 'STOP', $pid;
+PgFanout::suspend($node, $pid);
 sql("select count(fanout.publish('t' || 1 + i % $topics, to_jsonb(i), key => i::text)) from generate_series(1, $messages) i");
 kill 'CONT', $pid;
 PgFanout::flush($node, timeout => '180 s');

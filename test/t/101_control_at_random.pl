@@ -61,7 +61,7 @@ append_to_file($script, "select fanout.publish('t', '{}', key => ((random() * $k
 my $load = IPC::Run::start([ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-f', $script ], '>', '/dev/null');
 my $end = time + $seconds;
 my (%done, %refused);
-while (time < $end)
+while (time < $end || (time < $end + 60 && sql('select count(*) from fanout.dead_letter') == 0))
 {
 	my $call = $calls[ rand @calls ];
 	my $hold = rand() < 0.3 ? rand(1.5) : 0;
@@ -93,18 +93,27 @@ is(sql('select count(*) from (select sequence < lag(sequence) over (partition by
 
 # ---- a snapshot that is open for the whole time ----
 
-sql('truncate log; select fanout.purge(); update fails set share = 2');
+# How long it takes to apply messages that wait.
+sub apply_waiting
+{
+	sql('truncate log; select fanout.purge(); update fails set share = 2');
+	sql("select fanout.publish('t', '{}', key => (i % 5)::text) from generate_series(1, 2 * $messages) i");
+	$node->poll_query_until('postgres', "select waiting = 2 * $messages from fanout.stat_subscriptions") or die;
+	sql('update fails set share = 0');
+
+	my $start = time;
+	sql(q(select fanout.retry('t', 'g')));
+	$node->poll_query_until('postgres', "select count(*) = 2 * $messages from log") or fail('all are applied');
+	return time - $start;
+}
+
 sql(q(select fanout.alter_subscription('t', 'g', retry_delay => '1 h', max_retry_delay => '1 h', prefetch => 1000)));
+my $alone = apply_waiting();
 my $snapshot = PgFanout::session($node);
-PgFanout::run_in($snapshot, 'begin isolation level repeatable read; select count(*) from log');
-sql("select fanout.publish('t', '{}', key => (i % 5)::text) from generate_series(1, 2 * $messages) i");
-$node->poll_query_until('postgres', "select waiting = 2 * $messages from fanout.stat_subscriptions") or die;
-sql('update fails set share = 0');
-my $start = time;
-sql(q(select fanout.retry('t', 'g')));
-$node->poll_query_until('postgres', "select count(*) = 2 * $messages from log") or fail('all are applied');
-note sprintf('%d messages that waited were applied in %.1f s beside an open snapshot', 2 * $messages, time - $start);
-cmp_ok(time - $start, '<', 20, 'beside an open snapshot, what waits is applied as quickly as ever');
+PgFanout::run_in($snapshot, 'begin isolation level repeatable read; select count(*) from fails');
+my $beside = apply_waiting();
+note sprintf('%d messages that waited were applied in %.1f s, in %.1f s beside an open snapshot', 2 * $messages, $alone, $beside);
+cmp_ok($beside, '<', 3 * $alone + 5, 'beside an open snapshot, what waits is applied as quickly as ever');
 is(sql('select count(*) from (select sequence < lag(sequence) over (partition by key order by n) as wrong from log) x where wrong'), 0, 'in order');
 PgFanout::run_in($snapshot, 'rollback');
 $snapshot->{in} .= "\\q\n";

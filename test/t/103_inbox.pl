@@ -42,7 +42,7 @@ sql(qq(do \$\$ begin
 $many += $few;
 applied('many', $many);
 sql(q(select fanout.unsubscribe('many', 'g')));		# its worker reports what it has read when it ends
-PgFanout::poll(sub { sql("select count(*) from pg_stat_activity where backend_type ~ 'consumer'") == 0 }, 'the end of the worker', 60);
+PgFanout::poll(sub { sql("select count(*) from pg_stat_activity where backend_type ~ 'consumer'") == 0 }, 'the end of the worker');
 my ($read, $scanned) = split(/\|/, sql(q(select coalesce(sum(idx_tup_read), 0), coalesce(sum(seq_tup_read), 0)
 	from pg_stat_all_tables t join pg_stat_all_indexes using (relid) where t.relname ~ '^inbox_[0-9]$')));
 cmp_ok($read + $scanned, '<', $many, "an inbox that was never analyzed is not read again and again: $read rows by index, $scanned by scans");
@@ -55,7 +55,7 @@ PostgreSQL::Test::Utils::append_to_file($file, join("\n", shuffle map { (qq({"n"
 sql(q(select fanout.subscribe('foreign', 'g', 'note(fanout.message)', prefetch => 1000)));
 $broker->amqp('publish', '--exchange', 'foreign', '--confirm', '--line-ids', '--lines', $file);
 PgFanout::poll(sub { sql(q(select applied + skipped from fanout.stat_subscriptions where topic = 'foreign')) == 2 * $foreign },
-	'all that others have published', 120);
+	'all that others have published');
 is(sql(q(select applied, skipped from fanout.stat_subscriptions where topic = 'foreign')), "$foreign|$foreign",
 	'a message that others publish twice is applied once');
 is(sql(qq(select count(*), count(distinct message_id) from log where message_id in (select message_id from fanout.inbox))),
@@ -68,13 +68,13 @@ my $known = sql('select count(*) from log where n = 1');
 $broker->amqp('publish', '--exchange', 'foreign', '--confirm', '--line-ids', '{"n": 1}');
 $broker->amqp('publish', '--exchange', 'foreign', '--confirm', '--line-ids', '{"n": -1}');
 PgFanout::poll(sub { slurp_file($node->logfile) =~ /the primary key of table "fanout\.inbox_\d" was altered/ },
-	'a line in the log', 60);
+	'a line in the log');
 pass('without its primary key the log says what was altered');
 is(sql(q(select count(*) from log where n = -1)), 0, 'and nothing is applied');
 sql(q(alter table fanout.inbox add primary key (message_id, inbox_id, segment)));
 is(sql(q(select count(*) from log where n = -1)), 0, 'nor with one in another order');
 sql(q(alter table fanout.inbox drop constraint inbox_pkey; alter table fanout.inbox add primary key (inbox_id, message_id, segment)));
-PgFanout::poll(sub { sql('select count(*) from log where n = -1') == 1 }, 'what waited', 60);
+PgFanout::poll(sub { sql('select count(*) from log where n = -1') == 1 }, 'what waited');
 is(sql(q(select count(*) from log where n = 1)), $known, 'once it is there again, all goes on, and what was applied is known');
 
 done_testing();
@@ -89,6 +89,6 @@ sub applied
 	my ($topic, $n) = @_;
 
 	PgFanout::poll(sub { sql("select count(*) from fanout.stat_subscriptions where topic = '$topic' and connected_to is not null and applied = $n") == 1 },
-		"$n messages of $topic", 120);
+		"$n messages of $topic");
 	return;
 }

@@ -33,7 +33,7 @@ sub wait_for_end
 	my ($id, $seconds) = @_;
 
 	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' },
-		"end of backfill $id", $seconds || 60);
+		"end of backfill $id", $seconds);
 	return sql("select state || coalesce(': ' || error, '') from fanout.backfills where id = $id");
 }
 
@@ -210,7 +210,7 @@ foreach my $case ([ 'backfill', 'odd', 'parts' ], [ 'compare', 'parts', 'odd' ])
 	PgFanout::poll(sub { stands_still($id) }, "$call to stand still");
 	is(sql("select state, rows_done < $expected{$paused} from fanout.backfills where id = $id"), 'running|t', "$call: that of the paused topic waits until its messages are sent");
 	PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity a where backend_type = 'pg_fanout history' and backend_xmin is null and backend_xid is null
-		and not exists (select from pg_locks l where l.pid = a.pid and relation in (select relid from pg_partition_tree('odd') union all select relid from pg_partition_tree('parts'))))) eq '1' }, 'a worker without a snapshot', 60);
+		and not exists (select from pg_locks l where l.pid = a.pid and relation in (select relid from pg_partition_tree('odd') union all select relid from pg_partition_tree('parts'))))) eq '1' }, 'a worker without a snapshot');
 	pass("$call: meanwhile it keeps no snapshot, no transaction and no lock on the table");
 	sql("select fanout.resume('$paused')");
 	is(wait_for_end($id), 'done', "$call: and goes on with its topic");
@@ -341,7 +341,7 @@ $load->signal('TERM');
 eval { $load->finish };
 PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where application_name = 'pgbench')) eq '0' }, 'end of the load');
 PgFanout::flush($node, timeout => '600 s');
-PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', $long ? 1800 : 600);
+PgFanout::poll(sub { $broker->left('account_copy') == 0 }, 'the queue is empty', $long ? 1800 : 600);
 $node->poll_query_until('copy', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 my $sum = q(select count(*), sum(balance), md5(string_agg(a::text, ',' order by id)) from accounts a);
 is($node->safe_psql('copy', $sum), sql($sum), 'the new copy equals the table');

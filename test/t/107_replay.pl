@@ -21,7 +21,7 @@ sub wait_for_end
 {
 	my ($id) = @_;
 
-	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' }, "end of replay $id", 120);
+	PgFanout::poll(sub { ask("select state in ('done', 'failed', 'cancelled') from fanout.backfills where id = $id") eq 't' }, "end of replay $id");
 	return sql("select state || coalesce(': ' || error, '') from fanout.backfills where id = $id");
 }
 
@@ -121,7 +121,7 @@ is(wait_for_end(sql("select fanout.replay('item', $of_time)")), 'done', 'to a su
 $node->poll_query_until('postgres', 'select count(*) = 3000 from log') or die 'not consumed';
 is(wait_for_end(sql("select fanout.replay('item', $of_time)")), 'done', 'and again');
 PgFanout::flush($node);
-PgFanout::poll(sub { $broker->count('item_local') == 0 }, 'the queue is empty');
+PgFanout::poll(sub { $broker->left('item_local') == 0 }, 'the queue is empty');
 $node->poll_query_until('postgres', q(select skipped >= 3000 from fanout.stat_subscriptions)) or die 'not skipped';
 is(sql('select count(*) from log'), '3000', 'which skips ids that it knows');
 is(wait_for_end(sql("select fanout.replay('item', $of_time, again => true)")), 'done', 'with again');

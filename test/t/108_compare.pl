@@ -44,7 +44,7 @@ sub settled
 	my ($topic, $group) = @_;
 
 	PgFanout::flush($node, timeout => '600 s');
-	PgFanout::poll(sub { $broker->count("${topic}_$group") == 0 }, 'the queue is empty');
+	PgFanout::poll(sub { $broker->left("${topic}_$group") == 0 }, 'the queue is empty');
 	$node->poll_query_until('copy',
 		"select waiting = 0 and state = 'idle' from fanout.stat_subscriptions where topic = '$topic' and consumer_group = '$group'") or die 'not idle';
 	return;
@@ -149,7 +149,7 @@ create table other (name letter primary key);
 select fanout.sync_table('part', 'k', 'parts', key => '{name,amount}', columns => '{"k": "name", "n": "amount"}');
 select fanout.sync_table(topic, 'k', target) from (values ('filter', 'filtered'::regclass), ('nothing', 'nothing'), ('other', 'other')) x(topic, target);
 ));
-PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfills', 60);
+PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfills');
 settled($_, 'k') foreach qw(part filter nothing other);
 my $all = q(state || ' ' || compared || ' ' || missing + different + extra);
 is((compared(q('parts', 'part', 'k'), $all))[1], 'equal 1000 0', 'a copy with other names, types and columns is equal');

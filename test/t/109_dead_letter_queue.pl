@@ -49,7 +49,7 @@ sub recover
 	my ($topic, $group) = @_;
 	my $id = sql("select fanout.recover_dead('$topic', '$group')");
 
-	PgFanout::poll(sub { sql("select state in ('done', 'failed') from fanout.backfills where id = $id") eq 't' }, "end of recovery $id", 60);
+	PgFanout::poll(sub { sql("select state in ('done', 'failed') from fanout.backfills where id = $id") eq 't' }, "end of recovery $id");
 	return sql("select state, rows_done, rows_estimated, coalesce(error, '') from fanout.backfills where id = $id");
 }
 
@@ -149,7 +149,7 @@ foreach my $case ([ 'bounded', 1 ], [ 'free', 50 ])
 	PgFanout::flush($node);
 	$broker->freeze;
 	sql("select fanout.publish('$topic', '{}', key => 'k') from generate_series(1, 50)");
-	PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') >= $in_flight }, "messages of $topic", 20);
+	PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') >= $in_flight }, "messages of $topic");
 	sleep 1;
 	is(sql('select in_flight from fanout.stat_publisher'), $in_flight,
 		"of a queue that is $topic and has dead letters, $in_flight messages of a key are in flight");
@@ -165,9 +165,9 @@ sub reject_many
 
 	$broker->amqp('purge', '--queue', 'item_g');
 	sql("select fanout.publish('item', jsonb_build_object('n', i, 'text', repeat('x', 2000))) from generate_series(1, $number) i");
-	PgFanout::flush($node, timeout => '60 s');
+	PgFanout::flush($node);
 	consume('item_g', 'reject', $number) or die 'not rejected';
-	PgFanout::poll(sub { $broker->count('item_g_dead') == $number }, "$number dead letters", 60);
+	PgFanout::poll(sub { $broker->count('item_g_dead') == $number }, "$number dead letters");
 	return;
 }
 
@@ -181,10 +181,10 @@ foreach my $i (1 .. 3)
 	kill 'TERM', $pid if $pid =~ /^\d+$/;
 }
 $broker->kill;
-PgFanout::poll(sub { sql("select error is not null or state = 'done' from fanout.backfills where id = $id") eq 't' }, 'the error is shown', 60);
+PgFanout::poll(sub { sql("select error is not null or state = 'done' from fanout.backfills where id = $id") eq 't' }, 'the error is shown');
 like(sql("select state || ' ' || coalesce(error, '') from fanout.backfills where id = $id"), qr/^(waiting|running|done) /, 'a broker that is away fails no recovery');
 $broker->start;
-PgFanout::poll(sub { sql("select state = 'done' from fanout.backfills where id = $id") eq 't' }, 'the recovery goes on', 90);
+PgFanout::poll(sub { sql("select state = 'done' from fanout.backfills where id = $id") eq 't' }, 'the recovery goes on');
 my %seen;
 foreach my $queue ('item_g', 'item_g_dead')
 {
@@ -242,9 +242,16 @@ is(wait_dropped('few_g'), 'gone', 'nor does it matter that the queue of dead let
 
 # ---- a queue that is gone ----
 
-$broker->amqp('publish', '--routing-key', 'item_g_dead', '--confirm', '{}');
-$broker->amqp('delete', '--queue', 'item_g');
-like(recover('item', 'g'), qr/^failed\|0\|\d+\|a message for queue "item_g" was returned: 312/, 'a queue that is gone fails the recovery') unless eval { $broker->count('item_g'); 1 };
+# the publisher may declare it again just then, as it does by the clock
+my $gone = 'done';
+foreach my $i (1 .. 5)
+{
+	last if $gone !~ /^done/;
+	$broker->amqp('publish', '--routing-key', 'item_g_dead', '--confirm', '{}');
+	$broker->amqp('delete', '--queue', 'item_g');
+	$gone = recover('item', 'g');
+}
+like($gone, qr/^failed\|0\|\d+\|a message for queue "item_g" was returned: 312/, 'a queue that is gone fails the recovery');
 look('item_g');
 is($broker->count('item_g'), 0, 'and is declared again');
 

@@ -32,7 +32,7 @@ sub channels { return $broker->evaluate('length(rabbit_channel:list())'); }
 
 sql("select count(fanout.declare_binding('t' || i, 'g', 'classic')) from generate_series(1, $topics) i");
 PgFanout::flush($node, timeout => '600 s');
-PgFanout::poll(sub { channels() == 0 }, 'no channel', 60);
+PgFanout::poll(sub { channels() == 0 }, 'no channel');
 ok(1, "$topics topics without messages cost no channel");
 
 # ---- some hundred are busy ----
@@ -77,8 +77,8 @@ sql('alter system set pg_fanout.max_channels = 2; ');
 sql('select pg_reload_conf()');
 my $busy_script = PostgreSQL::Test::Utils::tempdir() . '/busy.sql';
 append_to_file($busy_script, "select fanout.publish('t' || i % 3 + 1, to_jsonb(i)) from generate_series(1, 300) i;\n");
-$load = IPC::Run::start([ 'pgbench', '-n', '-c', 2, '-T', 60, '-f', $busy_script, $node->connstr('postgres') ],
-	'>', \$out, '2>', \$err, IPC::Run::timeout(300));
+$load = IPC::Run::start([ 'pgbench', '-n', '-c', 2, '-T', 600, '-f', $busy_script, $node->connstr('postgres') ],
+	'>', \$out, '2>', \$err, IPC::Run::timeout(900));
 $node->poll_query_until('postgres', q(select sum(pending) > 2000 from fanout.stat_topics where topic in ('t1', 't2', 't3'))) or die PgFanout::status($node, 'postgres');
 my $slowest = 0;
 foreach my $n (1 .. 5)

@@ -40,7 +40,7 @@ sub start_consumer
 	return {
 		file => $file,
 		harness => IPC::Run::start(
-			[ "$PgFanout::lib/amqp", 'collect', '--uri', $broker->uri, '--queue', $queue, '--expect', $count, '--timeout', 150, '--idle', 2, '--ack' ],
+			[ "$PgFanout::lib/amqp", 'collect', '--uri', $broker->uri, '--queue', $queue, '--expect', $count, '--timeout', 600, '--idle', 2, '--ack' ],
 			'<', \undef, '>', $file)
 	};
 }

@@ -214,7 +214,7 @@ PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where applicati
 PgFanout::flush($node, timeout => "$patience s");
 foreach my $group (@languages, 'copy')
 {
-	PgFanout::poll(sub { $broker->count("account_$group") == 0 }, "an empty queue of $group", $patience);
+	PgFanout::poll(sub { $broker->left("account_$group") == 0 }, "an empty queue of $group", $patience);
 }
 PgFanout::poll(sub { ask(q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions), 'copy') eq 't' }, 'an idle copy', $patience);
 my $count = sql('select count(*) from accounts');

@@ -123,7 +123,7 @@ select fanout.sync_table('account', 'copy', 'accounts');
 ));
 PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state <> 'done')) == 0 }, 'the backfill', $patience);
 PgFanout::flush($node, timeout => "$patience s");
-PgFanout::poll(sub { $broker->count('account_copy') == 0 }, 'the queue is empty', $patience);
+PgFanout::poll(sub { $broker->left('account_copy') == 0 }, 'the queue is empty', $patience);
 PgFanout::poll(sub { copy('select count(*) from accounts') == $rows }, 'the copy', $patience);
 my $step = int($rows / $planted / 10) * 10;
 copy(qq(
@@ -153,7 +153,7 @@ eval { $load->finish };
 PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where application_name = 'pgbench')) eq '0' }, 'the end of the load');
 PgFanout::flush($node, timeout => "$patience s");
 my $sum = q(select count(*), sum(balance), md5(string_agg(a::text, ',' order by id)) from accounts a);
-PgFanout::poll(sub { ask($sum, 'copy') eq ask($sum) }, 'an equal copy', 120);
+PgFanout::poll(sub { ask($sum, 'copy') eq ask($sum) }, 'an equal copy');
 pass('after all of it, the copy equals the table');
 is(copy('select count(*) from fanout.dead_letter'), '0', 'no message was given up');
 

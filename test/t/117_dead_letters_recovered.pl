@@ -86,7 +86,7 @@ sub wait_for_end
 {
 	my ($id) = @_;
 
-	PgFanout::poll(sub { state_of($id) =~ /^(done|failed)/ }, "end of recovery $id", 120);
+	PgFanout::poll(sub { state_of($id) =~ /^(done|failed)/ }, "end of recovery $id");
 	return state_of($id);
 }
 
@@ -98,7 +98,7 @@ sub wait_for_some
 {
 	my ($id) = @_;
 
-	PgFanout::poll(sub { sql("select rows_done > 0 or state = 'done' from fanout.backfills where id = $id") eq 't' }, 'some dead letters', 120);
+	PgFanout::poll(sub { sql("select rows_done > 0 or state = 'done' from fanout.backfills where id = $id") eq 't' }, 'some dead letters');
 	return;
 }
 
@@ -139,7 +139,7 @@ PgFanout::poll(
 
 		$memory = $1 if $status =~ /VmHWM:\s+(\d+)/ && $1 > $memory;
 		return state_of($id) =~ /^(done|failed)/;
-	}, 'large dead letters', 120);
+	}, 'large dead letters');
 is(state_of($id), 'done|12|12|', 'dead letters of 15 MB are moved');
 cmp_ok($memory, '<', 200_000, 'the worker does not have all of them in memory');
 is(join(',', client('ack', 'large_g', 12)), join(',', map { "$_ 15728648" } 1 .. 12), 'and they are whole');
@@ -232,7 +232,7 @@ declare('dropped');
 client('publish', 'dropped_g_dead', 1, 300, 200_000);
 $id = recovery('dropped');
 sql(q(select fanout.drop_binding('dropped', 'g', if_unused => false, if_empty => false)));
-PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'dropped')) == 0 }, 'the binding is gone', 60);
+PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'dropped')) == 0 }, 'the binding is gone');
 like(wait_for_end($id), qr/^(?:failed\|\d+\|\d*\|.|done)/, 'a binding that is dropped ends the recovery');
 foreach my $queue ('dropped_g', 'dropped_g_dead')
 {

@@ -66,7 +66,7 @@ sub consumed
 {
 	my ($topic) = @_;
 
-	PgFanout::flush($node, timeout => '60 s');
+	PgFanout::flush($node);
 	wait_until("(select count(distinct n) from log where topic = '$topic') = " . ($published{$topic} // 0));
 	wait_until("not exists (select from fanout.delivery_failure where topic = '$topic')");
 	return;
@@ -169,7 +169,7 @@ my %actions = (
 		$broker->amqp('delete', '--queue', 'loop_g');
 		wait_until('fanout.verify()');
 		publish('loop', 1 + int(rand(100)));
-		PgFanout::flush($node, timeout => '60 s');
+		PgFanout::flush($node);
 		wait_until(q((select state = 'refused' from fanout.stat_subscriptions where topic = 'loop')));
 		sql(q(select fanout.alter_subscription('loop', 'g', start_at => 'first')));
 		# until something was read, another start_at is another place

@@ -24,7 +24,7 @@ sub wait_for_end
 {
 	my ($id, $database) = @_;
 
-	PgFanout::poll(sub { state_of($id, $database) =~ /^(done|failed|cancelled)/ }, "end of replay $id", 120);
+	PgFanout::poll(sub { state_of($id, $database) =~ /^(done|failed|cancelled)/ }, "end of replay $id");
 	return state_of($id, $database);
 }
 
@@ -150,7 +150,7 @@ is(join(' ', sort { $a <=> $b } numbers('held_late')), join(' ', sort { $a <=> $
 # ---- several at once ----
 
 sql('select ' . everything('held', $_) . " from (select fanout.declare_binding('held', '$_')) d") foreach qw(a b c);
-PgFanout::poll(sub { sql(q(select bool_and(state = 'done') from fanout.backfills where topic = 'held')) eq 't' }, 'three replays', 60);
+PgFanout::poll(sub { sql(q(select bool_and(state = 'done') from fanout.backfills where topic = 'held')) eq 't' }, 'three replays');
 PgFanout::flush($node);
 foreach my $one (qw(a b c))
 {

@@ -48,24 +48,41 @@ sub deferred_trigger_of_a_copy
 		create constraint trigger note after insert or update on u deferrable initially deferred for each row execute function note();
 		select fanout.declare_binding('w', 'c'), fanout.capture('w', 'w'), fanout.sync_table('au', 'b', 'u')));
 	sql('c', q(select fanout.sync_table('w', 'c', 'u')));
-	sql('b', q(select fanout.pause('au', 'b')));
-	sql('a', 'insert into u values (1, 1)');
-	sql('c', 'insert into u values (2, 1)');
-	wait_for_rows('a', 'u', '1 2');
-	PgFanout::flush($node, dbname => 'a');
-	sql('b', q(select fanout.resume('au', 'b')));
-	wait_for_rows('b', 'w', '1 2');
-	wait_for_rows('c', 'u', '1 2');
+	in_one_batch('u', 'au_b', sub { sql('a', 'insert into u values (0, 1)') }, sub {
+		sql('a', 'insert into u values (1, 1)');
+		sql('c', 'insert into u values (2, 1)');
+		wait_for_rows('a', 'u', '0 1 2');
+	});
+	wait_for_rows('b', 'w', '0 1 2');
+	wait_for_rows('c', 'u', '0 1 2');
 	pass('what a deferred trigger writes at the end of a batch goes where not all of its messages have been');
-	is(vias('w'), "1 $id{a}/public/u\n2 $id{a}/public/u", 'it carries what their ways have in common');
+	is(vias('w'), "0 $id{a}/public/u\n1 $id{a}/public/u\n2 $id{a}/public/u", 'it carries what their ways have in common');
 	quiet();
-	is(sql('a', q(select own from fanout.stat_subscriptions)), '2', 'and it ends where all of them have been');
+	is(sql('a', q(select own from fanout.stat_subscriptions)), '3', 'and it ends where all of them have been');
 	sql('b', 'truncate fanout.outbox');
 	sql('c', 'insert into u values (3, 1)');
-	wait_for_rows('b', 'w', '1 2 3');
+	wait_for_rows('b', 'w', '0 1 2 3');
 	is(vias('w'), "3 $id{c}/public/u,$id{a}/public/u", 'that of a single message carries its way');
 	quiet();
 	is(sql('c', q(select own from fanout.stat_subscriptions)), '1', 'and is left out where it has been');
+	return;
+}
+
+# Has a consumer of database b take several messages together: they come while the one before
+# them waits for a lock on a table.
+sub in_one_batch
+{
+	my ($table, $queue, $first, $others) = @_;
+	my $lock = PgFanout::session($node, 'b');
+
+	PgFanout::run_in($lock, "begin; lock table $table in access exclusive mode");
+	$first->();
+	PgFanout::poll(sub { sql('b', "select count(*) from pg_locks where not granted and relation = '$table'::regclass") > 0 }, 'the first message to wait');
+	$others->();
+	PgFanout::flush($node, dbname => 'a');
+	PgFanout::poll(sub { $broker->count($queue) == 0 }, 'the others to be delivered');
+	PgFanout::run_in($lock, 'commit');
+	$lock->{harness}->kill_kill;
 	return;
 }
 
@@ -96,7 +113,7 @@ sub arrays
 	{
 		# or some, if the same error of all has the subscription refused before
 		PgFanout::poll(sub { sql('b', "select count(*) = 3 * $n or (select state = 'refused' from fanout.stat_subscriptions where topic = 'many') from fanout.delivery_failure") eq 't' },
-			'all of them in the waiting room', 60);
+			'all of them in the waiting room');
 		sql('b', 'insert into ready default values');
 	}
 	wait_for_rows('b', 'v', join(' ', 1 .. 3 * $n));
@@ -117,14 +134,12 @@ sub deferred_trigger_of_a_handler
 		create constraint trigger note after insert on x deferrable initially deferred for each row execute function note_x();
 		create function take(m fanout.message) returns void language sql as $$ insert into x values ((m.body -> 'after' ->> 'id')::int) $$;
 		select fanout.declare_binding('y', 'g'), fanout.capture('y', 'y');
-		select fanout.subscribe('many', 'b', 'take(fanout.message)'), fanout.pause('many', 'b')));
-	sql('a', 'insert into t1 values (1); insert into t2 values (2)');
-	PgFanout::flush($node, dbname => 'a');
-	sql('b', q(select fanout.resume('many', 'b')));
-	wait_for_rows('b', 'y', '1 2');
-	is(vias('y'), "1 \n2 ", 'what deferred triggers write for a handler carries no way that one of its messages has not come');
+		select fanout.subscribe('many', 'b', 'take(fanout.message)')));
+	in_one_batch('x', 'many_b', sub { sql('a', 'insert into t1 values (0)') }, sub { sql('a', 'insert into t1 values (1); insert into t2 values (2)') });
+	wait_for_rows('b', 'y', '0 1 2');
+	is(vias('y'), "0 $id{a}/public/t1\n1 \n2 ", 'what deferred triggers write for a handler carries no way that one of its messages has not come');
 	sql('a', 'insert into t2 values (3)');
-	wait_for_rows('b', 'y', '1 2 3');
+	wait_for_rows('b', 'y', '0 1 2 3');
 	like(vias('y'), qr/^3 \Q$id{a}\E\/public\/t2$/m, 'and that of a single message carries its way');
 	return;
 }
@@ -149,7 +164,7 @@ sub wait_for_rows
 	my ($database, $table, $ids) = @_;
 
 	PgFanout::poll(sub { sql($database, "select coalesce(string_agg(id::text, ' ' order by id), '') from $table") eq $ids },
-		sub { "rows $ids in $table of $database, which has " . sql($database, "select string_agg(id::text, ' ' order by id) from $table; select topic, state, delivered, applied, failed, waiting, last_error from fanout.stat_subscriptions; select pid, backend_type, state, wait_event, query from pg_stat_activity where backend_type ~ 'consumer'; select message_id, attempts, error from fanout.delivery_failure limit 3") }, 60);
+		sub { "rows $ids in $table of $database, which has " . sql($database, "select string_agg(id::text, ' ' order by id) from $table; select topic, state, delivered, applied, failed, waiting, last_error from fanout.stat_subscriptions; select pid, backend_type, state, wait_event, query from pg_stat_activity where backend_type ~ 'consumer'; select message_id, attempts, error from fanout.delivery_failure limit 3") });
 	return;
 }
 
@@ -173,8 +188,8 @@ sub quiet
 			my $to = { c => 'a', a => 'b', b => 'c' }->{$database};
 			my $queue = { c => 'cu_a', a => 'au_b', b => 'w_c' }->{$database};
 
-			PgFanout::poll(sub { $broker->count($queue) == 0 && sql($to, 'select delivered = applied + skipped from fanout.stat_subscriptions') eq 't' },
-				"the end of $queue", 60);
+			PgFanout::poll(sub { $broker->left($queue) == 0 && sql($to, 'select delivered = applied + skipped from fanout.stat_subscriptions') eq 't' },
+				"the end of $queue");
 		}
 	}
 	return;

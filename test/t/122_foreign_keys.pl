@@ -105,7 +105,7 @@ sub wait_for
 {
 	my ($condition, $what) = @_;
 
-	PgFanout::poll(sub { copy("select $condition") eq 't' }, sub { "$what: " . told() }, 60);
+	PgFanout::poll(sub { copy("select $condition") eq 't' }, sub { "$what: " . told() });
 	return;
 }
 
@@ -121,8 +121,8 @@ sub equal
 	my $c = q(select coalesce(string_agg(row(id, p, x)::text, ' ' order by id), '') from c);
 	my $there = source($p) . ' / ' . source($c);
 
-	PgFanout::poll(sub { copy($p) . ' / ' . copy($c) eq $there }, sub { "$what: $there, here " . copy($p) . ' / ' . copy($c) . told() }, 60);
-	PgFanout::poll(sub { copy('select count(*) from fanout.waiting') == 0 }, sub { "$what, nothing waits: " . told() }, 60);
+	PgFanout::poll(sub { copy($p) . ' / ' . copy($c) eq $there }, sub { "$what: $there, here " . copy($p) . ' / ' . copy($c) . told() });
+	PgFanout::poll(sub { copy('select count(*) from fanout.waiting') == 0 }, sub { "$what, nothing waits: " . told() });
 	pass($what);
 	return;
 }

@@ -25,13 +25,13 @@ sql('source', q(select fanout.declare_binding('t', 'g'), fanout.capture('t', 't'
 sql('copy', q(select fanout.sync_table('t', 'g', 't')));
 sql('source', 'insert into t select i, 1 from generate_series(1, 10) i');
 $node->command_ok([ 'pg_dump', '-f', $dump, $node->connstr('source') ], 'a dump of the source');
-PgFanout::poll(sub { sql('copy', 'select count(*) from t') == 10 }, 'the copy', 60);
+PgFanout::poll(sub { sql('copy', 'select count(*) from t') == 10 }, 'the copy');
 sql('copy', 'update t set x = 2 where id <= 3');
 like(compared(0), qr/^different 3 0$/, 'a comparison finds what differs');
 like(compared(1), qr/^different 3 3$/, 'and mends it');
 sql('source', 'insert into t values (11, 1); update t set x = 5 where id = 5');
 PgFanout::flush($node, dbname => 'source');
-PgFanout::poll(sub { sql('copy', 'select count(*) from t where x = 5') == 1 }, 'the copy', 60);
+PgFanout::poll(sub { sql('copy', 'select count(*) from t where x = 5') == 1 }, 'the copy');
 
 sql('postgres', 'drop database source with (force)');
 sql('postgres', 'create database source');
@@ -58,6 +58,6 @@ sub compared
 			$result = sql('copy', "select state || ' ' || missing + different + extra || ' ' || mended from fanout.sync_comparisons where run = $run and finished_at is not null");
 			return $result ne '';
 		},
-		sub { "comparison $run: " . sql('copy', 'select * from fanout.sync_comparisons') }, 90);
+		sub { "comparison $run: " . sql('copy', 'select * from fanout.sync_comparisons') });
 	return $result;
 }

@@ -46,19 +46,28 @@ sub waits_for_counting
 {
 	my ($name, $dbname) = @_;
 
-	PgFanout::poll(sub { sql('select exists (select from fanout.counted)', $dbname) eq 't' }, 'the publisher to have counted', 120);
+	PgFanout::poll(sub { sql('select exists (select from fanout.counted)', $dbname) eq 't' }, 'the publisher to have counted');
 	true_counts($name, $dbname);
 	return;
 }
 
 # The quickest of a few looks, in ms: on a busy machine the others say little.
-sub is_quick
+sub time_of_view
 {
-	my ($name) = @_;
 	my $out = sql(join("\n", "\\timing on", ('select * from fanout.stat_topics;') x 15));
 	my @times = sort { $a <=> $b } $out =~ /Time: ([\d.]+)/g;
 
-	cmp_ok($times[0], '<', 5, "$name, looking takes $times[0] ms");
+	return $times[0];
+}
+
+my $few;    # with hardly any messages
+
+sub is_quick
+{
+	my ($name) = @_;
+	my $time = time_of_view();
+
+	cmp_ok($time, '<', $few + 5, "$name, looking takes $time ms, with few $few ms");
 	return;
 }
 
@@ -86,6 +95,7 @@ sql( q(select fanout.declare_binding(t, 'g', 'classic') from unnest('{a,b,c}'::t
 	   select fanout.pause('a'), fanout.pause('b')));
 PgFanout::flush($node);
 waits_for_counting('the publisher counts soon after it has started');
+$few = time_of_view();
 
 # ---- transactions ----
 
@@ -108,9 +118,9 @@ sql("commit prepared 'p'");
 true_counts('a prepared transaction is when it commits');
 PgFanout::run_in($open, 'commit');
 true_counts('and so is one that was in progress when all were added up');
-sql('select fanout.add_tallies()');
-true_counts('these are added up, too');
-is(sql('select count(*) from fanout.tally'), 0, 'and nothing is left to be added');
+# not those that may be of somebody in progress, as the publisher is from time to time
+PgFanout::poll(sub { sql('select fanout.add_tallies()'); return sql('select count(*) from fanout.tally') == 0 }, 'all to be added up');
+true_counts('these are added up, too, and nothing is left to be added');
 
 my $snapshot = PgFanout::session($node);
 PgFanout::run_in($snapshot, 'begin isolation level repeatable read; select count(*) from fanout.held');
@@ -178,7 +188,7 @@ is(sql(q(select dead from fanout.stat_topics where topic = 'a')), 3, 'all of it'
 
 sql(q(select fanout.pause('a'); select count(fanout.publish('a', to_jsonb(i))) from generate_series(1, 50) i;
 	alter system set pg_fanout.retention = '2s'; select pg_reload_conf()));
-PgFanout::poll(sub { sql(q(select fanout.publish('b', '0'); select count(*) from fanout.held)) =~ /50$/ }, 'the messages to be held', 60);
+PgFanout::poll(sub { sql(q(select fanout.publish('b', '0'); select count(*) from fanout.held)) =~ /50$/ }, 'the messages to be held');
 sql(q(alter system reset pg_fanout.retention; select pg_reload_conf()));
 true_counts('what moves there with the rotation of segments is held');
 sql('select fanout.add_tallies()');

@@ -51,7 +51,7 @@ PgFanout::flush($node);
 $broker->suspend_queue("${_}_g") foreach @hanging;
 $proxy->command('delay 20');
 sql("select count(fanout.publish('$_', to_jsonb(repeat('x', 100000)))) from generate_series(1, 80)") foreach @hanging;
-PgFanout::poll(sub { sql('select in_flight > 160 from fanout.stat_publisher') eq 't' }, '16 MB in flight', 60);
+PgFanout::poll(sub { sql('select in_flight > 160 from fanout.stat_publisher') eq 't' }, '16 MB in flight');
 my $begin = time;
 sql(q(select count(fanout.publish('well', to_jsonb(i), 'k' || i)) from generate_series(1, 3000) i));
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'well'));
@@ -78,7 +78,7 @@ set('max_channels', 256);
 set('max_in_flight', 100);
 $broker->suspend_queue('well_g');
 sql(q(select count(fanout.publish('well', to_jsonb(i), 'k' || i)) from generate_series(1, 5000) i));
-PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') == 100 }, 'a full window', 60);
+PgFanout::poll(sub { sql('select in_flight from fanout.stat_publisher') == 100 }, 'a full window');
 ok(1, 'a topic has its whole window once others are silent');
 $broker->ctl('set_vm_memory_high_watermark', '0.00001');
 # the broker blocks who publishes

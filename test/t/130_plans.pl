@@ -178,7 +178,7 @@ sub settled
 	PgFanout::flush($node, dbname => $database, timeout => '300 s');
 	PgFanout::poll(
 		sub {
-			$broker->count('goods_g') == 0
+			$broker->left('goods_g') == 0
 			  && sql(q(select delivered = applied + skipped + dead and waiting = 0 from fanout.stat_subscriptions where topic = 'goods')) eq 't';
 		},
 		$what, 600);

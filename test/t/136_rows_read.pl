@@ -85,7 +85,7 @@ sub settled
 	PgFanout::flush($node, timeout => '180 s');
 	PgFanout::poll(
 		sub {
-			$broker->count("${topic}_g") == 0
+			$broker->left("${topic}_g") == 0
 			  && sql(qq(select delivered = applied + skipped + waiting from fanout.stat_subscriptions where topic = '$topic')) eq 't';
 		},
 		"$topic to be applied", 300);

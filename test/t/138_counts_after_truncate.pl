@@ -45,7 +45,7 @@ sub kept
 	true_counts("$name, told at once");
 	PgFanout::poll(
 		sub { sql('select exists (select from fanout.counted) and not fanout.totals_void((select snapshot from fanout.counted))') eq 't' },
-		'the publisher to have counted', 120);
+		'the publisher to have counted');
 	true_counts($name);
 	return;
 }
@@ -78,7 +78,7 @@ sub waits
 
 	PgFanout::poll(
 		sub { ($told = sql("select pending + held from fanout.stat_topics where topic = '$topic'")) == $n },
-		"$name ($n messages)", 120);
+		"$name ($n messages)");
 	pass($name);
 	return;
 }
@@ -97,7 +97,7 @@ sub while_counted
 	my $session = PgFanout::session($node);
 	my $pid = PgFanout::publisher_pid($node);
 
-	kill 'STOP', $pid;
+	PgFanout::suspend($node, $pid);
 	sql($before);
 	PgFanout::run_in($session, 'begin isolation level repeatable read; select count(*) from fanout.topic');
 	sql('select fanout.add_tallies()');

@@ -173,7 +173,7 @@ PgFanout::poll(
 		sql("select exists (select from fanout.sent where topic_id is null and sent_at < now() - interval '7 s' and pg_visible_in_snapshot('$unknown', base))
 			and not exists (select from fanout.scattered where xid = '$known')") eq 't';
 	},
-	'where a message went that all have read to be forgotten', 120);
+	'where a message went that all have read to be forgotten');
 is(sql('select current from fanout.rotation'), $current, 'the segment is the current one still');
 sql(q(alter system reset pg_fanout.retention; select pg_reload_conf()));
 new_publisher();
@@ -194,7 +194,7 @@ PgFanout::poll(
 		sql(messages('others', 'other', 1));
 		return sql("select (select count(*) from fanout.outbox where xid = '$xid'), (select count(*) from fanout.held where xid = '$xid')") eq '0|1';
 	},
-	'the segment to be emptied', 120);
+	'the segment to be emptied');
 pass('it is kept when its segment is emptied');
 new_publisher();
 sql(q(select fanout.resume('waits')));

@@ -34,7 +34,7 @@ sub settled
 	my ($topic) = @_;
 
 	PgFanout::flush($node);
-	PgFanout::poll(sub { $broker->count("${topic}_k") == 0 }, "the queue of $topic is empty");
+	PgFanout::poll(sub { $broker->left("${topic}_k") == 0 }, "the queue of $topic is empty");
 	$node->poll_query_until('copy', "select waiting = 0 and state = 'idle' from fanout.stat_subscriptions where topic = '$topic'") or die "$topic is not idle";
 	return;
 }

@@ -14,6 +14,9 @@ use Test::More;
 
 my $broker = PgFanout::broker();
 my $node = PgFanout::cluster_with_copy($broker);
+# whoever looks at a table keeps it from being truncated
+$node->append_conf('postgresql.conf', 'autovacuum = off');
+$node->reload;
 copy(q(
 create table deleted (name text);
 create function note() returns trigger language plpgsql as $$ begin insert into deleted values (tg_table_name); return null; end $$));
@@ -27,6 +30,9 @@ sub same
 	my $rows = "select coalesce(string_agg(t::text, ' ' order by id), '') from $table t";
 	my $there = source($rows);
 
+	# so does this test
+	PgFanout::flush($node);
+	PgFanout::poll(sub { $broker->left("${table}_g") == 0 }, "$what: an empty queue");
 	PgFanout::poll(sub { copy($rows) eq $there },
 		sub { "$what: " . copy('select topic, error from fanout.delivery_failure') . copy('select topic, waiting from fanout.stat_subscriptions') });
 	ok(1, $what);
@@ -113,6 +119,22 @@ source(q(select fanout.publish('nodes', jsonb_build_object('parent', nullif(i + 
 PgFanout::poll(sub { copy('select count(*), min(x) from node') eq '200|3' }, sub { 'nodes: ' . copy('select count(*), min(x) from node') });
 ok(1, 'messages whose handler waits for a later message');
 is(copy(q(select count(*) from fanout.dead_letter)), '0', 'none was given up');
+
+# Nor do they come one at a time where a batch has no time for all of them, so that they are
+# tried in several, and what makes one of them due has done so a moment ago.
+
+source('select fanout.declare_binding($$slow$$, $$g$$)');
+copy(q(
+create table slow (id int primary key, parent int references slow);
+create function slow(m fanout.message) returns void language plpgsql as $$ begin
+	perform pg_sleep(0.03);
+	insert into slow values (m.key::int, (m.body->>'parent')::int);
+end $$;
+select fanout.subscribe('slow', 'g', 'slow(fanout.message)', retry_delay => '1 s', prefetch => 1000)));
+source(q(select fanout.publish('slow', jsonb_build_object('parent', nullif(i + 1, 81)), i::text) from generate_series(1, 80) i));
+PgFanout::poll(sub { copy('select count(*) from slow') == 80 },
+	sub { 'slow: ' . copy('select count(*) from slow') . ' ' . copy('select count(*), min(next_try), max(postponed) from fanout.waiting') });
+ok(1, 'messages whose handler waits for a later message, and takes its time');
 
 # Rows that others refer to still wait for these.
 

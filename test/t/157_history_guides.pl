@@ -51,7 +51,7 @@ sub settled
 
 	PgFanout::poll(sub { sql(q(select count(*) from fanout.backfills where state not in ('done', 'cancelled')), $source) == 0 }, 'the end of what runs');
 	PgFanout::flush($node, dbname => $source || 'postgres');
-	PgFanout::poll(sub { $broker->count("exchange_user_$group") == 0 }, 'an empty queue');
+	PgFanout::poll(sub { $broker->left("exchange_user_$group") == 0 }, 'an empty queue');
 	$node->poll_query_until('copy', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 	return;
 }

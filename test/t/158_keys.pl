@@ -96,7 +96,7 @@ sub equal
 	my $set = q(set timezone = 'UTC'; set datestyle = iso; set intervalstyle = postgres; set extra_float_digits = 1;);
 
 	PgFanout::flush($node, dbname => 'source');
-	PgFanout::poll(sub { $broker->count("${_}_g") == 0 }, "an empty queue of $_") foreach @names;
+	PgFanout::poll(sub { $broker->left("${_}_g") == 0 }, "an empty queue of $_") foreach @names;
 	$node->poll_query_until('copy', q(select bool_and(waiting = 0 and state = 'idle') from fanout.stat_subscriptions)) or die 'not idle';
 	foreach my $name (@names)
 	{

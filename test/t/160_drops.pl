@@ -34,9 +34,9 @@ foreach my $each (
 	my ($what, $kind, $name, $declare, $drop, $row) = @$each;
 
 	PgFanout::flush($node);
-	$proxy->command('delay 1500');
+	$proxy->command('delay 3000');
 	sql("select $declare");
-	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared', 60);
+	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared');
 	sql("select $drop");
 	PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
 	is(sql("select count(declared_at) from $row"), 0, "$what is dropped before the answer to its declaration has come");
@@ -65,7 +65,7 @@ ok(exists_at_broker('exchange', 'soon'), 'at the broker, too');
 sql(q(select fanout.declare_binding('last', 'g', 'classic')));
 sql("select fanout.declare_binding('t$_', 'g', 'classic')") foreach 1 .. 8;
 PgFanout::flush($node);
-kill 'STOP', PgFanout::publisher_pid($node);
+PgFanout::suspend($node, PgFanout::publisher_pid($node));
 foreach my $i (1 .. 40)
 {
 	sql("select fanout.publish('t' || 1 + n % 8, to_jsonb(n)) from generate_series(1, 1000) n");

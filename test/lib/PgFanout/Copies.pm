@@ -105,10 +105,10 @@ sub settled
 	PgFanout::flush($node);
 	PgFanout::poll(
 		sub {
-			$broker->count("${topic}_$group") == 0
+			$broker->left("${topic}_$group") == 0
 			  && stat_of($topic, $group, 'delivered = applied + skipped + dead and waiting = 0 and applied > 0') eq 't';
 		},
-		"the end of ${topic}_$group", 60);
+		"the end of ${topic}_$group");
 	return;
 }
 

@@ -18,6 +18,10 @@ The healthy topic has a queue from which an independent client takes messages an
 they came.  A message that waited for another topic would have waited for one of its
 time-outs or attempts, so that retry_interval should not be below a second.
 
+A message may also wait for the machine, on which other tests run.  So another database, with a
+publisher and a connection of its own, publishes at the same pace, and what its messages
+take at that moment is taken off.
+
 =cut
 
 package PgFanout::Independence;
@@ -34,7 +38,7 @@ use Time::HiRes ();
 
 our @EXPORT = qw(is_independent);
 
-my ($session, $collector, $arrivals, $alone);
+my ($session, $control, $collector, $arrivals, $alone);
 my $token = 0;
 
 =pod
@@ -50,18 +54,29 @@ Declares the topic "healthy", and measures how quick it is.
 sub of
 {
 	my ($node, $broker) = @_;
+	my $uri = $broker->uri =~ s/guest:guest\@//r;    # with a password it could not be stored
 	my @ms;
 
-	$node->safe_psql('postgres', q(
-		select fanout.declare_binding('healthy', 'g', 'classic');
-		create table beat (id serial primary key, token text);
-		select fanout.capture('beat', 'healthy');
-		insert into beat (token) values ('first')));
-	PgFanout::flush($node);
+	$node->safe_psql('postgres', 'create database control');
+	# not by way of a proxy
+	$node->safe_psql('postgres', "alter database control set pg_fanout.uri = '$uri'");
+	$node->safe_psql('control', 'create extension pg_fanout');
+	foreach my $each ([ 'postgres', 'healthy' ], [ 'control', 'control' ])
+	{
+		my ($dbname, $topic) = @$each;
+
+		$node->safe_psql($dbname, qq(
+			select fanout.declare_binding('$topic', 'g', 'classic');
+			create table beat (id serial primary key, token text);
+			select fanout.capture('beat', '$topic');
+			insert into beat (token) values ('first')));
+		PgFanout::flush($node, dbname => $dbname);
+	}
 	$session = PgFanout::session($node);
+	$control = PgFanout::session($node, 'control');
 	$arrivals = PostgreSQL::Test::Utils::tempdir() . '/arrivals';
 	$collector = IPC::Run::start(
-		[ "$PgFanout::lib/collector", '--uri', $broker->uri, '--out', $arrivals, '--queue', 'healthy_g' ],
+		[ "$PgFanout::lib/collector", '--uri', $uri, '--out', $arrivals, map { ('--queue', $_) } 'healthy_g', 'control_g' ],
 		'<', \undef, '>', \my $out, '2>', \my $err);
 	PgFanout::poll(sub { -e $arrivals }, 'the collector');
 	@ms = latencies(60);
@@ -76,19 +91,27 @@ sub arrived
 	return map { my @column = split /\t/; chomp @column; ($column[7] => $column[0]) } split /^/, slurp_file($arrivals);
 }
 
-# How long single messages of the healthy topic take from their commit to the client:
-# in milliseconds, in order.
+sub beat
+{
+	my ($in, $name) = @_;
+
+	PgFanout::run_in($in, "insert into beat (token) values ('$name')");
+	return Time::HiRes::time();
+}
+
+# How long single messages of the healthy topic take from their commit to the client, longer
+# than those of the other database that were written next to them: in milliseconds, in order.
 sub latencies
 {
 	my ($count) = @_;
-	my %committed;
-	my %arrived;
+	my $first = $token + 1;
+	my (%committed, %arrived, %ms);
 
 	for (1 .. $count)
 	{
 		$token++;
-		PgFanout::run_in($session, "insert into beat (token) values ('t$token')");
-		$committed{"t$token"} = Time::HiRes::time();
+		$committed{"t$token"} = beat($session, "t$token");
+		$committed{"c$token"} = beat($control, "c$token");
 		Time::HiRes::sleep(0.03);
 	}
 	for (1 .. 200)
@@ -97,7 +120,14 @@ sub latencies
 		last unless grep { !defined $arrived{$_} } keys %committed;
 		Time::HiRes::sleep(0.1);
 	}
-	return sort { $a <=> $b } map { (($arrived{$_} || 1e12) - $committed{$_}) * 1000 } keys %committed;
+	die 'a message of the other database has not arrived' if grep { /^c/ && !defined $arrived{$_} } keys %committed;
+	%ms = map { $_ => (($arrived{$_} || 1e12) - $committed{$_}) * 1000 } keys %committed;
+	return sort { $a <=> $b } map {
+		my $n = $_;
+		my ($machine) = sort { $b <=> $a } map { $ms{"c$_"} // 0 } $n - 1 .. $n + 1;
+
+		$ms{"t$n"} > $machine ? $ms{"t$n"} - $machine : 0;
+	} $first .. $token;
 }
 
 =pod
@@ -134,9 +164,9 @@ Ends the client, before the broker.
 
 sub end
 {
-	$session->{harness}->kill_kill;
+	$_->{harness}->kill_kill foreach $session, $control;
 	$collector->kill_kill;
-	$session = $collector = undef;
+	$session = $control = $collector = undef;
 	return;
 }
 
