@@ -102,7 +102,7 @@ typedef struct SyncCounts
 	uint64		stale;
 	uint64		own;
 	uint64		ignored;
-}			SyncCounts;
+} SyncCounts;
 
 /* Of the transaction; added to the worker's counters when it has committed. */
 static SyncCounts counted;
