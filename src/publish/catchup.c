@@ -105,12 +105,9 @@ read_run(Flow *flow, int limit)
 	if (run == NULL)
 		return;
 	run->reading = flow->readings;
-	if (flow->give_up)
-	{
-		run->messages[0]->reason = MemoryContextStrdup(run->context, flow->reason);
-		run->messages[0]->attempts = flow->attempts;
-	}
 	flow_admit(run);
+	if (flow->give_up)
+		flow_give_up(flow);
 }
 
 /* May the topic read its next run now? */
@@ -157,17 +154,22 @@ take_turn(Flow *flow)
 	return true;
 }
 
-/* A probe finds nothing to be sent: somebody has purged it. */
+/*
+ * A probe finds nothing to be sent: somebody has purged it.  If it was to be given up, the
+ * topology is still what was refused last.
+ */
 static void
 nothing_to_probe(Flow *flow)
 {
-	if (flow->state == FLOW_PROBING && !is_behind(flow) && flow->window.count == 0 &&
-		!flow_has_runs(flow))
+	if (flow->state != FLOW_PROBING || is_behind(flow) || flow->window.count > 0 || flow_has_runs(flow))
+		return;
+	if (flow->give_up)
 	{
-		flow->give_up = false;
-		flow_recovered(flow);
-		flow_set_state(flow, FLOW_CATCHING_UP);
+		flow_leave(flow, false);
+		return;
 	}
+	flow_recovered(flow);
+	flow_set_state(flow, FLOW_CATCHING_UP);
 }
 
 /*
@@ -240,11 +242,15 @@ flow_read_all(bool connected)
 
 /* ---- trying again ---- */
 
+/*
+ * Is a message of it to be given up?  It has attempts of its own, whatever those of the
+ * declaration were before it came.
+ */
 static bool
 is_exhausted(const Flow *flow)
 {
-	return topic_of(flow)->dead_letters && flow->attempts >= Max(pgf_retry_limit, 2) &&
-		!flow->stall_changed && !flow->alert;
+	return topic_of(flow)->dead_letters && flow->attempts - flow->idle_attempts >= Max(pgf_retry_limit, 2) &&
+		(flow->waits || flow->held) && !flow->stall_changed && !flow->alert;
 }
 
 /*
@@ -297,6 +303,8 @@ try_again(Flow *flow, bool connected)
 	}
 	if (flow->retry_at > mono_now() || !may_try(flow))
 		return false;
+	if (!flow->waits && !flow->held && !flow->uncounted)
+		flow->idle_attempts = flow->attempts;
 	if (is_exhausted(flow) && !topic->paused)
 	{
 		flow->give_up = true;

@@ -487,6 +487,26 @@ flow_admit(Run *run)
 }
 
 /*
+ * Gives up the message that was read to be probed, at its limit of attempts: whether the
+ * broker is there, or what the message needs is declared, does not matter any more.
+ */
+void
+flow_give_up(Flow *flow)
+{
+	WindowItem *item = window_next(&flow->window);
+	Message    *message;
+
+	if (item == NULL)
+		return;
+	message = message_of(item);
+	if (message->reason == NULL)
+		message->reason = MemoryContextStrdup(message->run->context, flow->reason);
+	message->attempts = flow->attempts - flow->idle_attempts;
+	window_discard(&flow->window, item);
+	flow_settle(flow);
+}
+
+/*
  * For reader_fill(): returns the run of the chunk that the topic's messages go into,
  * or NULL if it does not ride with the main cursor.
  */
@@ -639,6 +659,7 @@ flow_refused(Flow *flow, int code, const char *reason)
 				 errdetail("%s", reason)));
 	}
 	flow->attempts++;
+	flow->idle_attempts = Min(flow->idle_attempts, flow->attempts - 1);
 	flow->retry_at = mono_later(backoff(pgf_retry_interval, flow->attempts - 1,
 										Max(pgf_retry_interval, MAX_RETRY_MS)));
 	flow->alert = (flow->attempts == pgf_retry_limit);
@@ -773,7 +794,10 @@ flow_leave(Flow *flow, bool keep)
 		case FLOW_PROBING:
 		case FLOW_CATCHING_UP:
 			if (!keep)
+			{
+				flow->give_up = false;
 				flow_set_state(flow, FLOW_LEAVING);
+			}
 			break;
 		case FLOW_LEAVING:
 		case FLOW_DETACHED:

@@ -47,6 +47,7 @@ extern bool flow_leave_much(void);
 extern Run *flow_run_for(Chunk *chunk, int32 topic_id);
 extern void flow_end_runs(Chunk *chunk);
 extern void flow_admit(Run *run);
+extern void flow_give_up(Flow *flow);
 extern void flow_settle(Flow *flow);
 extern void flow_leave(Flow *flow, bool keep);
 extern void flow_refused(Flow *flow, int code, const char *reason);

@@ -175,6 +175,7 @@ typedef struct Flow
 	bool		redeclared;		/* for the attempt that is under way */
 	bool		give_up;		/* the next message, at its limit of attempts */
 	int			attempts;
+	int			idle_attempts;	/* of these, while no message waited */
 	int			code;			/* the broker's, 0: none */
 	TimestampTz stalled_at;
 	MonoTime	retry_at;		/* no sooner */
