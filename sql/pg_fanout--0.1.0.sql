@@ -338,6 +338,16 @@ comment on table fanout.purged is
 'internal: messages that fanout.purge() gave up before the publisher read them: all that the snapshot shows of the topic, or a single one';
 revoke all on fanout.purged from public;
 
+-- Of two snapshots up to the same transaction, the later one lists fewer as in progress.
+create function fanout.purged_order(mark fanout.purged) returns numeric[]
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array[pg_snapshot_xmax(mark.snapshot)::text::numeric, -(select count(*) from pg_snapshot_xip(mark.snapshot))]
+$$;
+comment on function fanout.purged_order(fanout.purged) is 'internal: a later mark of fanout.purge() has a greater one';
+revoke all on function fanout.purged_order(fanout.purged) from public;
+
 -- One that is empty, or not of this server, knows of nothing that was sent.
 create view fanout.main_position as
 select coalesce(s.base, '3:3:') as base, coalesce(s.target, '3:3:') as target, coalesce(s.last_id, 0) as last_id,
@@ -350,7 +360,7 @@ revoke all on fanout.main_position from public;
 create view fanout.topic_position as
 select d.topic_id, d.base, d.target, d.last_id, d.files, d.unread,
        (select p.snapshot from fanout.purged p where p.topic_id = d.topic_id and p.message_id is null
-        order by pg_snapshot_xmax(p.snapshot) desc limit 1) as purged,
+        order by fanout.purged_order(p) desc limit 1) as purged,
        (select array_agg(p.message_id) from fanout.purged p
         where p.topic_id = d.topic_id and p.message_id is not null) as purged_messages
 from fanout.detached d

@@ -1031,7 +1031,7 @@ void
 flow_load_purges(void)
 {
 	static CachedQuery query = {
-		"select topic_id, snapshot, message_id::text from fanout.purged order by topic_id, pg_snapshot_xmax(snapshot)"
+		"select topic_id, snapshot, message_id::text from fanout.purged p order by topic_id, fanout.purged_order(p)"
 	};
 	int32	   *riding;
 	int			nriding = 0;

@@ -124,6 +124,22 @@ PgFanout::flush($node);
 is_deeply([ bodies($broker->collect('p_g', expect => 2)) ], [ 'written before', 'written after' ],
 	'purge() does not give up what its own transaction writes');
 
+# Two calls of one transaction, the second of which sees more.
+sql(q(select fanout.pause('p')));
+my $older = $node->background_psql('postgres');
+$older->query_safe(q(begin; select fanout.publish('p', '"committed in between"')));
+sql(q(select fanout.publish('p', '"committed before"')));
+$session = $node->background_psql('postgres');
+is($session->query_safe(q(begin; select fanout.purge('p', held => true))), 1, 'the first purge() sees one message');
+$older->query_safe('commit');
+is($session->query_safe(q(select fanout.purge('p', held => true))), 1, 'the second one that was committed in between');
+$session->query_safe('commit');
+$_->quit foreach $session, $older;
+is(sql(q(select count(*) from fanout.outbox_status where topic = 'p' and state <> 'sent')), 0, 'neither waits any more');
+sql(q(select fanout.publish('p', '"not given up"'); select fanout.resume('p')));
+PgFanout::flush($node);
+is_deeply([ bodies($broker->collect('p_g', expect => 1)) ], ['not given up'], 'neither comes');
+
 # ---- a topic that is dropped ----
 
 sql(q(select fanout.declare_topic('gone'); select fanout.pause('gone'); select fanout.publish('gone', '1')));
