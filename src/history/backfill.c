@@ -163,16 +163,21 @@ capture_function(void)
 	return DatumGetObjectId(query_value(0, 1, &isnull));
 }
 
-/* A trigger of the capture that fires for rows; rather one of all inserts. */
+/*
+ * A trigger of the capture that fires for rows; rather one of all inserts.  It is a copy:
+ * those of the relation are freed as soon as anybody changes it in the catalogs, as ANALYZE
+ * does, whatever is locked.
+ */
 static Trigger *
 find_trigger(Relation rel, const char *topic)
 {
 	Trigger    *found = NULL;
 	Oid			function = capture_function();
+	TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
 
-	for (int i = 0; rel->trigdesc != NULL && i < rel->trigdesc->numtriggers; i++)
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
 	{
-		Trigger    *trigger = &rel->trigdesc->triggers[i];
+		Trigger    *trigger = &triggers->triggers[i];
 
 		if (trigger->tgfoid != function || !TRIGGER_FOR_ROW(trigger->tgtype) || trigger->tgnargs < 1 ||
 			strcmp(trigger->tgargs[0], topic) != 0 ||
