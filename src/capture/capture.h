@@ -16,6 +16,9 @@
 #include "utils/rel.h"
 #include "utils/reltrigger.h"
 
+/* The type of messages that have rows to be compared with those of a copy. */
+#define COMPARISON_TYPE "pg_fanout.compare"
+
 extern Size capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *queue,
 							 Jsonb *headers);
 extern void capture_append_row(StringInfo out, Relation rel, Trigger *trigger, HeapTuple tuple);

@@ -171,7 +171,7 @@ compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigg
 	append_bound(&body, "upto", range->upto, row, rel);
 	append_rows(&body, rel, trigger, table, n);
 	SPI_freetuptable(table);
-	capture_payload(row->topic, "pg_fanout.compare", body.data, make_headers(walk, rel, false), row->queue);
+	capture_payload(row->topic, COMPARISON_TYPE, body.data, make_headers(walk, rel, false), row->queue);
 	return body.len;
 }
 
@@ -188,7 +188,7 @@ compare_end(const Walk *walk, const WalkRow *row)
 
 	if (rel == NULL)
 		return;
-	capture_payload(row->topic, "pg_fanout.compare", body, make_headers(walk, rel, true), row->queue);
+	capture_payload(row->topic, COMPARISON_TYPE, body, make_headers(walk, rel, true), row->queue);
 	relation_close(rel, NoLock);
 }
 

@@ -452,7 +452,7 @@ admit_message(Flow *flow, Message *message)
 		item->keys[item->nkeys++].hash = key_hash(message, message->key);
 	if (message->old_key != NULL)
 		item->keys[item->nkeys++].hash = key_hash(message, message->old_key);
-	item->barrier = message->truncates;
+	item->barrier = message->barrier;
 	item->bytes = message->wire.body_len;
 	window_add(&flow->window, item);
 }

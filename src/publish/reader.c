@@ -49,6 +49,7 @@
 #include "utils/timestamp.h"
 
 #include "broker/broker.h"
+#include "capture/capture.h"
 #include "capture/headers.h"
 #include "capture/msgid.h"
 #include "publish/ledger.h"
@@ -350,6 +351,16 @@ make_message(const Row *row)
 	return message;
 }
 
+/*
+ * Has it rows to be compared?  Then all changes that it has seen have to be in the queue
+ * before it, those too that the queue has refused at first.
+ */
+static bool
+is_comparison(const Message *message)
+{
+	return message->type != NULL && strcmp(message->type, COMPARISON_TYPE) == 0;
+}
+
 static void
 take_headers(Message *message, Datum value)
 {
@@ -358,7 +369,7 @@ take_headers(Message *message, Datum value)
 	message->headers = DatumGetJsonbPCopy(value);
 	message->old_key = headers_string(message->headers, "old_key");
 	op = headers_string(message->headers, "op");
-	message->truncates = (op != NULL && strcmp(op, "t") == 0);
+	message->barrier = (op != NULL && strcmp(op, "t") == 0) || is_comparison(message);
 }
 
 /*

@@ -45,7 +45,8 @@ typedef struct Message
 	TimestampTz created_at;
 	int			segment;		/* of the outbox; OUTBOX_SEGMENTS: fanout.held */
 	ItemPointerData place;		/* in a segment of the outbox */
-	bool		truncates;		/* TRUNCATE: orders with all keys */
+	bool		barrier;		/* orders with all keys: a TRUNCATE, or part
+								 * of a comparison */
 	size_t		bytes;			/* that it counts for in its run */
 	const char *content_type;	/* NULL: the topic's */
 	BrokerMessage wire;			/* as it goes out; exchange, routing key and

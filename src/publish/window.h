@@ -46,7 +46,8 @@ typedef struct WindowKey
 /*
  * A message.  It belongs to the caller, who embeds it and sets the first four
  * fields.  It has no, one or two keys (two: its change moved the row from one
- * key to another); a barrier (TRUNCATE) belongs to all keys of the topic.
+ * key to another); a barrier (TRUNCATE, a comparison) belongs to all keys of the
+ * topic.
  */
 typedef struct WindowItem
 {

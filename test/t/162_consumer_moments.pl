@@ -1,7 +1,7 @@
 # Moments of a subscription that hardly ever come: it ends while its handler runs, a batch
 # has no time left, somebody has locked a table of pg_fanout's, what kept a table gets
-# another handler, the clock is set back, or messages that sync_table() leaves out are
-# looked at again because of one that fails.
+# another handler, the clock is set back, messages that sync_table() leaves out are looked at
+# again because of one that fails, or a queue refuses changes in front of a comparison.
 
 use strict;
 use warnings;
@@ -137,6 +137,25 @@ PgFanout::flush($node);
 sql(q(select fanout.sync_table('counted', 'g', 'narrow', retry_delay => '1 h', max_retry_delay => '1 h')));
 ok(soon(q((select ignored >= 40 and waiting = 1 from fanout.stat_subscriptions where topic = 'counted'))), 'one of many messages fails, most of which are no changes of a row');
 is(sql(q(select applied, ignored from fanout.stat_subscriptions where topic = 'counted')), '42|40', 'each of these is counted once');
+
+end_of('counted');
+
+# ---- a queue refuses changes, and takes a comparison that has seen them ----
+
+# Changes go to the exchange, and a comparison to the queue.
+sql(q(create table compared (id int primary key, v int); create table compared_copy (id int primary key, v int);
+	select fanout.declare_binding('compared', 'g', 'classic', '{"x-max-length": 1000, "x-overflow": "reject-publish"}'), fanout.capture('compared', 'compared');
+	insert into compared select i, 0 from generate_series(1, 10) i;
+	select fanout.sync_table('compared', 'g', 'compared_copy')));
+ok(soon('(select count(*) = 10 from compared_copy)'), 'a table is copied by way of a queue that may refuse messages');
+sql(q(select fanout.pause('compared')));
+sql('update compared set v = 1');
+sql(q(select fanout.compare('compared', 'compared', 'g')));
+ok(soon(q((select rows_sent > 0 from fanout.backfills where kind = 'compare'))), 'while the topic is paused, rows are changed, and compared');
+$broker->amqp('unbind', '--exchange', 'compared', '--queue', 'compared_g');
+sql(q(select fanout.resume('compared')));
+ok(soon(q((select bool_and(state <> 'running') from fanout.sync_comparisons))), 'the changes are returned by the broker');
+is(sql(q(select state, different from fanout.sync_comparisons)), 'equal|0', 'and the comparison waits until they are sent again, and finds the copy equal');
 
 done_testing();
 
