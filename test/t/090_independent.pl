@@ -90,8 +90,9 @@ sub is_refused
 	is_independent("a topic is refused, $name", count => 40);
 	$broker->permit('guest');
 	sql( q(select fanout.drop_binding(topic, consumer_group, false, false) from fanout.bindings where topic = 'refused';
-		   select fanout.purge('refused', held => true);
-		   select fanout.drop_topic('refused')));
+		   select fanout.purge('refused', held => true)));
+	PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'refused')) == 0 }, 'the queue to be dropped');
+	sql(q(select fanout.drop_topic('refused')));
 	PgFanout::poll(sub { sql(q(select count(*) from fanout.topics where topic = 'refused')) == 0 }, 'the topic to be dropped');
 	return;
 }
