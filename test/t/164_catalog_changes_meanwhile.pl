@@ -1,8 +1,7 @@
 # A backfill reads a table while its entry in the server's cache of relations is built
 # anew: by ANALYZE, GRANT, or anything else that changes the catalogs.
 #
-# The type is that of busy_type.c, whose output function runs a command.  No broker is
-# needed: what is judged is the outbox.
+# The type is that of busy_type.c, whose output function runs a command.
 use strict;
 use warnings;
 
@@ -18,7 +17,7 @@ my $pg_config = $ENV{PG_CONFIG} || 'pg_config';
 my $headers = PgFanout::run_command_ok($pg_config, '--includedir-server') =~ s/\n//r;
 PgFanout::run_command_ok('cc', '-Wall', '-shared', '-fPIC', "-I$headers", '-o', $library, "$PgFanout::lib/busy_type.c");
 
-my $node = PgFanout::cluster('main');
+my $node = PgFanout::cluster('main', PgFanout::broker());
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
