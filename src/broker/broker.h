@@ -241,6 +241,13 @@ extern BrokerResult broker_bind_queue(Broker *broker, const char *queue,
 extern BrokerResult broker_inspect_queue(Broker *broker, const char *queue,
 										 uint32_t *messages, uint32_t *consumers,
 										 BrokerError *error);
+
+/*
+ * Are such counts no answer, if they came so many microseconds after the request?  Of a quorum
+ * queue whose process does not answer it within 250 ms, RabbitMQ says that it has no messages
+ * and no consumers (rabbit_quorum_queue.erl, stat()).
+ */
+extern bool broker_counts_doubtful(uint32_t messages, uint32_t consumers, int64_t took_us);
 extern BrokerResult broker_delete_queue(Broker *broker, const char *queue,
 										bool if_unused, bool if_empty, BrokerError *error);
 extern BrokerResult broker_unbind_queue(Broker *broker, const char *queue,

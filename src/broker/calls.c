@@ -51,6 +51,12 @@ broker_inspect_queue(Broker *broker, const char *queue, uint32_t *messages,
 	return broker_call(broker, &request, messages, consumers, error);
 }
 
+bool
+broker_counts_doubtful(uint32_t messages, uint32_t consumers, int64_t took_us)
+{
+	return messages == 0 && consumers == 0 && took_us >= 250000;
+}
+
 BrokerResult
 broker_delete_queue(Broker *broker, const char *queue, bool if_unused, bool if_empty,
 					BrokerError *error)

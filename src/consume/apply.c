@@ -588,9 +588,11 @@ write_outcomes(const SubscriptionRow *row, Batch *batch)
 		waiting_store(row, batch->deliveries, batch->n);
 }
 
+/* The caller acks what was committed, and then has SIGTERM end what waits for the broker. */
 static void
 commit(void)
 {
+	worker_keep_socket(true);
 	worker_commit();
 	/* whatever synchronous_commit was at that moment */
 	XLogFlush(XactLastCommitEnd);

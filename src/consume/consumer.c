@@ -402,6 +402,8 @@ settle(Delivery **deliveries, int n, bool stored)
 	uint64	   *tags = palloc((n + 1) * sizeof(uint64));
 	int			count = 0;
 
+	/* no line in the log is to end the process before the ack */
+	HOLD_INTERRUPTS();
 	for (int i = n - 1; i >= 0; i--)
 	{
 		if (deliveries[i]->outcome == OUTCOME_NONE)
@@ -420,7 +422,9 @@ settle(Delivery **deliveries, int n, bool stored)
 		tags[count++] = deliveries[i]->tag;
 		delivery_free(deliveries[i]);
 	}
+	RESUME_INTERRUPTS();
 	ack_all(tags, count);
+	worker_keep_socket(false);
 	pfree(tags);
 }
 
@@ -1018,6 +1022,7 @@ work(void)
 {
 	bool		any = false;
 
+	worker_keep_socket(false);
 	if (worker_reloaded())
 		use_settings();
 	if (con.conn.broker == NULL && con.conn.connect_at <= mono_now())

@@ -66,8 +66,8 @@ static int64 delivery_limit = ASSUMED_LIMIT;
 #define PREDECESSOR_LOOK_MS 100
 
 /*
- * A quorum queue whose leader does not answer, as after a start of the broker,
- * is said to have no messages and no consumers.
+ * A quorum queue that has no leader yet, as after a start of the broker, is said to have
+ * no messages and no consumers.
  */
 #define LEADER_MS 500
 
@@ -365,8 +365,11 @@ await_predecessor(Broker *broker, const SubscriptionRow *row, uint32_t messages,
 
 	while (row->ordered && result == BROKER_OK &&
 		   ((consumers > 0 && mono_now() < gone_until) ||
-			(consumers == 0 && messages == 0 && mono_now() < leader_until)))
+			(consumers == 0 && messages == 0 && mono_now() < Min(leader_until, gone_until))))
 	{
+		/* who has been seen is not gone because the queue does not answer once */
+		if (consumers > 0)
+			leader_until = mono_later(LEADER_MS + PREDECESSOR_LOOK_MS);
 		(void) worker_wait(-1, false, PREDECESSOR_LOOK_MS);
 		result = look(broker, row, &messages, &consumers, error);
 	}

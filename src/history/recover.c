@@ -175,18 +175,19 @@ dead_queue(void)
 	return psprintf("%s_dead", recovery.queue);
 }
 
-/* Counts the dead letters.  Returns false if that failed. */
+/* Counts the dead letters.  Returns false if that failed, or has to be asked again. */
 static bool
 count_dead(uint32_t *messages)
 {
 	BrokerError error;
 	uint32_t	consumers;
+	MonoTime	asked_at = mono_now();
 	BrokerResult result = broker_inspect_queue(recovery.conn.broker, dead_queue(), messages,
 											   &consumers, &error);
 
 	if (result != BROKER_OK)
 		failed_call(result, &error);
-	return result == BROKER_OK;
+	return result == BROKER_OK && !broker_counts_doubtful(*messages, consumers, mono_now() - asked_at);
 }
 
 static void

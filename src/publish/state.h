@@ -55,6 +55,7 @@ typedef struct BindingAnswer
 {
 	bool		declared;		/* the queue, but not the binding yet */
 	bool		inspected;		/* the queue may be deleted */
+	int			doubts;			/* answers in a row that did not tell */
 	bool		deleted;		/* the queue, but not that of dead letters */
 	bool		dead_declared;	/* the queue of dead letters */
 	bool		dead_inspected; /* it may be deleted, or is gone */

@@ -54,6 +54,9 @@
 
 #define CONTROL_CHANNELS 8
 
+/* Of a queue that does not answer the broker; each takes a quarter of a second or more. */
+#define MAX_DOUBTS 40
+
 /* How long the broker has for the answer to a request. */
 #define REPLY_TIMEOUT_MS 10000
 
@@ -246,6 +249,7 @@ forget_answer(BindingAnswer *answer)
 	answer->confirmed = false;
 	answer->declared = answer->dead_declared = false;
 	answer->inspected = answer->dead_inspected = answer->deleted = false;
+	answer->doubts = 0;
 }
 
 /* Has everything of the topic declared again, whatever the broker said before. */
@@ -584,18 +588,27 @@ drop_goes_on(Binding *binding, const Control *control, int code, const char *err
 /*
  * Decides whether a queue may be deleted.  Quorum queues know neither if-unused nor
  * if-empty (RabbitMQ closes the connection with 540 NOT_IMPLEMENTED), and a queue may
- * be of another type than the catalog says, so its counts decide alone.
+ * be of another type than the catalog says, so its counts decide alone.  If they do not
+ * tell, it is asked again, up to MAX_DOUBTS times.
  */
 static void
-queue_inspected(Topic *topic, Binding *binding, bool dead, uint32_t messages, uint32_t consumers)
+queue_inspected(Topic *topic, Binding *binding, const Control *control, uint32_t messages, uint32_t consumers)
 {
+	bool		dead = control->dead;
 	const char *what = dead ? "queue of dead letters" : "queue";
 	char	   *error = NULL;
 
-	if (binding->if_unused && consumers > 0)
+	if ((binding->if_unused || binding->if_empty) && broker_counts_doubtful(messages, consumers, mono_now() - control->asked_at))
+	{
+		if (++binding->answer.doubts < MAX_DOUBTS)
+			return;
+		error = psprintf("not dropped: the %s does not answer the broker", what);
+	}
+	else if (binding->if_unused && consumers > 0)
 		error = psprintf("not dropped: the %s has %u consumers", what, consumers);
 	else if (binding->if_empty && messages > 0)
 		error = psprintf("not dropped: the %s has %u messages", what, messages);
+	binding->answer.doubts = 0;
 	if (error == NULL && dead)
 		binding->answer.dead_inspected = true;
 	else if (error == NULL)
@@ -632,7 +645,7 @@ answered(Control *control, int code, const char *error, const BrokerEvent *event
 	else if ((binding = binding_asked(control, topic)) == NULL)
 		return;					/* it was declared otherwise meanwhile */
 	else if (control->kind == BROKER_INSPECT_QUEUE && error == NULL)
-		queue_inspected(topic, binding, control->dead, event->messages, event->consumers);
+		queue_inspected(topic, binding, control, event->messages, event->consumers);
 	else if (control->kind == BROKER_DECLARE_QUEUE && control->dead && error == NULL)
 		dead_declared(topic, &binding->answer, event->messages);
 	else if (!drop_goes_on(binding, control, code, error))

@@ -14,6 +14,7 @@
  *	 CHECK_FOR_INTERRUPTS().
  * - in the broker's library: the signal handler shuts the socket down, so that
  *	 every call on it fails at once, and the caller comes to worker_wait().
+ * - between a commit and its ack: once that is written (worker_keep_socket()).
  *
  * The same holds for a ProcSignalBarrier, for which DROP DATABASE and others
  * wait in every process of the server; there the bound is that no caller may
@@ -74,6 +75,8 @@
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
+#include "replication/syncrep.h"
+#include "replication/walsender.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
 #include "storage/lmgr.h"
@@ -114,6 +117,7 @@ DatabaseSlot *worker_history = NULL;
 
 static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
+static volatile sig_atomic_t committing = false;	/* and then acking */
 static int	(*volatile hidden_socket) (void) = NULL;
 
 static MonoTime attached_at = 0;
@@ -187,7 +191,7 @@ handle_sigterm(SIGNAL_ARGS)
 	if (fd < 0 && hidden_socket != NULL)
 		fd = hidden_socket();
 	sigterm_received = true;
-	if (fd >= 0)
+	if (fd >= 0 && !committing)
 		shutdown(fd, SHUT_RDWR);
 	die(postgres_signal_arg);
 	errno = save_errno;
@@ -709,6 +713,19 @@ worker_broker_fd(int fd)
 	broker_socket = fd;
 	if (fd >= 0 && sigterm_received)
 		shutdown(fd, SHUT_RDWR);
+}
+
+/*
+ * From a commit until its ack is written, the socket stays as it is, so that nobody else in the
+ * group gets what was applied because this process was told to end at that moment.  The
+ * commit ends in any case, and an ack that has to be waited for is given up then.  But
+ * SIGTERM also ends the wait for a synchronous standby, and what is not known to be there
+ * must not be acked.
+ */
+void
+worker_keep_socket(bool keep)
+{
+	committing = keep && !(SyncRepRequested() && SyncRepStandbyNames != NULL && SyncRepStandbyNames[0] != '\0');
 }
 
 /*

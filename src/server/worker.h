@@ -66,6 +66,7 @@ extern bool worker_wait(int fd, bool for_write, long timeout_ms);
 /* Same as BrokerOptions.fd_changed: lets SIGTERM shut the socket down. */
 extern void worker_broker_fd(int fd);
 extern void worker_set_socket_finder(int (*find) (void));
+extern void worker_keep_socket(bool keep);
 
 /* True once after each reload of the configuration. */
 extern bool worker_reloaded(void);

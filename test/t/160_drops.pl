@@ -60,6 +60,20 @@ PgFanout::flush($node);
 is(sql(q(select state from fanout.topics where topic = 'soon')), 'declared', 'a topic is declared again before the answer to its deletion has come');
 ok(exists_at_broker('exchange', 'soon'), 'at the broker, too');
 
+# ---- a queue that does not answer the broker ----
+
+# Of such a quorum queue RabbitMQ says that it is empty.
+sql(q(select fanout.declare_binding('silent', 'g'); select fanout.publish('silent', to_jsonb(i)) from generate_series(1, 5) i));
+PgFanout::flush($node);
+$broker->suspend_queue('silent_g');
+sql(q(select fanout.drop_binding('silent', 'g')));
+sleep 2;
+$broker->resume_queue('silent_g');
+PgFanout::poll(sub { sql(q(select last_error from fanout.bindings where topic = 'silent')) ne '' }, 'an answer');
+is(sql(q(select last_error from fanout.bindings where topic = 'silent')), 'not dropped: the queue has 5 messages',
+	'a queue is not dropped because it does not answer');
+is($broker->left('silent_g'), 5, 'it has all that it had');
+
 # ---- while a large batch is being read ----
 
 sql(q(select fanout.declare_binding('last', 'g', 'classic')));
