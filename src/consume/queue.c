@@ -367,7 +367,10 @@ await_predecessor(Broker *broker, const SubscriptionRow *row, uint32_t messages,
 		   ((consumers > 0 && mono_now() < gone_until) ||
 			(consumers == 0 && messages == 0 && mono_now() < Min(leader_until, gone_until))))
 	{
-		/* who has been seen is not gone because the queue does not answer once */
+		/*
+		 * who has been seen is not gone because the queue does not answer
+		 * once
+		 */
 		if (consumers > 0)
 			leader_until = mono_later(LEADER_MS + PREDECESSOR_LOOK_MS);
 		(void) worker_wait(-1, false, PREDECESSOR_LOOK_MS);
