@@ -41,8 +41,9 @@
 #define CAREFUL_BATCHES 50
 
 /*
- * So many deliveries that come again are stored.  If a batch was larger, the message that
- * ends the process may be behind them; then it is stored after one more end or two.
+ * Stores so many of the deliveries that come again, because one of them may have ended the
+ * process.  If a batch was larger, that one may be behind them, and is stored after the
+ * process has ended once or twice more.
  */
 #define MAY_BE_SUSPECT 200
 

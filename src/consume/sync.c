@@ -104,10 +104,10 @@ typedef struct SyncCounts
 	uint64		ignored;
 } SyncCounts;
 
-/* Of the transaction; added to the worker's counters when it has committed. */
+/* Counts the messages of a transaction, for the worker's counters once it has committed. */
 static SyncCounts counted;
 
-/* Of the call that runs; what it counts is the transaction's once it has succeeded. */
+/* Counts those of the call that runs; added to the transaction's once the call has succeeded. */
 static SyncCounts counting;
 
 #define HINT_OTHERS "Only messages of pg_fanout can be applied to a table."

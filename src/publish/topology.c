@@ -54,7 +54,10 @@
 
 #define CONTROL_CHANNELS 8
 
-/* Of a queue that does not answer the broker; each takes a quarter of a second or more. */
+/*
+ * A queue that does not answer the broker is looked at so many times before it is kept.  Each
+ * look takes a quarter of a second or more.
+ */
 #define MAX_DOUBTS 40
 
 /* How long the broker has for the answer to a request. */
@@ -462,8 +465,8 @@ topology_keeps(uint32 load)
 }
 
 /*
- * What that topic_load() or one before it found to be dropped may go: all that was
- * written before was sent.
+ * Lets go what that topic_load(), or one before it, found to be dropped, because all that
+ * was written before was sent.
  */
 void
 topology_drop(uint32 load)
