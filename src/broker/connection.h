@@ -96,6 +96,12 @@ extern void connection_works(Connection *conn);
 extern void connection_lasts(Connection *conn, MonoTime now);
 
 /*
+ * The broker is there, but something that it is sent ends the connection, and it is being
+ * found out what: the pause before the next attempt is a short one.
+ */
+extern void connection_hasten(Connection *conn);
+
+/*
  * ms doubled "times" times, at most max, a quarter of it jitter, for which the
  * microseconds of the clock will do.
  */

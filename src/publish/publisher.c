@@ -148,10 +148,11 @@ usable(void)
 static void
 forget_connection(const BrokerEvent *event)
 {
-	bool		doubtful = sender_doubtful(event);
+	bool		message = sender_doubtful(event);
+	bool		request = topology_doubtful(event);
 
-	sender_lost(event);
-	topology_lost(event, doubtful);
+	sender_lost(event, request);
+	topology_lost(event, message);
 	pub.alarm_logged = false;
 	pub.login_at = 0;
 }
@@ -1080,7 +1081,7 @@ start(void)
 
 	forget_backlogs();
 	topic_init(&keepers);
-	topology_init(flow_declared, flow_may_drop);
+	topology_init(flow_declared, flow_may_drop, sender_suspects);
 	flow_init(&pub.cursor, &sender);
 	sender_init(&pub.conn);
 	worker_begin();

@@ -34,20 +34,24 @@
  * the way to the broker, or the broker itself, may end it whenever that message comes.
  * So the sender suspects a topic if the connection was lost three times while messages of
  * that topic were in flight, and none of them was confirmed in between; or more often, if
- * some were.  Topics that are suspected publish
- * one after the other, beside all that are not:
+ * some were.  Topics that are suspected publish one after the other:
  *
  *		none -> lost, three times: suspected -> on trial -> lost again: refused
  *
- * and none again once all messages are settled that were in flight.  A loss on trial after
- * a confirm refuses nothing: so it is where the network is bad.  Nor does one while other
- * messages were in flight that had been when it was lost before: it may be any of them,
- * until their topics are suspected, too, or cleared.  On a new connection those that are
- * suspected let the others go first (may_try()), which would otherwise have nothing
- * confirmed before the connection is lost again.  A topic that was
- * refused stays suspected.  It isolates, so that what came before the message is settled
- * for good, and each of its probes is a trial.  Where nothing at all is confirmed
- * meanwhile, it is the broker, and no topic is refused.
+ * and none again once all messages are settled that were in flight.  Nobody else publishes
+ * from shortly before a trial to its first confirm, or for as long as a message may take to
+ * have an effect (trial_ms()): there may be other messages of the kind.  A loss on trial
+ * refuses nothing after a confirm: so it is where the network is bad.  Nor does one while a
+ * request of topology.c's is under way, which may be the reason as well.  A topic that was
+ * refused stays suspected.  It isolates, so that what came before the message is settled for
+ * good, and each of its probes is a trial.  Where nothing at all is confirmed meanwhile, it is
+ * the broker, and no topic is refused.
+ *
+ * If several topics have such messages, nothing might be confirmed before the connection is
+ * lost again, and it could not be told whose fault that is.  So on a new connection those
+ * that are suspected let the others go first (may_try()).  And if the last connection was
+ * lost before anything was confirmed, topics go one at a time until something is, first
+ * those that did not lose the connection in this way before.
  *
  * A confirm that does not come may be the fault of the topic's queue or of the whole
  * broker.  So something else is asked of the broker then, and if it answers, it was
@@ -102,6 +106,9 @@
 #define SUSPECT_LOSSES (3 * STUCK_LOSS)
 #define TRIAL_MS 1000
 
+/* How long nobody else publishes around a trial, beside twice the way to the broker. */
+#define QUIET_MS 500
+
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
 #define YIELD_MS 1000			/* a turn, if others wait for a channel */
 #define HUNG_MS 3000			/* without a confirm: the channel is given up,
@@ -118,8 +125,16 @@ static uint64 in_flight = 0;
 static size_t bytes_in_flight = 0;
 static int	isolate = 0;		/* messages of all topics to be sent one at a
 								 * time */
-static Flow *trial = NULL;		/* of those suspected, the one that publishes */
+static bool careful = false;	/* the last connection was lost before
+								 * anything was confirmed, and nothing was on
+								 * this one */
+static Flow *trial = NULL;		/* of those suspected, or while careful, the
+								 * one that publishes */
 static MonoTime trial_at = 0;	/* its last message went out */
+static MonoTime trial_since = 0;	/* its first one did */
+static MonoTime wanted_at = 0;	/* a trial waits since then for others to be
+								 * quiet, which they are for a while; 0: none
+								 * does */
 static MonoTime acked_at = 0;	/* the last message of any topic was */
 static int	nchannels = 0;		/* that topics have */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
@@ -207,10 +222,46 @@ is_suspected(const Flow *flow)
 static void
 acquit(Flow *flow)
 {
-	flow->losses = flow->doubtful = 0;
+	flow->losses = flow->doubtful = flow->trials = 0;
 	flow->progressed = false;
 	if (trial == flow)
 		trial = NULL;
+}
+
+/* How long may it take until it is known that the connection is lost for a message? */
+static int
+trial_ms(void)
+{
+	return QUIET_MS + 2 * way / 1000;
+}
+
+/*
+ * Can nobody else's messages be the reason, if the connection is lost for one that the topic
+ * publishes at that time?
+ */
+static bool
+is_quiet(const Flow *flow, MonoTime when)
+{
+	return in_flight == flow->window.in_flight ||
+		mono_exceeds(flow == latest ? others_at : latest_at, when, trial_ms());
+}
+
+/* Is nobody to publish, so that a trial may begin? */
+static bool
+trial_awaits_quiet(MonoTime now)
+{
+	return wanted_at != 0 && !mono_exceeds(wanted_at, now, 2 * trial_ms());
+}
+
+/* Must the topic wait for another one's trial? */
+static bool
+waits_for_trial(const Flow *flow, MonoTime now)
+{
+	if (flow == trial || is_suspected(flow))
+		return false;
+	return trial_awaits_quiet(now) ||
+		(trial != NULL && is_suspected(trial) && acked_at <= trial_since &&
+		 !mono_exceeds(trial_since, now, trial_ms()));
 }
 
 /* Messages of the topic were settled, the first ones that were doubtful. */
@@ -224,12 +275,13 @@ note_settled(Flow *flow, int count)
 }
 
 /*
- * The connection was lost while n of the topic's messages were in flight.  alone: of all
- * that may be the reason, only this one's were.
+ * The connection was lost while n of the topic's messages were in flight.  alone: nothing
+ * else may be the reason.
  */
 static void
 note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 {
+	bool		suspected = is_suspected(flow);
 	bool		stuck = (flow->losses == 0 || !flow->progressed);
 
 	/* if it is one of its messages, that was in flight the first time, too */
@@ -240,7 +292,7 @@ note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 	}
 	flow->losses += stuck ? STUCK_LOSS : 1;
 	flow->progressed = false;
-	if (!alone || !stuck || acked_at <= flow->lost_at)
+	if (!suspected || !alone || !stuck || acked_at <= flow->lost_at)
 		return;
 	flow->isolate = Max(flow->isolate, n);
 	flow_refused(flow, event->code,
@@ -596,18 +648,55 @@ only_suspects(void)
 	return true;
 }
 
+/* Does the topic publish only while no other does that is tried as well? */
+static bool
+is_tried(const Flow *flow)
+{
+	return careful || is_suspected(flow);
+}
+
 /*
- * May a topic that is suspected publish on this connection?  Not before others have shown
- * that it works, if there are any: else they would have nothing confirmed as long as there
- * are suspects, and it could not be told whose fault a loss is.
+ * May such a topic publish on this connection?  If it is suspected, not before others have
+ * shown that the connection works, if there are any.  And the later, the more often the
+ * connection was lost while the topic was tried: so all the others are before that.
  */
 static bool
 may_try(const Flow *flow)
 {
 	if (trial != NULL && trial != flow)
 		return false;
-	return acked_at > conn->connected_at || mono_exceeds(conn->connected_at, mono_now(), TRIAL_MS) ||
-		(!topology_busy() && only_suspects());
+	if (is_suspected(flow) && topology_asks())
+		return false;
+	if (acked_at <= conn->connected_at &&
+		!mono_exceeds(conn->connected_at, mono_now(), TRIAL_MS * Max(flow->trials, 1)) &&
+		(flow->trials > 0 || (is_suspected(flow) && !only_suspects())))
+		return false;
+	if (trial == flow || !is_suspected(flow) || is_quiet(flow, mono_now()))
+		return true;
+	if (wanted_at == 0 || mono_exceeds(wanted_at, mono_now(), 20 * trial_ms()))
+		wanted_at = mono_now();
+	return false;
+}
+
+/* Is there a topic that is suspected and is to be tried, or is one on trial? */
+bool
+sender_suspects(void)
+{
+	dlist_iter	it;
+
+	if (trial != NULL)
+		return true;
+	dlist_foreach(it, &ring)
+	{
+		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
+			return true;
+	}
+	dlist_foreach(it, &waiters)
+	{
+		if (is_suspected(dlist_container(Flow, wait_node, it.cur)))
+			return true;
+	}
+	return false;
 }
 
 /* Has the window room for another message? */
@@ -618,7 +707,7 @@ has_room(const Flow *flow)
 
 	if (flow->yields)
 		return false;
-	if (is_suspected(flow) && !may_try(flow))
+	if ((is_tried(flow) && !may_try(flow)) || waits_for_trial(flow, mono_now()))
 		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;
@@ -688,8 +777,11 @@ publish(Flow *flow, Message *message)
 	before_change(flow);
 	window_published(&flow->window, &message->item, next_tag(flow), mono_now());
 	after_change(flow);
-	if (is_suspected(flow))
+	if (is_tried(flow))
 	{
+		if (trial == NULL)
+			trial_since = message->item.published_at;
+		wanted_at = 0;
 		trial = flow;
 		trial_at = message->item.published_at;
 	}
@@ -843,6 +935,7 @@ sender_confirmed(const BrokerEvent *event)
 	if (ack)
 	{
 		acked_at = heard_at;
+		careful = false;
 		connection_works(conn);
 		flow->doubted = 0;
 	}
@@ -974,7 +1067,7 @@ sender_doubtful(const BrokerEvent *event)
 
 /*
  * The connection is lost to one topic; only: its message alone was in flight, of all
- * topics; alone: it was on trial, and no other is doubtful.
+ * topics; alone: it was on trial, and nothing else may be the reason.
  */
 static void
 flow_lost(Flow *flow, bool only, bool alone, const BrokerEvent *event)
@@ -992,19 +1085,32 @@ flow_lost(Flow *flow, bool only, bool alone, const BrokerEvent *event)
 }
 
 /*
+ * Counts a trial that ended with the loss of the connection.  The first one of a topic is
+ * no reason to wait for longer than before: others wait to be tried.
+ */
+static void
+note_trial(Flow *flow)
+{
+	if (flow->trials++ == 0)
+		connection_hasten(conn);
+}
+
+/*
  * The connection is lost: all that was in flight is unknown.  event: with what the
- * broker has closed it, or NULL: this process did.
+ * broker has closed it, or NULL: this process did.  request: it may be the fault of one
+ * that is under way.
  */
 void
-sender_lost(const BrokerEvent *event)
+sender_lost(const BrokerEvent *event, bool request)
 {
 	uint64		n = in_flight;
-	Flow	   *tried = trial;
+	Flow	   *tried = (trial != NULL && !request && is_quiet(trial, trial_since)) ? trial : NULL;
 
-	for (int i = 0; i < nflows; i++)
+	if (may_blame_message(event))
 	{
-		if (flows[i] != NULL && flows[i] != trial && is_doubtful(flows[i]))
-			tried = NULL;
+		careful = careful || acked_at <= conn->connected_at;
+		if (trial != NULL && trial->window.in_flight > 0)
+			note_trial(trial);
 	}
 	for (int i = 0; i < nflows; i++)
 	{
@@ -1013,7 +1119,7 @@ sender_lost(const BrokerEvent *event)
 	}
 	if (n > 1 && blames_content(event))
 		isolate = n;
-	way = way_since = 0;
+	way = way_since = wanted_at = 0;
 	ping = 0;
 	ping_at = 0;
 	counts_from = mono_now();
@@ -1078,7 +1184,10 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 			check_flow(flows[i], now);
 	}
 	if (trial != NULL && waits_in_vain(trial_at, now, TRIAL_MS))
+	{
 		acquit(trial);
+		careful = false;
+	}
 	if (ping_at == 0)
 		return NULL;
 	if (answered)
@@ -1097,11 +1206,11 @@ sender_timeout(MonoTime now)
 
 	if (in_flight > 0 || ping_at != 0)
 		timeout = Min(timeout, 500);
-	if (nwaiters > 0 || trial != NULL)
+	if (nwaiters > 0 || trial != NULL || trial_awaits_quiet(now))
 		timeout = Min(timeout, 100);
-	/* then those that are suspected may publish */
-	if (nring > 0 && !mono_exceeds(conn->connected_at, now, TRIAL_MS))
-		timeout = Min(timeout, mono_left(now, mono_plus(conn->connected_at, TRIAL_MS)) + 1);
+	/* for those that are suspected, and wait for others to show that it works */
+	if (nring > 0 && acked_at <= conn->connected_at)
+		timeout = Min(timeout, TRIAL_MS / 4);
 	for (int i = 0; i < nflows; i++)
 	{
 		if (flows[i] != NULL && !flows[i]->channel_open)

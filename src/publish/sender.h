@@ -27,7 +27,8 @@ extern const char *sender_confirmed(const BrokerEvent *event);
 extern const char *sender_returned(const BrokerEvent *event);
 extern bool sender_closed(const BrokerEvent *event);
 extern bool sender_doubtful(const BrokerEvent *event);
-extern void sender_lost(const BrokerEvent *event);
+extern bool sender_suspects(void);
+extern void sender_lost(const BrokerEvent *event, bool request);
 
 extern const char *sender_check(MonoTime now, MonoTime unblocked_at);
 extern void sender_heard(void);

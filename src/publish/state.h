@@ -209,6 +209,7 @@ typedef struct Flow
 	bool		progressed;		/* some of them were settled since the last
 								 * one */
 	MonoTime	lost_at;		/* the first of these losses */
+	int			trials;			/* so many of them while it was on trial */
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;
 

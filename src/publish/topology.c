@@ -34,7 +34,7 @@
  *	 lost without a word (somebody on the way may not like a request), but that may be
  *	 chance: then once more is needed.  A loss does not count while messages are in
  *	 flight that were when it was lost before, because it may be theirs: sender.c
- *	 finds out.
+ *	 finds out.  While it does, the request is held back, so that it can.
  *
  * Must never: wait; have more than one request under way on a channel.
  *
@@ -73,6 +73,9 @@
 /* How often it is looked for whether a late answer is still to be waited for. */
 #define WITNESS_MS 500
 
+/* How often it is looked for whether a request may be made that is held back. */
+#define HELD_MS 100
+
 /* A channel on which requests are made, and the one that is under way. */
 typedef struct Control
 {
@@ -86,10 +89,13 @@ typedef struct Control
 	char	   *signature;
 	bool		dead;			/* it is about the queue of dead letters */
 	bool		dropping;
+	bool		held;			/* its request waits until no topic is
+								 * suspected */
 } Control;
 
 static void (*tell_declared) (Topic *topic);
 static bool (*topic_may_drop) (Topic *topic, uint32 load);
+static bool (*messages_suspected) (void);
 static Control controls[CONTROL_CHANNELS];
 static dlist_head queue = DLIST_STATIC_INIT(queue);
 static dlist_head unrecorded = DLIST_STATIC_INIT(unrecorded);
@@ -127,12 +133,16 @@ static const char *const request_name[] = {
  * declared: told each topic of which all was asked, or something was refused.
  * may_drop: has the topic sent what was written before that topic_load(), which found
  * something of it to be dropped?  What it has not sent must be before drop_load.
+ * suspected: may messages be the reason why the connection was lost, and is it going to be
+ * found out?
  */
 void
-topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load))
+topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load),
+			  bool (*suspected) (void))
 {
 	tell_declared = declared;
 	topic_may_drop = may_drop;
+	messages_suspected = suspected;
 }
 
 /* ---- what is known of a topic ---- */
@@ -741,7 +751,7 @@ take_topic(Control *control)
 	topic->declaration.queued = false;
 	topic->declaration.asking = true;
 	control->topic_id = topic->topic_id;
-	control->asked = false;
+	control->asked = control->held = false;
 }
 
 /* Remembers what is being asked, whatever becomes of the topic meanwhile. */
@@ -779,6 +789,12 @@ ask_next(Connection *conn, Control *control, bool *busy)
 		return;
 	}
 	note_request(control, &next);
+	control->held = is_lost_request(control, &topic->declaration) && messages_suspected();
+	if (control->held)
+	{
+		*busy = true;
+		return;
+	}
 	request.kind = next.kind;
 	request.exchange = topic->exchange;
 	if (next.dead)
@@ -890,6 +906,7 @@ bool
 topology_step(Connection *conn)
 {
 	bool		any = false;
+	bool		another = true; /* topic may be taken */
 
 	if (nqueued == 0 && !has_channels())
 		return false;
@@ -897,10 +914,11 @@ topology_step(Connection *conn)
 	{
 		bool		asked = controls[i].asked;
 
-		if (one_at_a_time && i > 0 && controls[i].topic_id == 0)
+		if (!another && controls[i].topic_id == 0)
 			continue;
 		step(conn, &controls[i]);
 		any = any || (controls[i].asked && !asked);
+		another = another && (!one_at_a_time || controls[i].topic_id == 0 || controls[i].held);
 	}
 	if (nqueued == 0)
 		one_at_a_time = false;
@@ -971,6 +989,21 @@ may_blame_request(const Control *control, const BrokerEvent *event)
 {
 	return control->asked && event != NULL && event->code != BROKER_CONNECTION_FORCED &&
 		(event->class_id == 0 || broker_blames_request(event->class_id, event->method_id, control->kind));
+}
+
+/*
+ * May the loss of the connection that is reported be the fault of a request?  To be asked
+ * before topology_lost().
+ */
+bool
+topology_doubtful(const BrokerEvent *event)
+{
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		if (may_blame_request(&controls[i], event))
+			return true;
+	}
+	return false;
 }
 
 /* The connection was lost while the topic's request was under way; alone: no other was. */
@@ -1048,7 +1081,23 @@ topology_busy(void)
 	return nqueued > 0;
 }
 
-/* When the next answer is overdue, or 0. */
+/* Is there anything that the broker is being asked, or will be next? */
+bool
+topology_asks(void)
+{
+	bool		any_free = false;
+
+	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
+		if (controls[i].topic_id == 0)
+			any_free = true;
+		else if (!controls[i].held)
+			return true;
+	}
+	return any_free && !dlist_is_empty(&queue);
+}
+
+/* When the next answer is overdue, or what is held back is to be looked at; or 0. */
 MonoTime
 topology_timeout(void)
 {
@@ -1058,6 +1107,8 @@ topology_timeout(void)
 	{
 		MonoTime	when = mono_plus(controls[i].asked_at, REPLY_TIMEOUT_MS);
 
+		if (controls[i].topic_id != 0 && controls[i].held)
+			return mono_later(HELD_MS);
 		if (when <= mono_now())
 			when = mono_later(WITNESS_MS);
 		if (controls[i].channel != 0 && (controls[i].asked || !controls[i].open) &&

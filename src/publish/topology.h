@@ -13,7 +13,8 @@
 #include "broker/connection.h"
 #include "publish/state.h"
 
-extern void topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load));
+extern void topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load),
+						  bool (*suspected) (void));
 extern void topology_request(Topic *topic, bool first);
 extern void topology_request_all(void);
 extern bool topology_keeps(uint32 load);
@@ -34,6 +35,8 @@ extern bool topology_refused(Connection *conn, const BrokerEvent *event);
 extern void topology_lost(const BrokerEvent *event, bool doubtful);
 extern bool topology_owns(int channel);
 extern bool topology_busy(void);
+extern bool topology_asks(void);
+extern bool topology_doubtful(const BrokerEvent *event);
 extern MonoTime topology_timeout(void);
 
 extern bool topology_ready(const Topic *topic);

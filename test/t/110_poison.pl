@@ -22,7 +22,7 @@ pg_fanout.retry_limit = 3
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
 my @good = qw(good_1 good_2 good_3);
-my @more = map { "bad_$_" } 1 .. 4;
+my @more = map { "bad_$_" } 1 .. 12;
 sql("select fanout.declare_binding('$_', 'g', 'classic')") foreach @good, qw(bad worse), @more;
 sql(q(select fanout.alter_topic('worse', on_exhausted => 'dead_letter')));
 PgFanout::flush($node);
@@ -105,7 +105,7 @@ in_order('bad', 1000, 'once nobody minds the message any more');
 $proxy->command('close-at 541 POISON');
 publish_poison('bad', 'worse');
 sql("select fanout.publish('$_', '\"POISON\"')") foreach @more;
-PgFanout::poll(sub { sql(q(select count(*) = 5 from fanout.stat_topics where topic ~ 'bad' and reason ~ '541 refused')) eq 't' }, 'all of them to be found');
+PgFanout::poll(sub { sql(q(select count(*) = 13 from fanout.stat_topics where topic ~ 'bad' and reason ~ '541 refused')) eq 't' }, 'all of them to be found');
 stalled('bad', '541 refused', 'a topic with a message for which the broker closes the connection is stalled');
 is_independent('a connection that the broker closes for several messages', %reconnecting);
 ok($node->poll_query_until('postgres', q(select count(*) = 1 from fanout.dead_letter)), 'with on_exhausted = dead_letter the message becomes a dead letter');
@@ -132,6 +132,26 @@ good_flow('other topics go on');
 $proxy->command('pass');
 $node->poll_query_until('postgres', q(select state = 'declared' from fanout.bindings where queue = 'bad_nasty')) or die;
 ok(1, 'it is declared once nobody minds');
+
+# ---- the same, while messages of another topic are not confirmed ----
+
+# They are in flight whenever the connection is lost, and on trial for it in the end.  The
+# queue is the last of many to be declared, so that they are published before.
+sql(q(select fanout.declare_binding('mute', 'g', 'classic'); select fanout.declare_binding('sick', 'g' || i, 'classic') from generate_series(10, 29) i));
+PgFanout::flush($node);
+$broker->message_store('suspend');
+sql(q(select fanout.publish('mute', to_jsonb(repeat('x', 10000)))));
+$node->poll_query_until('postgres', q(select in_flight > 0 from fanout.stat_publisher)) or die;
+$proxy->command('cut-at sick_nasty');
+sql(q(select fanout.declare_binding('sick', 'nasty', 'classic')));
+ok($node->poll_query_until('postgres', q(select last_error ~ 'declare queue "sick_nasty": the connection was lost each time' from fanout.bindings where queue = 'sick_nasty')),
+	'messages that are not confirmed: a queue whose declaration ends the connection is an error of its binding')
+  or diag(PgFanout::status($node, 'postgres'));
+good_flow('messages that are not confirmed: other topics go on');
+$proxy->command('pass');
+$broker->message_store('resume');
+$node->poll_query_until('postgres', q(select state = 'declared' from fanout.bindings where queue = 'sick_nasty')) or die;
+unlike(slurp_file($node->logfile), qr/topic "mute" is stalled/, 'messages that are not confirmed: they are not blamed');
 PgFanout::Independence::end();
 
 # ---- connections that are lost for other reasons ----

@@ -358,8 +358,9 @@ my @faults = (
 		end => sub {
 			my ($experiment) = @_;
 
-			$experiment->{broker}->evaluate('application:set_env(rabbit, max_message_size, 134217728)');
+			# before the limit is lifted, so that none is taken after all
 			purge_large($experiment);
+			$experiment->{broker}->evaluate('application:set_env(rabbit, max_message_size, 134217728)');
 			close_publisher($experiment);
 		},
 	},
