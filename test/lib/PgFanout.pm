@@ -45,7 +45,7 @@ use Cwd ();
 use File::Basename qw(basename dirname);
 use File::Copy ();
 use IPC::Run ();
-use JSON::PP ();
+use JSON::XS ();
 use Test::More;
 
 use PgFanout::Node;
@@ -225,6 +225,47 @@ sub publisher_pid
 	$node->poll_query_until($dbname, "select exists ($query)")
 	  or die "no publisher\n" . status($node, $dbname);
 	return $node->safe_psql($dbname, $query);
+}
+
+=pod
+
+=item PgFanout::new_publisher(node)
+
+Ends the publisher, and returns the process id of the next one once it is connected to
+the broker.
+
+=cut
+
+sub new_publisher
+{
+	my ($node) = @_;
+	my $pid = publisher_pid($node);
+
+	$node->safe_psql('postgres', "select pg_terminate_backend($pid)");
+	poll(
+		sub {
+			ask($node, 'select coalesce(max(pid), 0) from fanout.stat_publisher where connected_to is not null') !~ /^($pid|0)$/;
+		},
+		'a new publisher');
+	return publisher_pid($node);
+}
+
+=pod
+
+=item PgFanout::time_of_view(node, view)
+
+How long it takes to read a view, in ms: the quickest of a few looks, since on a busy
+machine the others say little.
+
+=cut
+
+sub time_of_view
+{
+	my ($node, $view) = @_;
+	my $out = $node->safe_psql('postgres', join("\n", '\timing on', ("select * from $view;") x 15));
+	my @times = sort { $a <=> $b } $out =~ /Time: ([\d.]+)/g;
+
+	return $times[0];
 }
 
 =pod
@@ -745,7 +786,8 @@ sub collect
 {
 	my ($self, $queue, %params) = @_;
 	my @args = map { ('--queue', $_) } ref $queue ? @$queue : $queue;
-	my $json = JSON::PP->new->utf8->allow_nonref;
+	my $json = JSON::XS->new->utf8->allow_nonref;
+	my $text = JSON::XS->new->allow_nonref;
 
 	foreach my $option (qw(expect idle timeout))
 	{
@@ -759,7 +801,7 @@ sub collect
 	{
 		$message->{raw} = $message->{body};
 		$message->{body} =
-		  eval { JSON::PP->new->allow_nonref->decode($message->{raw}) };
+		  eval { $text->decode($message->{raw}) };
 	}
 	return @messages;
 }
@@ -915,7 +957,7 @@ sub amqp
 sub online
 {
 	my ($self) = @_;
-	my $status = JSON::PP::decode_json(
+	my $status = JSON::XS::decode_json(
 		$self->ctl('cluster_status', '--formatter', 'json'));
 
 	return scalar @{ $status->{running_nodes} };

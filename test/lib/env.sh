@@ -9,7 +9,7 @@
 # The list of packages, in one place.  PostgreSQL's are added below: those of
 # the version that this Debian has, or none if PG_CONFIG names a server.
 packages=(build-essential clang git golang-github-rabbitmq-amqp091-go-dev golang-go
-	libclang-rt-dev libdbd-pg-perl libfaketime libipc-run-perl librabbitmq-dev libssl-dev locales openssl
+	libclang-rt-dev libdbd-pg-perl libfaketime libipc-run-perl libjson-xs-perl librabbitmq-dev libssl-dev locales openssl
 	perl pkg-config procps python3 python3-pika rabbitmq-server shellcheck uuid-dev)
 
 die() {

@@ -7,7 +7,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
-use JSON::PP ();
+use JSON::XS ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -58,7 +58,7 @@ sub judge
 	write_rows('ledger', @ledger);
 	write_rows('received', @received);
 	%result = %{
-		JSON::PP::decode_json(
+		JSON::XS::decode_json(
 			PgFanout::run_command_ok(
 				"$PgFanout::lib/verdict",
 				'--ledger', "$dir/ledger",

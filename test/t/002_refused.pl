@@ -8,7 +8,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use IPC::Run ();
-use JSON::PP ();
+use JSON::XS ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -169,7 +169,7 @@ my $consumer = IPC::Run::start(
 sql(q(select fanout.publish('busy', to_jsonb(i), 'k' || i % 40) from generate_series(1, 3000) i));
 PgFanout::wait_for_state($node, 'sent', where => q(topic = 'busy'));
 $consumer->finish;
-my $json = JSON::PP->new->utf8;
+my $json = JSON::XS->new->utf8;
 @arrived = map { $json->decode($_) } split(/\n/, slurp_file($lines));
 %ids = map { $_->{message_id} => 1 } @arrived;
 is(scalar(keys %ids), 3000, 'a queue that is full time and again gets every message');

@@ -7,7 +7,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
-use JSON::PP ();
+use JSON::XS ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -284,7 +284,7 @@ sub equal
 sub deliver
 {
 	my ($topic, $op, $key, $sequence, $row) = @_;
-	my $json = JSON::PP->new;
+	my $json = JSON::XS->new;
 	my %headers = (
 		op => $op, schema => 'public', table => $topic, format => 'debezium', sequence => $sequence + 0);
 	my %body = (
@@ -310,7 +310,7 @@ sub strict
 	my %headers = (op => 'c', schema => 'public', table => 'strict', format => 'row', key => '1', %given);
 
 	delete @headers{ grep { !defined $headers{$_} } keys %headers };
-	$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', JSON::PP->new->encode(\%headers), $body);
+	$broker->amqp('publish', '--routing-key', 'strict_b', '--headers', JSON::XS->new->encode(\%headers), $body);
 	return;
 }
 

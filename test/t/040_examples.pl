@@ -9,13 +9,13 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use IPC::Run ();
-use JSON::PP ();
+use JSON::XS ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $examples = "$FindBin::RealBin/../examples";
-my $json = JSON::PP->new->canonical;
+my $json = JSON::XS->new->canonical;
 my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker);
 

@@ -10,7 +10,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use Digest::SHA ();
-use JSON::PP ();
+use JSON::XS ();
 use MIME::Base64 ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
@@ -296,7 +296,7 @@ sub write_token
 	my %rights = (configure => '*', write => '*', read => '*', %params);
 	my $also = delete $rights{also} || [];
 	my @scope = ((map { "rabbitmq.$_:*/$rights{$_}" } keys %rights), ref $also ? @$also : $also);
-	my $json = JSON::PP->new->canonical;
+	my $json = JSON::XS->new->canonical;
 	my $signed = join '.', map { base64($json->encode($_)) } (
 		{ alg => 'HS256', kid => 'k', typ => 'JWT' },
 		{ aud => ['rabbitmq'], scope => \@scope, exp => int(time + $seconds), sub => 'fan' });

@@ -84,22 +84,12 @@ is(arrive('repeatable', 1), '1', 'also under REPEATABLE READ');
 
 # ---- large messages ----
 
-# A publisher that has not read anything yet.
-sub new_publisher
-{
-	my $pid = PgFanout::publisher_pid($node);
-
-	sql("select pg_terminate_backend($pid)");
-	PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher where connected_to is not null') !~ /^($pid|0)$/ },
-		'a new publisher');
-	return PgFanout::publisher_pid($node);
-}
-
 # Runs it with a new publisher, and says how much memory that has used.
 sub uses_less_than
 {
 	my ($megabytes, $what, $run) = @_;
-	my $pid = new_publisher();
+	# it has not read anything yet
+	my $pid = PgFanout::new_publisher($node);
 
 	$run->();
 	my ($peak) = slurp_file("/proc/$pid/status") =~ /VmHWM:\s+(\d+) kB/;

@@ -14,7 +14,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../lib";
 
 use Encode qw(encode_utf8);
-use JSON::PP ();
+use JSON::XS ();
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -675,7 +675,7 @@ sub round
 
 	my ($status, $stdout, $stderr) = $node->psql('postgres', encode_utf8("$reader set client_min_messages = warning; select fz.feed()"));
 	is($stderr, '', 'the messages can be applied') or diag("# seed $seed");
-	$unlike = join "\n", map { where_unlike(@{ JSON::PP->new->decode($_) }) }
+	$unlike = join "\n", map { where_unlike(@{ JSON::XS->new->decode($_) }) }
 	  split /\n/, sql('select json_build_array(id, n, was, became) from unlike() order by n, id limit 10');
 	is($unlike, '', 'every value is read back equal') or diag("# seed $seed; settings:\n$reader");
 	return;

@@ -76,16 +76,6 @@ sub boundary
 sub blocks { return sql("select pg_relation_size('fanout.outbox_' || current) / 8192 from fanout.rotation"); }
 sub current { return sql('select current from fanout.rotation'); }
 
-sub new_publisher
-{
-	my $pid = PgFanout::publisher_pid($node);
-
-	sql("select pg_terminate_backend($pid)");
-	PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher') !~ /^($pid|0)$/ },
-		'a new publisher');
-	return;
-}
-
 sql( q(select fanout.declare_binding('t', 'g', 'classic');
 	   create table t (id bigserial primary key, v text, seen boolean not null default false);
 	   select fanout.capture('t', 't', '{insert}')));
@@ -151,7 +141,7 @@ all_arrived('a transaction that is rolled back');
 PgFanout::run_in($long, q(begin; insert into t (v) values ('before the publisher ends')));
 boundary();
 others_write(1000);
-new_publisher();
+PgFanout::new_publisher($node);
 boundary();
 others_write(1000);
 boundary();
@@ -175,7 +165,7 @@ all_arrived('a prepared transaction, after a restart of the server', repeats => 
 sql(q(begin; insert into t (v) values ('prepared 4'); prepare transaction 'p4'));
 $node->stop('immediate');
 $node->start;
-new_publisher();
+PgFanout::new_publisher($node);
 boundary();
 others_write(1000);
 boundary();
@@ -233,7 +223,7 @@ boundary();
 my $before = blocks();
 PgFanout::run_in($long, 'rollback');
 boundary();
-new_publisher();
+PgFanout::new_publisher($node);
 boundary();
 $proxy->command('cut');
 sql("vacuum (truncate) fanout.outbox_$current");

@@ -43,24 +43,6 @@ sub shows
 	return;
 }
 
-sub new_publisher
-{
-	my $pid = PgFanout::publisher_pid($node);
-
-	sql("select pg_terminate_backend($pid)");
-	PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher') !~ /^($pid|0)$/ }, 'a new publisher');
-	return;
-}
-
-# The quickest of a few looks, in ms: on a busy machine the others say little.
-sub time_of_view
-{
-	my $out = sql(join("\n", "\\timing on", ('select * from fanout.stat_topics;') x 15));
-	my @times = sort { $a <=> $b } $out =~ /Time: ([\d.]+)/g;
-
-	return $times[0];
-}
-
 # Compares the ids of all messages of a topic that the outbox has with those in a queue.
 sub same_messages
 {
@@ -104,15 +86,15 @@ shows('t', 'pending', 30, 'what is not committed is not');
 PgFanout::run_in($open, 'commit');
 shows('t', 'pending', 35, 'once it is, it is counted, too');
 sql(q(begin; select count(fanout.publish('t', '{}')) from generate_series(1, 5); rollback));
-my $few = time_of_view();
+my $few = PgFanout::time_of_view($node, 'fanout.stat_topics');
 publish('t', $rows);
 shows('t', 'pending', $rows + 35, 'so are very many, and nothing that was rolled back');
 is(sql(q(select oldest_pending_age between '0' and '10 min' from fanout.stat_topics where topic = 't')), 't', 'the oldest one has an age');
 is(sql(q(select oldest_pending_age is null from fanout.stat_topics where topic = 'idle')), 't', 'where nothing waits there is none');
-my $time = time_of_view();
+my $time = PgFanout::time_of_view($node, 'fanout.stat_topics');
 cmp_ok($time, '<', $few + 5, "with $rows messages that wait, looking takes $time ms, with a few $few ms");
 
-new_publisher();
+PgFanout::new_publisher($node);
 shows('t', 'pending', $rows + 35, 'another publisher finds them all again');
 publish('t', 7);
 shows('t', 'pending', $rows + 42, 'and what is added');
@@ -149,13 +131,13 @@ sql(q(select fanout.pause('paused')));
 publish('paused', 1000);
 publish('t', 1);
 shows('paused', 'held', 1000, 'what waits for a topic that is paused is counted');
-new_publisher();
+PgFanout::new_publisher($node);
 publish('paused', 10);
 shows('paused', 'held', 1010, 'also by another publisher');
 $proxy->command('cut');
 PgFanout::wait_for_publisher($node, 'disconnected');
 publish('paused', 10);
-new_publisher();
+PgFanout::new_publisher($node);
 shows('paused', 'held', 1020, 'and by one that has no broker');
 sql(q(select fanout.purge('paused', held => true)));
 ok($node->poll_query_until('postgres', q(select held = 0 from fanout.stat_topics where topic = 'paused')), 'what is purged waits no longer');
@@ -181,7 +163,7 @@ shows('paused', 'held', 3, 'what comes after it is');
 sql("select fanout.purge('paused', held => true, message_id => '$ids[1]')");
 ok($node->poll_query_until('postgres', q(select held = 2 from fanout.stat_topics where topic = 'paused')), 'a single one that is purged is not');
 is(sql(q(select fanout.flush('1 s'))), 'f', 'flush() waits for the others');
-new_publisher();
+PgFanout::new_publisher($node);
 shows('paused', 'held', 2, 'another publisher does not count it either');
 sql(q(select fanout.resume('paused')));
 PgFanout::flush($node);
@@ -207,13 +189,13 @@ PgFanout::flush($node);
 sql(q(select fanout.pause('many' || i) from generate_series(1, 50) i));
 sql(q(select count(fanout.publish('many' || i, to_jsonb(n))) from generate_series(1, 200) n, generate_series(1, 50) i where n <= i));
 same_figures('the messages of many paused topics are counted');
-new_publisher();
+PgFanout::new_publisher($node);
 same_figures('also by another publisher');
 $proxy->command('cut');
 PgFanout::wait_for_publisher($node, 'disconnected');
 sql(q(select fanout.resume('many' || i) from generate_series(1, 25) i));
 sql(q(select count(fanout.publish('many' || i, to_jsonb(n))) from generate_series(1, 20) n, generate_series(1, 50) i));
-new_publisher();
+PgFanout::new_publisher($node);
 same_figures('and where some are resumed while the broker is away');
 is(sql(q(select sum(pending) from fanout.stat_topics where topic like 'many%')), 25 * 26 / 2 + 25 * 20, 'which are pending then');
 $proxy->command('pass');

@@ -88,7 +88,7 @@ my @differences = grep {
 	delete $y{$_} foreach grep { /^x-(first|last)-death/ } keys %y;
 	!$death || $x->{message_id} ne $y->{message_id} || $x->{raw} ne $y->{raw} || $x->{type} ne $y->{type} || $x->{timestamp} != $y->{timestamp}
 	  || $y->{content_type} ne 'application/json' || $y->{delivery_mode} != 2
-	  || JSON::PP->new->canonical->encode($x->{headers}) ne JSON::PP->new->canonical->encode(\%y)
+	  || JSON::XS->new->canonical->encode($x->{headers}) ne JSON::XS->new->canonical->encode(\%y)
 } 0 .. 299;
 is("@differences", '', 'with their ids, properties, headers and bodies, and x-death');
 is(look('item_g'), 0, 'the view shows that they are gone');

@@ -19,7 +19,7 @@ my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 pg_fanout.retry_interval = 100ms
 ));
-my $json = JSON::PP->new->utf8;
+my $json = JSON::XS->new->utf8;
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 

@@ -51,21 +51,12 @@ sub waits_for_counting
 	return;
 }
 
-# The quickest of a few looks, in ms: on a busy machine the others say little.
-sub time_of_view
-{
-	my $out = sql(join("\n", "\\timing on", ('select * from fanout.stat_topics;') x 15));
-	my @times = sort { $a <=> $b } $out =~ /Time: ([\d.]+)/g;
-
-	return $times[0];
-}
-
 my $few;    # with hardly any messages
 
 sub is_quick
 {
 	my ($name) = @_;
-	my $time = time_of_view();
+	my $time = PgFanout::time_of_view($node, 'fanout.stat_topics');
 
 	cmp_ok($time, '<', $few + 5, "$name, looking takes $time ms, with few $few ms");
 	return;
@@ -95,7 +86,7 @@ sql( q(select fanout.declare_binding(t, 'g', 'classic') from unnest('{a,b,c}'::t
 	   select fanout.pause('a'), fanout.pause('b')));
 PgFanout::flush($node);
 waits_for_counting('the publisher counts soon after it has started');
-$few = time_of_view();
+$few = PgFanout::time_of_view($node, 'fanout.stat_topics');
 
 # ---- transactions ----
 

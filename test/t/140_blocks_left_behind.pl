@@ -58,15 +58,6 @@ sub arrived
 	return;
 }
 
-sub new_publisher
-{
-	my $pid = PgFanout::publisher_pid($node);
-
-	sql("select pg_terminate_backend($pid)");
-	PgFanout::poll(sub { sql('select coalesce(max(pid), 0) from fanout.stat_publisher') !~ /^($pid|0)$/ }, 'a new publisher');
-	return;
-}
-
 # Makes room in the first blocks of the current segment, and leaves them behind.
 sub make_room
 {
@@ -125,7 +116,7 @@ foreach my $round ('one publisher', 'another publisher', 'the publisher after a 
 	$broker->suspend_queue('second_g');
 	PgFanout::run_in($long, 'commit');
 	PgFanout::poll(sub { in_a_batch() || sql('select count(*) from fanout.detached') > 0 }, 'the first of its messages to be recorded');
-	new_publisher() if $round =~ /another/;
+	PgFanout::new_publisher($node) if $round =~ /another/;
 	if ($round =~ /crash/)
 	{
 		$long->{harness}->kill_kill;
@@ -147,7 +138,7 @@ foreach my $round ('one publisher', 'another publisher')
 	sql(by_hand('waits', $round, '(select current from fanout.rotation)'));
 	cmp_ok(block('waits', $round), '<', block('others', 'other') - 20, 'a message goes to where there is room');
 	others_flow(100);
-	new_publisher() if $round =~ /another/;
+	PgFanout::new_publisher($node) if $round =~ /another/;
 	others_flow(100);
 	sql(q(select fanout.resume('waits')));
 	PgFanout::flush($node);
@@ -176,7 +167,7 @@ PgFanout::poll(
 	'where a message went that all have read to be forgotten');
 is(sql('select current from fanout.rotation'), $current, 'the segment is the current one still');
 sql(q(alter system reset pg_fanout.retention; select pg_reload_conf()));
-new_publisher();
+PgFanout::new_publisher($node);
 sql(q(select fanout.resume('waits')));
 PgFanout::flush($node);
 arrived('waits', 'kept', 1, 'a message where there was room is sent once its topic is resumed, after the retention');
@@ -196,7 +187,7 @@ PgFanout::poll(
 	},
 	'the segment to be emptied');
 pass('it is kept when its segment is emptied');
-new_publisher();
+PgFanout::new_publisher($node);
 sql(q(select fanout.resume('waits')));
 PgFanout::flush($node);
 arrived('waits', 'long', 1, 'it is sent once its topic is resumed, however late that is');

@@ -42,7 +42,7 @@ use warnings;
 use File::Basename qw(basename);
 use File::Copy ();
 use IPC::Run ();
-use JSON::PP ();
+use JSON::XS ();
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes ();
@@ -435,7 +435,7 @@ sub judge
 		'--received', $self->received,
 		map { ('--queue', $_) } @{ $self->{queues} });
 
-	return JSON::PP::decode_json($json);
+	return JSON::XS::decode_json($json);
 }
 
 sub report
@@ -462,7 +462,7 @@ sub keep_evidence
 {
 	my ($self, $result) = @_;
 
-	diag(JSON::PP->new->canonical->encode($result));
+	diag(JSON::XS->new->canonical->encode($result));
 	foreach my $file (qw(ledger received))
 	{
 		File::Copy::copy("$self->{dir}/$file",
