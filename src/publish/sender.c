@@ -51,7 +51,8 @@
  * lost again, and it could not be told whose fault that is.  So on a new connection those
  * that are suspected let the others go first (may_try()).  And if the last connection was
  * lost before anything was confirmed, topics go one at a time until something is, first
- * those that did not lose the connection in this way before.
+ * those that did not lose the connection in this way before.  A topic that lost it again and
+ * again waits for longer and longer, but on a connection: nobody else is to wait for one.
  *
  * A confirm that does not come may be the fault of the topic's queue or of the whole
  * broker.  So something else is asked of the broker then, and if it answers, it was
@@ -105,6 +106,7 @@
 #define STUCK_LOSS 5
 #define SUSPECT_LOSSES (3 * STUCK_LOSS)
 #define TRIAL_MS 1000
+#define LONGEST_TRIAL_MS 5000	/* if it goes on publishing */
 
 /* How long nobody else publishes around a trial, beside twice the way to the broker. */
 #define QUIET_MS 500
@@ -295,6 +297,8 @@ note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 	if (!suspected || !alone || !stuck || acked_at <= flow->lost_at)
 		return;
 	flow->isolate = Max(flow->isolate, n);
+	/* its attempts have pauses from now on, but others go first */
+	flow->trials = 1;
 	flow_refused(flow, event->code,
 				 psprintf("the connection was lost again and again while the topic's messages were published: %s",
 						  event->code == 0 ? event->text : psprintf("%d %s", event->code, event->text)));
@@ -655,6 +659,13 @@ is_tried(const Flow *flow)
 	return careful || is_suspected(flow);
 }
 
+/* How long does it wait for others on a new connection? */
+static int
+lets_others_first_ms(const Flow *flow)
+{
+	return Min(TRIAL_MS * Max(flow->trials, 1), MAX_RECONNECT_MS);
+}
+
 /*
  * May such a topic publish on this connection?  If it is suspected, not before others have
  * shown that the connection works, if there are any.  And the later, the more often the
@@ -668,7 +679,7 @@ may_try(const Flow *flow)
 	if (is_suspected(flow) && topology_asks())
 		return false;
 	if (acked_at <= conn->connected_at &&
-		!mono_exceeds(conn->connected_at, mono_now(), TRIAL_MS * Max(flow->trials, 1)) &&
+		!mono_exceeds(conn->connected_at, mono_now(), lets_others_first_ms(flow)) &&
 		(flow->trials > 0 || (is_suspected(flow) && !only_suspects())))
 		return false;
 	if (trial == flow || !is_suspected(flow) || is_quiet(flow, mono_now()))
@@ -1085,14 +1096,15 @@ flow_lost(Flow *flow, bool only, bool alone, const BrokerEvent *event)
 }
 
 /*
- * Counts a trial that ended with the loss of the connection.  The first one of a topic is
- * no reason to wait for longer than before: others wait to be tried.
+ * Counts a trial that ended with the loss of the connection.  The pauses grow on the next
+ * connections, for this topic alone (may_try()): whoever has something to publish
+ * meanwhile is not to wait for a connection.
  */
 static void
 note_trial(Flow *flow)
 {
-	if (flow->trials++ == 0)
-		connection_hasten(conn);
+	flow->trials++;
+	connection_hasten(conn);
 }
 
 /*
@@ -1183,7 +1195,7 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 		if (flows[i] != NULL)
 			check_flow(flows[i], now);
 	}
-	if (trial != NULL && waits_in_vain(trial_at, now, TRIAL_MS))
+	if (trial != NULL && (waits_in_vain(trial_at, now, TRIAL_MS) || waits_in_vain(trial_since, now, LONGEST_TRIAL_MS)))
 	{
 		acquit(trial);
 		careful = false;
@@ -1208,8 +1220,8 @@ sender_timeout(MonoTime now)
 		timeout = Min(timeout, 500);
 	if (nwaiters > 0 || trial != NULL || trial_awaits_quiet(now))
 		timeout = Min(timeout, 100);
-	/* for those that are suspected, and wait for others to show that it works */
-	if (nring > 0 && acked_at <= conn->connected_at)
+	/* for those that are suspected, and wait for others, or for requests */
+	if (may_publish && (acked_at <= conn->connected_at || sender_suspects()))
 		timeout = Min(timeout, TRIAL_MS / 4);
 	for (int i = 0; i < nflows; i++)
 	{

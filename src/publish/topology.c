@@ -34,7 +34,9 @@
  *	 lost without a word (somebody on the way may not like a request), but that may be
  *	 chance: then once more is needed.  A loss does not count while messages are in
  *	 flight that were when it was lost before, because it may be theirs: sender.c
- *	 finds out.  While it does, the request is held back, so that it can.
+ *	 finds out.  While it does, the request is held back, so that it can.  But if the
+ *	 connection is lost meanwhile, the request goes first on the next one: perhaps it is
+ *	 what messages wait for that would show whose fault it is.
  *
  * Must never: wait; have more than one request under way on a channel.
  *
@@ -73,6 +75,9 @@
 /* How often it is looked for whether a late answer is still to be waited for. */
 #define WITNESS_MS 500
 
+/* A request that was made so long ago is not why the connection is lost without a word. */
+#define OLD_REQUEST_MS 2000
+
 /* How often it is looked for whether a request may be made that is held back. */
 #define HELD_MS 100
 
@@ -101,6 +106,8 @@ static dlist_head queue = DLIST_STATIC_INIT(queue);
 static dlist_head unrecorded = DLIST_STATIC_INIT(unrecorded);
 static int	nqueued = 0;		/* in the queue, and being worked on */
 static bool one_at_a_time = false;
+static bool may_hold = true;	/* requests may be held back on this
+								 * connection */
 
 /*
  * A request may wait behind messages that are slow to get to the broker.  So one that
@@ -789,7 +796,7 @@ ask_next(Connection *conn, Control *control, bool *busy)
 		return;
 	}
 	note_request(control, &next);
-	control->held = is_lost_request(control, &topic->declaration) && messages_suspected();
+	control->held = may_hold && is_lost_request(control, &topic->declaration) && messages_suspected();
 	if (control->held)
 	{
 		*busy = true;
@@ -914,7 +921,7 @@ topology_step(Connection *conn)
 	{
 		bool		asked = controls[i].asked;
 
-		if (!another && controls[i].topic_id == 0)
+		if (!another && (controls[i].topic_id == 0 || controls[i].held))
 			continue;
 		step(conn, &controls[i]);
 		any = any || (controls[i].asked && !asked);
@@ -991,6 +998,13 @@ may_blame_request(const Control *control, const BrokerEvent *event)
 		(event->class_id == 0 || broker_blames_request(event->class_id, event->method_id, control->kind));
 }
 
+/* Was it made so long ago that it would have had its effect? */
+static bool
+is_old(const Control *control)
+{
+	return control->asked && mono_exceeds(control->asked_at, mono_now(), OLD_REQUEST_MS);
+}
+
 /*
  * May the loss of the connection that is reported be the fault of a request?  To be asked
  * before topology_lost().
@@ -1000,7 +1014,7 @@ topology_doubtful(const BrokerEvent *event)
 {
 	for (int i = 0; i < CONTROL_CHANNELS; i++)
 	{
-		if (may_blame_request(&controls[i], event))
+		if (may_blame_request(&controls[i], event) && (event->class_id != 0 || !is_old(&controls[i])))
 			return true;
 	}
 	return false;
@@ -1034,10 +1048,15 @@ void
 topology_lost(const BrokerEvent *event, bool doubtful)
 {
 	int			asked = 0;
+	bool		any_held = false;
 
 	witness = 0;
 	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	{
 		asked += controls[i].asked;
+		any_held = any_held || (controls[i].topic_id != 0 && controls[i].held);
+	}
+	may_hold = !any_held;
 	for (int i = 0; i < CONTROL_CHANNELS; i++)
 	{
 		Control    *control = &controls[i];
@@ -1081,7 +1100,10 @@ topology_busy(void)
 	return nqueued > 0;
 }
 
-/* Is there anything that the broker is being asked, or will be next? */
+/*
+ * Is there anything that the broker is being asked, or will be next?  Not what it takes
+ * very long to answer: messages are not to wait for that.
+ */
 bool
 topology_asks(void)
 {
@@ -1091,7 +1113,7 @@ topology_asks(void)
 	{
 		if (controls[i].topic_id == 0)
 			any_free = true;
-		else if (!controls[i].held)
+		else if (!controls[i].held && !is_old(&controls[i]))
 			return true;
 	}
 	return any_free && !dlist_is_empty(&queue);
