@@ -148,6 +148,8 @@ static MonoTime others_at = 0;	/* when anybody else did, the last time */
 static MonoTime way = 0;		/* to the broker and back, in microseconds; 0:
 								 * being measured */
 static MonoTime way_since = 0;	/* with what was published since then */
+static MonoTime last_way = 0;	/* while it is measured anew, and on a new
+								 * connection: what it was */
 static MonoTime checked_at = 0;
 static MonoTime counts_from = 0;	/* time counts against topics: the
 									 * connection is new, or an alarm is over,
@@ -234,7 +236,7 @@ acquit(Flow *flow)
 static int
 trial_ms(void)
 {
-	return QUIET_MS + 2 * way / 1000;
+	return QUIET_MS + 2 * (way != 0 ? way : last_way) / 1000;
 }
 
 /*
@@ -628,7 +630,7 @@ note_delay(const Flow *flow)
 		return;
 	delay = Max(mono_now() - item->published_at, 1);
 	if (way == 0 || delay < way)
-		way = delay;
+		way = last_way = delay;
 }
 
 /* Is all that is to be published, or is in flight, of topics that are suspected? */
