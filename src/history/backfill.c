@@ -375,6 +375,24 @@ is_comparison(const WalkRow *row)
 	return strcmp(row->kind, "compare") == 0;
 }
 
+/*
+ * Does the table have another name than when the comparison began?  The copy takes no message
+ * under that.  Returns why the comparison cannot go on, or NULL.
+ */
+static const char *
+check_name(const WalkRow *row, Relation rel)
+{
+	char	   *schema = get_namespace_name(RelationGetNamespace(rel));
+
+	if (!is_comparison(row) || schema == NULL ||
+		(strcmp(schema, row->schema) == 0 && strcmp(RelationGetRelationName(rel), row->table) == 0))
+		return NULL;
+	return psprintf("table %s was renamed to %s, and its copy takes no messages under that name: "
+					"use fanout.unsubscribe() and fanout.sync_table() there, with the new name as \"source\", and compare again",
+					quote_qualified_identifier(row->schema, row->table),
+					quote_qualified_identifier(schema, RelationGetRelationName(rel)));
+}
+
 /* Returns what says in which order the key sorts, as one text. */
 static char *
 order_of_key(const WalkRow *row, Relation rel)
@@ -592,6 +610,8 @@ backfill_step(Walk *walk, const WalkRow *row, WalkStep *step)
 
 	step->file = row->file;
 	step->failure = open_source(row, &source);
+	if (step->failure == NULL)
+		step->failure = check_name(row, source.rel);
 	if (step->failure == NULL)
 		step->failure = check_key(row, source.rel, step);
 	if (step->failure != NULL)

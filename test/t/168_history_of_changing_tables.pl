@@ -1,0 +1,63 @@
+# Backfills and comparisons whose table is renamed, dropped or swapped with another one
+# meanwhile, or has rows that are very wide.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $broker = PgFanout::broker();
+my $node = PgFanout::cluster_with_copy($broker);
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+sub copy { return $node->safe_psql('copy', $_[0]); }
+
+# What the copy says of a run once it is in that state.
+sub result
+{
+	my ($run, $state) = @_;
+
+	return $node->poll_query_until('copy', "select state = '$state' and finished_at is not null from fanout.sync_comparisons where run = $run")
+	  ? copy("select coalesce(error, 'no error') from fanout.sync_comparisons where run = $run")
+	  : 'it is ' . copy("select state from fanout.sync_comparisons where run = $run");
+}
+
+# ---- a comparison that cannot be ended says so at the copy ----
+
+my @tables = qw(renamed dropped released cancelled);
+foreach my $table (@tables)
+{
+	sql(qq(create table $table (id int primary key); insert into $table select generate_series(1, 500);
+		select fanout.declare_binding('$table', 'k'), fanout.capture('$table', '$table'), fanout.pause_topic('$table')));
+	copy(qq(create table $table (id int primary key); insert into $table select generate_series(1, 500); select fanout.sync_table('$table', 'k', '$table')));
+}
+my %run = map { $_ => sql("select fanout.compare('$_', '$_', 'k')") } @tables;
+
+# it stands still, for what it has written is not sent
+$node->poll_query_until('postgres', q(select bool_and(state = 'running' and rows_sent > 0) from fanout.backfills)) or die 'not begun';
+sql(qq(
+alter table renamed rename to "New name";
+drop table dropped;
+select fanout.uncapture('released', 'released');
+select fanout.cancel_backfill($run{cancelled});
+select fanout.resume_topic(t) from unnest('{renamed,dropped,released,cancelled}'::text[]) t));
+is(result($run{renamed}, 'failed'), 'table public.renamed was renamed to public."New name", and its copy takes no messages under that name: ' .
+	'use fanout.unsubscribe() and fanout.sync_table() there, with the new name as "source", and compare again', 'of a table that is renamed meanwhile');
+is(result($run{dropped}, 'failed'), 'the table was dropped', 'of one that is dropped');
+is(result($run{released}, 'failed'), 'the table is not captured into topic "released" any more', 'of one that is not captured any more');
+is(result($run{cancelled}, 'failed'), 'it was cancelled at the source', 'and one that is cancelled');
+is(sql(q(select string_agg(state, ' ' order by id) from fanout.backfills)), 'failed failed failed cancelled', 'as it does at the source');
+
+sql(qq(alter table "New name" rename to renamed; select fanout.capture('released', 'released');
+	select fanout.resume_backfill(id) from unnest('{$run{renamed},$run{released}}'::bigint[]) id));
+is(result($run{$_}, 'equal') . ' ' . copy("select compared from fanout.sync_comparisons where run = $run{$_}"), 'no error 500', "the comparison of $_ is resumed and ends")
+  foreach qw(renamed released);
+
+$node->stop('fast');
+
+done_testing();
