@@ -5071,7 +5071,7 @@ create table fanout.backfill (
 create index backfill_running_idx on fanout.backfill (backfill_id) where state = 'running';
 comment on table fanout.backfill is 'internal: one row per backfill, where it is; see the view fanout.backfills';
 comment on column fanout.backfill.key is 'numbers of the columns in whose order the table is walked; {}: by pages';
-comment on column fanout.backfill.position is 'the key, or the page, up to which it has come';
+comment on column fanout.backfill.position is 'the key up to which it has come; of a walk by pages, the first place (ctid) that was not read';
 comment on column fanout.backfill.key_order is 'of a walk by a key, fanout.key_order() when position was written: in which order that is the next row''s predecessor';
 comment on column fanout.backfill.file is 'of a walk by pages, the file (pg_class.relfilenode) that position is about';
 comment on column fanout.backfill.walked is 'all rows are in the outbox';

@@ -5,8 +5,9 @@
  *
  * A table is walked in the order of a unique index without NULLs, or, if it has
  * none, in the order of its pages.  A step looks first, without locks, how far it
- * gets: to the last of so many keys, or over so many pages.  Then it locks and reads
- * the rows of that range, and nothing else says where the next step begins:
+ * gets: to the last of so many keys, or over so many pages; and no further than rows of
+ * so many bytes.  Then it locks and reads the rows of that range, and nothing else says
+ * where the next step begins:
  *
  *		keys	... last step ...|.......... range ..........|... next step ...
  *		looked					 > position		   <= bound = next position
@@ -321,6 +322,28 @@ add_to_range(Range *range, const WalkRow *row, Relation rel, char **texts)
 }
 
 /*
+ * Counts the rows of the step: those in SPI_tuptable, or the first of them that have so many
+ * bytes, by the last column of each.  There must be a row, and one is taken whatever its size.
+ */
+static int
+rows_of_step(void)
+{
+	int			column = SPI_tuptable->tupdesc->natts;
+	int			last;
+	int64		bytes = 0;
+
+	for (last = 0; last < SPI_processed - 1; last++)
+	{
+		bool		isnull;
+
+		bytes += DatumGetInt64(query_value(last, column, &isnull));
+		if (bytes > STEP_BYTES)
+			break;
+	}
+	return last + 1;
+}
+
+/*
  * Finds the key up to which the step goes: of so many rows, or so many bytes.
  * Returns false if there are none left.
  */
@@ -328,8 +351,6 @@ static bool
 find_key_bound(Walk *walk, const WalkRow *row, const Source *source, Range *range, WalkStep *step)
 {
 	StringInfoData sql;
-	int64		bytes = 0;
-	int			last = 0;
 
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "select ");
@@ -349,22 +370,13 @@ find_key_bound(Walk *walk, const WalkRow *row, const Source *source, Range *rang
 	append_keys(&sql, row, source->rel, "");
 	appendStringInfo(&sql, " limit %d", walk->rows);
 	run_as_owner(&walk->bounds, sql.data, range, source->rel);
-	step->rows = SPI_processed;
-	if (step->rows == 0)
+	if (SPI_processed == 0)
 		return false;
-	for (last = 0; last < step->rows - 1; last++)
-	{
-		bool		isnull;
-
-		bytes += DatumGetInt64(query_value(last, row->nkeys + 1, &isnull));
-		if (bytes > STEP_BYTES)
-			break;
-	}
-	step->rows = last + 1;
+	step->rows = rows_of_step();
 	step->nposition = row->nkeys;
 	step->position = palloc(row->nkeys * sizeof(char *));
 	for (int i = 0; i < row->nkeys; i++)
-		step->position[i] = SPI_getvalue(SPI_tuptable->vals[last], SPI_tuptable->tupdesc, i + 1);
+		step->position[i] = SPI_getvalue(SPI_tuptable->vals[step->rows - 1], SPI_tuptable->tupdesc, i + 1);
 	add_to_range(range, row, source->rel, step->position);
 	return true;
 }
@@ -451,36 +463,66 @@ key_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, Wa
 }
 
 static void
-add_block(Range *range, BlockNumber block)
+add_place(Range *range, BlockNumber block, OffsetNumber offset)
 {
 	ItemPointer tid = palloc(sizeof(ItemPointerData));
 
-	ItemPointerSet(tid, block, 0);
+	ItemPointerSet(tid, block, offset);
 	range->types[range->n] = TIDOID;
 	range->values[range->n++] = PointerGetDatum(tid);
 }
 
-/* The same by pages: position is the first page that was not read. */
+/*
+ * Ends the range of pages before, if its rows have more bytes than a step may have: a page
+ * has hundreds of rows whose values are elsewhere.
+ */
+static void
+bound_pages(Walk *walk, const Source *source, Range *range)
+{
+	StringInfoData sql;
+	ItemPointer last;
+	bool		isnull;
+
+	if (!OidIsValid(source->rel->rd_rel->reltoastrelid))
+		return;
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "select \"new\".ctid, (");
+	append_size(&sql, source->rel);
+	appendStringInfo(&sql, ")::bigint from only %s as \"new\" where \"new\".ctid >= $1 and \"new\".ctid < $2"
+					 " order by \"new\".ctid",
+					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(source->rel)),
+												RelationGetRelationName(source->rel)));
+	run_as_owner(&walk->bounds, sql.data, range, source->rel);
+	if (SPI_processed == 0 || rows_of_step() == SPI_processed)
+		return;
+	last = (ItemPointer) DatumGetPointer(query_value(rows_of_step() - 1, 1, &isnull));
+	range->n--;
+	add_place(range, ItemPointerGetBlockNumber(last), OffsetNumberNext(ItemPointerGetOffsetNumber(last)));
+}
+
+/* The same by pages: position is the first place that was not read, as ctid. */
 static bool
 page_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, WalkStep *step)
 {
 	Relation	rel = source->rel;
 	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
 	double		per_page = rel->rd_rel->relpages > 0 ? rel->rd_rel->reltuples / rel->rd_rel->relpages : 50;
-	BlockNumber first = 0;
-	BlockNumber next;
+	ItemPointerData first;
+	BlockNumber block;
 
+	ItemPointerSet(&first, 0, 0);
 	step->file = rel->rd_rel->relfilenode;
 	if (row->nposition > 0 && row->file == step->file)
-		first = (BlockNumber) strtoul(row->position[0], NULL, 10);
-	if (first >= nblocks)
+		first = *(ItemPointer) DatumGetPointer(DirectFunctionCall1(tidin, CStringGetDatum(row->position[0])));
+	block = ItemPointerGetBlockNumberNoCheck(&first);
+	if (block >= nblocks)
 		return false;
-	next = Min((uint64) nblocks, (uint64) first + (uint64) Max(1, walk->rows / Max(1, per_page)));
-	add_block(range, first);
-	add_block(range, next);
+	add_place(range, block, ItemPointerGetOffsetNumberNoCheck(&first));
+	add_place(range, Min((uint64) nblocks, (uint64) block + (uint64) Max(1, walk->rows / Max(1, per_page))), 0);
+	bound_pages(walk, source, range);
 	step->nposition = 1;
 	step->position = palloc(sizeof(char *));
-	step->position[0] = psprintf("%u", next);
+	step->position[0] = DatumGetCString(DirectFunctionCall1(tidout, range->values[1]));
 	return true;
 }
 

@@ -58,6 +58,23 @@ sql(qq(alter table "New name" rename to renamed; select fanout.capture('released
 is(result($run{$_}, 'equal') . ' ' . copy("select compared from fanout.sync_comparisons where run = $run{$_}"), 'no error 500', "the comparison of $_ is resumed and ends")
   foreach qw(renamed released);
 
+# ---- rows that are wide, in a table without a key: many of them have their places in one page ----
+
+sql(q(
+create table wide (id int, v text);
+alter table wide alter v set storage external;
+insert into wide select i, repeat(chr(96 + i), 1000000) from generate_series(1, 20) i;
+select fanout.declare_binding('wide', 'k'), fanout.capture('wide', 'wide'), fanout.pause_topic('wide');
+select fanout.backfill('wide', 'wide', 'k')));
+my $transactions = q(select max(n) from (select count(*) as n from fanout.outbox join fanout.topic using (topic_id) where topic = 'wide' group by xid) x);
+$node->poll_query_until('postgres', q(select rows_sent > 0 from fanout.backfills where topic = 'wide')) or die 'not begun';
+cmp_ok(sql($transactions), '<=', 4, 'a transaction has rows of few MB');
+sql(q(select fanout.resume_topic('wide')));
+$node->poll_query_until('postgres', q(select state = 'done' from fanout.backfills where topic = 'wide')) or die 'not done';
+cmp_ok(sql($transactions), '<=', 4, 'and so has each');
+is(sql(q(select count(*), count(distinct left(payload::jsonb #>> '{after,v}', 1)) from fanout.outbox join fanout.topic using (topic_id)
+	where topic = 'wide' and headers ->> 'op' = 'r')), '20|20', 'each row is sent once');
+
 $node->stop('fast');
 
 done_testing();
