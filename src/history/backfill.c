@@ -29,7 +29,8 @@
  * The table is read as its owner, restricted as in maintenance commands: the
  * condition may call functions.
  *
- * It must never follow where a locked row is now to say how far the walk is.
+ * It must never follow where a locked row is now to say how far the walk is, nor take the
+ * rows of a table for those of another one that has its name by now.
  *
  * Locks: ROW SHARE on the table and FOR NO KEY UPDATE on the rows, which conflict
  * with updates, but not with foreign keys' checks.
@@ -63,6 +64,7 @@
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/plancache.h"
 #include "utils/ruleutils.h"
 #include "utils/typcache.h"
 
@@ -121,7 +123,28 @@ is_prepared(const WalkQuery *query, const char *sql, const Range *range)
 		memcmp(query->types, range->types, range->n * sizeof(Oid)) == 0;
 }
 
-/* Runs a statement of the walk as the table's owner; it is prepared again only if it is another one. */
+/*
+ * Makes sure that the statement that was executed has read the table, which it names.  The
+ * name of its schema may have been given to another one meanwhile, for which no lock of a
+ * table is needed.  Raises an error after which the step is tried again.
+ */
+static void
+check_table_read(SPIPlanPtr plan, Relation rel)
+{
+	CachedPlanSource *source = linitial(SPI_plan_get_plan_sources(plan));
+	Query	   *query = linitial_node(Query, source->query_list);
+	RangeTblEntry *table = linitial_node(RangeTblEntry, query->rtable);
+
+	if (table->relid != RelationGetRelid(rel))
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("table \"%s\" was renamed while its rows were looked for", RelationGetRelationName(rel))));
+}
+
+/*
+ * Runs a statement of the walk, whose first table is rel, as the owner of that; it is prepared
+ * again only if it is another one.
+ */
 static void
 run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 {
@@ -148,6 +171,7 @@ run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 	MemoryContextSwitchTo(context);
 	if (result < 0)
 		elog(ERROR, "could not execute \"%s\": %s", sql, SPI_result_code_string(result));
+	check_table_read(query->plan, rel);
 	become_caller(&caller);
 }
 
