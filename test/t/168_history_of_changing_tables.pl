@@ -102,6 +102,15 @@ is(sql(q(select count(*) from fanout.outbox join fanout.topic t using (topic_id)
 	where topic in ('blue', 'green') and headers ->> 'op' = 'r' and payload::jsonb #>> '{after,v}' is distinct from topic)), '0', 'no row is sent as one of the other table');
 note sql(q(select state, count(*), max(error), sum(rows_sent) from fanout.backfills where topic in ('blue', 'green') group by state));
 
+# ---- a binding that is dropped before the publisher has heard of it ----
+
+sql(q(begin; select fanout.declare_binding('brief', 'k'), fanout.publish('brief', '1'), fanout.drop_binding('brief', 'k'); commit));
+PgFanout::poll(sub { sql(q(select last_error from fanout.bindings where topic = 'brief')) eq 'not dropped: the queue has 1 messages' }, 'the answer of the broker');
+is($broker->count('brief_k'), 1, 'its queue gets what was written to it, and so is not empty, and stays');
+sql(q(begin; select fanout.declare_binding('brief_2', 'k'), fanout.publish('brief_2', '1'), fanout.drop_binding('brief_2', 'k', if_empty => false); commit));
+PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'brief_2')) == 0 }, 'the queue to be dropped');
+is(sql(q(select pending + coalesce(held, 0) from fanout.stat_topics where topic = 'brief_2')), '0', 'and nothing of the topic waits for one that was dropped');
+
 $node->stop('fast');
 
 done_testing();
