@@ -3847,6 +3847,7 @@ create table fanout.sync_comparison (
     extra           bigint      not null default 0,
     mended          bigint      not null default 0,
     error           text,
+    failure         text,
     started_at      timestamptz not null default clock_timestamp(),
     updated_at      timestamptz not null default clock_timestamp(),
     finished_at     timestamptz,
@@ -3854,7 +3855,9 @@ create table fanout.sync_comparison (
 ) using heap with (fillfactor = 50);
 comment on table fanout.sync_comparison is 'internal: comparisons of copies with their sources; see the view fanout.sync_comparisons';
 comment on column fanout.sync_comparison.run is 'what fanout.compare() returned at the source';
-comment on column fanout.sync_comparison.ranges_sent is 'NULL: the last message has not come yet';
+comment on column fanout.sync_comparison.ranges_sent is 'NULL: the message that tells of it has not come yet';
+comment on column fanout.sync_comparison.error is 'why the copy cannot be compared';
+comment on column fanout.sync_comparison.failure is 'why the source has ended it before all rows were sent';
 revoke all on fanout.sync_comparison from public;
 
 create table fanout.sync_difference (
@@ -3899,18 +3902,20 @@ alter table fanout.subscription enable always trigger forget_subscriptions;
 -- What a handler needs for a range; it runs with the rights of the extension's owner.
 create function fanout.record_comparison(subscription_id integer, run bigint, repair boolean, ranges bigint,
                                          ranges_sent bigint, compared bigint, left_out bigint, missing bigint,
-                                         different bigint, extra bigint, mended bigint, error text) returns void
+                                         different bigint, extra bigint, mended bigint, error text, failure text) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
     insert into fanout.sync_comparison as c
-           (subscription_id, run, repair, ranges, ranges_sent, compared, left_out, missing, different, extra, mended, error, finished_at)
+           (subscription_id, run, repair, ranges, ranges_sent, compared, left_out, missing, different, extra, mended, error,
+            failure, finished_at)
     select record_comparison.subscription_id, record_comparison.run, record_comparison.repair, record_comparison.ranges,
            record_comparison.ranges_sent, record_comparison.compared, record_comparison.left_out,
            record_comparison.missing, record_comparison.different, record_comparison.extra, record_comparison.mended,
-           record_comparison.error, case when record_comparison.ranges_sent is not null then clock_timestamp() end
+           record_comparison.error, record_comparison.failure,
+           case when record_comparison.ranges_sent is not null or record_comparison.failure is not null then clock_timestamp() end
     on conflict (subscription_id, run) do update
     set repair = c.repair or excluded.repair, ranges = c.ranges + excluded.ranges,
         ranges_sent = coalesce(excluded.ranges_sent, c.ranges_sent),
@@ -3918,8 +3923,10 @@ begin
         missing = c.missing + excluded.missing, different = c.different + excluded.different,
         extra = c.extra + excluded.extra, mended = c.mended + excluded.mended,
         error = coalesce(c.error, excluded.error), updated_at = clock_timestamp(),
+        -- one that failed may have been resumed
+        failure = case when excluded.ranges_sent is null then coalesce(excluded.failure, c.failure) end,
         finished_at = coalesce(excluded.finished_at, c.finished_at);
-    if record_comparison.ranges_sent is not null then
+    if record_comparison.ranges_sent is not null or record_comparison.failure is not null then
         -- the ten latest are kept
         with old as (
             delete from fanout.sync_comparison c
@@ -3933,9 +3940,9 @@ begin
     end if;
 end
 $$;
-comment on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text) is
-'internal: adds what the comparison of a range has found; ranges_sent: of the last message';
-revoke all on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text) from public;
+comment on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text, text) is
+'internal: adds what the comparison of a range has found; ranges_sent, failure: of the last message';
+revoke all on function fanout.record_comparison(integer, bigint, boolean, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, text, text) from public;
 
 -- Two columns of the same text here sort the same values in the same order.
 create function fanout.key_order(rel oid, attnums smallint[]) returns text[]
@@ -5064,7 +5071,7 @@ create table fanout.backfill (
 create index backfill_running_idx on fanout.backfill (backfill_id) where state = 'running';
 comment on table fanout.backfill is 'internal: one row per backfill, where it is; see the view fanout.backfills';
 comment on column fanout.backfill.key is 'numbers of the columns in whose order the table is walked; {}: by pages';
-comment on column fanout.backfill.position is 'the key, or the page, up to which it has come';
+comment on column fanout.backfill.position is 'the key up to which it has come; of a walk by pages, the first place (ctid) that was not read';
 comment on column fanout.backfill.key_order is 'of a walk by a key, fanout.key_order() when position was written: in which order that is the next row''s predecessor';
 comment on column fanout.backfill.file is 'of a walk by pages, the file (pg_class.relfilenode) that position is about';
 comment on column fanout.backfill.walked is 'all rows are in the outbox';
@@ -5399,6 +5406,40 @@ comment on function fanout.recover_dead(text, text) is
 'moves the dead letters of a consumer group''s queue, those that are in "<queue>_dead" when it begins, back to the queue, as they were: with their properties, headers and bodies, and "x-death" among the headers. None is lost; after a failure some may be in the queue twice, with the same message id. A worker does it, see fanout.backfills; fanout.cancel_backfill() and its like work. Returns its number. Errors: 42704 unknown topic, or group not bound, 22004 an argument is null, 55000 the queue has no queue of dead letters, 55006 one is under way, 53400 too many';
 revoke all on function fanout.recover_dead(text, text) from public;
 
+create function fanout.write_comparison(topic text, queue text, headers jsonb, body text) returns void
+language c volatile strict
+as 'MODULE_PATHNAME', 'pgf_write_comparison';
+comment on function fanout.write_comparison(text, text, jsonb, text) is 'internal: writes a message of a comparison, for one queue';
+revoke all on function fanout.write_comparison(text, text, jsonb, text) from public;
+
+-- Under the name that the table had when the comparison began, by which its copy knows it.
+create function fanout.end_comparison(id bigint, failure text) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    b fanout.backfill;
+    name text[];
+begin
+    select f.* into b from fanout.backfill f
+    where f.backfill_id = end_comparison.id and f.kind = 'compare'
+      and exists (select from fanout.topic t where t.topic = f.topic)
+      and exists (select from fanout.binding n where n.queue = f.queue);
+    if not found then
+        return;
+    end if;
+    name := parse_ident(b.entity_name);
+    perform fanout.write_comparison(
+        b.topic, b.queue, jsonb_build_object('compare', end_comparison.id, 'schema', name[1], 'table', name[2], 'last', true),
+        format('{"compare":%s,"repair":%s,%s}', end_comparison.id, to_json(b.repair),
+               coalesce('"failure":' || to_json(end_comparison.failure), '"ranges":' || b.rows_sent)));
+end
+$$;
+comment on function fanout.end_comparison(bigint, text) is
+'internal: tells the copy that a comparison has ended, if its queue is still there; failure: why, before all rows were sent, or NULL';
+revoke all on function fanout.end_comparison(bigint, text) from public;
+
 create function fanout.set_backfill_state(id bigint, state text, allowed text[]) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
@@ -5421,8 +5462,10 @@ begin
     set state = set_backfill_state.state, error = null, updated_at = clock_timestamp(),
         finished_at = case when set_backfill_state.state = 'cancelled' then clock_timestamp() end
     where b.backfill_id = set_backfill_state.id;
-    delete from fanout.replay_message r
-    where set_backfill_state.state = 'cancelled' and r.backfill_id = set_backfill_state.id;
+    if set_backfill_state.state = 'cancelled' then
+        delete from fanout.replay_message r where r.backfill_id = set_backfill_state.id;
+        perform fanout.end_comparison(set_backfill_state.id, 'it was cancelled at the source');
+    end if;
 end
 $$;
 comment on function fanout.set_backfill_state(bigint, text, text[]) is 'internal: part of fanout.cancel_backfill() and its like';
@@ -5486,10 +5529,12 @@ create view fanout.sync_comparisons as
 select c.run, s.topic, s.consumer_group, fanout.target_table(t) as target, c.repair,
        case when c.error is not null then 'refused'
             when c.finished_at is null then 'running'
+            when c.failure is not null then 'failed'
             when c.ranges <> c.ranges_sent then 'incomplete'
             when c.missing + c.different + c.extra > 0 then 'different'
             else 'equal' end as state,
-       c.compared, c.left_out, c.missing, c.different, c.extra, c.mended, c.error, c.started_at, c.updated_at, c.finished_at
+       c.compared, c.left_out, c.missing, c.different, c.extra, c.mended, coalesce(c.error, c.failure) as error,
+       c.started_at, c.updated_at, c.finished_at
 from fanout.sync_comparison c join fanout.subscription s using (subscription_id) join fanout.sync_target t using (subscription_id);
 comment on view fanout.sync_comparisons is 'comparisons of this database''s copies with their sources: the ten latest of each, made by fanout.compare() at the source';
 comment on column fanout.sync_comparisons.run is 'what fanout.compare() returned at the source';
@@ -5498,14 +5543,14 @@ comment on column fanout.sync_comparisons.consumer_group is 'the consumer group'
 comment on column fanout.sync_comparisons.target is 'the copy';
 comment on column fanout.sync_comparisons.repair is 'is it to mend what differs?';
 comment on column fanout.sync_comparisons.state is
-'running; equal; different: see the counts; incomplete: messages of the run were lost, or wait to be tried again; refused: see error';
+'running; equal; different: see the counts; incomplete: messages of the run were lost, or wait to be tried again; refused: the tables cannot be compared, see error; failed: the source has ended it, see error';
 comment on column fanout.sync_comparisons.compared is 'rows of the copy or the source that were compared';
 comment on column fanout.sync_comparisons.left_out is 'rows that were changed meanwhile, or have messages that wait';
 comment on column fanout.sync_comparisons.missing is 'rows that the source has and the copy has not';
 comment on column fanout.sync_comparisons.different is 'rows that both have, with other values';
 comment on column fanout.sync_comparisons.extra is 'rows that the copy has and the source has not';
 comment on column fanout.sync_comparisons.mended is 'of these, how many were mended';
-comment on column fanout.sync_comparisons.error is 'why the tables cannot be compared';
+comment on column fanout.sync_comparisons.error is 'why the tables cannot be compared, or why the source has ended the comparison';
 comment on column fanout.sync_comparisons.started_at is 'when its first message was handled';
 comment on column fanout.sync_comparisons.updated_at is 'when its latest message was handled';
 comment on column fanout.sync_comparisons.finished_at is 'when its last message was handled; NULL: not yet';

@@ -142,6 +142,7 @@ typedef struct Comparison
 	int64		ranges;
 	int64		ranges_sent;	/* -1: this is not the last message */
 	char	   *error;			/* NULL: none */
+	char	   *failure;		/* why the source has ended it, or NULL */
 
 	/* of a repair */
 	bool		row_by_row;
@@ -598,25 +599,27 @@ static void
 record(const Comparison *c)
 {
 	static CachedQuery query = {
-		"select fanout.record_comparison($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+		"select fanout.record_comparison($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
 	};
 	Oid			types[] = {
-		INT4OID, INT8OID, BOOLOID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID
+		INT4OID, INT8OID, BOOLOID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID,
+		TEXTOID
 	};
-	char		nulls[13] = "            ";
+	char		nulls[14] = "             ";
 	Datum		values[] = {
 		Int32GetDatum(c->target->subscription_id), Int64GetDatum(c->message->run), BoolGetDatum(c->repair),
 		Int64GetDatum(c->ranges), Int64GetDatum(c->ranges_sent),
 		Int64GetDatum(c->mended.compared + c->others.compared), Int64GetDatum(c->others.left_out),
 		Int64GetDatum(c->mended.missing + c->others.missing),
 		Int64GetDatum(c->mended.different + c->others.different),
-		Int64GetDatum(c->mended.extra + c->others.extra), Int64GetDatum(c->mended.mended), (Datum) 0
+		Int64GetDatum(c->mended.extra + c->others.extra), Int64GetDatum(c->mended.mended), (Datum) 0, (Datum) 0
 	};
 
 	values[11] = query_text_param(c->error, &nulls[11]);
+	values[12] = query_text_param(c->failure, &nulls[12]);
 	if (c->ranges_sent < 0)
 		nulls[4] = 'n';
-	owner_execute(&query, 12, types, values, nulls);
+	owner_execute(&query, 13, types, values, nulls);
 }
 
 /* ---- writing ---- */
@@ -996,12 +999,16 @@ compare_apply(SyncTarget *target, const CompareMessage *message, void (*between)
 		.listed = -1,.ranges_sent = -1
 	};
 	JsonSlice	body;
+	JsonSlice	failure;
 
 	if (message->body == NULL || !jsonscan_text(message->body, strlen(message->body), &body) ||
 		body.kind != JSON_IS_OBJECT)
 		malformed();
 	c.repair = (member(&body, "\"repair\"").kind == JSON_IS_BOOLEAN && member(&body, "\"repair\"").text[0] == 't');
-	if (member(&body, "\"ranges\"").kind != JSON_IS_NULL)
+	failure = member(&body, "\"failure\"");
+	if (failure.kind == JSON_IS_STRING)
+		c.failure = readjson_string(&failure);
+	else if (member(&body, "\"ranges\"").kind != JSON_IS_NULL)
 		c.ranges_sent = read_number(&body, "\"ranges\"");
 	else
 	{

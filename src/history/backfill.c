@@ -5,8 +5,9 @@
  *
  * A table is walked in the order of a unique index without NULLs, or, if it has
  * none, in the order of its pages.  A step looks first, without locks, how far it
- * gets: to the last of so many keys, or over so many pages.  Then it locks and reads
- * the rows of that range, and nothing else says where the next step begins:
+ * gets: to the last of so many keys, or over so many pages; and no further than rows of
+ * so many bytes.  Then it locks and reads the rows of that range, and nothing else says
+ * where the next step begins:
  *
  *		keys	... last step ...|.......... range ..........|... next step ...
  *		looked					 > position		   <= bound = next position
@@ -28,7 +29,8 @@
  * The table is read as its owner, restricted as in maintenance commands: the
  * condition may call functions.
  *
- * It must never follow where a locked row is now to say how far the walk is.
+ * It must never follow where a locked row is now to say how far the walk is, nor take the
+ * rows of a table for those of another one that has its name by now.
  *
  * Locks: ROW SHARE on the table and FOR NO KEY UPDATE on the rows, which conflict
  * with updates, but not with foreign keys' checks.
@@ -62,6 +64,7 @@
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/plancache.h"
 #include "utils/ruleutils.h"
 #include "utils/typcache.h"
 
@@ -120,7 +123,28 @@ is_prepared(const WalkQuery *query, const char *sql, const Range *range)
 		memcmp(query->types, range->types, range->n * sizeof(Oid)) == 0;
 }
 
-/* Runs a statement of the walk as the table's owner; it is prepared again only if it is another one. */
+/*
+ * Makes sure that the statement that was executed has read the table, which it names.  The
+ * name of its schema may have been given to another one meanwhile, for which no lock of a
+ * table is needed.  Raises an error after which the step is tried again.
+ */
+static void
+check_table_read(SPIPlanPtr plan, Relation rel)
+{
+	CachedPlanSource *source = linitial(SPI_plan_get_plan_sources(plan));
+	Query	   *query = linitial_node(Query, source->query_list);
+	RangeTblEntry *table = linitial_node(RangeTblEntry, query->rtable);
+
+	if (table->relid != RelationGetRelid(rel))
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("table \"%s\" was renamed while its rows were looked for", RelationGetRelationName(rel))));
+}
+
+/*
+ * Runs a statement of the walk, whose first table is rel, as the owner of that; it is prepared
+ * again only if it is another one.
+ */
 static void
 run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 {
@@ -147,6 +171,7 @@ run_as_owner(WalkQuery *query, const char *sql, Range *range, Relation rel)
 	MemoryContextSwitchTo(context);
 	if (result < 0)
 		elog(ERROR, "could not execute \"%s\": %s", sql, SPI_result_code_string(result));
+	check_table_read(query->plan, rel);
 	become_caller(&caller);
 }
 
@@ -321,6 +346,28 @@ add_to_range(Range *range, const WalkRow *row, Relation rel, char **texts)
 }
 
 /*
+ * Counts the rows of the step: those in SPI_tuptable, or the first of them that have so many
+ * bytes, by the last column of each.  There must be a row, and one is taken whatever its size.
+ */
+static int
+rows_of_step(void)
+{
+	int			column = SPI_tuptable->tupdesc->natts;
+	int			last;
+	int64		bytes = 0;
+
+	for (last = 0; last < SPI_processed - 1; last++)
+	{
+		bool		isnull;
+
+		bytes += DatumGetInt64(query_value(last, column, &isnull));
+		if (bytes > STEP_BYTES)
+			break;
+	}
+	return last + 1;
+}
+
+/*
  * Finds the key up to which the step goes: of so many rows, or so many bytes.
  * Returns false if there are none left.
  */
@@ -328,8 +375,6 @@ static bool
 find_key_bound(Walk *walk, const WalkRow *row, const Source *source, Range *range, WalkStep *step)
 {
 	StringInfoData sql;
-	int64		bytes = 0;
-	int			last = 0;
 
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "select ");
@@ -349,22 +394,13 @@ find_key_bound(Walk *walk, const WalkRow *row, const Source *source, Range *rang
 	append_keys(&sql, row, source->rel, "");
 	appendStringInfo(&sql, " limit %d", walk->rows);
 	run_as_owner(&walk->bounds, sql.data, range, source->rel);
-	step->rows = SPI_processed;
-	if (step->rows == 0)
+	if (SPI_processed == 0)
 		return false;
-	for (last = 0; last < step->rows - 1; last++)
-	{
-		bool		isnull;
-
-		bytes += DatumGetInt64(query_value(last, row->nkeys + 1, &isnull));
-		if (bytes > STEP_BYTES)
-			break;
-	}
-	step->rows = last + 1;
+	step->rows = rows_of_step();
 	step->nposition = row->nkeys;
 	step->position = palloc(row->nkeys * sizeof(char *));
 	for (int i = 0; i < row->nkeys; i++)
-		step->position[i] = SPI_getvalue(SPI_tuptable->vals[last], SPI_tuptable->tupdesc, i + 1);
+		step->position[i] = SPI_getvalue(SPI_tuptable->vals[step->rows - 1], SPI_tuptable->tupdesc, i + 1);
 	add_to_range(range, row, source->rel, step->position);
 	return true;
 }
@@ -373,6 +409,24 @@ static bool
 is_comparison(const WalkRow *row)
 {
 	return strcmp(row->kind, "compare") == 0;
+}
+
+/*
+ * Does the table have another name than when the comparison began?  The copy takes no message
+ * under that.  Returns why the comparison cannot go on, or NULL.
+ */
+static const char *
+check_name(const WalkRow *row, Relation rel)
+{
+	char	   *schema = get_namespace_name(RelationGetNamespace(rel));
+
+	if (!is_comparison(row) || schema == NULL ||
+		(strcmp(schema, row->schema) == 0 && strcmp(RelationGetRelationName(rel), row->table) == 0))
+		return NULL;
+	return psprintf("table %s was renamed to %s, and its copy takes no messages under that name: "
+					"use fanout.unsubscribe() and fanout.sync_table() there, with the new name as \"source\", and compare again",
+					quote_qualified_identifier(row->schema, row->table),
+					quote_qualified_identifier(schema, RelationGetRelationName(rel)));
 }
 
 /* Returns what says in which order the key sorts, as one text. */
@@ -433,36 +487,66 @@ key_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, Wa
 }
 
 static void
-add_block(Range *range, BlockNumber block)
+add_place(Range *range, BlockNumber block, OffsetNumber offset)
 {
 	ItemPointer tid = palloc(sizeof(ItemPointerData));
 
-	ItemPointerSet(tid, block, 0);
+	ItemPointerSet(tid, block, offset);
 	range->types[range->n] = TIDOID;
 	range->values[range->n++] = PointerGetDatum(tid);
 }
 
-/* The same by pages: position is the first page that was not read. */
+/*
+ * Ends the range of pages before, if its rows have more bytes than a step may have: a page
+ * has hundreds of rows whose values are elsewhere.
+ */
+static void
+bound_pages(Walk *walk, const Source *source, Range *range)
+{
+	StringInfoData sql;
+	ItemPointer last;
+	bool		isnull;
+
+	if (!OidIsValid(source->rel->rd_rel->reltoastrelid))
+		return;
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "select \"new\".ctid, (");
+	append_size(&sql, source->rel);
+	appendStringInfo(&sql, ")::bigint from only %s as \"new\" where \"new\".ctid >= $1 and \"new\".ctid < $2"
+					 " order by \"new\".ctid",
+					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(source->rel)),
+												RelationGetRelationName(source->rel)));
+	run_as_owner(&walk->bounds, sql.data, range, source->rel);
+	if (SPI_processed == 0 || rows_of_step() == SPI_processed)
+		return;
+	last = (ItemPointer) DatumGetPointer(query_value(rows_of_step() - 1, 1, &isnull));
+	range->n--;
+	add_place(range, ItemPointerGetBlockNumber(last), OffsetNumberNext(ItemPointerGetOffsetNumber(last)));
+}
+
+/* The same by pages: position is the first place that was not read, as ctid. */
 static bool
 page_range(Walk *walk, const WalkRow *row, const Source *source, Range *range, WalkStep *step)
 {
 	Relation	rel = source->rel;
 	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
 	double		per_page = rel->rd_rel->relpages > 0 ? rel->rd_rel->reltuples / rel->rd_rel->relpages : 50;
-	BlockNumber first = 0;
-	BlockNumber next;
+	ItemPointerData first;
+	BlockNumber block;
 
+	ItemPointerSet(&first, 0, 0);
 	step->file = rel->rd_rel->relfilenode;
 	if (row->nposition > 0 && row->file == step->file)
-		first = (BlockNumber) strtoul(row->position[0], NULL, 10);
-	if (first >= nblocks)
+		first = *(ItemPointer) DatumGetPointer(DirectFunctionCall1(tidin, CStringGetDatum(row->position[0])));
+	block = ItemPointerGetBlockNumberNoCheck(&first);
+	if (block >= nblocks)
 		return false;
-	next = Min((uint64) nblocks, (uint64) first + (uint64) Max(1, walk->rows / Max(1, per_page)));
-	add_block(range, first);
-	add_block(range, next);
+	add_place(range, block, ItemPointerGetOffsetNumberNoCheck(&first));
+	add_place(range, Min((uint64) nblocks, (uint64) block + (uint64) Max(1, walk->rows / Max(1, per_page))), 0);
+	bound_pages(walk, source, range);
 	step->nposition = 1;
 	step->position = palloc(sizeof(char *));
-	step->position[0] = psprintf("%u", next);
+	step->position[0] = DatumGetCString(DirectFunctionCall1(tidout, range->values[1]));
 	return true;
 }
 
@@ -592,6 +676,8 @@ backfill_step(Walk *walk, const WalkRow *row, WalkStep *step)
 
 	step->file = row->file;
 	step->failure = open_source(row, &source);
+	if (step->failure == NULL)
+		step->failure = check_name(row, source.rel);
 	if (step->failure == NULL)
 		step->failure = check_key(row, source.rel, step);
 	if (step->failure != NULL)

@@ -12,9 +12,9 @@
  *		after < keys <= upto		the next step begins after this upto
  *		after < keys				the last one
  *
- * Then a message says how many ranges there were.  Neither has "op", so consumers
- * other than the copy's ignore them; consume/compare.c has the rest, and why this is
- * exact.
+ * Then a message says how many ranges there were; or, if the comparison fails or is
+ * cancelled, why there are no more.  None of them has "op", so consumers other than the
+ * copy's ignore them; consume/compare.c has the rest, and why this is exact.
  *
  * Whole rows are sent, not hashes: the copy may lack some of the columns, or have
  * them with other types, so that a hash of the row would tell nothing, and hashes of
@@ -49,6 +49,7 @@
 #include "server/query.h"
 
 PG_FUNCTION_INFO_V1(pgf_compare);
+PG_FUNCTION_INFO_V1(pgf_write_comparison);
 
 /*
  * Returns a snapshot (pg_snapshot) as text.  To be called before a range is read, in
@@ -64,17 +65,18 @@ compare_snapshot(void)
 	return TextDatumGetCString(query_value(0, 1, &isnull));
 }
 
+/* Names the table as it was named when the comparison began, for the copy knows it by that. */
 static Jsonb *
-make_headers(const Walk *walk, Relation rel, bool last)
+make_headers(const Walk *walk, const WalkRow *row)
 {
 	StringInfoData text;
 
 	initStringInfo(&text);
 	appendStringInfo(&text, "{\"compare\":" INT64_FORMAT ",\"schema\":", walk->id);
-	escape_json(&text, get_namespace_name(RelationGetNamespace(rel)));
+	escape_json(&text, row->schema);
 	appendStringInfoString(&text, ",\"table\":");
-	escape_json(&text, RelationGetRelationName(rel));
-	appendStringInfoString(&text, last ? ",\"last\":true}" : "}");
+	escape_json(&text, row->table);
+	appendStringInfoChar(&text, '}');
 	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text.data)));
 }
 
@@ -171,28 +173,28 @@ compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigg
 	append_bound(&body, "upto", range->upto, row, rel);
 	append_rows(&body, rel, trigger, table, n);
 	SPI_freetuptable(table);
-	capture_payload(row->topic, COMPARISON_TYPE, body.data, make_headers(walk, rel, false), row->queue);
+	capture_payload(row->topic, COMPARISON_TYPE, body.data, make_headers(walk, row), row->queue);
 	return body.len;
 }
 
 /*
- * Tells the copy how many ranges it has been sent.  In a transaction of
- * worker_begin().  A table that was dropped meanwhile has no end.
+ * Tells the copy that a comparison has ended: how many ranges it has been sent, or, with
+ * failure, why there are not all.  In a transaction of worker_begin().  Does nothing if the
+ * walk is no comparison, or its queue or topic is gone.
  */
 void
-compare_end(const Walk *walk, const WalkRow *row)
+compare_end(const Walk *walk, const char *failure)
 {
-	Relation	rel = try_relation_open(row->entity, AccessShareLock);
-	char	   *body = psprintf("{\"compare\":" INT64_FORMAT ",\"repair\":%s,\"ranges\":" INT64_FORMAT "}",
-								walk->id, row->repair ? "true" : "false", row->sent);
+	static CachedQuery query = {"select fanout.end_comparison($1, $2)"};
+	Oid			types[2] = {INT8OID, TEXTOID};
+	char		nulls[2] = "  ";
+	Datum		values[2] = {Int64GetDatum(walk->id), (Datum) 0};
 
-	if (rel == NULL)
-		return;
-	capture_payload(row->topic, COMPARISON_TYPE, body, make_headers(walk, rel, true), row->queue);
-	relation_close(rel, NoLock);
+	values[1] = query_text_param(failure, &nulls[1]);
+	query_execute(&query, 2, types, values, nulls);
 }
 
-/* ---- the SQL function ---- */
+/* ---- the SQL functions ---- */
 
 /*
  * compare(entity, topic, consumer_group, repair).  In C because the caller's rights
@@ -206,4 +208,13 @@ pgf_compare(PG_FUNCTION_ARGS)
 	PreventCommandIfReadOnly("fanout.compare()");
 	relation_close(backfill_open_entity(fcinfo, "A comparison reads all rows with the owner's rights."), NoLock);
 	PG_RETURN_INT64(backfill_declare(fcinfo, "select fanout.declare_comparison($1, $2, $3, $4)", 4, types));
+}
+
+/* write_comparison(topic, queue, headers, body), for end_comparison() alone. */
+Datum
+pgf_write_comparison(PG_FUNCTION_ARGS)
+{
+	capture_payload(text_to_cstring(PG_GETARG_TEXT_PP(0)), COMPARISON_TYPE, text_to_cstring(PG_GETARG_TEXT_PP(3)),
+					PG_GETARG_JSONB_P(2), text_to_cstring(PG_GETARG_TEXT_PP(1)));
+	PG_RETURN_VOID();
 }

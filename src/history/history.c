@@ -263,7 +263,8 @@ load_row(const Walk *walk, WalkRow *row)
 	static CachedQuery query = {
 		"select kind, entity, topic, queue, \"where\", coalesce(rate, 0), key, position, coalesce(file, 0), walked, rows_sent, again, repair,"
 		" rows_done, coalesce(rows_estimated, -1),"
-		" queue is null or exists (select from fanout.binding n where n.queue = f.queue), key_order"
+		" queue is null or exists (select from fanout.binding n where n.queue = f.queue), key_order,"
+		" (parse_ident(entity_name))[1], (parse_ident(entity_name))[2]"
 		" from fanout.backfill f where backfill_id = $1 and state = 'running' for no key update"
 	};
 	Oid			types[1] = {INT8OID};
@@ -296,6 +297,8 @@ load_row(const Walk *walk, WalkRow *row)
 	row->estimated = DatumGetInt64(query_value(0, 15, &isnull));
 	row->bound = DatumGetBool(query_value(0, 16, &isnull));
 	row->order = text_column(17);
+	row->schema = text_column(18);
+	row->table = text_column(19);
 	return true;
 }
 
@@ -328,6 +331,7 @@ save_step(const Walk *walk, const WalkStep *step, uint64 xid)
 	query_change(&query, 8, types, values, nulls, 1);
 }
 
+/* Sets the state of a walk that runs; of one that fails, tells a copy that waits for it. */
 static void
 set_state(const Walk *walk, const char *state, const char *error)
 {
@@ -342,6 +346,8 @@ set_state(const Walk *walk, const char *state, const char *error)
 
 	values[2] = query_text_param(error, &nulls[2]);
 	query_execute(&query, 3, types, values, nulls);
+	if (strcmp(state, "failed") == 0 && SPI_processed == 1)
+		compare_end(walk, error);
 }
 
 /* Fewer rows after a transaction that was larger than it should be, else more. */
@@ -367,7 +373,7 @@ tell_end(const Walk *walk, const WalkRow *row)
 	if (strcmp(row->kind, "replay") == 0)
 		replay_end(walk, row);
 	else if (strcmp(row->kind, "compare") == 0)
-		compare_end(walk, row);
+		compare_end(walk, NULL);
 	else
 		backfill_end(walk, row);
 }

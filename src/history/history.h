@@ -54,6 +54,9 @@ typedef struct WalkRow
 {
 	char	   *kind;
 	Oid			entity;
+	char	   *schema;			/* the table's name when it was declared;
+								 * NULL: there is no table */
+	char	   *table;
 	char	   *topic;
 	char	   *queue;			/* NULL: the topic's exchange */
 	bool		bound;			/* the queue's binding is there */
@@ -104,7 +107,7 @@ extern void backfill_end(const Walk *walk, const WalkRow *row);
 extern char *compare_snapshot(void);
 extern Size compare_write(const Walk *walk, const WalkRow *row, Relation rel, Trigger *trigger,
 						  const WalkRange *range, const char *snapshot);
-extern void compare_end(const Walk *walk, const WalkRow *row);
+extern void compare_end(const Walk *walk, const char *failure);
 
 extern void replay_step(Walk *walk, const WalkRow *row, WalkStep *step);
 extern void replay_end(const Walk *walk, const WalkRow *row);

@@ -62,6 +62,8 @@ typedef struct BindingAnswer
 	bool		depth_known;	/* of the queue of dead letters */
 	bool		depth_changed;	/* to be recorded */
 	uint32		depth;
+	bool		bound;			/* of what is to be dropped: it was declared
+								 * first, or refused */
 	bool		confirmed;		/* on this connection */
 	bool		rechecked;		/* it was before, so that is no news */
 	bool		answered;		/* there is an answer to record */
@@ -225,6 +227,7 @@ typedef struct Binding
 	bool		classic;
 	bool		stream;
 	bool		refuses;		/* its queue may refuse by design */
+	bool		undeclared;		/* the broker has not confirmed it yet */
 	bool		dropping;
 	uint32		drop_load;		/* which topic_load() found it so */
 	bool		if_unused;

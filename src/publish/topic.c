@@ -289,6 +289,7 @@ load_binding(Binding *binding, int row)
 	binding->dropping = !isnull;
 	binding->if_unused = bool_value(row, 6);
 	binding->if_empty = bool_value(row, 7);
+	binding->undeclared = bool_value(row, 10);
 	set_arguments(binding, arguments);
 	binding->answer.lasting = (binding->queue == NULL || binding->arguments == NULL);
 	if (binding->queue == NULL)
@@ -325,7 +326,7 @@ load_bindings(void)
 {
 	static CachedQuery query = {
 		"select topic_id, consumer_group, queue, queue_type = 'classic', fanout.queue_arguments(b),"
-		" drop_if_unused, drop_if_empty, queue_type = 'stream', dead_letter"
+		" drop_if_unused, drop_if_empty, queue_type = 'stream', dead_letter, declared_at is null"
 		" from fanout.binding b order by topic_id, consumer_group"
 	};
 	int			nrows;

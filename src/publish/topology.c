@@ -8,7 +8,8 @@
  * on a channel of its own, one request after the other:
  *
  *		exchange.declare -> for each queue: queue.declare -> queue.bind
- *		-> for each queue to be dropped: look at it -> queue.delete
+ *		-> for each queue to be dropped: (if it never was declared, that) -> look at it
+ *		-> queue.delete
  *		-> exchange.delete, if the topic is to be dropped
  *
  * Where a queue has a queue of dead letters, that one is declared first, so that there
@@ -169,6 +170,18 @@ topology_error(const Topic *topic)
 }
 
 /*
+ * Must what is to be dropped be declared before?  Messages may have been written to it, if it
+ * was declared and dropped while nobody looked.  They would be returned if nothing else is
+ * bound, and the topic would wait for a queue that nobody declares.
+ */
+static bool
+is_declared_first(const Topic *topic, const Binding *binding)
+{
+	return binding->dropping && binding->undeclared && !binding->answer.bound &&
+		binding->answer.error == NULL && topic->declaration.error == NULL && !topic->dropping;
+}
+
+/*
  * Tells whether all that the topic's messages need is there, as far as is known.
  * What is only looked at again counts as there.
  */
@@ -185,6 +198,8 @@ topology_ready(const Topic *topic)
 	{
 		const BindingAnswer *answer = &topic->bindings[b].answer;
 
+		if (is_declared_first(topic, &topic->bindings[b]))
+			return false;
 		if (!topic->bindings[b].dropping &&
 			(answer->error != NULL || !(answer->confirmed || answer->rechecked)))
 			return false;
@@ -405,12 +420,12 @@ next_of_binding(Topic *topic, Binding *binding, Next *next)
 		return false;
 	next->binding = binding;
 	next->dead = binding->dead_queue != NULL && !answer->dead_declared;
-	if (binding->dropping)
-		next_drop(binding, next);
-	else
+	if (!binding->dropping || is_declared_first(topic, binding))
+	{
 		next->kind = answer->declared ? BROKER_BIND_QUEUE : BROKER_DECLARE_QUEUE;
-	if (!binding->dropping)
 		return topic->declaration.confirmed;
+	}
+	next_drop(binding, next);
 	/* once begun, it goes on */
 	return answer->inspected || answer->dead_inspected || may_drop(topic, binding->drop_load);
 }
@@ -554,6 +569,11 @@ binding_answered(Topic *topic, Binding *binding, BrokerRequestKind kind, int cod
 		answer->declared = true;
 		return;
 	}
+	if (binding->dropping && (kind == BROKER_DECLARE_QUEUE || kind == BROKER_BIND_QUEUE))
+	{
+		answer->bound = true;
+		return;
+	}
 	if (binding->dropping)
 	{
 		answer->answered = true;
@@ -594,7 +614,8 @@ drop_goes_on(Binding *binding, const Control *control, int code, const char *err
 {
 	BindingAnswer *answer = &binding->answer;
 
-	if (!binding->dropping || binding->dead_queue == NULL || (error != NULL && code != 404))
+	if (!binding->dropping || binding->dead_queue == NULL || (error != NULL && code != 404) ||
+		control->kind == BROKER_DECLARE_QUEUE || control->kind == BROKER_BIND_QUEUE)
 		return false;
 	if (control->dead && control->kind == BROKER_INSPECT_QUEUE)
 		answer->dead_inspected = true;
@@ -1204,7 +1225,8 @@ record_binding(Topic *topic, Binding *binding)
 	if (binding->answer.gone)
 		command = "delete from fanout.binding where drop_if_unused is not null and " BINDING_KEY;
 	else if (binding->dropping)
-		command = "update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3 where " BINDING_KEY;
+		command = "update fanout.binding set drop_if_unused = null, drop_if_empty = null, last_error = $3,"
+			" declared_at = coalesce(declared_at, clock_timestamp()) where " BINDING_KEY;
 	else
 		command = "update fanout.binding set last_error = $3,"
 			" declared_at = case when $3 is null then clock_timestamp() else declared_at end where " BINDING_KEY;
