@@ -1,0 +1,162 @@
+# What somebody does to a subscription at the very moment at which its worker is at the same
+# messages: locks what is due, ends the worker while a dead letter is tried again, drops the
+# queue while a batch is committed, or skips a TRUNCATE that many messages wait for.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use PgFanout;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $broker = PgFanout::broker();
+my $node = PgFanout::cluster('main', $broker, conf => q(
+log_statement = none
+max_worker_processes = 24
+));
+
+sql(q(
+create table log (n serial, topic text, key text, body jsonb, attempt int);
+create table hold (topic text);
+create table emptied (id int primary key);
+create function apply(m fanout.message) returns void language plpgsql as $$
+begin
+	if m.attempt <= (m.body ->> 'fail')::int then raise exception 'attempt %', m.attempt; end if;
+	if exists (select from hold where topic = m.topic) then perform pg_sleep(60); end if;
+	if m.body ? 'do' then execute m.body ->> 'do'; end if;
+	insert into log (topic, key, body, attempt) values (m.topic, m.key, m.body, m.attempt);
+end $$));
+
+# ---- somebody has locked what is due ----
+
+subscribe('due', q(retry_delay => '2 s', max_retry_delay => '2 s'));
+publish('due', 'a', '{"fail": 1}');
+ok(soon(q((select count(*) = 1 from fanout.delivery_failure where topic = 'due'))), 'a message has failed, and will be tried again');
+my $locker = $node->background_psql('postgres');
+$locker->query_safe(q(begin; select fanout.skip('due', 'g', message_id) from fanout.delivery_failure where topic = 'due'));
+ok(soon(q((select next_try < clock_timestamp() from fanout.delivery_failure where topic = 'due'))), 'it is due, and in the hands of a transaction that skips it');
+ok(is_calm('due'), 'the worker does not look for it all the time');
+publish('due', 'b', '{"fail": 1}');
+ok(soon(q((select attempt = 2 from log where topic = 'due'))), 'another message is tried again meanwhile');
+ok(is_calm('due'), 'and the worker waits on');
+$locker->query_safe('rollback');
+ok(soon(q((select count(*) = 2 from log where topic = 'due'))), 'once that transaction is undone, the message is tried');
+end_of('due');
+
+# skip() of a TRUNCATE makes those behind it due, whatever else they wait for
+subscribe('behind', q(retry_delay => '1 h', max_retry_delay => '1 h'));
+publish('behind', 'a', '{"fail": 1}');
+empty_table('behind');
+publish('behind', 'a', '{"n": 2}');
+pause_once('behind', 3);
+skip_truncate('behind');
+$locker->query_safe(q(begin; select fanout.skip('behind', 'g', message_id) from fanout.waiting where payload::jsonb ->> 'n' = '2'));
+sql(q(select fanout.resume('behind', 'g')));
+publish('behind', 'b', '{}');
+ok(soon(q((select key = 'b' from log where topic = 'behind'))), 'a message that is due and locked, but has to wait for another one, keeps nobody waiting');
+ok(is_calm('behind'), 'nor the worker busy');
+$locker->query_safe('rollback');
+sql(q(select fanout.retry('behind', 'g')));
+ok(soon(q((select count(*) = 3 from log where topic = 'behind'))), 'it is applied in the end');
+is(log_of('behind', 'a'), ' 2', 'behind the other one');
+end_of('behind');
+
+$locker->quit;
+done_testing();
+
+sub sql { return $node->safe_psql('postgres', $_[0]); }
+
+sub soon { return PgFanout::soon($node, $_[0], 60); }
+
+sub subscribe
+{
+	my ($topic, $options) = @_;
+
+	sql("select fanout.declare_binding('$topic', 'g'); select fanout.subscribe('$topic', 'g', 'apply(fanout.message)', $options)");
+	return;
+}
+
+sub publish
+{
+	my ($topic, $key, $body) = @_;
+
+	sql("select fanout.publish('$topic', \$body\$$body\$body\$, key => '$key')");
+	return;
+}
+
+# A TRUNCATE waits for all that is before it, and all for it.
+sub empty_table
+{
+	my ($topic) = @_;
+
+	sql("select fanout.capture('emptied', '$topic'); truncate emptied; select fanout.uncapture('emptied')");
+	return;
+}
+
+sub skip_truncate
+{
+	my ($topic) = @_;
+
+	sql("select fanout.skip('$topic', 'g', message_id) from fanout.waiting where barrier");
+	return;
+}
+
+sub pause_once
+{
+	my ($topic, $n) = @_;
+
+	ok(soon("(select count(*) = $n from fanout.waiting)"), "$n messages wait");
+	sql("select fanout.pause('$topic', 'g')");
+	ok(soon("(select pid is null from fanout.stat_subscriptions where topic = '$topic')"), 'the subscription is paused');
+	return;
+}
+
+# Ends the worker in the handler of a dead letter.
+sub redrive_and_end
+{
+	sql(q(insert into hold values ('dead'); select fanout.redrive('dead')));
+	ok(soon(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep'))), 'it is redriven');
+	sql(q(delete from hold; select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 'dead'));
+	return;
+}
+
+# Does the worker rest most of the time?  What it waits for the processor is no rest.
+sub is_calm
+{
+	my ($topic) = @_;
+	my $pid = sql("select pid from fanout.stat_subscriptions where topic = '$topic'");
+	my ($since, $before) = (time, busy($pid));
+
+	sleep 2;
+	my $share = (busy($pid) - $before) / (time - $since);
+	note(sprintf('busy for %.2f of the time', $share));
+	return $share < 0.7;
+}
+
+# Seconds that a process has run for, or would have if it had got the processor.
+sub busy
+{
+	my ($pid) = @_;
+	my ($ran, $waited) = split(/ /, slurp_file("/proc/$pid/schedstat"));
+
+	return ($ran + $waited) / 1e9;
+}
+
+sub log_of
+{
+	my ($topic, $key) = @_;
+
+	return sql("select string_agg(coalesce(body ->> 'n', ''), ' ' order by n) from log where topic = '$topic' and key = '$key'");
+}
+
+sub end_of
+{
+	my ($topic) = @_;
+
+	sql("select fanout.unsubscribe('$topic', 'g'); truncate log; delete from fanout.waiting");
+	return;
+}
