@@ -65,6 +65,34 @@ ok(soon(q((select count(*) = 3 from log where topic = 'behind'))), 'it is applie
 is(log_of('behind', 'a'), ' 2', 'behind the other one');
 end_of('behind');
 
+# ---- the worker ends while a dead letter is tried again ----
+
+subscribe('dead', 'max_attempts => 1');
+publish('dead', 'a', '{"fail": 1}');
+ok(soon(q((select count(*) = 1 from fanout.dead_letter where topic = 'dead'))), 'a message is a dead letter');
+redrive_and_end();
+ok(soon(q((select count(*) = 1 from log where topic = 'dead'))), 'redrive() is not forgotten when the worker ends: the message is tried by the next one');
+is(sql(q(select count(*) from fanout.dead_letter where topic = 'dead')), 0, 'and is no dead letter any more');
+
+publish('dead', 'b', q({"fail": 1, "do": "select pg_terminate_backend(pg_backend_pid())"}));
+ok(soon(q((select count(*) = 1 from fanout.dead_letter where topic = 'dead'))), 'another one will end each worker that tries it');
+sql(q(select fanout.redrive('dead')));
+ok(soon(q((select redriven_at is null and sqlstate = '57P01' from fanout.dead_letter where topic = 'dead'))), 'it is redriven, and given up');
+is(sql(q(select attempts from fanout.dead_letter where topic = 'dead')), 3, 'after it has ended two workers');
+sql(q(select fanout.purge()));
+
+publish('dead', 'c', '{"fail": 1}');
+ok(soon(q((select count(*) = 1 from fanout.dead_letter where topic = 'dead'))), 'one more dead letter');
+sql(q(select fanout.pause('dead', 'g'), fanout.redrive('dead')));
+$locker->query_safe('begin; select from fanout.dead_letter for update');
+sql(q(select fanout.resume('dead', 'g')));
+publish('dead', 'd', '{}');
+ok(soon(q((select count(*) = 2 from log where topic = 'dead'))), 'is locked when the worker looks for it');
+sleep 0.5;
+$locker->query_safe('rollback');
+ok(soon(q((select count(*) = 3 from log where topic = 'dead'))), 'and is tried once it is not');
+end_of('dead');
+
 $locker->quit;
 done_testing();
 
