@@ -93,6 +93,17 @@ $locker->query_safe('rollback');
 ok(soon(q((select count(*) = 3 from log where topic = 'dead'))), 'and is tried once it is not');
 end_of('dead');
 
+# ---- a queue is dropped while a batch is committed ----
+
+sql(q(set client_min_messages = warning; select fanout.subscribe('dropped', 'g', 'apply(fanout.message)', retry_delay => '1 h', max_retry_delay => '1 h')));
+ok(soon(q((select state = 'idle' from fanout.stat_subscriptions where topic = 'dropped'))), 'a subscription that has declared its queue');
+$locker->query_safe(q(begin; select fanout.unsubscribe('dropped', 'g', drop_queue => true)));
+$broker->amqp('publish', '--exchange', 'dropped', '{"fail": 1}');
+ok(soon(q((select count(*) = 1 from fanout.waiting))), 'while it is ended, a message fails');
+$locker->query_safe('commit');
+ok(soon(q((select not drop_queue from fanout.subscription where topic = 'dropped'))), 'then its queue is dropped');
+is(sql(q(select count(*) from fanout.waiting)), 0, 'and nothing of it waits');
+
 $locker->quit;
 done_testing();
 
