@@ -124,6 +124,7 @@ typedef struct DueList
 	Datum	   *keys;
 	int			nkeys;
 	bool		singly;			/* there is one, which is to be tried alone */
+	int			depth;			/* messages that are looked for of each key */
 } DueList;
 
 /*
@@ -172,15 +173,22 @@ int8_array(Datum *values, int n)
 	return PointerGetDatum(construct_array(values, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }
 
-static bool
-is_element(const Datum *values, int n, int64 value)
+/* The index of a value; -1: it is not there. */
+static int
+index_of(const Datum *values, int n, int64 value)
 {
 	for (int i = 0; i < n; i++)
 	{
 		if (DatumGetInt64(values[i]) == value)
-			return true;
+			return i;
 	}
-	return false;
+	return -1;
+}
+
+static bool
+is_element(const Datum *values, int n, int64 value)
+{
+	return index_of(values, n, value) >= 0;
 }
 
 /* What was remembered of the room is not so any more. */
@@ -1290,6 +1298,7 @@ find_due(const SubscriptionRow *row, int limit, bool singly, bool unlocked)
 		due.ids[due.n++] = query_value(i, 1, &isnull);
 		add_due_keys(&due, i);
 	}
+	due.depth = due.singly ? 1 : Max(8, limit / Max(due.nkeys, 1));
 	return due;
 }
 
@@ -1318,7 +1327,7 @@ read_candidate(Candidate *candidate, int result)
  * messages, the first barrier, and the first message that anybody waits for; in order.
  */
 static Candidate *
-find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *n)
+find_candidates(const SubscriptionRow *row, const DueList *due, int *n)
 {
 	static CachedQuery query = {
 		"select " CANDIDATE " from fanout.waiting where waiting_id = any ($2)"
@@ -1335,7 +1344,7 @@ find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *
 	Oid			types[4] = {INT4OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID};
 	Datum		values[4] = {
 		Int32GetDatum(row->subscription_id), int8_array(due->ids, due->n), int8_array(due->keys, due->nkeys),
-		Int32GetDatum(due->singly ? 1 : Max(8, limit / Max(due->nkeys, 1)))
+		Int32GetDatum(due->depth)
 	};
 	Candidate  *candidates;
 
@@ -1362,6 +1371,25 @@ may_follow(const Candidate *candidate, const DueList *due)
 }
 
 /*
+ * Counts a candidate among those that were looked for of its keys, in order; found has two
+ * places for each key of the list, as a message has two.  Once a key has had as many, the rest
+ * of it waits: a message that was found only because it is due may be behind one that was
+ * not found, as after skip() of a barrier.
+ */
+static void
+count_found(const DueList *due, int *found, const OrderItem *item)
+{
+	for (int i = 0; i < item->nkeys; i++)
+	{
+		OrderItem	rest = {.keys = {item->keys[i]},.nkeys = 1};
+		int			place = index_of(due->keys, due->nkeys, (int64) item->keys[i]);
+
+		if (place >= 0 && ++found[2 * place + i] == due->depth && !order_add(&walk, &rest))
+			out_of_memory();
+	}
+}
+
+/*
  * Chooses, in order, what is due and waits for nothing, and what follows in the
  * same keys; bounded in count and bytes.  What is due and must wait is BEHIND.
  * Leaves what is chosen at the head of the candidates, and returns how many.  *locked:
@@ -1371,6 +1399,7 @@ static int
 choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memory, bool *locked)
 {
 	Datum	   *behind = palloc((due->n + 1) * sizeof(Datum));
+	int		   *found = palloc0((2 * due->nkeys + 1) * sizeof(int));
 	int			nbehind = 0;
 	int			count = 0;
 	size_t		size = 0;
@@ -1388,12 +1417,15 @@ choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memor
 			if (count > 0 && size > memory)
 				break;
 			candidates[count++] = *candidate;
-			continue;
 		}
-		if (is_due)
-			behind[nbehind++] = Int64GetDatum(candidate->waiting_id);
-		if (!order_add(&walk, &candidate->order))
-			out_of_memory();
+		else
+		{
+			if (is_due)
+				behind[nbehind++] = Int64GetDatum(candidate->waiting_id);
+			if (!order_add(&walk, &candidate->order))
+				out_of_memory();
+		}
+		count_found(due, found, &candidate->order);
 	}
 	*locked = !set_behind(behind, nbehind);
 	return count;
@@ -1538,7 +1570,7 @@ take(const SubscriptionRow *row, int limit, size_t memory, const DueList *due, M
 	*locked = false;
 	if (due->n == 0)
 		return 0;
-	chosen = find_candidates(row, due, limit, &n);
+	chosen = find_candidates(row, due, &n);
 	n = choose(due, chosen, n, due->singly ? 1 : limit, memory, locked);
 	if (n == 0)
 		return 0;
