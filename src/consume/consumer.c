@@ -128,6 +128,9 @@
 #define DUE_PAUSE_MS 100
 #define IMPATIENT_PAUSE_MS 10000
 
+/* Whether others have let go of dead letters that are to be tried is looked at so often. */
+#define REDRIVE_LOCKED_MS 1000
+
 typedef enum Phase
 {
 	APART,						/* nothing is consumed */
@@ -161,7 +164,8 @@ typedef struct Consumer
 	MonoTime	probe_room_at;	/* while it is open: no delivery has come */
 	MonoTime	due_at;			/* what is due was last tried; 0: never */
 	MonoTime	failure_log_at; /* no sooner */
-	bool		redrive;		/* there may be dead letters to be tried */
+	MonoTime	redrive_at;		/* there may be dead letters to be tried; 0:
+								 * there are none */
 } Consumer;
 
 static Consumer con;
@@ -627,7 +631,10 @@ look_into_room(void)
 	MemoryContext oldcontext = CurrentMemoryContext;
 
 	if (pg_atomic_exchange_u32(&worker_subscription->dirty, 0) != 0)
-		waiting_room.stale = con.redrive = true;
+	{
+		waiting_room.stale = true;
+		con.redrive_at = mono_now();
+	}
 	if (waiting_room.recount_at != 0 && waiting_room.recount_at <= mono_now())
 		waiting_room.stale = true;
 	if (!waiting_room.stale)
@@ -907,6 +914,7 @@ connect_broker(void)
 
 /* ---- dead letters ---- */
 
+/* Takes a dead letter, and notes when the next one is to be taken. */
 static bool
 take_redriven(Redriven *redriven)
 {
@@ -915,6 +923,8 @@ take_redriven(Redriven *redriven)
 
 	worker_begin();
 	found = dead_letter_take(&con.row, oldcontext, redriven);
+	if (!found)
+		con.redrive_at = dead_letter_waits(&con.row) ? mono_later(REDRIVE_LOCKED_MS) : 0;
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);
 	return found;
@@ -939,7 +949,7 @@ redrive(Redriven *redriven)
 	}
 	pg_atomic_fetch_add_u64(&worker_subscription->failed, 1);
 	worker_begin();
-	dead_letter_failed(redriven->dead_id, failure.sqlstate, failure.text);
+	dead_letter_failed(redriven, failure.sqlstate, failure.text);
 	worker_commit();
 	MemoryContextSwitchTo(oldcontext);
 }
@@ -950,10 +960,9 @@ redrive_dead(void)
 {
 	Redriven	redriven;
 
-	if (!con.redrive || con.row.problem != NULL || con.row.drop_queue)
+	if (con.redrive_at == 0 || con.redrive_at > mono_now() || con.row.problem != NULL || con.row.drop_queue)
 		return false;
-	con.redrive = take_redriven(&redriven);
-	if (con.redrive)
+	if (take_redriven(&redriven))
 		redrive(&redriven);
 	return true;
 }
@@ -1070,6 +1079,8 @@ wait_for_work(void)
 	}
 	else
 		earlier(&timeout, now, Max(con.conn.connect_at, 1));
+	if (con.row.problem == NULL && !con.row.drop_queue)
+		earlier(&timeout, now, con.redrive_at);
 	if (con.row.problem == NULL && !con.row.drop_queue && con.phase != GATHERING)
 		earlier(&timeout, now, con.breaker.open ? probe_time() : waiting_room.next_due);
 	earlier(&timeout, now, waiting_room.recount_at);

@@ -5,12 +5,17 @@
  *
  *		inbox transaction        redrive()               take
  *		-----------------> DEAD ----------> REDRIVEN ---------> (handler)
- *		                    ^                                    |    |
- *		                    '------------- failed ---------------'    '-> removed
+ *		                    ^                   ^                |  |  |
+ *		                    |                   '- worker ended -'  |  '-> removed
+ *		                    '-- failed, or worker ended again ------'
  *
  * A message becomes a dead letter in the transaction that puts its id into the
  * inbox.  Taking one counts as an attempt as soon as that is committed, before
  * the handler runs; it is removed in the transaction of the handler.
+ *
+ * The request, redriven_at, stays while the handler runs: if the worker ends meanwhile,
+ * the next one takes the dead letter again.  What it finds with the error that such
+ * an end leaves may be what ends workers: that it takes together with its request.
  *
  * Must never: be called outside of a transaction of worker_begin().
  *
@@ -23,10 +28,14 @@
 #include "fmgr.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
+#include "utils/timestamp.h"
 
 #include "consume/dead_letter.h"
 #include "consume/owner.h"
 #include "server/query.h"
+
+/* The error of a dead letter whose attempt nobody has written the outcome of. */
+#define ENDED "the worker ended while the handler ran"
 
 /* Makes a dead letter of a message whose attempts are used up. */
 void
@@ -65,7 +74,7 @@ dead_letter_store(const SubscriptionRow *row, const Delivery *delivery)
 	become_caller(&caller);
 }
 
-/* The columns that become attributes come in their order, from the second on. */
+/* The columns that become attributes come in their order, from the third on. */
 static void
 read_redriven(Redriven *redriven, const SubscriptionRow *row)
 {
@@ -74,10 +83,13 @@ read_redriven(Redriven *redriven, const SubscriptionRow *row)
 	bool		isnull;
 
 	redriven->dead_id = DatumGetInt64(query_value(0, 1, &isnull));
+	redriven->request = DatumGetTimestampTz(query_value(0, 2, &isnull));
+	if (isnull)
+		redriven->request = 0;
 	for (int i = 0; i < MESSAGE_ATTRIBUTES; i++)
 	{
-		Form_pg_attribute attr = TupleDescAttr(desc, i + 1);
-		Datum		value = query_value(0, i + 2, &message->nulls[i]);
+		Form_pg_attribute attr = TupleDescAttr(desc, i + 2);
+		Datum		value = query_value(0, i + 3, &message->nulls[i]);
 
 		if (message->nulls[i])
 			continue;
@@ -92,18 +104,19 @@ read_redriven(Redriven *redriven, const SubscriptionRow *row)
 
 /*
  * Takes the next dead letter that is to be tried again; in the context.  Returns
- * false if there is none.
+ * false if there is none, but for those that others have locked.
  */
 bool
 dead_letter_take(const SubscriptionRow *row, MemoryContext context, Redriven *redriven)
 {
 	static CachedQuery query = {
-		"update fanout.dead_letter d set redriven_at = null, attempts = attempts + 1,"
-		" reason = 'the worker ended while the handler ran', sqlstate = '57P01'"
+		"update fanout.dead_letter d"
+		" set redriven_at = case when reason = '" ENDED "' and sqlstate = '57P01' then null else redriven_at end,"
+		" attempts = attempts + 1, reason = '" ENDED "', sqlstate = '57P01'"
 		" where dead_id = (select dead_id from fanout.dead_letter"
 		" where topic = $1 and consumer_group = $2 and redriven_at is not null"
 		" order by dead_id limit 1 for update skip locked)"
-		" returning dead_id, message_id, topic, consumer_group, type, key, id, coalesce(headers, '{}'), null::jsonb,"
+		" returning dead_id, redriven_at, message_id, topic, consumer_group, type, key, id, coalesce(headers, '{}'), null::jsonb,"
 		" coalesce(raw, convert_to(payload, 'UTF8')), created_at, true, attempts, content_type"
 	};
 	Caller		caller = become_owner();
@@ -124,6 +137,20 @@ dead_letter_take(const SubscriptionRow *row, MemoryContext context, Redriven *re
 	return found;
 }
 
+/* Is any to be tried again, as one that others have locked? */
+bool
+dead_letter_waits(const SubscriptionRow *row)
+{
+	static CachedQuery query = {
+		"select from fanout.dead_letter where topic = $1 and consumer_group = $2 and redriven_at is not null limit 1"
+	};
+	Oid			types[2] = {TEXTOID, TEXTOID};
+	Datum		values[2] = {CStringGetTextDatum(row->topic), CStringGetTextDatum(row->consumer_group)};
+
+	owner_execute(&query, 2, types, values, NULL);
+	return SPI_processed > 0;
+}
+
 /* Removes a dead letter that is done with.  Returns false if somebody has purged it. */
 bool
 dead_letter_remove(int64 dead_id)
@@ -140,17 +167,20 @@ dead_letter_remove(int64 dead_id)
 	return true;
 }
 
-/* Writes the error with which a dead letter has failed once more. */
+/* Writes the error with which a dead letter has failed once more; a newer request stays. */
 void
-dead_letter_failed(int64 dead_id, const char *sqlstate, const char *error)
+dead_letter_failed(const Redriven *redriven, const char *sqlstate, const char *error)
 {
 	static CachedQuery query = {
-		"update fanout.dead_letter set reason = $2, sqlstate = $3, dead_at = clock_timestamp() where dead_id = $1"
+		"update fanout.dead_letter set reason = $2, sqlstate = $3, dead_at = clock_timestamp(),"
+		" redriven_at = nullif(redriven_at, $4) where dead_id = $1"
 	};
-	Oid			types[3] = {INT8OID, TEXTOID, TEXTOID};
-	Datum		values[3] = {
-		Int64GetDatum(dead_id), CStringGetTextDatum(error), CStringGetTextDatum(sqlstate)
+	Oid			types[4] = {INT8OID, TEXTOID, TEXTOID, TIMESTAMPTZOID};
+	Datum		values[4] = {
+		Int64GetDatum(redriven->dead_id), CStringGetTextDatum(error), CStringGetTextDatum(sqlstate),
+		TimestampTzGetDatum(redriven->request)
 	};
+	char		nulls[4] = {' ', ' ', ' ', redriven->request != 0 ? ' ' : 'n'};
 
-	owner_execute(&query, 3, types, values, NULL);
+	owner_execute(&query, 4, types, values, nulls);
 }

@@ -229,17 +229,23 @@ subscription_set_origin(int32 subscription_id, QueueOrigin origin)
 	owner_execute(&query, 2, types, values, NULL);
 }
 
-/* Remembers that a subscription that has ended has no queue any more. */
+/*
+ * Remembers that a subscription that has ended has no queue any more.  Removes what its
+ * worker has stored while it ended, which unsubscribe() could not see yet: that worker
+ * was gone before this one began.
+ */
 void
 subscription_queue_dropped(int32 subscription_id)
 {
-	static CachedQuery query = {
-		"update fanout.subscription set drop_queue = false where subscription_id = $1"
+	static CachedQuery queries[2] = {
+		{"update fanout.subscription set drop_queue = false where subscription_id = $1"},
+		{"delete from fanout.waiting where subscription_id = $1"}
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(subscription_id)};
 
-	owner_execute(&query, 1, types, values, NULL);
+	for (int i = 0; i < lengthof(queries); i++)
+		owner_execute(&queries[i], 1, types, values, NULL);
 }
 
 /*

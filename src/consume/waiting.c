@@ -124,6 +124,7 @@ typedef struct DueList
 	Datum	   *keys;
 	int			nkeys;
 	bool		singly;			/* there is one, which is to be tried alone */
+	int			depth;			/* messages that are looked for of each key */
 } DueList;
 
 /*
@@ -172,15 +173,22 @@ int8_array(Datum *values, int n)
 	return PointerGetDatum(construct_array(values, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }
 
-static bool
-is_element(const Datum *values, int n, int64 value)
+/* The index of a value; -1: it is not there. */
+static int
+index_of(const Datum *values, int n, int64 value)
 {
 	for (int i = 0; i < n; i++)
 	{
 		if (DatumGetInt64(values[i]) == value)
-			return true;
+			return i;
 	}
-	return false;
+	return -1;
+}
+
+static bool
+is_element(const Datum *values, int n, int64 value)
+{
+	return index_of(values, n, value) >= 0;
 }
 
 /* What was remembered of the room is not so any more. */
@@ -261,20 +269,20 @@ promote_all(const SubscriptionRow *row)
 	promote_barrier(row);
 }
 
-/* When the next one is due; 0: never.  *barrier: is one behind others? */
+/* When the next one is due after that time; 0: never.  *barrier: is one behind others? */
 static MonoTime
-earliest(const SubscriptionRow *row, bool *barrier)
+earliest(const SubscriptionRow *row, TimestampTz after, bool *barrier)
 {
 	static CachedQuery query = {
-		"select (select min(next_try) from fanout.waiting where subscription_id = $1 and not requeued),"
+		"select (select min(next_try) from fanout.waiting where subscription_id = $1 and next_try > $2 and not requeued),"
 		" exists (select from fanout.waiting where subscription_id = $1 and barrier and next_try is null)"
 	};
-	Oid			types[1] = {INT4OID};
-	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	Oid			types[2] = {INT4OID, TIMESTAMPTZOID};
+	Datum		values[2] = {Int32GetDatum(row->subscription_id), TimestampTzGetDatum(after)};
 	TimestampTz next_try;
 	bool		isnull;
 
-	owner_execute(&query, 1, types, values, NULL);
+	owner_execute(&query, 2, types, values, NULL);
 	*barrier = DatumGetBool(query_value(0, 2, &isnull));
 	next_try = DatumGetTimestampTz(query_value(0, 1, &isnull));
 	return isnull ? 0 : Max(1, mono_now() + (next_try - GetCurrentTimestamp()));
@@ -328,23 +336,29 @@ due_at(MonoTime when)
 }
 
 /*
+ * Finds when the next one is due.  What was due at a time of which it is known that others
+ * have all of that locked (locked; DT_NOBEGIN: none is) is looked at again after a pause,
+ * and what is due later does not wait for it.
+ *
  * Somebody is always first, so if nobody is due something was left undone.  A barrier has
  * no key to be promoted by, and others may be due that it does not wait for.
  */
 static void
-find_next_due(const SubscriptionRow *row)
+find_next_due(const SubscriptionRow *row, TimestampTz locked)
 {
+	MonoTime	again = (locked != DT_NOBEGIN) ? mono_later(LOCKED_MS) : 0;
 	bool		barrier = false;
 
 	if (clock_was_set_back())
 		heed_clock(row);
-	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row, &barrier) : 0;
-	if (waiting_room.count > 0 && waiting_room.next_due == 0)
+	waiting_room.next_due = (waiting_room.count > 0) ? earliest(row, locked, &barrier) : 0;
+	if (waiting_room.count > 0 && waiting_room.next_due == 0 && again == 0)
 		promote_all(row);
 	else if (barrier)
 		promote_barrier(row);
 	if (waiting_room.count > 0 && (barrier || waiting_room.next_due == 0))
-		waiting_room.next_due = earliest(row, &barrier);
+		waiting_room.next_due = earliest(row, locked, &barrier);
+	due_at(again);
 	due_at(promote_at);
 	if (waiting_room.count > 0)
 		due_at(hasten_at);
@@ -464,7 +478,7 @@ waiting_look(const SubscriptionRow *row)
 	heed_clock(row);
 	count_room(row);
 	find_last_place(row);
-	find_next_due(row);
+	find_next_due(row, DT_NOBEGIN);
 	waiting_room.stale = false;
 }
 
@@ -1010,7 +1024,7 @@ waiting_store(const SubscriptionRow *row, Delivery **deliveries, int n)
 	note_next_due(deliveries, n);
 	promote(row, keys, collect_keys(deliveries, n, is_behind, keys));
 	if (drop_superseded(row, deliveries, n) || any_behind(deliveries, n))
-		find_next_due(row);
+		find_next_due(row, DT_NOBEGIN);
 }
 
 /* ---- what is given back to its queue ---- */
@@ -1138,7 +1152,8 @@ update_failed(const Delivery *delivery)
 	become_caller(&caller);
 }
 
-static void
+/* Lets messages wait that are due.  Returns false if others have locked some of them. */
+static bool
 set_behind(Datum *ids, int n)
 {
 	static CachedQuery query = {
@@ -1149,9 +1164,10 @@ set_behind(Datum *ids, int n)
 	Datum		values[1];
 
 	if (n == 0)
-		return;
+		return true;
 	values[0] = int8_array(ids, n);
 	owner_execute(&query, 1, types, values, NULL);
+	return SPI_processed == (uint64) n;
 }
 
 /* Those that were due, and wait behind one that failed in the same batch. */
@@ -1166,7 +1182,7 @@ update_behind(Delivery **deliveries, int n)
 		if (is_behind(deliveries[i]))
 			ids[count++] = Int64GetDatum(deliveries[i]->waiting_id);
 	}
-	set_behind(ids, count);
+	(void) set_behind(ids, count);
 }
 
 /*
@@ -1209,7 +1225,8 @@ any_found(Delivery **deliveries, int n)
 
 /*
  * Writes the outcomes of what waiting_take() has given: removes what is done
- * with, schedules what failed, and makes due what waited behind these.
+ * with, schedules what failed, and makes due what waited behind these.  If it has given
+ * nothing, it has found out already when it is to be asked again.
  */
 void
 waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
@@ -1217,6 +1234,8 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 	Datum	   *keys = palloc((2 * n + 1) * sizeof(Datum));
 	bool		barrier = false;
 
+	if (n == 0)
+		return;
 	for (int i = 0; i < n; i++)
 	{
 		if (deliveries[i]->outcome == OUTCOME_FAILED)
@@ -1234,7 +1253,7 @@ waiting_settle(const SubscriptionRow *row, Delivery **deliveries, int n)
 	(void) drop_superseded(row, deliveries, n);
 	if (any_found(deliveries, n))
 		hasten(row);
-	find_next_due(row);
+	find_next_due(row, DT_NOBEGIN);
 }
 
 /* ---- taking what is due ---- */
@@ -1279,6 +1298,7 @@ find_due(const SubscriptionRow *row, int limit, bool singly, bool unlocked)
 		due.ids[due.n++] = query_value(i, 1, &isnull);
 		add_due_keys(&due, i);
 	}
+	due.depth = due.singly ? 1 : Max(8, limit / Max(due.nkeys, 1));
 	return due;
 }
 
@@ -1307,7 +1327,7 @@ read_candidate(Candidate *candidate, int result)
  * messages, the first barrier, and the first message that anybody waits for; in order.
  */
 static Candidate *
-find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *n)
+find_candidates(const SubscriptionRow *row, const DueList *due, int *n)
 {
 	static CachedQuery query = {
 		"select " CANDIDATE " from fanout.waiting where waiting_id = any ($2)"
@@ -1324,7 +1344,7 @@ find_candidates(const SubscriptionRow *row, const DueList *due, int limit, int *
 	Oid			types[4] = {INT4OID, INT8ARRAYOID, INT8ARRAYOID, INT4OID};
 	Datum		values[4] = {
 		Int32GetDatum(row->subscription_id), int8_array(due->ids, due->n), int8_array(due->keys, due->nkeys),
-		Int32GetDatum(due->singly ? 1 : Max(8, limit / Max(due->nkeys, 1)))
+		Int32GetDatum(due->depth)
 	};
 	Candidate  *candidates;
 
@@ -1351,14 +1371,35 @@ may_follow(const Candidate *candidate, const DueList *due)
 }
 
 /*
+ * Counts a candidate among those that were looked for of its keys, in order; found has two
+ * places for each key of the list, as a message has two.  Once a key has had as many, the rest
+ * of it waits: a message that was found only because it is due may be behind one that was
+ * not found, as after skip() of a barrier.
+ */
+static void
+count_found(const DueList *due, int *found, const OrderItem *item)
+{
+	for (int i = 0; i < item->nkeys; i++)
+	{
+		OrderItem	rest = {.keys = {item->keys[i]},.nkeys = 1};
+		int			place = index_of(due->keys, due->nkeys, (int64) item->keys[i]);
+
+		if (place >= 0 && ++found[2 * place + i] == due->depth && !order_add(&walk, &rest))
+			out_of_memory();
+	}
+}
+
+/*
  * Chooses, in order, what is due and waits for nothing, and what follows in the
  * same keys; bounded in count and bytes.  What is due and must wait is BEHIND.
- * Leaves what is chosen at the head of the candidates, and returns how many.
+ * Leaves what is chosen at the head of the candidates, and returns how many.  *locked:
+ * others have locked some of what is due and must wait, so that it still is due.
  */
 static int
-choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memory)
+choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memory, bool *locked)
 {
 	Datum	   *behind = palloc((due->n + 1) * sizeof(Datum));
+	int		   *found = palloc0((2 * due->nkeys + 1) * sizeof(int));
 	int			nbehind = 0;
 	int			count = 0;
 	size_t		size = 0;
@@ -1376,14 +1417,17 @@ choose(const DueList *due, Candidate *candidates, int n, int limit, size_t memor
 			if (count > 0 && size > memory)
 				break;
 			candidates[count++] = *candidate;
-			continue;
 		}
-		if (is_due)
-			behind[nbehind++] = Int64GetDatum(candidate->waiting_id);
-		if (!order_add(&walk, &candidate->order))
-			out_of_memory();
+		else
+		{
+			if (is_due)
+				behind[nbehind++] = Int64GetDatum(candidate->waiting_id);
+			if (!order_add(&walk, &candidate->order))
+				out_of_memory();
+		}
+		count_found(due, found, &candidate->order);
 	}
-	set_behind(behind, nbehind);
+	*locked = !set_behind(behind, nbehind);
 	return count;
 }
 
@@ -1514,7 +1558,7 @@ leave_out_blocked(const Candidate *chosen, int n, Delivery **deliveries, int loa
 	return kept;
 }
 
-/* One try of waiting_take(); *locked: others have locked what might have been taken. */
+/* One try of waiting_take(); *locked: others have locked what is due, or might have been taken. */
 static int
 take(const SubscriptionRow *row, int limit, size_t memory, const DueList *due, MemoryContext context,
 	 Delivery **deliveries, bool *locked)
@@ -1526,13 +1570,15 @@ take(const SubscriptionRow *row, int limit, size_t memory, const DueList *due, M
 	*locked = false;
 	if (due->n == 0)
 		return 0;
-	chosen = find_candidates(row, due, limit, &n);
-	n = choose(due, chosen, n, due->singly ? 1 : limit, memory);
+	chosen = find_candidates(row, due, &n);
+	n = choose(due, chosen, n, due->singly ? 1 : limit, memory, locked);
 	if (n == 0)
 		return 0;
 	loaded = load(row, chosen_ids(chosen, n), n, context, deliveries);
-	*locked = loaded < n;
-	return *locked ? leave_out_blocked(chosen, n, deliveries, loaded) : n;
+	if (loaded == n)
+		return n;
+	*locked = true;
+	return leave_out_blocked(chosen, n, deliveries, loaded);
 }
 
 /*
@@ -1545,6 +1591,7 @@ int
 waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, MemoryContext context,
 			 Delivery **deliveries)
 {
+	TimestampTz now = GetCurrentTimestamp();
 	DueList		due;
 	bool		locked;
 	int			n;
@@ -1563,9 +1610,7 @@ waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly, 
 		locked = true;
 	}
 	if (n == 0)
-		find_next_due(row);
-	if (n == 0 && locked)
-		waiting_room.next_due = mono_later(LOCKED_MS);
+		find_next_due(row, locked ? now : DT_NOBEGIN);
 	return n;
 }
 
