@@ -1,6 +1,6 @@
 # What somebody does to a subscription at the very moment at which its worker is at the same
-# messages: locks what is due, ends the worker while a dead letter is tried again, drops the
-# queue while a batch is committed, or skips a TRUNCATE that many messages wait for.
+# messages: locks what is due, ends the worker while a dead letter is tried again, or drops
+# the queue while a batch is committed.
 
 use strict;
 use warnings;
@@ -106,26 +106,6 @@ ok(soon(q((select count(*) = 1 from fanout.waiting))), 'while it is ended, a mes
 end_transaction($locker, 'commit');
 ok(soon(q((select not drop_queue from fanout.subscription where topic = 'dropped'))), 'then its queue is dropped');
 is(sql(q(select count(*) from fanout.waiting)), 0, 'and nothing of it waits');
-
-# ---- skip() of a TRUNCATE that many keys wait for ----
-
-subscribe('many', q(retry_delay => '1 h', max_retry_delay => '1 h', prefetch => 100));
-publish('many', 'first', '{"fail": 1}');
-empty_table('many');
-sql(q(select fanout.publish('many', jsonb_build_object('n', n), key => 'k' || k)
-	from generate_series(1, 20) n, generate_series(0, 12) k where k = 0 or n <= 8 order by n, k));
-pause_once('many', 2 + 20 + 12 * 8);
-skip_truncate('many');
-# a batch of 100 has the first eight messages of each key, and later ones of a single one
-sql(q(update fanout.waiting set next_try = now() - interval '3 s' + case
-	when key <> 'k0' then interval '1 s'
-	when (payload::jsonb ->> 'n')::int between 9 and 12 then interval '2 s'
-	else interval '0' end
-	where key <> 'first'));
-sql(q(select fanout.resume('many', 'g')));
-ok(soon(q((select count(*) = 20 + 12 * 8 from log where topic = 'many'))), 'a TRUNCATE is skipped that messages of many keys wait for: they are applied');
-is(log_of('many', 'k0'), join(' ', 1 .. 20), 'each key in order, whichever of its messages is due first');
-end_of('many');
 
 done_testing();
 
