@@ -36,7 +36,7 @@
  * that topic were in flight, and none of them was confirmed in between; or more often, if
  * some were.  Topics that are suspected publish one after the other:
  *
- *		none -> lost, three times: suspected -> on trial -> lost again: refused
+ *		none -> lost, three times: suspected -> on trial -> lost again, twice: refused
  *
  * and none again once all messages are settled that were in flight.  Nobody else publishes
  * from shortly before a trial to its first confirm, or for as long as a message may take to
@@ -101,10 +101,12 @@
 
 /*
  * A loss of the connection counts more if nothing was confirmed since the last one; from
- * when a topic is suspected; how long it is on trial.
+ * when a topic is suspected; how many losses on trial refuse it, since one may be chance where
+ * the network is bad; how long it is on trial.
  */
 #define STUCK_LOSS 5
 #define SUSPECT_LOSSES (3 * STUCK_LOSS)
+#define BLAMED_TRIALS 2
 #define TRIAL_MS 1000
 #define LONGEST_TRIAL_MS 5000	/* if it goes on publishing */
 
@@ -226,7 +228,7 @@ is_suspected(const Flow *flow)
 static void
 acquit(Flow *flow)
 {
-	flow->losses = flow->doubtful = flow->trials = 0;
+	flow->losses = flow->doubtful = flow->trials = flow->blamed = 0;
 	flow->progressed = false;
 	if (trial == flow)
 		trial = NULL;
@@ -296,7 +298,7 @@ note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 	}
 	flow->losses += stuck ? STUCK_LOSS : 1;
 	flow->progressed = false;
-	if (!suspected || !alone || !stuck || acked_at <= flow->lost_at)
+	if (!suspected || !alone || !stuck || acked_at <= flow->lost_at || ++flow->blamed < BLAMED_TRIALS)
 		return;
 	flow->isolate = Max(flow->isolate, n);
 	/* its attempts have pauses from now on, but others go first */

@@ -212,6 +212,8 @@ typedef struct Flow
 								 * one */
 	MonoTime	lost_at;		/* the first of these losses */
 	int			trials;			/* so many of them while it was on trial */
+	int			blamed;			/* so many of these while nothing else may
+								 * have been the reason */
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;
 
