@@ -91,6 +91,7 @@ sub uses_less_than
 	# it has not read anything yet
 	my $pid = PgFanout::new_publisher($node);
 
+	$node->poll_query_until('postgres', 'select connected_to is not null from fanout.stat_publisher') or die;
 	$run->();
 	my ($peak) = slurp_file("/proc/$pid/status") =~ /VmHWM:\s+(\d+) kB/;
 	cmp_ok($peak, '<', $megabytes * 1024, "$what: less than $megabytes MB");
