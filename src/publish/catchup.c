@@ -363,7 +363,7 @@ is_quick(const Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
-	if (flow->in_line || flow->unconfirmed_since != 0)
+	if (flow->list == IN_LINE || flow->unconfirmed_since != 0)
 		return false;
 	return item == NULL || !mono_exceeds(item->published_at, mono_now(), JOIN_FLIGHT_MS);
 }

@@ -18,10 +18,10 @@
  * confirm_timeout and HUNG_MS of one more turn have brought no confirm either, so that time
  * spent waiting for a channel refuses no topic by itself.
  *
- * Topics with something to publish stand in a ring, or in line for a channel.  Each
- * publishes at most TURN_MESSAGES and goes to the end of the ring; confirms are taken after
- * as many messages, of one topic or of several.  The
- * window of each is bounded by pg_fanout.max_in_flight, as long as others publish by a
+ * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
+ * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
+ * confirms are taken after as many messages, of one topic or of several.  The window of each
+ * is bounded by pg_fanout.max_in_flight, as long as others publish by a
  * part of it (window_part()), and what is in flight of all by MAX_WINDOW_BYTES, but for
  * OWN_WINDOW_BYTES of each: topics whose queues do not confirm may have the rest for long.
  *
@@ -318,29 +318,26 @@ may_send(const Flow *flow)
 	return flow_may_send(flow) && (topology_ready(topic) || topic->declaration.gone || !topic->known);
 }
 
+/* Moves a topic to the end of a list of those that may publish, or to none. */
 static void
-set_in_ring(Flow *flow, bool in_ring)
+move_to(Flow *flow, FlowList list)
 {
-	nring += in_ring ? 1 : -1;
-	if (in_ring)
-		dlist_push_tail(&ring, &flow->ready_node);
-	else
+	if (flow->list == list)
+		return;
+	nring += (list == IN_RING) - (flow->list == IN_RING);
+	nwaiters += (list == IN_LINE) - (flow->list == IN_LINE);
+	if (flow->list != IN_NONE)
 		dlist_delete(&flow->ready_node);
+	if (list != IN_NONE)
+		dlist_push_tail(list == IN_RING ? &ring : &waiters, &flow->ready_node);
+	flow->list = list;
 }
 
-/* Moves a topic from the ring to the end of those that wait for a channel, or back. */
+/* Puts a topic where it belongs that is ready or not, or has another channel or none. */
 static void
-set_in_line(Flow *flow, bool in_line)
+find_place(Flow *flow)
 {
-	if (flow->in_line == in_line)
-		return;
-	flow->in_line = in_line;
-	nwaiters += in_line ? 1 : -1;
-	if (in_line)
-		dlist_push_tail(&waiters, &flow->wait_node);
-	else
-		dlist_delete(&flow->wait_node);
-	set_in_ring(flow, !in_line);
+	move_to(flow, flow->ready && (flow->channel == 0 || flow->channel_open) ? IN_RING : IN_NONE);
 }
 
 /* To be called when anything changes on which it depends whether a topic may publish. */
@@ -355,8 +352,7 @@ sender_update(Flow *flow)
 	if (ready == flow->ready)
 		return;
 	flow->ready = ready;
-	set_in_line(flow, false);
-	set_in_ring(flow, ready);
+	find_place(flow);
 }
 
 /* ---- channels ---- */
@@ -384,6 +380,7 @@ set_channel(Flow *flow, int channel)
 	flow->channel_open = false;
 	flow->channel_at = flow->channel_since = mono_now();
 	flow->yields = false;
+	find_place(flow);
 }
 
 /* Gives the topic's channel up, with what is in flight on it. */
@@ -424,6 +421,7 @@ sender_opened(int channel)
 	}
 	flows[channel]->channel_open = true;
 	flows[channel]->channel_since = flows[channel]->channel_at = mono_now();
+	find_place(flows[channel]);
 }
 
 /* Has the topic waited for so long for a confirm, or for its channel to be opened? */
@@ -519,7 +517,7 @@ has_channel(Flow *flow)
 {
 	if (flow->channel == 0)
 	{
-		set_in_line(flow, true);
+		move_to(flow, IN_LINE);
 		return false;
 	}
 	flow->yields = flow->yields && nwaiters > 0;
@@ -544,7 +542,7 @@ serve_first(void)
 		make_room();
 	if (nwaiters == 0)
 		return false;
-	flow = dlist_container(Flow, wait_node, dlist_head_node(&waiters));
+	flow = dlist_container(Flow, ready_node, dlist_head_node(&waiters));
 	if (!may_send(flow))
 	{
 		sender_update(flow);
@@ -554,7 +552,6 @@ serve_first(void)
 		channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
-	set_in_line(flow, false);
 	set_channel(flow, channel);
 	return true;
 }
@@ -643,6 +640,11 @@ only_suspects(void)
 
 	if (in_flight > (trial != NULL ? trial->window.in_flight : 0))
 		return false;
+	for (int i = 0; i < nflows; i++)
+	{
+		if (flows[i] != NULL && flows[i]->ready && !is_suspected(flows[i]))
+			return false;
+	}
 	dlist_foreach(it, &ring)
 	{
 		if (!is_suspected(dlist_container(Flow, ready_node, it.cur)))
@@ -650,7 +652,7 @@ only_suspects(void)
 	}
 	dlist_foreach(it, &waiters)
 	{
-		if (!is_suspected(dlist_container(Flow, wait_node, it.cur)))
+		if (!is_suspected(dlist_container(Flow, ready_node, it.cur)))
 			return false;
 	}
 	return true;
@@ -701,6 +703,11 @@ sender_suspects(void)
 
 	if (trial != NULL)
 		return true;
+	for (int i = 0; i < nflows; i++)
+	{
+		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]))
+			return true;
+	}
 	dlist_foreach(it, &ring)
 	{
 		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
@@ -708,7 +715,7 @@ sender_suspects(void)
 	}
 	dlist_foreach(it, &waiters)
 	{
-		if (is_suspected(dlist_container(Flow, wait_node, it.cur)))
+		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
 			return true;
 	}
 	return false;

@@ -130,6 +130,14 @@ typedef enum FlowState
 /* Is the topic read by the main cursor? */
 #define flow_rides(flow) ((flow)->state == FLOW_ATTACHED || (flow)->state == FLOW_JOINING)
 
+/* sender.c's lists of topics that may publish */
+typedef enum FlowList
+{
+	IN_NONE,
+	IN_RING,					/* it has a turn next */
+	IN_LINE,					/* waits for a channel */
+} FlowList;
+
 typedef struct Flow
 {
 	FlowState	state;
@@ -199,10 +207,9 @@ typedef struct Flow
 									 * if a turn ended without a confirm
 									 * since; 0: none did */
 	bool		yields;			/* others wait for it: publishes nothing more */
-	bool		in_line;		/* in the list of those that wait for one */
-	dlist_node	wait_node;
-	bool		ready;			/* it may publish: in the ring, or in line */
-	dlist_node	ready_node;
+	bool		ready;			/* it may publish */
+	FlowList	list;
+	dlist_node	ready_node;		/* in that */
 	int			isolate;		/* messages to be sent one at a time */
 	int			losses;			/* of the connection in a row, weighed, while
 								 * any of these was in flight: */
