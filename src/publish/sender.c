@@ -132,6 +132,7 @@ static int	isolate = 0;		/* messages of all topics to be sent one at a
 static bool careful = false;	/* the last connection was lost before
 								 * anything was confirmed, and nothing was on
 								 * this one */
+static bool any_suspects = false;	/* a topic that is ready may be suspected */
 static Flow *trial = NULL;		/* of those suspected, or while careful, the
 								 * one that publishes */
 static MonoTime trial_at = 0;	/* its last message went out */
@@ -298,6 +299,7 @@ note_loss(Flow *flow, int n, bool alone, const BrokerEvent *event)
 	}
 	flow->losses += stuck ? STUCK_LOSS : 1;
 	flow->progressed = false;
+	any_suspects = any_suspects || is_suspected(flow);
 	if (!suspected || !alone || !stuck || acked_at <= flow->lost_at || ++flow->blamed < BLAMED_TRIALS)
 		return;
 	flow->isolate = Max(flow->isolate, n);
@@ -352,6 +354,7 @@ sender_update(Flow *flow)
 	if (ready == flow->ready)
 		return;
 	flow->ready = ready;
+	any_suspects = any_suspects || (ready && is_suspected(flow));
 	find_place(flow);
 }
 
@@ -703,6 +706,8 @@ sender_suspects(void)
 
 	if (trial != NULL)
 		return true;
+	if (!any_suspects)
+		return false;
 	for (int i = 0; i < nflows; i++)
 	{
 		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]))
@@ -718,6 +723,7 @@ sender_suspects(void)
 		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
 			return true;
 	}
+	any_suspects = false;
 	return false;
 }
 
