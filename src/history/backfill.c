@@ -505,6 +505,7 @@ bound_pages(Walk *walk, const Source *source, Range *range)
 {
 	StringInfoData sql;
 	ItemPointer last;
+	int			nrows;
 	bool		isnull;
 
 	if (!OidIsValid(source->rel->rd_rel->reltoastrelid))
@@ -517,9 +518,9 @@ bound_pages(Walk *walk, const Source *source, Range *range)
 					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(source->rel)),
 												RelationGetRelationName(source->rel)));
 	run_as_owner(&walk->bounds, sql.data, range, source->rel);
-	if (SPI_processed == 0 || rows_of_step() == SPI_processed)
+	if (SPI_processed == 0 || (nrows = rows_of_step()) == SPI_processed)
 		return;
-	last = (ItemPointer) DatumGetPointer(query_value(rows_of_step() - 1, 1, &isnull));
+	last = (ItemPointer) DatumGetPointer(query_value(nrows - 1, 1, &isnull));
 	range->n--;
 	add_place(range, ItemPointerGetBlockNumber(last), OffsetNumberNext(ItemPointerGetOffsetNumber(last)));
 }

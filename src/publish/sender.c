@@ -262,10 +262,13 @@ trial_awaits_quiet(MonoTime now)
 
 /* Must the topic wait for another one's trial? */
 static bool
-waits_for_trial(const Flow *flow, MonoTime now)
+waits_for_trial(const Flow *flow)
 {
-	if (flow == trial || is_suspected(flow))
+	MonoTime	now;
+
+	if ((trial == NULL && wanted_at == 0) || flow == trial || is_suspected(flow))
 		return false;
+	now = mono_now();
 	return trial_awaits_quiet(now) ||
 		(trial != NULL && is_suspected(trial) && acked_at <= trial_since &&
 		 !mono_exceeds(trial_since, now, trial_ms()));
@@ -635,30 +638,35 @@ note_delay(const Flow *flow)
 		way = last_way = delay;
 }
 
+/* Has any topic something to publish that is suspected, or any that is not? */
+static bool
+any_ready(bool suspected)
+{
+	dlist_iter	it;
+
+	for (int i = 0; i < nflows; i++)
+	{
+		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]) == suspected)
+			return true;
+	}
+	dlist_foreach(it, &ring)
+	{
+		if (is_suspected(dlist_container(Flow, ready_node, it.cur)) == suspected)
+			return true;
+	}
+	dlist_foreach(it, &waiters)
+	{
+		if (is_suspected(dlist_container(Flow, ready_node, it.cur)) == suspected)
+			return true;
+	}
+	return false;
+}
+
 /* Is all that is to be published, or is in flight, of topics that are suspected? */
 static bool
 only_suspects(void)
 {
-	dlist_iter	it;
-
-	if (in_flight > (trial != NULL ? trial->window.in_flight : 0))
-		return false;
-	for (int i = 0; i < nflows; i++)
-	{
-		if (flows[i] != NULL && flows[i]->ready && !is_suspected(flows[i]))
-			return false;
-	}
-	dlist_foreach(it, &ring)
-	{
-		if (!is_suspected(dlist_container(Flow, ready_node, it.cur)))
-			return false;
-	}
-	dlist_foreach(it, &waiters)
-	{
-		if (!is_suspected(dlist_container(Flow, ready_node, it.cur)))
-			return false;
-	}
-	return true;
+	return in_flight <= (trial != NULL ? trial->window.in_flight : 0) && !any_ready(false);
 }
 
 /* Does the topic publish only while no other does that is tried as well? */
@@ -702,29 +710,8 @@ may_try(const Flow *flow)
 bool
 sender_suspects(void)
 {
-	dlist_iter	it;
-
-	if (trial != NULL)
-		return true;
-	if (!any_suspects)
-		return false;
-	for (int i = 0; i < nflows; i++)
-	{
-		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]))
-			return true;
-	}
-	dlist_foreach(it, &ring)
-	{
-		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
-			return true;
-	}
-	dlist_foreach(it, &waiters)
-	{
-		if (is_suspected(dlist_container(Flow, ready_node, it.cur)))
-			return true;
-	}
-	any_suspects = false;
-	return false;
+	any_suspects = any_suspects && any_ready(true);
+	return trial != NULL || any_suspects;
 }
 
 /* Has the window room for another message? */
@@ -735,7 +722,7 @@ has_room(const Flow *flow)
 
 	if (flow->yields)
 		return false;
-	if ((is_tried(flow) && !may_try(flow)) || waits_for_trial(flow, mono_now()))
+	if ((is_tried(flow) && !may_try(flow)) || waits_for_trial(flow))
 		return false;
 	if (flow->window.in_flight == 0)
 		return isolate == 0 || in_flight == 0;

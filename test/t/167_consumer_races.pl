@@ -117,9 +117,9 @@ sub soon { return PgFanout::soon($node, $_[0], 60); }
 sub transaction
 {
 	my ($sql) = @_;
-	my $session = $node->background_psql('postgres');
+	my $session = PgFanout::session($node);
 
-	$session->query_safe("begin; $sql");
+	PgFanout::run_in($session, "begin; $sql");
 	return $session;
 }
 
@@ -127,8 +127,8 @@ sub end_transaction
 {
 	my ($session, $how) = @_;
 
-	$session->query_safe($how);
-	$session->quit;
+	PgFanout::run_in($session, $how);
+	$session->{harness}->finish;
 	return;
 }
 
