@@ -141,20 +141,29 @@ make_postgres() {
 
 # Prints N free ports of the loopback interface.  They lie below the range that
 # the kernel gives to outgoing connections, so that a port is still free when
-# its server is stopped for a while and started again.
+# its server is stopped for a while and started again.  All who ask take them in
+# turn, so that nobody is given one whose server has not started yet.
 free_ports() {
-	python3 - "$1" <<-'END'
-		import random, socket, sys
+	python3 - "$1" "/tmp/pgf-port.$(id -u)" <<-'END'
+		import fcntl, random, socket, sys
+		count, name = int(sys.argv[1]), sys.argv[2]
 		low = int(open('/proc/sys/net/ipv4/ip_local_port_range').read().split()[0])
 		high = low if low > 15000 else 65536
 		held = []
-		while len(held) < int(sys.argv[1]):
-		    s = socket.socket()
-		    try:
-		        s.bind(('127.0.0.1', random.randrange(10000, high)))
-		        held.append(s)
-		    except OSError:
-		        s.close()
+		with open(name, 'a+') as last:
+		    fcntl.flock(last, fcntl.LOCK_EX)
+		    last.seek(0)
+		    port = int(last.read() or random.randrange(10000, high))
+		    while len(held) < count:
+		        port = port + 1 if port + 1 < high else 10000
+		        s = socket.socket()
+		        try:
+		            s.bind(('127.0.0.1', port))
+		            held.append(s)
+		        except OSError:
+		            s.close()
+		    last.truncate(0)
+		    last.write(str(port))
 		print(*(s.getsockname()[1] for s in held))
 	END
 }
