@@ -182,11 +182,11 @@ chunks_one_waits(void)
 }
 
 /*
- * Returns a topic's flow that the oldest chunk which is not done waits for, and since
- * when; NULL: there is no such chunk.  A chunk of many topics may wait for each of them
- * a moment, and is not held up as long as one after the other is done, for MANY_MS at most.
+ * Returns the oldest chunk that is not done, and since when it is waited for; NULL: there is
+ * none.  A chunk of many topics may wait for each of them a moment, and is not held up as
+ * long as one after the other is done, for MANY_MS at most.
  */
-struct Flow *
+Chunk *
 chunks_awaited(MonoTime *since)
 {
 	if (oldest == NULL)
@@ -194,12 +194,7 @@ chunks_awaited(MonoTime *since)
 	*since = oldest_since;
 	if (oldest->open_runs > FEW_TOPICS && !mono_exceeds(oldest_since, mono_now(), MANY_MS))
 		*since = oldest_at;
-	for (Run *run = oldest->runs; run != NULL; run = run->next_of_chunk)
-	{
-		if (run->done < run->count)
-			return run->flow;
-	}
-	return NULL;
+	return oldest;
 }
 
 /* ---- recording ---- */

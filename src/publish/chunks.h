@@ -25,7 +25,7 @@ extern void chunks_message_done(Run *run, const Message *message);
 extern bool chunks_due(void);
 extern MonoTime chunks_due_at(void);
 extern bool chunks_one_waits(void);
-extern struct Flow *chunks_awaited(MonoTime *since);
+extern Chunk *chunks_awaited(MonoTime *since);
 extern Chunk *chunks_record(void (*record_run) (Run *run), int *count);
 
 #endif							/* PGF_CHUNKS_H */

@@ -84,6 +84,9 @@
 #define SLOW_MS 200
 #define SLOW_ANYWAY_MS 1000
 
+/* How often such topics are looked for. */
+#define LATE_MS 20
+
 typedef struct Publisher
 {
 	Connection	conn;
@@ -125,6 +128,8 @@ typedef struct Publisher
 	MonoTime	tallies_at;		/* 0: not before there are many */
 	MonoTime	record_at;		/* answers not recorded yet: no sooner */
 	MonoTime	record_flows_at;	/* how far topics have come: no sooner */
+	MonoTime	late_at;		/* topics that are late are looked for: no
+								 * sooner */
 } Publisher;
 
 static Publisher pub;
@@ -627,26 +632,41 @@ forget_backlogs(void)
 	backlog_clear();
 }
 
+/* Has topics leave the main cursor that keep a chunk waiting, by their own fault. */
+static void
+leave_late(Chunk *chunk, MonoTime now)
+{
+	Run		   *next;
+
+	for (Run *run = chunk->runs; run != NULL; run = next)
+	{
+		next = run->next_of_chunk;
+		if (run->done < run->count && sender_is_late(run->flow, now, SLOW_MS))
+			flow_leave(run->flow, true);
+	}
+}
+
 /*
- * Has a topic leave the main cursor that others wait for, because it has much in memory,
- * or its messages are slow.
+ * Has topics leave the main cursor that others wait for, because they have much in memory,
+ * or their messages are slow.
  */
 static void
 leave_slow(void)
 {
 	MonoTime	since;
 	MonoTime	now = mono_now();
-	Flow	   *flow;
+	Chunk	   *chunk;
 
 	if (!usable())
 		return;
 	if (pub.much && pub.more && !chunks_room())
 		pub.much = flow_leave_much();
-	flow = chunks_awaited(&since);
-	if (flow == NULL || !mono_exceeds(Max(since, pub.unblocked_at), now, SLOW_MS))
+	chunk = chunks_awaited(&since);
+	if (chunk == NULL || pub.late_at > now || !mono_exceeds(Max(since, pub.unblocked_at), now, SLOW_MS))
 		return;
+	pub.late_at = mono_plus(now, LATE_MS);
 	if (!chunks_room() || chunks_one_waits() || mono_exceeds(since, now, SLOW_ANYWAY_MS))
-		flow_leave(flow, true);
+		leave_late(chunk, now);
 }
 
 /* ---- recording ---- */

@@ -16,7 +16,8 @@
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
  * message alone in its next turns.  It is refused when the message is older than
  * confirm_timeout and HUNG_MS of one more turn have brought no confirm either, so that time
- * spent waiting for a channel refuses no topic by itself.
+ * spent waiting for a channel refuses no topic by itself.  Whether a confirm is late is told
+ * by those of other topics (hangs()): a broker may be slow to all.
  *
  * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
  * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
@@ -141,6 +142,11 @@ static MonoTime wanted_at = 0;	/* a trial waits since then for others to be
 								 * quiet, which they are for a while; 0: none
 								 * does */
 static MonoTime acked_at = 0;	/* the last message of any topic was */
+static MonoTime confirmed_from = 0; /* when the newest of those messages was
+									 * published that were confirmed */
+static int	hung_ms = HUNG_MS;	/* longer while turns end in which nobody's
+								 * messages are confirmed */
+static MonoTime hung_at = 0;	/* when it was last made longer */
 static int	nchannels = 0;		/* that topics have */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
 static int	nwaiters = 0;
@@ -235,11 +241,18 @@ acquit(Flow *flow)
 		trial = NULL;
 }
 
+/* To the broker and back. */
+static int
+way_ms(void)
+{
+	return (way != 0 ? way : last_way) / 1000;
+}
+
 /* How long may it take until it is known that the connection is lost for a message? */
 static int
 trial_ms(void)
 {
-	return QUIET_MS + 2 * (way != 0 ? way : last_way) / 1000;
+	return QUIET_MS + 2 * way_ms();
 }
 
 /*
@@ -438,6 +451,37 @@ waits_in_vain(MonoTime since, MonoTime now, int ms)
 }
 
 /*
+ * Does the topic's oldest message in flight wait for longer than the broker takes for
+ * others' now, and at least so long?  It does if others were confirmed that are not half as
+ * old, or none was for so long and twice the way to the broker.
+ */
+static bool
+hangs(const Flow *flow, MonoTime now, int ms)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	if (item == NULL || !waits_in_vain(Max(item->published_at, flow->confirmed_at), now, ms))
+		return false;
+	return (now - confirmed_from) * 2 <= now - item->published_at ||
+		waits_in_vain(acked_at, now, ms + 2 * way_ms());
+}
+
+/*
+ * Is it the topic's own fault that others wait for its messages to be confirmed, at least for
+ * so long?  Not if it waits for a channel, or the broker is no faster with others.  It is if
+ * its messages go one after the other.
+ */
+bool
+sender_is_late(const Flow *flow, MonoTime now, int ms)
+{
+	if (flow->ready && (!flow->channel_open || flow->yields))
+		return false;
+	if (flow->window.in_flight == 0)
+		return mono_exceeds(flow->channel_at, now, ms);
+	return flow->window.serial || flow->isolate > 0 || hangs(flow, now, ms);
+}
+
+/*
  * Is it time to doubt a topic, or the broker?  The age of what was not confirmed in former
  * turns counts once it was not in this one either.
  */
@@ -450,7 +494,7 @@ is_overdue(const Flow *flow, MonoTime now)
 		return waits_in_vain(flow->channel_since, now, pgf_confirm_timeout);
 	if (item == NULL)
 		return false;
-	if (flow->unconfirmed_since != 0 && waits_in_vain(item->published_at, now, HUNG_MS))
+	if (flow->unconfirmed_since != 0 && hangs(flow, now, hung_ms))
 		return waits_in_vain(flow->unconfirmed_since, now, pgf_confirm_timeout);
 	return waits_in_vain(item->published_at, now, pgf_confirm_timeout);
 }
@@ -463,24 +507,29 @@ is_overdue(const Flow *flow, MonoTime now)
 static bool
 may_yield(const Flow *flow, MonoTime now)
 {
-	const WindowItem *item = window_oldest(&flow->window);
-
 	if (!flow->channel_open)
 		return !flow->ready;
-	if (item != NULL)
-		return waits_in_vain(Max(item->published_at, flow->confirmed_at), now, HUNG_MS) &&
-			!is_overdue(flow, now);
+	if (window_oldest(&flow->window) != NULL)
+		return hangs(flow, now, hung_ms) && !is_overdue(flow, now);
 	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
 }
 
-/* Ends the topic's turn, since others wait.  What is in flight keeps its age. */
+/*
+ * Ends the topic's turn, since others wait.  What is in flight keeps its age.  If nothing
+ * of any topic was confirmed meanwhile, turns last longer from now on.
+ */
 static void
-end_turn(Flow *flow)
+end_turn(Flow *flow, MonoTime now)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
 	if (item != NULL && flow->unconfirmed_since == 0)
 		flow->unconfirmed_since = item->published_at;
+	if (item != NULL && acked_at < item->published_at && mono_exceeds(hung_at, now, hung_ms))
+	{
+		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout));
+		hung_at = now;
+	}
 	give_channel_up(flow);
 	flow_settle(flow);
 }
@@ -512,7 +561,7 @@ make_room(void)
 			longest = flow;
 	}
 	if (chosen != NULL)
-		end_turn(chosen);
+		end_turn(chosen, now);
 	else if (longest != NULL && nyield < nwaiters)
 		longest->yields = true;
 }
@@ -631,7 +680,10 @@ note_delay(const Flow *flow)
 	const WindowItem *item = window_oldest(&flow->window);
 	MonoTime	delay;
 
-	if (item == NULL || item->published_at < way_since)
+	if (item == NULL)
+		return;
+	confirmed_from = Max(confirmed_from, item->published_at);
+	if (item->published_at < way_since)
 		return;
 	delay = Max(mono_now() - item->published_at, 1);
 	if (way == 0 || delay < way)
@@ -950,6 +1002,7 @@ sender_confirmed(const BrokerEvent *event)
 	if (ack)
 	{
 		acked_at = heard_at;
+		hung_ms = HUNG_MS;
 		careful = false;
 		connection_works(conn);
 		flow->doubted = 0;

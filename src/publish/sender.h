@@ -20,6 +20,7 @@ extern void sender_release(Flow *flow);
 extern bool sender_publish(bool (*take_events) (void));
 extern bool sender_may_publish(void);
 extern bool sender_idle(void);
+extern bool sender_is_late(const Flow *flow, MonoTime now, int ms);
 
 extern bool sender_owns(int channel);
 extern void sender_opened(int channel);
