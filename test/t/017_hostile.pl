@@ -300,10 +300,17 @@ sql( 'many', qq(
 wait_until('many', q(select count(*) = 10 from fanout.outbox_status where state <> 'sent'));
 note(sprintf 'sent again %.1f s after the publisher was terminated', time - $start);
 my $list = $broker->ctl('-q', 'list_queues', '-p', $broker->vhost, 'name', 'messages');
-my $in_queues = 0;
-$in_queues += $1 while $list =~ /^topic \d+_g\t(\d+)$/mg;
+# some may have been sent twice
+my %in_queue = $list =~ /^topic (\d+)_g\t(\d+)$/mg;
+my $missing = 0;
+foreach my $i (1 .. $topics)
+{
+	my $lack = ($i == $topics ? 3 : 2) - ($in_queue{$i} || 0);
+
+	$missing += $lack if $lack > 0;
+}
 record("$topics topics on classic queues, one stalled, publisher terminated",
-	'1 client', 2 * $topics + 1, 2 * $topics + 1 - $in_queues, 'uncounted');
+	'1 client', 2 * $topics + 1, $missing, 'uncounted');
 sql('many', q(select fanout.declare_binding('stalled', 'g', 'classic')));
 # the pauses between its attempts have grown
 PgFanout::flush($node, dbname => 'many', timeout => '150 s');
