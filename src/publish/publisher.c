@@ -122,6 +122,7 @@ typedef struct Publisher
 	bool		start_found;	/* what was there at the start */
 
 	/* by the clock */
+	uint64		counted;		/* of those sent, in statistics */
 	MonoTime	statistics_at;	/* 0: nothing to count */
 	MonoTime	statistics_since;
 	MonoTime	maintenance_at;
@@ -873,22 +874,18 @@ count_sent(void)
 		counts[n++] = topic->sent;
 		topic->sent = 0;
 	}
+	pub.counted = pg_atomic_read_u64(&worker_slot->confirmed);
 	maintenance_count_sent(ids, counts, n,
 						   Max(1.0, (mono_now() - pub.statistics_since) / (double) USECS_PER_SEC));
 	pfree(ids);
 	pfree(counts);
 }
 
+/* Were messages sent that are not counted? */
 static bool
 sent_uncounted(void)
 {
-	Topic	   *topic;
-	int			i = 0;
-	bool		uncounted = false;
-
-	while ((topic = topic_next(&i)) != NULL)
-		uncounted = uncounted || topic->sent > 0;
-	return uncounted;
+	return pg_atomic_read_u64(&worker_slot->confirmed) != pub.counted;
 }
 
 /*
@@ -1117,6 +1114,7 @@ start(void)
 	worker_commit();
 	read_subscriptions();
 	pub.more = true;
+	pub.counted = pg_atomic_read_u64(&worker_slot->confirmed);
 	pub.maintenance_at = mono_later(1000);
 	connection_init(&pub.conn, "publisher", "pg_fanout publisher");
 	use_settings();

@@ -116,6 +116,8 @@
 
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
 #define YIELD_MS 1000			/* a turn, if others wait for a channel */
+#define ROOM_MS 5				/* between looks for a channel that another
+								 * may have */
 #define HUNG_MS 3000			/* without a confirm: the channel is given up,
 								 * if others wait for it */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
@@ -148,6 +150,8 @@ static int	hung_ms = HUNG_MS;	/* longer while turns end in which nobody's
 								 * messages are confirmed */
 static MonoTime hung_at = 0;	/* when it was last made longer */
 static int	nchannels = 0;		/* that topics have */
+static int	nopening = 0;		/* of these, not open yet */
+static MonoTime room_at = 0;	/* no channel can be given to another before */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
 static int	nwaiters = 0;
 static Flow *latest = NULL;		/* who published the last message; to compare,
@@ -394,6 +398,7 @@ set_channel(Flow *flow, int channel)
 	}
 	if (channel != 0)
 		flows[channel] = flow;
+	nopening += (channel != 0) - (flow->channel != 0 && !flow->channel_open);
 	nchannels += (channel != 0) - (flow->channel != 0);
 	flow->channel = channel;
 	flow->channel_open = false;
@@ -438,6 +443,7 @@ sender_opened(int channel)
 		ping = 0;
 		return;
 	}
+	nopening--;
 	flows[channel]->channel_open = true;
 	flows[channel]->channel_since = flows[channel]->channel_at = mono_now();
 	find_place(flows[channel]);
@@ -547,6 +553,8 @@ make_room(void)
 	Flow	   *longest = NULL;
 	int			nyield = 0;
 
+	if (room_at > now)
+		return;
 	for (int i = 0; i < nflows; i++)
 	{
 		Flow	   *flow = flows[i];
@@ -564,6 +572,8 @@ make_room(void)
 		end_turn(chosen, now);
 	else if (longest != NULL && nyield < nwaiters)
 		longest->yields = true;
+	if (chosen == NULL)
+		room_at = mono_plus(now, ROOM_MS);
 }
 
 /* Does the topic have an open channel?  If it has none, it is in line for one then. */
@@ -1277,14 +1287,16 @@ sender_timeout(MonoTime now)
 		timeout = Min(timeout, 500);
 	if (nwaiters > 0 || trial != NULL || trial_awaits_quiet(now))
 		timeout = Min(timeout, 100);
+	if (nwaiters > 0 && room_at > now)
+		timeout = Min(timeout, ROOM_MS);
+	if (nopening > 0)
+		timeout = Min(timeout, 500);
 	/* for those that are suspected, and wait for others, or for requests */
 	if (may_publish && (acked_at <= conn->connected_at || sender_suspects()))
 		timeout = Min(timeout, TRIAL_MS / 4);
-	for (int i = 0; i < nflows; i++)
+	for (int i = 0; i < nflows && may_publish && broker_major(conn->broker) >= 4; i++)
 	{
-		if (flows[i] != NULL && !flows[i]->channel_open)
-			timeout = Min(timeout, 500);
-		if (may_publish && flows[i] != NULL && flows[i]->ready && flows[i]->refill_at != 0)
+		if (flows[i] != NULL && flows[i]->ready && flows[i]->refill_at != 0)
 			timeout = Min(timeout, Max(mono_left(now, flows[i]->refill_at), REFILL_LATE_MS));
 	}
 	return timeout;
