@@ -15,7 +15,7 @@
  * Topics get channels in the order in which they began to wait.  A topic whose turn ended
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
  * message alone in its next turns.  It is refused when the message is older than
- * confirm_timeout and HUNG_MS of one more turn have brought no confirm either, so that time
+ * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so that time
  * spent waiting for a channel refuses no topic by itself.  Whether a confirm is late is told
  * by those of other topics (hangs()): a broker may be slow to all.
  *
