@@ -84,8 +84,9 @@
 #define SLOW_MS 200
 #define SLOW_ANYWAY_MS 1000
 
-/* How often such topics are looked for. */
+/* How often such topics are looked for, and how many messages in memory are many then. */
 #define LATE_MS 20
+#define MANY_MESSAGES (RUN_MESSAGES / 2)
 
 typedef struct Publisher
 {
@@ -633,7 +634,10 @@ forget_backlogs(void)
 	backlog_clear();
 }
 
-/* Has topics leave the main cursor that keep a chunk waiting, by their own fault. */
+/*
+ * Has topics leave the main cursor that keep a chunk waiting, because they have many
+ * messages or by their own fault.
+ */
 static void
 leave_late(Chunk *chunk, MonoTime now)
 {
@@ -642,7 +646,8 @@ leave_late(Chunk *chunk, MonoTime now)
 	for (Run *run = chunk->runs; run != NULL; run = next)
 	{
 		next = run->next_of_chunk;
-		if (run->done < run->count && sender_is_late(run->flow, now, SLOW_MS))
+		if (run->done < run->count &&
+			(run->flow->window.count >= MANY_MESSAGES || sender_is_late(run->flow, now, SLOW_MS)))
 			flow_leave(run->flow, true);
 	}
 }
