@@ -85,7 +85,7 @@
 #define SLOW_ANYWAY_MS 1000
 
 /* How often such topics are looked for, and how many messages in memory are many then. */
-#define LATE_MS 20
+#define LATE_MS 50
 #define MANY_MESSAGES (RUN_MESSAGES / 2)
 
 typedef struct Publisher
@@ -662,13 +662,14 @@ leave_slow(void)
 	MonoTime	since;
 	MonoTime	now = mono_now();
 	Chunk	   *chunk;
+	MonoTime	from = Max(pub.unblocked_at, pub.conn.connected_at);
 
 	if (!usable())
 		return;
 	if (pub.much && pub.more && !chunks_room())
 		pub.much = flow_leave_much();
 	chunk = chunks_awaited(&since);
-	if (chunk == NULL || pub.late_at > now || !mono_exceeds(Max(since, pub.unblocked_at), now, SLOW_MS))
+	if (chunk == NULL || pub.late_at > now || !mono_exceeds(Max(since, from), now, SLOW_MS))
 		return;
 	pub.late_at = mono_plus(now, LATE_MS);
 	if (!chunks_room() || chunks_one_waits() || mono_exceeds(since, now, SLOW_ANYWAY_MS))
@@ -1022,7 +1023,7 @@ time_left(MonoTime now)
 	if (flow_unrecorded())
 		earlier(&timeout, now, pub.record_flows_at);
 	if (chunks_awaited(&since) != NULL)
-		timeout = Min(timeout, SLOW_MS);
+		timeout = Min(timeout, mono_exceeds(since, now, SLOW_MS) ? LATE_MS : SLOW_MS);
 	return timeout;
 }
 

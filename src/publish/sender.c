@@ -17,7 +17,7 @@
  * message alone in its next turns.  It is refused when the message is older than
  * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so that time
  * spent waiting for a channel refuses no topic by itself.  Whether a confirm is late is told
- * by those of other topics (hangs()): a broker may be slow to all.
+ * by those of other topics (is_behind()): a broker may be slow to all.
  *
  * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
  * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
@@ -457,34 +457,44 @@ waits_in_vain(MonoTime since, MonoTime now, int ms)
 }
 
 /*
- * Does the topic's oldest message in flight wait for longer than the broker takes for
- * others' now, and at least so long?  It does if others were confirmed that are not half as
- * old, or none was for so long and twice the way to the broker.
+ * Has the topic's oldest message been in flight for longer than the broker takes for others'
+ * now, and at least so long?  It has if others were confirmed that are not half as old, or
+ * none was for so long and twice what the last one took.
  */
 static bool
-hangs(const Flow *flow, MonoTime now, int ms)
+is_behind(const Flow *flow, MonoTime now, int ms)
 {
 	const WindowItem *item = window_oldest(&flow->window);
+	MonoTime	took = Max(acked_at - confirmed_from, way_ms() * INT64CONST(1000));
 
-	if (item == NULL || !waits_in_vain(Max(item->published_at, flow->confirmed_at), now, ms))
+	if (item == NULL || !waits_in_vain(item->published_at, now, ms))
 		return false;
 	return (now - confirmed_from) * 2 <= now - item->published_at ||
-		waits_in_vain(acked_at, now, ms + 2 * way_ms());
+		waits_in_vain(Max(acked_at, item->published_at) + 2 * took, now, ms);
+}
+
+/* Does it wait for so long, and has nothing of the topic been confirmed for so long? */
+static bool
+hangs(const Flow *flow, MonoTime now)
+{
+	int			ms = flow->stalled ? HUNG_MS : hung_ms;
+
+	return waits_in_vain(flow->confirmed_at, now, ms) && is_behind(flow, now, ms);
 }
 
 /*
  * Is it the topic's own fault that others wait for its messages to be confirmed, at least for
- * so long?  Not if it waits for a channel, or the broker is no faster with others.  It is if
- * its messages go one after the other.
+ * so long?  Not if it waits for a channel, unless nothing came of its last turn; nor if the
+ * broker is no faster with others.  It is if its messages go one after the other.
  */
 bool
 sender_is_late(const Flow *flow, MonoTime now, int ms)
 {
-	if (flow->ready && (!flow->channel_open || flow->yields))
-		return false;
+	if (flow->ready && !flow->channel_open)
+		return flow->unconfirmed_since != 0;
 	if (flow->window.in_flight == 0)
-		return mono_exceeds(flow->channel_at, now, ms);
-	return flow->window.serial || flow->isolate > 0 || hangs(flow, now, ms);
+		return !(flow->ready && flow->yields) && mono_exceeds(Max(flow->channel_at, flow->confirmed_at), now, ms);
+	return flow->window.serial || flow->isolate > 0 || is_behind(flow, now, ms);
 }
 
 /*
@@ -500,7 +510,7 @@ is_overdue(const Flow *flow, MonoTime now)
 		return waits_in_vain(flow->channel_since, now, pgf_confirm_timeout);
 	if (item == NULL)
 		return false;
-	if (flow->unconfirmed_since != 0 && hangs(flow, now, hung_ms))
+	if (flow->unconfirmed_since != 0 && hangs(flow, now))
 		return waits_in_vain(flow->unconfirmed_since, now, pgf_confirm_timeout);
 	return waits_in_vain(item->published_at, now, pgf_confirm_timeout);
 }
@@ -516,7 +526,7 @@ may_yield(const Flow *flow, MonoTime now)
 	if (!flow->channel_open)
 		return !flow->ready;
 	if (window_oldest(&flow->window) != NULL)
-		return hangs(flow, now, hung_ms) && !is_overdue(flow, now);
+		return hangs(flow, now) && !is_overdue(flow, now);
 	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
 }
 
@@ -531,9 +541,9 @@ end_turn(Flow *flow, MonoTime now)
 
 	if (item != NULL && flow->unconfirmed_since == 0)
 		flow->unconfirmed_since = item->published_at;
-	if (item != NULL && acked_at < item->published_at && mono_exceeds(hung_at, now, hung_ms))
+	if (item != NULL && acked_at < item->published_at && mono_exceeds(hung_at, now, hung_ms / 2))
 	{
-		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout));
+		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout / 2));
 		hung_at = now;
 	}
 	give_channel_up(flow);
@@ -1199,6 +1209,7 @@ sender_lost(const BrokerEvent *event, bool request)
 	if (n > 1 && blames_content(event))
 		isolate = n;
 	way = way_since = wanted_at = 0;
+	hung_ms = HUNG_MS;
 	ping = 0;
 	ping_at = 0;
 	counts_from = mono_now();
@@ -1253,7 +1264,7 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 	bool		blocked = conn->broker != NULL && broker_blocked(conn->broker);
 
 	/* an alarm's time does not count: the broker did not read what we sent */
-	counts_from = Max(counts_from, blocked ? now : unblocked_at);
+	counts_from = Max(counts_from, blocked ? now : Max(unblocked_at, conn->connected_at));
 	if (conn->broker == NULL || blocked || !mono_exceeds(checked_at, now, 100))
 		return NULL;
 	checked_at = now;
