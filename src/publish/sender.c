@@ -116,6 +116,7 @@
 
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
 #define YIELD_MS 1000			/* a turn, if others wait for a channel */
+#define DELAY_CONFIRMS 16		/* over which their delay is averaged */
 #define ROOM_MS 5				/* between looks for a channel that another
 								 * may have */
 #define HUNG_MS 3000			/* without a confirm: the channel is given up,
@@ -146,6 +147,7 @@ static MonoTime wanted_at = 0;	/* a trial waits since then for others to be
 static MonoTime acked_at = 0;	/* the last message of any topic was */
 static MonoTime confirmed_from = 0; /* when the newest of those messages was
 									 * published that were confirmed */
+static MonoTime delay = 0;		/* of confirms, on average, in microseconds */
 static int	hung_ms = HUNG_MS;	/* longer while turns end in which nobody's
 								 * messages are confirmed */
 static MonoTime hung_at = 0;	/* when it was last made longer */
@@ -457,20 +459,19 @@ waits_in_vain(MonoTime since, MonoTime now, int ms)
 }
 
 /*
- * Has the topic's oldest message been in flight for longer than the broker takes for others'
- * now, and at least so long?  It has if others were confirmed that are not half as old, or
- * none was for so long and twice what the last one took.
+ * Has the topic's oldest message been in flight for so long and twice what confirms take
+ * now, while others were confirmed that are not half as old, or none was?
  */
 static bool
 is_behind(const Flow *flow, MonoTime now, int ms)
 {
 	const WindowItem *item = window_oldest(&flow->window);
-	MonoTime	took = Max(acked_at - confirmed_from, way_ms() * INT64CONST(1000));
+	MonoTime	took = 2 * Max(acked_at - confirmed_from, way_ms() * INT64CONST(1000));
 
-	if (item == NULL || !waits_in_vain(item->published_at, now, ms))
+	if (item == NULL || !waits_in_vain(item->published_at + 2 * delay, now, ms))
 		return false;
 	return (now - confirmed_from) * 2 <= now - item->published_at ||
-		waits_in_vain(Max(acked_at, item->published_at) + 2 * took, now, ms);
+		waits_in_vain(Max(acked_at, item->published_at) + took, now, ms);
 }
 
 /* Does it wait for so long, and has nothing of the topic been confirmed for so long? */
@@ -698,16 +699,15 @@ static void
 note_delay(const Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
-	MonoTime	delay;
+	MonoTime	took;
 
 	if (item == NULL)
 		return;
 	confirmed_from = Max(confirmed_from, item->published_at);
-	if (item->published_at < way_since)
-		return;
-	delay = Max(mono_now() - item->published_at, 1);
-	if (way == 0 || delay < way)
-		way = last_way = delay;
+	took = Max(mono_now() - item->published_at, 1);
+	delay += (took - delay) / DELAY_CONFIRMS;
+	if (item->published_at >= way_since && (way == 0 || took < way))
+		way = last_way = took;
 }
 
 /* Has any topic something to publish that is suspected, or any that is not? */
