@@ -3728,7 +3728,7 @@ create table fanout.sync_target (
     floor_xid       bigint
 ) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
-comment on column fanout.sync_target.target is 'by the name that it had when it was last looked at; see fanout.subscription_bound';
+comment on column fanout.sync_target.target is 'by the name that it has; see fanout.note_target_names()';
 comment on column fanout.sync_target.source_schema is 'of the table that it is a copy of; NULL: no message has come yet';
 comment on column fanout.sync_target.unknown_columns is 'ignore or error';
 comment on column fanout.sync_target.ignored_columns is 'those of the latest message that the target does not have';
@@ -3785,10 +3785,7 @@ begin
                handler_owner = coalesce(owner_now, s.handler_owner)
         where f.subscription_id = s.subscription_id;
     end if;
-    update fanout.sync_target t set target = fanout.qualified_name(b.target)
-    from fanout.subscription_bound b
-    where t.subscription_id = s.subscription_id and b.subscription_id = s.subscription_id
-      and exists (select from pg_class c where c.oid = b.target) and t.target <> fanout.qualified_name(b.target);
+    perform fanout.note_target_names(bind_subscription.subscription_id);
 end
 $$;
 comment on function fanout.bind_subscription(integer) is
@@ -3807,7 +3804,7 @@ create table fanout.sync_column (
     primary key (subscription_id, attnum)
 ) using heap;
 comment on table fanout.sync_column is 'internal: columns of the targets of fanout.sync_table(), but for generated ones';
-comment on column fanout.sync_column.local is 'its name when it was last looked at; attnum tells which column it is';
+comment on column fanout.sync_column.local is 'the name that it has; attnum tells which column it is';
 comment on column fanout.sync_column.remote is 'its name in messages; NULL: no message sets it';
 comment on column fanout.sync_column.mapped is 'was it named in "columns" of fanout.sync_table()?';
 comment on column fanout.sync_column.key_position is 'NULL: not of the key';
@@ -3815,6 +3812,53 @@ comment on column fanout.sync_column.seen is 'has a message had it?';
 comment on column fanout.sync_column.missing is 'and the latest one has not?';
 revoke all on fanout.sync_column from public;
 select pg_extension_config_dump('fanout.sync_column', '');
+
+-- A dump has the names that tables and columns have when it is made, also if they were
+-- renamed just before: what had another one's name would be written instead of it where
+-- the dump is restored.
+create function fanout.note_target_names(id integer default null) returns void
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update fanout.sync_target t set target = fanout.qualified_name(b.target)
+    from fanout.subscription_bound b
+    where b.subscription_id = t.subscription_id and (id is null or t.subscription_id = id)
+      and exists (select from pg_class c where c.oid = b.target) and t.target <> fanout.qualified_name(b.target);
+    delete from fanout.sync_column k using fanout.subscription_bound b
+    where b.subscription_id = k.subscription_id and (id is null or k.subscription_id = id)
+      and exists (select from pg_class c where c.oid = b.target)
+      and not exists (select from pg_attribute a where a.attrelid = b.target and a.attnum = k.attnum
+                      and not a.attisdropped and a.attgenerated = '');
+    update fanout.sync_column k set local = a.attname
+    from fanout.subscription_bound b join pg_attribute a on a.attrelid = b.target
+    where b.subscription_id = k.subscription_id and (id is null or k.subscription_id = id)
+      and a.attnum = k.attnum and k.local <> a.attname;
+end
+$$;
+comment on function fanout.note_target_names(integer) is
+'internal: notes the names that targets and their columns have now, and which columns are no more; NULL: of all subscriptions';
+revoke all on function fanout.note_target_names(integer) from public;
+
+create function fanout.target_altered() returns event_trigger
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- not if the schema was renamed while event triggers were off
+    if tg_tag like 'ALTER %' and to_regclass('fanout.sync_target') is not null then
+        perform fanout.note_target_names();
+    end if;
+end
+$$;
+comment on function fanout.target_altered() is
+'internal: notes the names of what fanout.sync_table() writes in the transaction that alters it';
+revoke all on function fanout.target_altered() from public;
+
+create event trigger pg_fanout_target_altered on ddl_command_end
+execute function fanout.target_altered();
+alter event trigger pg_fanout_target_altered enable always;
+comment on event trigger pg_fanout_target_altered is 'pg_fanout: keeps the names of tables that it writes, so that a dump has them';
 
 create table fanout.sync_row (
     subscription_id integer not null,
@@ -4154,12 +4198,7 @@ begin
         insert into fanout.subscription_bound as b (subscription_id, target) values (t.subscription_id, relid)
         on conflict (subscription_id) do update set target = excluded.target;
     end if;
-    delete from fanout.sync_column k
-    where k.subscription_id = t.subscription_id
-      and not exists (select from pg_attribute a where a.attrelid = relid and a.attnum = k.attnum and not a.attisdropped and a.attgenerated = '');
-    update fanout.sync_column k set local = a.attname
-    from pg_attribute a
-    where k.subscription_id = t.subscription_id and a.attrelid = relid and a.attnum = k.attnum and k.local <> a.attname;
+    perform fanout.note_target_names(t.subscription_id);
     insert into fanout.sync_column (subscription_id, attnum, local, remote, mapped)
     select t.subscription_id, a.attnum, a.attname, case when not exists (select from fanout.sync_column k
                where k.subscription_id = t.subscription_id and k.remote = a.attname) then a.attname end, false
