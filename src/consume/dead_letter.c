@@ -31,11 +31,9 @@
 #include "utils/timestamp.h"
 
 #include "consume/dead_letter.h"
+#include "consume/failure.h"
 #include "consume/owner.h"
 #include "server/query.h"
-
-/* The error of a dead letter whose attempt nobody has written the outcome of. */
-#define ENDED "the worker ended while the handler ran"
 
 /* Makes a dead letter of a message whose attempts are used up. */
 void
@@ -111,8 +109,8 @@ dead_letter_take(const SubscriptionRow *row, MemoryContext context, Redriven *re
 {
 	static CachedQuery query = {
 		"update fanout.dead_letter d"
-		" set redriven_at = case when reason = '" ENDED "' and sqlstate = '57P01' then null else redriven_at end,"
-		" attempts = attempts + 1, reason = '" ENDED "', sqlstate = '57P01'"
+		" set redriven_at = case when " IS_UNFINISHED("reason") " then null else redriven_at end,"
+		" attempts = attempts + 1, reason = " AS_UNFINISHED("reason") ", sqlstate = '57P01'"
 		" where dead_id = (select dead_id from fanout.dead_letter"
 		" where topic = $1 and consumer_group = $2 and redriven_at is not null"
 		" order by dead_id limit 1 for update skip locked)"

@@ -16,6 +16,17 @@
 /* The longest text of an error that is kept, in bytes. */
 #define MAX_ERROR 1024
 
+/*
+ * What stands for an attempt's error, with 57P01, from when the attempt is recorded to
+ * when its outcome is; and what a statement puts in front of the error that a column has,
+ * unless it is there.
+ */
+#define UNFINISHED_ATTEMPT "the handler runs, or the worker ended while it did"
+#define IS_UNFINISHED(column) "coalesce(sqlstate = '57P01' and starts_with(" column ", '" UNFINISHED_ATTEMPT "'), false)"
+#define AS_UNFINISHED(column) \
+	"case when " IS_UNFINISHED(column) " then " column \
+	" else '" UNFINISHED_ATTEMPT "' || coalesce('; before that: ' || " column ", '') end"
+
 typedef enum FailureClass
 {
 	FAILURE_COUNTS,				/* the message's own: an attempt */

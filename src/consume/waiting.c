@@ -1628,14 +1628,14 @@ waiting_take_again(const SubscriptionRow *row, int64 waiting_id, MemoryContext c
 }
 
 /*
- * Counts an attempt before it is made, with the error that is true if the worker
- * does not live to write another one.
+ * Counts an attempt before it is made, with an error that is true meanwhile, and if the
+ * worker does not live to write another one.
  */
 void
 waiting_begin_attempt(const SubscriptionRow *row, int64 waiting_id, int attempts)
 {
 	static CachedQuery query = {
-		"update fanout.waiting set attempts = $2, error = 'the worker ended while the handler ran', sqlstate = '57P01',"
+		"update fanout.waiting set attempts = $2, error = " AS_UNFINISHED("error") ", sqlstate = '57P01',"
 		" next_try = $3, failed_at = clock_timestamp() where waiting_id = $1"
 	};
 	Oid			types[3] = {INT8OID, INT4OID, TIMESTAMPTZOID};

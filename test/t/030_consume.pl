@@ -236,12 +236,12 @@ my %errors = (
 	'hang' => '57014|the handler did not end within its timeout of 500 ms',
 	'commit' => '2D000|invalid transaction termination',
 	'rollback' => '2D000|invalid transaction termination',
-	'fatal' => '57P01|the worker ended while the handler ran',
+	'fatal' => '57P01|the handler runs, or the worker ended while it did',
 	'lock' => '57014|the handler did not end within its timeout of 500 ms',
 	'listen' => '0A000|cannot execute LISTEN within a background process',
 	'deferred' => '23505|duplicate key value violates unique constraint "deferred_i_key"',
 	'super' => '42501|permission denied to set session authorization',
-	'hang caught' => '57P01|the worker ended while the handler ran');
+	'hang caught' => '57P01|the handler runs, or the worker ended while it did');
 foreach my $what (sort keys %errors)
 {
 	sql('truncate log');

@@ -19,6 +19,8 @@ log_statement = none
 max_worker_processes = 24
 ));
 
+my $unfinished = 'the handler runs, or the worker ended while it did';
+
 sql(q(
 create table log (n serial, topic text, key text, body jsonb, attempt int);
 create table hold (topic text);
@@ -67,6 +69,22 @@ sql(q(select fanout.retry('behind', 'g')));
 ok(soon(q((select count(*) = 3 from log where topic = 'behind'))), 'it is applied in the end');
 is(log_of('behind', 'a'), ' 2', 'behind the other one');
 end_of('behind');
+
+# ---- what the error of a message says while it is tried again ----
+
+subscribe('again', q(retry_delay => '1 s', max_retry_delay => '1 s'));
+publish('again', 'a', '{"fail": 1}');
+ok(soon(q((select error ~ '^attempt 1' from fanout.delivery_failure))), 'a message has failed');
+sql(q(insert into hold values ('again')));
+ok(handler_sleeps(), 'it is tried again');
+like(sql('select error from fanout.delivery_failure'), qr/^$unfinished; before that: attempt 1\b/, 'its error says so, and what it was before');
+end_worker('again');
+ok(soon(q((select attempts = 3 from fanout.delivery_failure))) && handler_sleeps(), 'so is it by the next worker');
+like(sql('select error from fanout.delivery_failure'), qr/^$unfinished; before that: attempt 1\b(?!.*before that)/s, 'the error says it once');
+sql('delete from hold');
+end_worker('again');
+ok(soon(q((select count(*) = 1 from log where topic = 'again'))), 'it is applied in the end');
+end_of('again');
 
 # ---- the worker ends while a dead letter is tried again ----
 
@@ -179,9 +197,24 @@ sub pause_once
 sub redrive_and_end
 {
 	sql(q(insert into hold values ('dead'); select fanout.redrive('dead')));
-	ok(soon(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep'))), 'it is redriven');
-	sql(q(delete from hold; select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 'dead'));
+	ok(handler_sleeps(), 'it is redriven');
+	like(sql(q(select reason from fanout.dead_letter where topic = 'dead')), qr/^$unfinished; before that: attempt 1\b/, 'the reason says so meanwhile, and what it was');
+	sql('delete from hold');
+	end_worker('dead');
 	return;
+}
+
+sub end_worker
+{
+	my ($topic) = @_;
+
+	sql("select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = '$topic'");
+	return;
+}
+
+sub handler_sleeps
+{
+	return soon(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep')));
 }
 
 # Does the worker rest most of the time?  What it waits for the processor is no rest.
