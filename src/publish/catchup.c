@@ -42,13 +42,55 @@
 /* Blocks that are looked at before others get their turn: some milliseconds. */
 #define READ_BLOCKS 256
 
-/* Messages in memory of a topic that reads by itself. */
+/*
+ * Messages in memory of a topic that reads by itself, and bytes of all of them together: each
+ * reads no more once it has its share of these, nor more than that at once, but for a
+ * single message.
+ */
 #define MAX_MESSAGES (4 * RUN_MESSAGES)
+#define MAX_BYTES (8 * RUN_BYTES)
+
+/*
+ * A topic that leaves the main cursor takes along what it has in memory, whatever its share.
+ * So the more all those have already, the less the main cursor may have, down to MAIN_LEAST:
+ * with that for each topic all together may have more than twice MAX_BYTES.
+ */
+#define MAIN_PART 16
+#define MAIN_LEAST (64 * 1024)
 
 /* A topic whose oldest message has been in flight for longer does not join. */
 #define JOIN_FLIGHT_MS 200
 
+static size_t share = RUN_BYTES;	/* of MAX_BYTES */
+static size_t apart = 0;		/* bytes that all of them have */
+
 /* ---- reading by itself ---- */
+
+/* Finds out how much each topic may have in memory. */
+static void
+divide_memory(void)
+{
+	dlist_iter	it;
+	int			n = 0;
+
+	apart = 0;
+	dlist_foreach(it, &flow_detached)
+	{
+		if (flow_in(it.cur)->state != FLOW_DETACHED)
+			n++;
+		apart += flow_memory(flow_in(it.cur));
+	}
+	share = Min(MAX_BYTES / Max(n, 1), RUN_BYTES);
+}
+
+/* How many bytes may the main cursor have in memory? */
+size_t
+flow_main_share(void)
+{
+	size_t		left = 2 * MAX_BYTES - Min(apart, 2 * MAX_BYTES);
+
+	return Max(Min(left / MAIN_PART, RUN_BYTES), MAIN_LEAST);
+}
 
 /* Is there anything before the main cursor that it has not read? */
 static bool
@@ -74,7 +116,7 @@ skips(Flow *flow, const Message *message)
 }
 
 static Run *
-read_held(Flow *flow, int limit)
+read_held(Flow *flow, RunLimit limit)
 {
 	bool		last;
 	Run		   *run = reader_read_held(flow, topic_of(flow)->topic_id, flow->held_after, limit, &last);
@@ -91,8 +133,9 @@ read_held(Flow *flow, int limit)
 
 /* Reads the topic's next run, if there is one, and takes it in. */
 static void
-read_run(Flow *flow, int limit)
+read_run(Flow *flow)
 {
+	RunLimit	limit = {flow->state == FLOW_PROBING ? 1 : RUN_MESSAGES, share};
 	Run		   *run;
 
 	flow->readings++;
@@ -120,7 +163,7 @@ may_read(const Flow *flow)
 		return false;
 	if (flow->state == FLOW_PROBING)
 		return flow->window.count == 0 && !flow_has_runs(flow);
-	return flow->state == FLOW_CATCHING_UP && flow->window.count < MAX_MESSAGES && flow->bytes < RUN_BYTES;
+	return flow->state == FLOW_CATCHING_UP && flow->window.count < MAX_MESSAGES && flow_memory(flow) < share;
 }
 
 /* Makes room among those who read at once: whoever had the turn longest gives it up. */
@@ -193,7 +236,7 @@ move_run(Flow *flow)
 
 	flow->readings++;
 	worker_begin();
-	run = reader_read_topic(&flow->cursor, flow_main, flow, RUN_MESSAGES, READ_BLOCKS, skips);
+	run = reader_read_topic(&flow->cursor, flow_main, flow, WHOLE_RUN, READ_BLOCKS, skips);
 	flow->moving = flow_reads_behind(flow);
 	if (run != NULL)
 	{
@@ -219,6 +262,7 @@ flow_read_all(bool connected)
 	dlist_mutable_iter it;
 	bool		any = recount_step();
 
+	divide_memory();
 	dlist_foreach_modify(it, &flow_detached)
 	{
 		Flow	   *flow = flow_in(it.cur);
@@ -234,7 +278,7 @@ flow_read_all(bool connected)
 		}
 		if (!usable || !may_read(flow) || !take_turn(flow))
 			continue;
-		read_run(flow, flow->state == FLOW_PROBING ? 1 : RUN_MESSAGES);
+		read_run(flow);
 		any = true;
 	}
 	return any;
@@ -371,8 +415,7 @@ is_quick(const Flow *flow)
 static void
 join(Flow *flow)
 {
-	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) ||
-		flow->window.count > RUN_MESSAGES)
+	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) || flow_sender->lags(flow))
 		return;
 	if (!reader_is_ahead())
 		flow_set_backlog(flow, flow->window.count);
@@ -401,7 +444,7 @@ flow_join_all(bool connected)
 		if (flow->state != FLOW_CATCHING_UP)
 			continue;
 		if (connected && flow->cursor.batch == NULL && !flow->held && may_read(flow) && take_turn(flow))
-			read_run(flow, RUN_MESSAGES);
+			read_run(flow);
 		join(flow);
 	}
 }

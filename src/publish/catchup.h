@@ -15,6 +15,7 @@
 
 extern bool flow_try_all(bool connected);
 extern bool flow_read_all(bool connected);
+extern size_t flow_main_share(void);
 extern void flow_join_all(bool connected);
 extern MonoTime flow_next_retry(bool connected);
 extern bool flow_anything_waits(void);

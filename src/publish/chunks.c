@@ -12,7 +12,8 @@
  *		                +-- its topic leaves: the run goes with it (chunks_cut)
  *
  * Memory is bounded by the number of messages of all chunks, done or not, and by the
- * bytes of those that are not done.
+ * bytes of those that are not done; how much that is depends on what topics have that
+ * have left the main cursor.
  *
  * Must never: record a chunk before an older one; ask the broker or the tables anything.
  *
@@ -34,9 +35,8 @@
 #define GATHER_MS		50
 #define GATHER_MESSAGES 1000
 
-/* No more is read with so many messages, or bytes not done, in memory. */
+/* No more is read with so many messages in memory, of a whole share of bytes. */
 #define MAX_MESSAGES	(9 * RUN_MESSAGES)
-#define MAX_BYTES		RUN_BYTES
 
 /* A chunk with more topics that are not done may take long, up to MANY_MS; see chunks_awaited(). */
 #define FEW_TOPICS		8
@@ -46,6 +46,8 @@ static Chunk *first = NULL;
 static Chunk *last = NULL;
 static int	nmessages = 0;
 static size_t bytes = 0;
+static size_t max_bytes = RUN_BYTES;	/* not done; no more is read with so
+										 * many */
 static int	ndone = 0;			/* messages of the oldest chunks that are done */
 static MonoTime done_since = 0; /* when the first of these was */
 static Chunk *oldest = NULL;	/* that is not done */
@@ -79,11 +81,28 @@ chunks_last(void)
 	return last;
 }
 
+/* Bounds what may be in memory, to RUN_BYTES at most; messages in proportion. */
+void
+chunks_set_room(size_t share)
+{
+	max_bytes = share;
+}
+
+/* What the next chunk may have at most. */
+RunLimit
+chunks_limit(void)
+{
+	return (RunLimit)
+	{
+		Min(Max((int) (max_bytes / (RUN_BYTES / MAX_MESSAGES)), 1), RUN_MESSAGES), max_bytes
+	};
+}
+
 /* May another chunk be read? */
 bool
 chunks_room(void)
 {
-	return nmessages <= MAX_MESSAGES && bytes <= MAX_BYTES;
+	return nmessages <= (int) (max_bytes / (RUN_BYTES / MAX_MESSAGES)) && bytes <= max_bytes;
 }
 
 /* ---- what is done ---- */
@@ -113,6 +132,7 @@ chunks_append(Chunk *chunk)
 	else
 		first = chunk;
 	last = chunk;
+	chunk->read_at = mono_now();
 	nmessages += chunk->count;
 	bytes += chunk->bytes;
 	for (Run *run = chunk->runs; run != NULL; run = run->next_of_chunk)

@@ -10,7 +10,7 @@
  *		            v                                                      |
  *		        ATTACHED --- paused, refused ----> LEAVING <-----------+   |
  *		            |                                 |                |   |
- *		            | slow, large,        nothing in flight, recorded  |   |
+ *		            | slow, large, long,  nothing in flight, recorded  |   |
  *		            | held messages                   v                |   |
  *		            |                             DETACHED             |   |
  *		            |            due, and refused |      | not refused |   |
@@ -86,11 +86,7 @@
 /* A topic with so many messages in a batch leaves the main cursor. */
 #define LARGE_BATCH 20000
 
-/*
- * So does one that has so much in memory while that keeps the main cursor from reading:
- * an eighth to a quarter of what chunks.c allows.  A message counts for MESSAGE_BYTES, too.
- */
-#define MUCH_BYTES (RUN_BYTES / 4)
+/* What a message takes, besides its body, headers and key. */
 #define MESSAGE_BYTES 512
 
 #define TOPIC_DROPPED "its topic was dropped"
@@ -593,19 +589,20 @@ flow_leave_large(void)
 	}
 }
 
-static size_t
-memory_of(const Flow *flow)
+/* What the topic has in memory, in bytes. */
+size_t
+flow_memory(const Flow *flow)
 {
 	return flow->bytes + flow->window.count * MESSAGE_BYTES;
 }
 
 /*
- * Has a topic leave the main cursor that has so much in memory that others' messages
- * cannot be read; of several, the one with the most.  Returns whether there was any; if
- * not, there is none before the main cursor has read more.
+ * Has a topic leave the main cursor that has so many bytes in memory, while that keeps
+ * others' messages from being read; of several, the one with the most.  Returns whether
+ * there was any; if not, there is none before the main cursor has read more.
  */
 bool
-flow_leave_much(void)
+flow_leave_much(size_t much)
 {
 	Topic	   *topic;
 	Flow	   *most = NULL;
@@ -615,13 +612,36 @@ flow_leave_much(void)
 	{
 		Flow	   *flow = &topic->flow;
 
-		if (flow_rides(flow) && memory_of(flow) >= MUCH_BYTES &&
-			(most == NULL || memory_of(flow) > memory_of(most)))
+		if (flow_rides(flow) && flow_memory(flow) >= much &&
+			(most == NULL || flow_memory(flow) > flow_memory(most)))
 			most = flow;
 	}
 	if (most != NULL)
 		flow_leave(most, true);
 	return most != NULL;
+}
+
+/*
+ * The same of one whose queue takes less than is read for it: what others have is read
+ * only as its messages are confirmed.
+ */
+void
+flow_leave_longest(void)
+{
+	Topic	   *topic;
+	Flow	   *longest = NULL;
+	int			i = 0;
+
+	while ((topic = topic_next(&i)) != NULL)
+	{
+		Flow	   *flow = &topic->flow;
+
+		if (flow_rides(flow) && flow_sender->lags(flow) &&
+			(longest == NULL || flow->window.count > longest->window.count))
+			longest = flow;
+	}
+	if (longest != NULL)
+		flow_leave(longest, true);
 }
 
 /* ---- refusals ---- */

@@ -16,12 +16,16 @@
 /* The longest pause between attempts, unless pg_fanout.retry_interval is longer. */
 #define MAX_RETRY_MS 300000
 
-/* What publishes, above the flows: told that it may have to, or must not any more. */
+/*
+ * What publishes, above the flows: told that it may have to, or must not any more; and
+ * asked whether it takes long.
+ */
 typedef struct FlowSender
 {
 	void		(*update) (Flow *flow);
 	void		(*release) (Flow *flow);	/* the channel, and what is in
 											 * flight */
+	bool		(*lags) (const Flow *flow);
 } FlowSender;
 
 extern bool flow_unknown_topic;
@@ -43,7 +47,8 @@ extern bool flow_found(const ScanRow *row);
 extern bool flow_backlogs_counted(void);
 extern bool flow_backlogs_shown(void);
 extern void flow_leave_large(void);
-extern bool flow_leave_much(void);
+extern bool flow_leave_much(size_t much);
+extern void flow_leave_longest(void);
 extern Run *flow_run_for(Chunk *chunk, int32 topic_id);
 extern void flow_end_runs(Chunk *chunk);
 extern void flow_admit(Run *run);
@@ -64,6 +69,7 @@ extern void flow_set_state(Flow *flow, FlowState state);
 extern bool flow_reads_behind(const Flow *flow);
 extern bool flow_is_gone(const Topic *topic);
 extern bool flow_has_runs(const Flow *flow);
+extern size_t flow_memory(const Flow *flow);
 extern void flow_recovered(Flow *flow);
 extern void flow_add_backlog(Flow *flow, int64 count);
 extern void flow_count_row(Flow *flow, const ScanRow *row);

@@ -495,7 +495,7 @@ fill_chunk(void)
 	flow_unknown_topic = false;
 	flow_leave_large();
 	chunk = chunks_create();
-	reader_fill(&pub.cursor, chunk, flow_run_for);
+	reader_fill(&pub.cursor, chunk, chunks_limit(), flow_run_for);
 	return chunk;
 }
 
@@ -654,7 +654,7 @@ leave_late(Chunk *chunk, MonoTime now)
 
 /*
  * Has topics leave the main cursor that others wait for, because they have much in memory,
- * or their messages are slow.
+ * or their messages are slow; or, if nothing more can be read, their queues.
  */
 static void
 leave_slow(void)
@@ -667,9 +667,16 @@ leave_slow(void)
 	if (!usable())
 		return;
 	if (pub.much && pub.more && !chunks_room())
-		pub.much = flow_leave_much();
+		pub.much = flow_leave_much(flow_main_share() / 4);
 	chunk = chunks_awaited(&since);
-	if (chunk == NULL || pub.late_at > now || !mono_exceeds(Max(since, from), now, SLOW_MS))
+	if (chunk == NULL || pub.late_at > now)
+		return;
+	if (!chunks_room() && mono_exceeds(Max(chunk->read_at, from), now, SLOW_ANYWAY_MS))
+	{
+		flow_leave_longest();
+		pub.late_at = mono_plus(now, LATE_MS);
+	}
+	if (!mono_exceeds(Max(since, from), now, SLOW_MS))
 		return;
 	pub.late_at = mono_plus(now, LATE_MS);
 	if (!chunks_room() || chunks_one_waits() || mono_exceeds(since, now, SLOW_ANYWAY_MS))
@@ -1072,6 +1079,7 @@ work(void)
 	show_backlogs();
 	any = flow_try_all(usable()) || any;
 	any = flow_read_all(usable()) || any;
+	chunks_set_room(flow_main_share());
 	if (pub.cursor.batch == NULL)
 		flow_join_all(usable());
 	if (usable())
@@ -1100,7 +1108,7 @@ start(void)
 		.inherit = topology_inherit,
 		.gone = topology_forget,
 	};
-	static const FlowSender sender = {.update = sender_update,.release = sender_release};
+	static const FlowSender sender = {.update = sender_update,.release = sender_release,.lags = sender_lags};
 
 	forget_backlogs();
 	topic_init(&keepers);

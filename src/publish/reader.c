@@ -468,9 +468,9 @@ run_add(Run *run, Message *message, const Row *row)
 
 /* Is there room for a message?  A first one always fits, however large it is. */
 static bool
-fits(int count, size_t bytes, const Message *message, int limit)
+fits(int count, size_t bytes, const Message *message, RunLimit limit)
 {
-	return count == 0 || (count < limit && bytes + message->bytes <= RUN_BYTES);
+	return count == 0 || (count < limit.messages && bytes + message->bytes <= limit.bytes);
 }
 
 /*
@@ -479,7 +479,7 @@ fits(int count, size_t bytes, const Message *message, int limit)
  * if it does not.  One that is to be passed over always fits.
  */
 static bool
-add_message(Run *run, HeapTuple tuple, TupleDesc desc, int count, size_t bytes, int limit,
+add_message(Run *run, HeapTuple tuple, TupleDesc desc, int count, size_t bytes, RunLimit limit,
 			int segment, ReaderSkips skips)
 {
 	MemoryContext oldcontext = MemoryContextSwitchTo(run->context);
@@ -641,12 +641,12 @@ reader_find_ahead(const Cursor *main, int blocks, ScanWanted found)
 }
 
 /*
- * Fills a chunk with the next rows of the main cursor's batch, of topics for which
+ * Fills a chunk, within limit, with the next rows of the main cursor's batch, of topics for which
  * run_for() gives a run; others are passed over.  Sets chunk->ends_batch, and ends
  * the batch then.  Once reader_find() has found them.
  */
 void
-reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 topic_id))
+reader_fill(Cursor *cursor, Chunk *chunk, RunLimit limit, Run *(*run_for) (Chunk *chunk, int32 topic_id))
 {
 	BatchScan  *scan = &cursor->scan;
 	XLogRecPtr	upto = InvalidXLogRecPtr;
@@ -665,10 +665,10 @@ reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 t
 			size_t		bytes = run->bytes;
 			bool		fit;
 
-			if (chunk->count >= RUN_MESSAGES)
+			if (chunk->count >= limit.messages)
 				break;
 			tuple = scan_fetch(entry, &desc);
-			fit = add_message(run, tuple, desc, chunk->count, chunk->bytes, RUN_MESSAGES,
+			fit = add_message(run, tuple, desc, chunk->count, chunk->bytes, limit,
 							  entry->segment, NULL);
 			heap_freetuple(tuple);
 			if (!fit)
@@ -716,7 +716,7 @@ open_topic_batch(Cursor *cursor, const Cursor *main)
 
 /* Fills a run with the rows that were found; a batch that is read is ended. */
 static void
-fill_run(Cursor *cursor, Run *run, int limit, ReaderSkips skips)
+fill_run(Cursor *cursor, Run *run, RunLimit limit, ReaderSkips skips)
 {
 	BatchScan  *scan = &cursor->scan;
 	const Entry *entry;
@@ -738,13 +738,13 @@ fill_run(Cursor *cursor, Run *run, int limit, ReaderSkips skips)
 }
 
 /*
- * Reads the next messages of a topic that has left the main cursor, at most limit,
+ * Reads the next messages of a topic that has left the main cursor, within limit,
  * and no further than to the main cursor's base.  Looks at no more than so many
  * blocks, and may find nothing therefore (cursor->open then).  Returns NULL if there
  * are none.
  */
 Run *
-reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int limit, int blocks,
+reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, RunLimit limit, int blocks,
 				  ReaderSkips skips)
 {
 	Run		   *run = NULL;
@@ -937,7 +937,7 @@ reader_bury(const Message *message, const char *topic)
 
 /* Fills a run from a portal; returns whether that is at its end. */
 static bool
-fill_held_run(Portal portal, Run *run, int limit)
+fill_held_run(Portal portal, Run *run, RunLimit limit)
 {
 	while (true)
 	{
@@ -958,11 +958,11 @@ fill_held_run(Portal portal, Run *run, int limit)
 }
 
 /*
- * Returns the next messages held for a topic, in order, at most limit; NULL if
+ * Returns the next messages held for a topic, in order, within limit; NULL if
  * there are none.  *last: there are no more behind them.
  */
 Run *
-reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, int limit, bool *last)
+reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, RunLimit limit, bool *last)
 {
 	static CachedQuery query = {
 		"select null::smallint, null::oid, id, xid, topic_id, message_id, type, key, headers, payload, queue, created_at"

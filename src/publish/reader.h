@@ -17,6 +17,8 @@
 #define RUN_BYTES		(4 * 1024 * 1024)
 
 /* Tells whether a message of the flow is to be passed over. */
+#define WHOLE_RUN ((RunLimit) {RUN_MESSAGES, RUN_BYTES})
+
 typedef bool (*ReaderSkips) (struct Flow *flow, const Message *message);
 
 extern void reader_load_cursor(Cursor *cursor);
@@ -37,14 +39,14 @@ extern bool reader_finds_ahead(void);
 extern bool reader_is_finding(const Cursor *main);
 extern bool reader_find_ahead(const Cursor *main, int blocks, ScanWanted found);
 extern bool reader_find(Cursor *cursor, int blocks);
-extern void reader_fill(Cursor *cursor, Chunk *chunk, Run *(*run_for) (Chunk *chunk, int32 topic_id));
+extern void reader_fill(Cursor *cursor, Chunk *chunk, RunLimit limit, Run *(*run_for) (Chunk *chunk, int32 topic_id));
 
-extern Run *reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, int limit, int blocks,
+extern Run *reader_read_topic(Cursor *cursor, const Cursor *main, struct Flow *flow, RunLimit limit, int blocks,
 							  ReaderSkips skips);
 extern void reader_begin_count(BatchScan *scan, const Cursor *main, const Unread *unread, ScanWanted found);
 extern bool reader_count(BatchScan *scan, int blocks, bool *moved);
 extern void reader_end_count(BatchScan *scan);
-extern Run *reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, int limit, bool *last);
+extern Run *reader_read_held(struct Flow *flow, int32 topic_id, int64 after_id, RunLimit limit, bool *last);
 
 extern Run *run_create(struct Flow *flow, Batch *batch);
 extern void run_free(Run *run);

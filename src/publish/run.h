@@ -19,6 +19,7 @@
 #include "broker/types.h"
 #include "publish/scan.h"
 #include "publish/window.h"
+#include "server/monotime.h"
 
 struct Chunk;
 struct Flow;
@@ -94,6 +95,13 @@ typedef struct Run
 								 * go out */
 } Run;
 
+/* Of a run or chunk, but for its first message, which may be larger. */
+typedef struct RunLimit
+{
+	int			messages;
+	size_t		bytes;
+} RunLimit;
+
 /* What the main cursor has read at once: the runs of several topics. */
 typedef struct Chunk
 {
@@ -105,6 +113,7 @@ typedef struct Chunk
 	Batch	   *batch;
 	int64		last_id;
 	bool		ends_batch;
+	MonoTime	read_at;
 	uint64		flush_ticket;	/* flush() served when this is recorded */
 	uint32		load;			/* of the catalog, before the batch that it
 								 * ends; 0: it ends none */

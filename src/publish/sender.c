@@ -15,9 +15,9 @@
  * Topics get channels in the order in which they began to wait.  A topic whose turn ended
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
  * message alone in its next turns.  It is refused when the message is older than
- * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so that time
- * spent waiting for a channel refuses no topic by itself.  Whether a confirm is late is told
- * by those of other topics (is_behind()): a broker may be slow to all.
+ * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS or hung_ms, so
+ * that time spent waiting for a channel refuses no topic by itself.  Whether a confirm is late
+ * is told by those of other topics (is_behind()): a broker may be slow to all.
  *
  * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
  * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
@@ -669,6 +669,20 @@ note_published(Flow *flow, MonoTime now)
 	latest_at = now;
 }
 
+/* Has no other topic published for long? */
+static bool
+is_alone(const Flow *flow, MonoTime now)
+{
+	return mono_exceeds(flow == latest ? others_at : latest_at, now, ALONE_MS);
+}
+
+/* The part of its window that a topic may fill that is not alone. */
+static double
+shared_part(void)
+{
+	return Min((SHARED_MS + (way != 0 ? way : last_way) / 1000.0) / WHOLE_MS, 1.0);
+}
+
 /*
  * Which part of its window may the topic fill?  The broker takes what comes on one
  * connection in turn, so what a topic with very many messages has in flight is before
@@ -679,19 +693,28 @@ note_published(Flow *flow, MonoTime now)
 static double
 window_part(const Flow *flow)
 {
-	MonoTime	others = (flow == latest) ? others_at : latest_at;
 	MonoTime	now = mono_now();
 
-	if (mono_exceeds(others, now, ALONE_MS))
+	if (is_alone(flow, now))
 		return 1.0;
 	if (way != 0 && mono_exceeds(way_since, now, Max(MEASURE_MS, way * MEASURE_TIMES / 1000)))
 	{
 		way = 0;
 		way_since = now;
 	}
-	if (way == 0)
-		return (double) MEASURING_MS / WHOLE_MS;
-	return Min((SHARED_MS + way / 1000.0) / WHOLE_MS, 1.0);
+	return way == 0 ? (double) MEASURING_MS / WHOLE_MS : shared_part();
+}
+
+/*
+ * Has the topic twice as much in memory as it may have in flight, so that what is last
+ * waits for others of its own to be confirmed?  Not if it waits for a channel.
+ */
+bool
+sender_lags(const Flow *flow)
+{
+	double		part = is_alone(flow, mono_now()) ? 1.0 : shared_part();
+
+	return flow->list != IN_LINE && flow->window.count > 2 * Max(pgf_max_in_flight * part, 1);
 }
 
 /* For sender_confirmed(): how long did the message take that was in flight for longest? */

@@ -16,6 +16,7 @@
 extern void sender_init(Connection *connection);
 extern void sender_update(Flow *flow);
 extern void sender_release(Flow *flow);
+extern bool sender_lags(const Flow *flow);
 
 extern bool sender_publish(bool (*take_events) (void));
 extern bool sender_may_publish(void);

@@ -734,6 +734,30 @@ sub resume_queue { return $_[0]->eval_queue($_[1], 'sys:resume(amqqueue:get_pid(
 
 =pod
 
+=item $broker->slow_queues(milliseconds, queues), $broker->slow_queues(0)
+
+Has classic queues' processes do what they have to do once in so many milliseconds, in two
+of them: they confirm as steadily as ever, but later. 0: no queue is slow any more.
+
+=cut
+
+sub slow_queues
+{
+	my ($self, $ms, @queues) = @_;
+
+	$self->evaluate("persistent_term:put(slow, $ms)");
+	$self->eval_queue($_, q(P = amqqueue:get_pid(Q),
+		spawn(fun Slow() ->
+			case persistent_term:get(slow) of
+				0 -> ok;
+				Ms -> sys:suspend(P), timer:sleep(Ms), sys:resume(P), timer:sleep(2), Slow()
+			end
+		end))) foreach @queues;
+	return;
+}
+
+=pod
+
 =item $broker->message_store('suspend'), $broker->message_store('resume')
 
 Messages that are not very small are written by a process of their virtual host's, and
