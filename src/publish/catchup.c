@@ -42,45 +42,70 @@
 /* Blocks that are looked at before others get their turn: some milliseconds. */
 #define READ_BLOCKS 256
 
-/*
- * Messages in memory of a topic that reads by itself, and bytes of all of them together: each
- * reads no more once it has its share of these, nor more than that at once, but for a
- * single message.
- */
+/* Messages in memory of a topic that reads by itself. */
 #define MAX_MESSAGES (4 * RUN_MESSAGES)
-#define MAX_BYTES (8 * RUN_BYTES)
 
 /*
+ * All topics that read by themselves share MAX_BYTES of memory, or have a part of what
+ * nobody has of these, if that is more: each reads a run of half its share when it has less
+ * than that.  A single message may be larger than any share.
+ *
  * A topic that leaves the main cursor takes along what it has in memory, whatever its share.
  * So the more all those have already, the less the main cursor may have, down to MAIN_LEAST:
  * with that for each topic all together may have more than twice MAX_BYTES.
  */
+#define MAX_BYTES (8 * RUN_BYTES)
+#define FREE_PART 8
 #define MAIN_PART 16
 #define MAIN_LEAST (64 * 1024)
 
 /* A topic whose oldest message has been in flight for longer does not join. */
 #define JOIN_FLIGHT_MS 200
 
-static size_t share = RUN_BYTES;	/* of MAX_BYTES */
-static size_t apart = 0;		/* bytes that all of them have */
+static int	nreading = 0;		/* topics that have something to read by
+								 * themselves */
+static size_t apart = 0;		/* bytes that all have that have left the main
+								 * cursor */
 
-/* ---- reading by itself ---- */
+/* ---- memory ---- */
 
-/* Finds out how much each topic may have in memory. */
+/* A message that is larger than whole runs leaves the others what they may have. */
+static size_t
+counted_memory(const Flow *flow)
+{
+	return Min(flow_memory(flow), 2 * RUN_BYTES);
+}
+
+/* Is there anything before the main cursor that it has not read? */
+static bool
+is_behind(const Flow *flow)
+{
+	return flow->held || flow_reads_behind(flow);
+}
+
 static void
-divide_memory(void)
+count_memory(void)
 {
 	dlist_iter	it;
-	int			n = 0;
 
+	nreading = 0;
 	apart = 0;
 	dlist_foreach(it, &flow_detached)
 	{
-		if (flow_in(it.cur)->state != FLOW_DETACHED)
-			n++;
-		apart += flow_memory(flow_in(it.cur));
+		const Flow *flow = flow_in(it.cur);
+
+		nreading += (flow->state == FLOW_CATCHING_UP && is_behind(flow)) ? 1 : 0;
+		apart += counted_memory(flow);
 	}
-	share = Min(MAX_BYTES / Max(n, 1), RUN_BYTES);
+}
+
+/* Half of what a topic that reads by itself may have. */
+static size_t
+half_share(void)
+{
+	size_t		left = MAX_BYTES - Min(apart, MAX_BYTES);
+
+	return Min(Max(MAX_BYTES / Max(nreading, 1), left / FREE_PART) / 2, RUN_BYTES);
 }
 
 /* How many bytes may the main cursor have in memory? */
@@ -90,13 +115,6 @@ flow_main_share(void)
 	size_t		left = 2 * MAX_BYTES - Min(apart, 2 * MAX_BYTES);
 
 	return Max(Min(left / MAIN_PART, RUN_BYTES), MAIN_LEAST);
-}
-
-/* Is there anything before the main cursor that it has not read? */
-static bool
-is_behind(const Flow *flow)
-{
-	return flow->held || flow_reads_behind(flow);
 }
 
 /* For the reader: accepted before, or purged. */
@@ -135,8 +153,12 @@ read_held(Flow *flow, RunLimit limit)
 static void
 read_run(Flow *flow)
 {
-	RunLimit	limit = {flow->state == FLOW_PROBING ? 1 : RUN_MESSAGES, share};
+	size_t		before = counted_memory(flow);
+	RunLimit	limit = flow_run_limit(half_share());
 	Run		   *run;
+
+	if (flow->state == FLOW_PROBING)
+		limit.messages = 1;
 
 	flow->readings++;
 	worker_begin();
@@ -151,6 +173,7 @@ read_run(Flow *flow)
 	flow_admit(run);
 	if (flow->give_up)
 		flow_give_up(flow);
+	apart += counted_memory(flow) - before;
 }
 
 /* May the topic read its next run now? */
@@ -163,7 +186,7 @@ may_read(const Flow *flow)
 		return false;
 	if (flow->state == FLOW_PROBING)
 		return flow->window.count == 0 && !flow_has_runs(flow);
-	return flow->state == FLOW_CATCHING_UP && flow->window.count < MAX_MESSAGES && flow_memory(flow) < share;
+	return flow->state == FLOW_CATCHING_UP && flow->window.count < MAX_MESSAGES && flow_memory(flow) < half_share();
 }
 
 /* Makes room among those who read at once: whoever had the turn longest gives it up. */
@@ -262,7 +285,7 @@ flow_read_all(bool connected)
 	dlist_mutable_iter it;
 	bool		any = recount_step();
 
-	divide_memory();
+	count_memory();
 	dlist_foreach_modify(it, &flow_detached)
 	{
 		Flow	   *flow = flow_in(it.cur);
@@ -415,7 +438,8 @@ is_quick(const Flow *flow)
 static void
 join(Flow *flow)
 {
-	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) || flow_sender->lags(flow))
+	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) || flow_sender->lags(flow) ||
+		flow_memory(flow) > flow_main_share() / 2)
 		return;
 	if (!reader_is_ahead())
 		flow_set_backlog(flow, flow->window.count);

@@ -88,21 +88,26 @@ chunks_set_room(size_t share)
 	max_bytes = share;
 }
 
+static int
+max_messages(void)
+{
+	return max_bytes / (RUN_BYTES / MAX_MESSAGES);
+}
+
 /* What the next chunk may have at most. */
 RunLimit
 chunks_limit(void)
 {
-	return (RunLimit)
-	{
-		Min(Max((int) (max_bytes / (RUN_BYTES / MAX_MESSAGES)), 1), RUN_MESSAGES), max_bytes
-	};
+	RunLimit	limit = {Min(max_messages(), RUN_MESSAGES), max_bytes};
+
+	return limit;
 }
 
 /* May another chunk be read? */
 bool
 chunks_room(void)
 {
-	return nmessages <= (int) (max_bytes / (RUN_BYTES / MAX_MESSAGES)) && bytes <= max_bytes;
+	return nmessages <= max_messages() && bytes <= max_bytes;
 }
 
 /* ---- what is done ---- */
@@ -191,7 +196,7 @@ chunks_due_at(void)
 bool
 chunks_due(void)
 {
-	return done_since != 0 && (ndone >= GATHER_MESSAGES || mono_now() >= chunks_due_at());
+	return done_since != 0 && (ndone >= Min(GATHER_MESSAGES, max_messages() / 2) || mono_now() >= chunks_due_at());
 }
 
 /* Does a chunk that is done wait to be recorded for an older one that is not? */

@@ -86,7 +86,12 @@
 /* A topic with so many messages in a batch leaves the main cursor. */
 #define LARGE_BATCH 20000
 
-/* What a message takes, besides its body, headers and key. */
+/*
+ * So does one that has so much in memory while that keeps the main cursor from reading:
+ * an eighth to a quarter of what chunks.c allows at most.  A message counts for MESSAGE_BYTES,
+ * too.
+ */
+#define MUCH_BYTES (RUN_BYTES / 4)
 #define MESSAGE_BYTES 512
 
 #define TOPIC_DROPPED "its topic was dropped"
@@ -596,13 +601,22 @@ flow_memory(const Flow *flow)
 	return flow->bytes + flow->window.count * MESSAGE_BYTES;
 }
 
+/* A run that takes so much memory at most. */
+RunLimit
+flow_run_limit(size_t bytes)
+{
+	RunLimit	limit = {Min(Max(bytes / MESSAGE_BYTES, 1), RUN_MESSAGES), bytes};
+
+	return limit;
+}
+
 /*
- * Has a topic leave the main cursor that has so many bytes in memory, while that keeps
- * others' messages from being read; of several, the one with the most.  Returns whether
- * there was any; if not, there is none before the main cursor has read more.
+ * Has a topic leave the main cursor that has so much in memory that others' messages
+ * cannot be read; of several, the one with the most.  Returns whether there was any; if
+ * not, there is none before the main cursor has read more.
  */
 bool
-flow_leave_much(size_t much)
+flow_leave_much(void)
 {
 	Topic	   *topic;
 	Flow	   *most = NULL;
@@ -612,36 +626,13 @@ flow_leave_much(size_t much)
 	{
 		Flow	   *flow = &topic->flow;
 
-		if (flow_rides(flow) && flow_memory(flow) >= much &&
+		if (flow_rides(flow) && flow_memory(flow) >= MUCH_BYTES &&
 			(most == NULL || flow_memory(flow) > flow_memory(most)))
 			most = flow;
 	}
 	if (most != NULL)
 		flow_leave(most, true);
 	return most != NULL;
-}
-
-/*
- * The same of one whose queue takes less than is read for it: what others have is read
- * only as its messages are confirmed.
- */
-void
-flow_leave_longest(void)
-{
-	Topic	   *topic;
-	Flow	   *longest = NULL;
-	int			i = 0;
-
-	while ((topic = topic_next(&i)) != NULL)
-	{
-		Flow	   *flow = &topic->flow;
-
-		if (flow_rides(flow) && flow_sender->lags(flow) &&
-			(longest == NULL || flow->window.count > longest->window.count))
-			longest = flow;
-	}
-	if (longest != NULL)
-		flow_leave(longest, true);
 }
 
 /* ---- refusals ---- */

@@ -88,6 +88,11 @@
 #define LATE_MS 50
 #define MANY_MESSAGES (RUN_MESSAGES / 2)
 
+/* How many leave at once, if nothing can be read; and after how long even those do that have
+ * no more in memory than in flight. */
+#define LONG_TOPICS 10
+#define LONG_MS 3000
+
 typedef struct Publisher
 {
 	Connection	conn;
@@ -653,6 +658,29 @@ leave_late(Chunk *chunk, MonoTime now)
 }
 
 /*
+ * While nothing more can be read, has topics leave that keep an old chunk waiting, because
+ * their queues take less than is read for them; those with the most in memory first.
+ */
+static void
+leave_long(Chunk *chunk, MonoTime now, bool anyway)
+{
+	for (int i = 0; i < LONG_TOPICS && !chunks_room(); i++)
+	{
+		Flow	   *most = NULL;
+
+		for (Run *run = chunk->runs; run != NULL; run = run->next_of_chunk)
+		{
+			if (run->done < run->count && sender_takes_long(run->flow, now, SLOW_ANYWAY_MS, anyway) &&
+				(most == NULL || flow_memory(run->flow) > flow_memory(most)))
+				most = run->flow;
+		}
+		if (most == NULL)
+			return;
+		flow_leave(most, true);
+	}
+}
+
+/*
  * Has topics leave the main cursor that others wait for, because they have much in memory,
  * or their messages are slow; or, if nothing more can be read, their queues.
  */
@@ -667,13 +695,13 @@ leave_slow(void)
 	if (!usable())
 		return;
 	if (pub.much && pub.more && !chunks_room())
-		pub.much = flow_leave_much(flow_main_share() / 4);
+		pub.much = flow_leave_much();
 	chunk = chunks_awaited(&since);
 	if (chunk == NULL || pub.late_at > now)
 		return;
 	if (!chunks_room() && mono_exceeds(Max(chunk->read_at, from), now, SLOW_ANYWAY_MS))
 	{
-		flow_leave_longest();
+		leave_long(chunk, now, mono_exceeds(Max(chunk->read_at, from), now, LONG_MS));
 		pub.late_at = mono_plus(now, LATE_MS);
 	}
 	if (!mono_exceeds(Max(since, from), now, SLOW_MS))

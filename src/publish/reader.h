@@ -15,10 +15,9 @@
 /* A run of a topic of its own, and the part of a chunk that is read at once. */
 #define RUN_MESSAGES	1000
 #define RUN_BYTES		(4 * 1024 * 1024)
+#define WHOLE_RUN		((RunLimit) {RUN_MESSAGES, RUN_BYTES})
 
 /* Tells whether a message of the flow is to be passed over. */
-#define WHOLE_RUN ((RunLimit) {RUN_MESSAGES, RUN_BYTES})
-
 typedef bool (*ReaderSkips) (struct Flow *flow, const Message *message);
 
 extern void reader_load_cursor(Cursor *cursor);

@@ -100,6 +100,9 @@
 #define MEASURE_MS 2000
 #define MEASURE_TIMES 20
 
+/* A longer way than before counts for so much the less at first. */
+#define LEAST_TIMES 8
+
 /*
  * A loss of the connection counts more if nothing was confirmed since the last one; from
  * when a topic is suspected; how many losses on trial refuse it, since one may be chance where
@@ -165,6 +168,7 @@ static MonoTime way = 0;		/* to the broker and back, in microseconds; 0:
 static MonoTime way_since = 0;	/* with what was published since then */
 static MonoTime last_way = 0;	/* while it is measured anew, and on a new
 								 * connection: what it was */
+static MonoTime least_way = 0;	/* of the last measurements; 0: none */
 static MonoTime checked_at = 0;
 static MonoTime counts_from = 0;	/* time counts against topics: the
 									 * connection is new, or an alarm is over,
@@ -676,11 +680,11 @@ is_alone(const Flow *flow, MonoTime now)
 	return mono_exceeds(flow == latest ? others_at : latest_at, now, ALONE_MS);
 }
 
-/* The part of its window that a topic may fill that is not alone. */
+/* The part of its window that a topic may fill that is not alone, as long as the way is. */
 static double
-shared_part(void)
+shared_part(MonoTime length)
 {
-	return Min((SHARED_MS + (way != 0 ? way : last_way) / 1000.0) / WHOLE_MS, 1.0);
+	return Min((SHARED_MS + length / 1000.0) / WHOLE_MS, 1.0);
 }
 
 /*
@@ -702,19 +706,40 @@ window_part(const Flow *flow)
 		way = 0;
 		way_since = now;
 	}
-	return way == 0 ? (double) MEASURING_MS / WHOLE_MS : shared_part();
+	return way == 0 ? (double) MEASURING_MS / WHOLE_MS : shared_part(way);
 }
 
 /*
- * Has the topic twice as much in memory as it may have in flight, so that what is last
- * waits for others of its own to be confirmed?  Not if it waits for a channel.
+ * Has the topic twice as much in memory as it may have in flight, and not few, so that what
+ * is last waits for others of its own to be confirmed?  Not if it waits for a channel.
  */
 bool
 sender_lags(const Flow *flow)
 {
-	double		part = is_alone(flow, mono_now()) ? 1.0 : shared_part();
+	double		part = is_alone(flow, mono_now()) ? 1.0 : shared_part(least_way);
+	double		most = 2 * pgf_max_in_flight * part;
 
-	return flow->list != IN_LINE && flow->window.count > 2 * Max(pgf_max_in_flight * part, 1);
+	if (flow->window.serial || flow->isolate > 0)
+		most = 2;
+	else
+		most = Max(most, TURN_MESSAGES);
+	return flow->list != IN_LINE && flow->window.count > most;
+}
+
+/*
+ * Do the topic's messages in memory wait for others of its own to be confirmed?  anyway:
+ * or, for so long, for confirms alone, while other topics' come in less than half of that
+ * time.  Not if it waits for a channel.
+ */
+bool
+sender_takes_long(const Flow *flow, MonoTime now, int ms, bool anyway)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	if (item == NULL || flow->list == IN_LINE)
+		return false;
+	return window_next(&flow->window) != NULL ||
+		(anyway && mono_exceeds(item->published_at, now, ms) && now - item->published_at > 2 * least_way);
 }
 
 /* For sender_confirmed(): how long did the message take that was in flight for longest? */
@@ -730,7 +755,10 @@ note_delay(const Flow *flow)
 	took = Max(mono_now() - item->published_at, 1);
 	delay += (took - delay) / DELAY_CONFIRMS;
 	if (item->published_at >= way_since && (way == 0 || took < way))
+	{
 		way = last_way = took;
+		least_way = (least_way == 0 || way < least_way) ? way : least_way + (way - least_way) / LEAST_TIMES;
+	}
 }
 
 /* Has any topic something to publish that is suspected, or any that is not? */

@@ -21,6 +21,7 @@ extern bool sender_lags(const Flow *flow);
 extern bool sender_publish(bool (*take_events) (void));
 extern bool sender_may_publish(void);
 extern bool sender_idle(void);
+extern bool sender_takes_long(const Flow *flow, MonoTime now, int ms, bool anyway);
 extern bool sender_is_late(const Flow *flow, MonoTime now, int ms);
 
 extern bool sender_owns(int channel);
