@@ -18,21 +18,30 @@ my $node = PgFanout::cluster(
 	'main', $broker,
 	conf => q(
 pg_fanout.retry_interval = 1s
-pg_fanout.confirm_timeout = 10s
-pg_fanout.max_in_flight = 100
+pg_fanout.confirm_timeout = 60s
 ));
-my $topics = 30;
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-# While more is written to some topics than their queues take, which confirm every 0.4 s.
+sub set
+{
+	my ($setting) = @_;
+
+	$node->append_conf('postgresql.conf', "pg_fanout.$setting");
+	sql('select pg_terminate_backend(pid) from fanout.stat_publisher');
+	$node->reload;
+	return;
+}
+
+# While more is written to some topics than their queues take, which confirm once in so many
+# milliseconds.
 sub while_slow
 {
-	my ($name, $slow, $rows, %params) = @_;
-	my $file = PostgreSQL::Test::Utils::tempdir() . "/slow$slow.sql";
+	my ($name, $slow, $ms, $rows, %params) = @_;
+	my $file = PostgreSQL::Test::Utils::tempdir() . "/slow$ms$slow.sql";
 	my $published = sql('select published from fanout.stat_publisher');
 
-	$broker->slow_queues(400, map { "slow${_}_g" } 0 .. $slow - 1);
+	$broker->slow_queues($ms, map { "slow${_}_g" } 0 .. $slow - 1);
 	append_to_file($file, "select fanout.publish('slow' || round(random() * ($slow - 1)), to_jsonb(n)) from generate_series(1, $rows) n;\n");
 	my $bench = IPC::Run::start([ 'pgbench', '-n', '-c', 1, '-R', 33, '-T', 8, '-f', $file, $node->connstr('postgres') ],
 		'>', \my $out, '2>', \my $err, IPC::Run::timeout(600));
@@ -50,18 +59,18 @@ sub while_slow
 	return;
 }
 
-sql("select fanout.declare_binding('slow' || n, 'g', 'classic') from generate_series(0, $topics - 1) n");
+sql("select fanout.declare_binding('slow' || n, 'g', 'classic') from generate_series(0, 59) n");
 PgFanout::flush($node);
 PgFanout::Independence::of($node, $broker);
 
-# more than is kept in memory of all of them
-while_slow('a channel for each', $topics, 100);
+# more than is kept in memory of all of them, most of it in flight, or most of it not
+while_slow('60 slow queues', 60, 2500, 120);
+set('max_in_flight = 100');
+while_slow('30 slow queues, little in flight', 30, 400, 100);
 
-$node->append_conf('postgresql.conf', 'pg_fanout.max_channels = 2');
-sql('select pg_terminate_backend(pid) from fanout.stat_publisher');
-$node->reload;
 # a turn, and what is in flight then
-while_slow('two channels for four', 3, 2, within => 3000, longest => 6000);
+set('max_channels = 2');
+while_slow('two channels for four', 3, 400, 2, within => 3000, longest => 6000);
 PgFanout::Independence::end();
 
 done_testing();
