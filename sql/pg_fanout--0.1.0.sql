@@ -3725,7 +3725,8 @@ create table fanout.sync_target (
     unknown_columns text     not null,
     ignored_columns text[]   not null default '{}',
     floor           bigint   not null default 0,
-    floor_xid       bigint
+    floor_xid       bigint,
+    dropped         boolean  not null default false
 ) using heap;
 comment on table fanout.sync_target is 'internal: one row per subscription that fanout.sync_table() made';
 comment on column fanout.sync_target.target is 'by the name that it has; see fanout.note_target_names()';
@@ -3734,6 +3735,7 @@ comment on column fanout.sync_target.unknown_columns is 'ignore or error';
 comment on column fanout.sync_target.ignored_columns is 'those of the latest message that the target does not have';
 comment on column fanout.sync_target.floor is 'sequence of the newest TRUNCATE';
 comment on column fanout.sync_target.floor_xid is 'its transaction at the source';
+comment on column fanout.sync_target.dropped is 'the table is no more: what has its name is another one';
 revoke all on fanout.sync_target from public;
 select pg_extension_config_dump('fanout.sync_target', '');
 
@@ -3741,7 +3743,8 @@ create function fanout.target_table(t fanout.sync_target) returns regclass
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select case when b.target is null then to_regclass(t.target)
+    select case when t.dropped then null
+                when b.target is null then to_regclass(t.target)
                 else (select c.oid::regclass from pg_class c where c.oid = b.target) end
     from (select) x left join fanout.subscription_bound b on b.subscription_id = t.subscription_id
 $$;
@@ -3814,19 +3817,24 @@ revoke all on fanout.sync_column from public;
 select pg_extension_config_dump('fanout.sync_column', '');
 
 -- A dump has the names that tables and columns have when it is made, also if they were
--- renamed just before: what had another one's name would be written instead of it where
--- the dump is restored.
+-- renamed or dropped just before: what had another one's name would be written instead of
+-- it where the dump is restored.  A column of the key stays, and the name of one that was
+-- dropped is none that a column can have.
 create function fanout.note_target_names(id integer default null) returns void
 language plpgsql volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+    update fanout.sync_target t set dropped = true
+    from fanout.subscription_bound b
+    where b.subscription_id = t.subscription_id and (id is null or t.subscription_id = id)
+      and b.target is not null and not exists (select from pg_class c where c.oid = b.target) and not t.dropped;
     update fanout.sync_target t set target = fanout.qualified_name(b.target)
     from fanout.subscription_bound b
     where b.subscription_id = t.subscription_id and (id is null or t.subscription_id = id)
       and exists (select from pg_class c where c.oid = b.target) and t.target <> fanout.qualified_name(b.target);
     delete from fanout.sync_column k using fanout.subscription_bound b
-    where b.subscription_id = k.subscription_id and (id is null or k.subscription_id = id)
+    where b.subscription_id = k.subscription_id and (id is null or k.subscription_id = id) and k.key_position is null
       and exists (select from pg_class c where c.oid = b.target)
       and not exists (select from pg_attribute a where a.attrelid = b.target and a.attnum = k.attnum
                       and not a.attisdropped and a.attgenerated = '');
@@ -3837,7 +3845,7 @@ begin
 end
 $$;
 comment on function fanout.note_target_names(integer) is
-'internal: notes the names that targets and their columns have now, and which columns are no more; NULL: of all subscriptions';
+'internal: notes the names that targets and their columns have now, and which of them are no more; NULL: of all subscriptions';
 revoke all on function fanout.note_target_names(integer) from public;
 
 create function fanout.target_altered() returns event_trigger
@@ -3846,13 +3854,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
     -- not if the schema was renamed while event triggers were off
-    if tg_tag like 'ALTER %' and to_regclass('fanout.sync_target') is not null then
+    if (tg_tag like 'ALTER %' or tg_tag like 'DROP %') and to_regclass('fanout.sync_target') is not null then
         perform fanout.note_target_names();
     end if;
 end
 $$;
 comment on function fanout.target_altered() is
-'internal: notes the names of what fanout.sync_table() writes in the transaction that alters it';
+'internal: notes the names of what fanout.sync_table() writes in the transaction that alters or drops it';
 revoke all on function fanout.target_altered() from public;
 
 create event trigger pg_fanout_target_altered on ddl_command_end
@@ -4155,7 +4163,11 @@ create function fanout.sync_problem(subscription_id integer) returns text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    select case when r.target is null and not r.bound then format('table %s does not exist', t.target) else o.problem end
+    select case when r.target is null and not r.bound and not t.dropped then format('table %s does not exist', t.target)
+                when r.target is not null and cardinality(key.attnums) < (select count(*) from fanout.sync_column k
+                    where k.subscription_id = t.subscription_id and k.key_position is not null)
+                then format('table %s lacks a column of the key', t.target)
+                else o.problem end
     from fanout.subscription s
          join fanout.sync_target t using (subscription_id),
          lateral (select fanout.subscriber(s)::oid, fanout.target_table(t)::oid, fanout.target_is_bound(t)) r(role, target, bound),

@@ -105,6 +105,33 @@ sql('template1', q(select pg_terminate_backend(pid) from pg_stat_activity where 
 sql('template1', 'create database twin template copy');
 is(sql('twin', q(select string_agg(target::text, ' ' order by target::text) from fanout.subscriptions)), 'elsewhere.people large mine', 'a database made from a template knows them by oid');
 
+# What was dropped just before a dump is not what has its name where the dump is restored
+
+sql('postgres', 'create database before');
+sql('before', q(
+	create extension pg_fanout;
+	create table kept (id int primary key, x int);
+	create table dropped (id int primary key, x int);
+	create table narrowed (a int, id int unique, x int, primary key (a, id));
+	create table replaced (a int, id int, x int, primary key (a, id));
+	select fanout.sync_table(t, 'g', t::regclass) from unnest('{kept,dropped,narrowed,replaced}'::text[]) t));
+PgFanout::poll(sub { sql('before', q(select count(*) from fanout.stat_subscriptions where connected_to is not null)) == 4 }, 'the workers');
+sql('before', q(
+	begin;
+	drop table dropped;
+	create table dropped (id int primary key, x int);
+	alter table narrowed drop column a;
+	alter table replaced drop column a;
+	alter table replaced add a int default 0, add primary key (a, id);
+	commit));
+$node->command_ok([ 'pg_dump', '-f', "$dir/before.sql", $node->connstr('before') ], 'a dump after some were dropped');
+sql('postgres', 'create database after');
+$node->command_ok([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', "$dir/before.sql", $node->connstr('after') ], 'it is restored');
+is(sql('after', q(select topic, fanout.sync_problem(subscription_id) from fanout.subscription order by topic)), join("\n",
+	'dropped|the table of this subscription does not exist any more', 'kept|',
+	'narrowed|table public.narrowed lacks a column of the key', 'replaced|table public.replaced lacks a column of the key'),
+	'neither tables nor columns of keys that have the names now are taken for those');
+
 $node->stop('fast');
 done_testing();
 
