@@ -47,8 +47,8 @@
 
 /*
  * All topics that read by themselves share MAX_BYTES of memory, or have a part of what
- * nobody has of these, if that is more: each reads a run of half its share when it has less
- * than that.  A single message may be larger than any share.
+ * nobody has of these, if that is more, and MAIN_LEAST at least: each reads a run of half its
+ * share when it has less than that.  A single message may be larger than any share.
  *
  * A topic that leaves the main cursor takes along what it has in memory, whatever its share.
  * So the more all those have already, the less the main cursor may have, down to MAIN_LEAST:
@@ -69,11 +69,13 @@ static size_t apart = 0;		/* bytes that all have that have left the main
 
 /* ---- memory ---- */
 
-/* A message that is larger than whole runs leaves the others what they may have. */
+/* A single message, however large, leaves the others what they may have. */
 static size_t
 counted_memory(const Flow *flow)
 {
-	return Min(flow_memory(flow), 2 * RUN_BYTES);
+	size_t		bytes = flow_memory(flow);
+
+	return flow->window.count > 1 ? bytes : Min(bytes, MAIN_LEAST);
 }
 
 /* Is there anything before the main cursor that it has not read? */
@@ -99,22 +101,28 @@ count_memory(void)
 	}
 }
 
+/* What is left of so many bytes, in equal parts. */
+static size_t
+part_of_rest(size_t of, int parts)
+{
+	return (of - Min(apart, of)) / parts;
+}
+
 /* Half of what a topic that reads by itself may have. */
 static size_t
 half_share(void)
 {
-	size_t		left = MAX_BYTES - Min(apart, MAX_BYTES);
+	size_t		share = Min(MAX_BYTES / Max(nreading, 1), part_of_rest(2 * MAX_BYTES, FREE_PART));
 
-	return Min(Max(MAX_BYTES / Max(nreading, 1), left / FREE_PART) / 2, RUN_BYTES);
+	share = Max(share, part_of_rest(MAX_BYTES, FREE_PART));
+	return Min(Max(share, MAIN_LEAST) / 2, RUN_BYTES);
 }
 
 /* How many bytes may the main cursor have in memory? */
 size_t
 flow_main_share(void)
 {
-	size_t		left = 2 * MAX_BYTES - Min(apart, 2 * MAX_BYTES);
-
-	return Max(Min(left / MAIN_PART, RUN_BYTES), MAIN_LEAST);
+	return Max(Min(part_of_rest(2 * MAX_BYTES, MAIN_PART), RUN_BYTES), MAIN_LEAST);
 }
 
 /* For the reader: accepted before, or purged. */
@@ -432,14 +440,13 @@ is_quick(const Flow *flow)
 
 	if (flow->list == IN_LINE || flow->unconfirmed_since != 0)
 		return false;
-	return item == NULL || !mono_exceeds(item->published_at, mono_now(), JOIN_FLIGHT_MS);
+	return item == NULL || !mono_exceeds(item->published_at, mono_now(), Max(JOIN_FLIGHT_MS, flow_sender->patience_ms()));
 }
 
 static void
 join(Flow *flow)
 {
-	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) || flow_sender->lags(flow) ||
-		flow_memory(flow) > flow_main_share() / 2)
+	if (flow->state != FLOW_CATCHING_UP || is_behind(flow) || !is_quick(flow) || flow_sender->lags(flow))
 		return;
 	if (!reader_is_ahead())
 		flow_set_backlog(flow, flow->window.count);

@@ -601,11 +601,11 @@ flow_memory(const Flow *flow)
 	return flow->bytes + flow->window.count * MESSAGE_BYTES;
 }
 
-/* A run that takes so much memory at most. */
+/* A run that takes about so much memory. */
 RunLimit
 flow_run_limit(size_t bytes)
 {
-	RunLimit	limit = {Min(Max(bytes / MESSAGE_BYTES, 1), RUN_MESSAGES), bytes};
+	RunLimit	limit = {Min(Max(bytes / (2 * MESSAGE_BYTES), 1), RUN_MESSAGES), bytes};
 
 	return limit;
 }

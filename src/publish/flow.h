@@ -26,6 +26,7 @@ typedef struct FlowSender
 	void		(*release) (Flow *flow);	/* the channel, and what is in
 											 * flight */
 	bool		(*lags) (const Flow *flow);
+	int			(*patience_ms) (void);	/* a confirm may take so long */
 } FlowSender;
 
 extern bool flow_unknown_topic;

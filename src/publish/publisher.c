@@ -88,8 +88,7 @@
 #define LATE_MS 50
 #define MANY_MESSAGES (RUN_MESSAGES / 2)
 
-/* How many leave at once, if nothing can be read; and after how long even those do that have
- * no more in memory than in flight. */
+/* How many leave at once while there is no room, and what is long then. */
 #define LONG_TOPICS 10
 #define LONG_MS 3000
 
@@ -658,11 +657,26 @@ leave_late(Chunk *chunk, MonoTime now)
 }
 
 /*
- * While nothing more can be read, has topics leave that keep an old chunk waiting, because
- * their queues take less than is read for them; those with the most in memory first.
+ * Does the topic keep the oldest chunk waiting by its own fault?  Slow confirms alone, with
+ * nothing behind them, may soon be there.
+ */
+static bool
+takes_long(const Flow *flow, const Chunk *chunk, MonoTime now)
+{
+	bool		slow = sender_is_slow(flow, now);
+	bool		old = mono_exceeds(chunk->read_at, now, LONG_MS);
+
+	if (flow->window.in_flight == 0 || flow->yields)
+		return false;
+	return window_next(&flow->window) != NULL ? slow || old : slow && old;
+}
+
+/*
+ * While there is no room for what is to be read, has topics leave that take long, those with
+ * the most in memory first.
  */
 static void
-leave_long(Chunk *chunk, MonoTime now, bool anyway)
+leave_long(Chunk *chunk, MonoTime now)
 {
 	for (int i = 0; i < LONG_TOPICS && !chunks_room(); i++)
 	{
@@ -670,7 +684,7 @@ leave_long(Chunk *chunk, MonoTime now, bool anyway)
 
 		for (Run *run = chunk->runs; run != NULL; run = run->next_of_chunk)
 		{
-			if (run->done < run->count && sender_takes_long(run->flow, now, SLOW_ANYWAY_MS, anyway) &&
+			if (run->done < run->count && takes_long(run->flow, chunk, now) &&
 				(most == NULL || flow_memory(run->flow) > flow_memory(most)))
 				most = run->flow;
 		}
@@ -682,7 +696,7 @@ leave_long(Chunk *chunk, MonoTime now, bool anyway)
 
 /*
  * Has topics leave the main cursor that others wait for, because they have much in memory,
- * or their messages are slow; or, if nothing more can be read, their queues.
+ * or their messages are slow; or, while there is no room, their queues.
  */
 static void
 leave_slow(void)
@@ -699,9 +713,9 @@ leave_slow(void)
 	chunk = chunks_awaited(&since);
 	if (chunk == NULL || pub.late_at > now)
 		return;
-	if (!chunks_room() && mono_exceeds(Max(chunk->read_at, from), now, SLOW_ANYWAY_MS))
+	if (pub.more && !chunks_room() && mono_exceeds(Max(chunk->read_at, from), now, SLOW_ANYWAY_MS))
 	{
-		leave_long(chunk, now, mono_exceeds(Max(chunk->read_at, from), now, LONG_MS));
+		leave_long(chunk, now);
 		pub.late_at = mono_plus(now, LATE_MS);
 	}
 	if (!mono_exceeds(Max(since, from), now, SLOW_MS))
@@ -1136,7 +1150,12 @@ start(void)
 		.inherit = topology_inherit,
 		.gone = topology_forget,
 	};
-	static const FlowSender sender = {.update = sender_update,.release = sender_release,.lags = sender_lags};
+	static const FlowSender sender = {
+		.update = sender_update,
+		.release = sender_release,
+		.lags = sender_lags,
+		.patience_ms = sender_patience_ms,
+	};
 
 	forget_backlogs();
 	topic_init(&keepers);

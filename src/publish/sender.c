@@ -75,6 +75,7 @@
 
 #define TURN_MESSAGES 100
 #define ROUND_MESSAGES 1000
+#define FEW_MESSAGES 10
 #define MAX_WINDOW_BYTES (16 * 1024 * 1024)
 #define OWN_WINDOW_BYTES (MAX_WINDOW_BYTES / 16)	/* of each topic, whatever
 													 * others have in flight */
@@ -102,6 +103,9 @@
 
 /* A longer way than before counts for so much the less at first. */
 #define LEAST_TIMES 8
+
+/* A confirm that takes less is never slow, however soon others come. */
+#define LONG_FLIGHT_MS 200
 
 /*
  * A loss of the connection counts more if nothing was confirmed since the last one; from
@@ -710,36 +714,35 @@ window_part(const Flow *flow)
 }
 
 /*
- * Has the topic twice as much in memory as it may have in flight, and not few, so that what
- * is last waits for others of its own to be confirmed?  Not if it waits for a channel.
+ * Does the topic have twice as much in memory as it may have in flight, and not few; or, if
+ * its messages go one after the other, some that wait?  Then what is last waits for others of
+ * its own to be confirmed.
  */
 bool
 sender_lags(const Flow *flow)
 {
 	double		part = is_alone(flow, mono_now()) ? 1.0 : shared_part(least_way);
-	double		most = 2 * pgf_max_in_flight * part;
 
 	if (flow->window.serial || flow->isolate > 0)
-		most = 2;
-	else
-		most = Max(most, TURN_MESSAGES);
-	return flow->list != IN_LINE && flow->window.count > most;
+		return flow->window.count - flow->window.in_flight > FEW_MESSAGES;
+	return flow->window.count > Max(2 * pgf_max_in_flight * part, TURN_MESSAGES);
 }
 
-/*
- * Do the topic's messages in memory wait for others of its own to be confirmed?  anyway:
- * or, for so long, for confirms alone, while other topics' come in less than half of that
- * time.  Not if it waits for a channel.
- */
+/* How long may a confirm take, without being later than others? */
+int
+sender_patience_ms(void)
+{
+	return 2 * least_way / 1000;
+}
+
+/* Has a confirm of the topic's been awaited for long, and do others' come sooner? */
 bool
-sender_takes_long(const Flow *flow, MonoTime now, int ms, bool anyway)
+sender_is_slow(const Flow *flow, MonoTime now)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
-	if (item == NULL || flow->list == IN_LINE)
-		return false;
-	return window_next(&flow->window) != NULL ||
-		(anyway && mono_exceeds(item->published_at, now, ms) && now - item->published_at > 2 * least_way);
+	return item != NULL && least_way != 0 &&
+		mono_exceeds(item->published_at, now, Max(LONG_FLIGHT_MS, sender_patience_ms()));
 }
 
 /* For sender_confirmed(): how long did the message take that was in flight for longest? */

@@ -17,11 +17,12 @@ extern void sender_init(Connection *connection);
 extern void sender_update(Flow *flow);
 extern void sender_release(Flow *flow);
 extern bool sender_lags(const Flow *flow);
+extern int	sender_patience_ms(void);
 
 extern bool sender_publish(bool (*take_events) (void));
 extern bool sender_may_publish(void);
 extern bool sender_idle(void);
-extern bool sender_takes_long(const Flow *flow, MonoTime now, int ms, bool anyway);
+extern bool sender_is_slow(const Flow *flow, MonoTime now);
 extern bool sender_is_late(const Flow *flow, MonoTime now, int ms);
 
 extern bool sender_owns(int channel);
