@@ -657,18 +657,14 @@ leave_late(Chunk *chunk, MonoTime now)
 }
 
 /*
- * Does the topic keep the oldest chunk waiting by its own fault?  Slow confirms alone, with
- * nothing behind them, may soon be there.
+ * Does the topic keep the oldest chunk waiting by its own fault?  Its messages are behind many
+ * of its own, whose confirms are slow, or that are there for long.
  */
 static bool
 takes_long(const Flow *flow, const Chunk *chunk, MonoTime now)
 {
-	bool		slow = sender_is_slow(flow, now);
-	bool		old = mono_exceeds(chunk->read_at, now, LONG_MS);
-
-	if (flow->window.in_flight == 0 || flow->yields)
-		return false;
-	return window_next(&flow->window) != NULL ? slow || old : slow && old;
+	return flow->window.in_flight > 0 && !flow->yields && sender_lags(flow) &&
+		(sender_is_slow(flow, now) || mono_exceeds(chunk->read_at, now, LONG_MS));
 }
 
 /*
