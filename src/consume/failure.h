@@ -17,9 +17,9 @@
 #define MAX_ERROR 1024
 
 /*
- * What stands for an attempt's error, with 57P01, from when the attempt is recorded to
- * when its outcome is; and what a statement puts in front of the error that a column has,
- * unless it is there.
+ * An attempt is recorded before it is made, with this text as its error and 57P01, because
+ * nobody may live to record how it ended.  IS_UNFINISHED() is SQL that tells whether a column
+ * has that text, AS_UNFINISHED() is SQL that puts it once in front of the former error.
  */
 #define UNFINISHED_ATTEMPT "the handler runs, or the worker ended while it did"
 #define IS_UNFINISHED(column) "coalesce(sqlstate = '57P01' and starts_with(" column ", '" UNFINISHED_ATTEMPT "'), false)"

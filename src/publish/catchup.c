@@ -46,13 +46,14 @@
 #define MAX_MESSAGES (4 * RUN_MESSAGES)
 
 /*
- * All topics that read by themselves share MAX_BYTES of memory, or have a part of what
- * nobody has of these, if that is more, and MAIN_LEAST at least: each reads a run of half its
- * share when it has less than that.  A single message may be larger than any share.
+ * MAX_BYTES bounds the memory of all topics that read by themselves.  Each has an equal share,
+ * or a FREE_PART of what is free, if that is more, and MAIN_LEAST at least.  A topic reads half
+ * its share at once, when it has less than that, so that a reading does not go beyond the
+ * share.  A single message may be larger than any share.
  *
- * A topic that leaves the main cursor takes along what it has in memory, whatever its share.
- * So the more all those have already, the less the main cursor may have, down to MAIN_LEAST:
- * with that for each topic all together may have more than twice MAX_BYTES.
+ * A topic that leaves the main cursor keeps what it has in memory, whatever its share.  So the
+ * main cursor may have a MAIN_PART of what is left of twice MAX_BYTES, or MAIN_LEAST, because
+ * each further topic that leaves then adds little.
  */
 #define MAX_BYTES (8 * RUN_BYTES)
 #define FREE_PART 8
@@ -85,6 +86,7 @@ is_behind(const Flow *flow)
 	return flow->held || flow_reads_behind(flow);
 }
 
+/* Counts what topics have that left the main cursor, for the two shares below. */
 static void
 count_memory(void)
 {
@@ -101,11 +103,11 @@ count_memory(void)
 	}
 }
 
-/* What is left of so many bytes, in equal parts. */
+/* Takes what topics have that left the main cursor off a bound, and divides the rest. */
 static size_t
-part_of_rest(size_t of, int parts)
+part_of_rest(size_t bound, int parts)
 {
-	return (of - Min(apart, of)) / parts;
+	return (bound - Min(apart, bound)) / parts;
 }
 
 /* Half of what a topic that reads by itself may have. */

@@ -94,7 +94,7 @@ max_messages(void)
 	return max_bytes / (RUN_BYTES / MAX_MESSAGES);
 }
 
-/* What the next chunk may have at most. */
+/* Bounds the next chunk to what may be in memory of all of them. */
 RunLimit
 chunks_limit(void)
 {

@@ -594,14 +594,14 @@ flow_leave_large(void)
 	}
 }
 
-/* What the topic has in memory, in bytes. */
+/* Returns the bytes of memory that the topic's messages take. */
 size_t
 flow_memory(const Flow *flow)
 {
 	return flow->bytes + flow->window.count * MESSAGE_BYTES;
 }
 
-/* A run that takes about so much memory. */
+/* Returns the limit of a run that is to take about so many bytes of memory. */
 RunLimit
 flow_run_limit(size_t bytes)
 {

@@ -17,8 +17,8 @@
 #define MAX_RETRY_MS 300000
 
 /*
- * What publishes, above the flows: told that it may have to, or must not any more; and
- * asked whether it takes long.
+ * Calls what publishes, which is above the flows: to tell it that it may have to, or must not
+ * any more, and to ask whether its confirms take long.
  */
 typedef struct FlowSender
 {

@@ -95,7 +95,10 @@ typedef struct Run
 								 * go out */
 } Run;
 
-/* Of a run or chunk, but for its first message, which may be larger. */
+/*
+ * Bounds a run or chunk.  Its first message may be larger, because it could never be read
+ * otherwise.
+ */
 typedef struct RunLimit
 {
 	int			messages;

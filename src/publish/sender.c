@@ -75,7 +75,7 @@
 
 #define TURN_MESSAGES 100
 #define ROUND_MESSAGES 1000
-#define FEW_MESSAGES 10
+#define FEW_MESSAGES 10			/* that wait; see sender_lags() */
 #define MAX_WINDOW_BYTES (16 * 1024 * 1024)
 #define OWN_WINDOW_BYTES (MAX_WINDOW_BYTES / 16)	/* of each topic, whatever
 													 * others have in flight */

@@ -27,6 +27,7 @@ sub sql { return $node->safe_psql('postgres', $_[0]); }
 
 sql("select fanout.declare_binding('t' || n, 'g', 'classic') from generate_series(1, $topics) n");
 PgFanout::flush($node);
+
 # Writes 5 MB to each topic while no queue confirms anything.
 sub is_bounded
 {
