@@ -180,14 +180,16 @@ foreach my $topic (@good)
 
 # ---- a declaration that is refused while the topic is being tried again ----
 
-# A message is returned, so that its topic is stalled; tried again it is not confirmed,
+# A message is refused, so that its topic is stalled; tried again it is not confirmed,
 # because the broker does not write it.  Then the connection is lost.
 sql(q(select fanout.declare_binding('probed', 'g', 'classic')));
 PgFanout::flush($node);
-$broker->message_store('suspend');
-$broker->amqp('unbind', '--exchange', 'probed', '--queue', 'probed_g');
+$broker->ctl('set_policy', '-p', $broker->vhost, '--apply-to', 'queues', 'full', '^probed_g$', '{"max-length": 0, "overflow": "reject-publish"}');
 sql(q(select fanout.publish('probed', to_jsonb(repeat('x', 10000)))));
-ok($node->poll_query_until('postgres', q(select reason ~ '312' and in_flight = 1 from fanout.stat_topics, fanout.stat_publisher where topic = 'probed')), 'a topic is tried again');
+$node->poll_query_until('postgres', q(select reason ~ '^nacked' from fanout.stat_topics where topic = 'probed')) or die;
+$broker->message_store('suspend');
+$broker->ctl('clear_policy', '-p', $broker->vhost, 'full');
+ok($node->poll_query_until('postgres', q(select reason ~ '^nacked' and in_flight = 1 from fanout.stat_topics, fanout.stat_publisher where topic = 'probed')), 'a topic is tried again');
 $broker->permit('guest', '^(?!probed)');
 $proxy->command('reset');
 ok($node->poll_query_until('postgres', q(select reason ~ '403' from fanout.stat_topics where topic = 'probed')),
