@@ -454,10 +454,9 @@ join(Flow *flow)
 		flow_set_backlog(flow, flow->window.count);
 	else if (flow->uncounted)
 		return;
-	flow->join_number = flow_main->number;
 	flow->serial = false;
 	flow->unrecorded = true;
-	flow_set_state(flow, FLOW_JOINING);
+	flow_ride(flow);
 	flow_choose_mode(flow);
 }
 

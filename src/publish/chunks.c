@@ -5,11 +5,11 @@
  *
  * A chunk is done when all messages of all its runs are.  Chunks are recorded in the
  * order in which they were read, so the oldest one that is not done keeps all behind
- * it.  One whose topic leaves the main cursor loses that topic's run:
+ * it.  One whose topic leaves the main cursor, or lets others pass, loses that topic's run:
  *
  *		read -> [ runs of topics ] -> done -> recorded, with those before it
  *		                |
- *		                +-- its topic leaves: the run goes with it (chunks_cut)
+ *		                +-- the run goes with its topic (chunks_cut)
  *
  * Memory is bounded by the number of messages of all chunks, done or not, and by the
  * bytes of those that are not done; how much that is depends on what topics have that
@@ -44,6 +44,7 @@
 
 static Chunk *first = NULL;
 static Chunk *last = NULL;
+static uint64 nappended = 0;	/* in all */
 static int	nmessages = 0;
 static size_t bytes = 0;
 static size_t max_bytes = RUN_BYTES;	/* not done; no more is read with so
@@ -79,6 +80,13 @@ Chunk *
 chunks_last(void)
 {
 	return last;
+}
+
+/* The number of the last chunk that was read. */
+uint64
+chunks_newest(void)
+{
+	return nappended;
 }
 
 /* Bounds what may be in memory, to RUN_BYTES at most; messages in proportion. */
@@ -137,6 +145,7 @@ chunks_append(Chunk *chunk)
 	else
 		first = chunk;
 	last = chunk;
+	chunk->number = ++nappended;
 	chunk->read_at = mono_now();
 	nmessages += chunk->count;
 	bytes += chunk->bytes;
@@ -165,7 +174,7 @@ chunks_message_done(Run *run, const Message *message)
 		run_closed(run->chunk);
 }
 
-/* Takes a run, whose topic leaves the main cursor, out of its chunk. */
+/* Takes a run, which its topic keeps for itself, out of its chunk. */
 void
 chunks_cut(Run *run)
 {

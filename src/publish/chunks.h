@@ -18,6 +18,7 @@ extern void chunks_append(Chunk *chunk);
 extern void chunks_free(Chunk *chunk);
 extern Chunk *chunks_first(void);
 extern Chunk *chunks_last(void);
+extern uint64 chunks_newest(void);
 extern void chunks_set_room(size_t share);
 extern RunLimit chunks_limit(void);
 extern bool chunks_room(void);

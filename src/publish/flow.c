@@ -10,7 +10,7 @@
  *		            v                                                      |
  *		        ATTACHED --- paused, refused ----> LEAVING <-----------+   |
  *		            |                                 |                |   |
- *		            | slow, large, long,  nothing in flight, recorded  |   |
+ *		            | late, large, long,  nothing in flight, recorded  |   |
  *		            | held messages                   v                |   |
  *		            |                             DETACHED             |   |
  *		            |            due, and refused |      | not refused |   |
@@ -19,16 +19,16 @@
  *		            |                            acked | |             |   |
  *		            v                                  v v             |   |
  *		            +--------------------------> CATCHING_UP -- paused,|   |
- *		                                              |       refused -+   |
- *		                   read up to the main cursor v                |   |
- *		                                           JOINING ------------+   |
+ *		            |                                 |       refused -+   |
+ *		            |      read up to the main cursor v                |   |
+ *		            +--- late, with little ------> JOINING ------------+   |
  *		                                              +--------------------+
  *
  *		-> LEAVING, CATCHING_UP	flow_leave(): pause(), flow_refused(), the caller
  *		-> DETACHED				record_leaving() in progress.c
  *		-> PROBING				try_again() in catchup.c, once its topology is declared anew
  *		-> CATCHING_UP			try_again(), probe_settled()
- *		-> JOINING				join() in catchup.c
+ *		-> JOINING				join() in catchup.c, flow_let_pass()
  *		-> ATTACHED				record_joining() in progress.c
  *
  * ATTACHED: its runs belong to chunks of the main cursor (chunks.c).
@@ -36,8 +36,8 @@
  * DETACHED: has nothing in memory.  It is paused or was refused, or waits its turn.
  * PROBING: one message, since those before it were refused.
  * CATCHING_UP: reads with its own cursor, up to where the main cursor is.
- * JOINING: has read as far as the main cursor and rides with it again, behind its own
- *		runs; the ledger does not say so yet.
+ * JOINING: has read as far as the main cursor and rides with it, behind runs of its own;
+ *		the ledger does not say so yet.
  *
  * In all states but ATTACHED the topic has entries of its own in the ledger, and the
  * main cursor's do not count for it.  Its place is before its first message that is
@@ -786,6 +786,26 @@ detach(Flow *flow)
 	flow->held_after = 0;
 	flow->record_at = 0;
 	flow->unrecorded = true;
+}
+
+/* Has the topic ride with the main cursor from here on, behind what it has by itself. */
+void
+flow_ride(Flow *flow)
+{
+	flow->join_number = flow_main->number;
+	flow->join_chunk = chunks_newest();
+	flow_set_state(flow, FLOW_JOINING);
+}
+
+/*
+ * Has a topic that rides with the main cursor let others pass: what it has in memory is not
+ * waited for any more.  It need not read anything by itself.
+ */
+void
+flow_let_pass(Flow *flow)
+{
+	detach(flow);
+	flow_ride(flow);
 }
 
 /*

@@ -55,6 +55,8 @@ extern void flow_admit(Run *run);
 extern void flow_give_up(Flow *flow);
 extern void flow_settle(Flow *flow);
 extern void flow_leave(Flow *flow, bool keep);
+extern void flow_let_pass(Flow *flow);
+extern void flow_ride(Flow *flow);
 extern void flow_refused(Flow *flow, int code, const char *reason);
 extern bool flow_may_send(const Flow *flow);
 

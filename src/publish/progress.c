@@ -305,7 +305,7 @@ may_attach(const Flow *flow)
 {
 	const Chunk *first = chunks_first();
 
-	return has_joined(flow) && (first == NULL || first->batch->number > flow->join_number);
+	return has_joined(flow) && (first == NULL || first->number > flow->join_chunk);
 }
 
 /*

@@ -80,13 +80,14 @@
 /* Blocks of the outbox that are read before others get their turn. */
 #define READ_BLOCKS 256
 
-/* A topic that others have waited for so long leaves the main cursor. */
+/* A topic that others have waited for so long makes way. */
 #define SLOW_MS 200
 #define SLOW_ANYWAY_MS 1000
 
-/* How often such topics are looked for, and how many messages in memory are many then. */
+/* How often such topics are looked for, and what is many in memory then, or much. */
 #define LATE_MS 50
 #define MANY_MESSAGES (RUN_MESSAGES / 2)
+#define MUCH_BYTES (64 * 1024)
 
 /* How many leave at once while there is no room, and what is long then. */
 #define LONG_TOPICS 10
@@ -503,6 +504,36 @@ fill_chunk(void)
 	return chunk;
 }
 
+/*
+ * Has a topic that others wait for wait no more.  One with few messages, which may only be
+ * unlucky, rides on: many that leave the main cursor read much by themselves.
+ */
+static void
+make_way(Flow *flow)
+{
+	if (flow_memory(flow) > MUCH_BYTES || flow->window.in_flight == 0 ||
+		flow->window.serial || flow->isolate > 0)
+		flow_leave(flow, true);
+	else
+		flow_let_pass(flow);
+}
+
+/* Has topics that let others pass, and are late still, do so with what was read now. */
+static void
+let_pass_again(Chunk *chunk)
+{
+	MonoTime	now = mono_now();
+	Run		   *next;
+
+	for (Run *run = chunk->runs; run != NULL; run = next)
+	{
+		next = run->next_of_chunk;
+		if (run->flow->state == FLOW_JOINING && run->flow->window.in_flight > 0 &&
+			sender_is_late(run->flow, now, SLOW_MS))
+			make_way(run->flow);
+	}
+}
+
 /* Takes in what was read. */
 static void
 admit_chunk(Chunk *chunk)
@@ -518,6 +549,7 @@ admit_chunk(Chunk *chunk)
 		chunks_append(chunk);
 		for (Run *run = chunk->runs; run != NULL; run = run->next_of_chunk)
 			flow_admit(run);
+		let_pass_again(chunk);
 	}
 	if (ended)
 		note_end_of_batch();
@@ -639,11 +671,11 @@ forget_backlogs(void)
 }
 
 /*
- * Has topics leave the main cursor that keep a chunk waiting, because they have many
- * messages or by their own fault.
+ * Has topics make way that keep a chunk waiting, because they have many messages or by
+ * their own fault.
  */
 static void
-leave_late(Chunk *chunk, MonoTime now)
+pass_late(Chunk *chunk, MonoTime now)
 {
 	Run		   *next;
 
@@ -652,7 +684,7 @@ leave_late(Chunk *chunk, MonoTime now)
 		next = run->next_of_chunk;
 		if (run->done < run->count &&
 			(run->flow->window.count >= MANY_MESSAGES || sender_is_late(run->flow, now, SLOW_MS)))
-			flow_leave(run->flow, true);
+			make_way(run->flow);
 	}
 }
 
@@ -691,8 +723,8 @@ leave_long(Chunk *chunk, MonoTime now)
 }
 
 /*
- * Has topics leave the main cursor that others wait for, because they have much in memory,
- * or their messages are slow; or, while there is no room, their queues.
+ * Has topics make way that others wait for, because they have much in memory, or their
+ * messages are slow; or, while there is no room, their queues.
  */
 static void
 leave_slow(void)
@@ -718,7 +750,7 @@ leave_slow(void)
 		return;
 	pub.late_at = mono_plus(now, LATE_MS);
 	if (!chunks_room() || chunks_one_waits() || mono_exceeds(since, now, SLOW_ANYWAY_MS))
-		leave_late(chunk, now);
+		pass_late(chunk, now);
 }
 
 /* ---- recording ---- */

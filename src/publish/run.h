@@ -109,6 +109,7 @@ typedef struct RunLimit
 typedef struct Chunk
 {
 	struct Chunk *next;
+	uint64		number;			/* how many were read before it, and itself */
 	Run		   *runs;
 	int			open_runs;		/* that have messages which are not done */
 	int			count;			/* messages */

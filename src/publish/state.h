@@ -165,7 +165,9 @@ typedef struct Flow
 	int			npurged;
 	bool		unrecorded;		/* where it is, or how far it came */
 	MonoTime	record_at;		/* no sooner: held rows were locked */
-	uint64		join_number;	/* of the main cursor when it joined */
+	uint64		join_number;	/* of the main cursor when it joined, or let
+								 * others pass */
+	uint64		join_chunk;		/* the last one that was read then */
 	uint64		drop_number;	/* what is to be dropped waits until it has
 								 * sent as much; 0: nothing does */
 	uint32		drop_load;		/* which topic_load() had found that */
