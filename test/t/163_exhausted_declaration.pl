@@ -35,8 +35,12 @@ is_deeply([ map { $_->{body} } $broker->collect('other_g', expect => 1) ], [3], 
 
 # ---- what is to be given up no more ----
 
+# the publisher declares by the clock, too
+my $pid = PgFanout::publisher_pid($node);
+PgFanout::suspend($node, $pid);
 $broker->amqp('delete', '--queue', 'other_g');
 $broker->amqp('declare', '--queue', 'other_g', '--arguments', '{"x-max-length": 5}');
+kill 'CONT', $pid;
 sql('select fanout.verify()');
 sql(q(select fanout.publish('other', '4', 'k')));
 PgFanout::poll(sub { dead() == 3 }, 'a message to be given up', 60);
