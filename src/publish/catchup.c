@@ -482,20 +482,43 @@ flow_join_all(bool connected)
 }
 
 /*
- * Is there anything of a topic without the main cursor that is not sent?  As long as
- * that is not known, there may be.
+ * Is it recorded that the topic has sent what the main cursor's base of that number shows?  Its
+ * state does not tell: others may be late all the time with what comes.
  */
+static bool
+has_sent(const Flow *flow, uint64 number)
+{
+	const Run  *run;
+
+	if (flow->held)
+		return false;
+	if (!flow_has_runs(flow))
+		return (flow_rides(flow) ? flow_main->number : flow->cursor.number) >= number;
+	run = dlist_head_element(Run, node, unconstify(dlist_head *, &flow->runs));
+	return run->batch != NULL && run->batch->base_number >= number;
+}
+
+/* Does it wait, as long as that is not known? */
+static bool
+may_wait(const Flow *flow, uint64 number)
+{
+	if (topology_error(topic_of(flow)) != NULL)
+		return true;
+	if (flow->state == FLOW_JOINING || flow->state == FLOW_CATCHING_UP)
+		return !has_sent(flow, number);
+	return flow->state != FLOW_DETACHED || flow->uncounted || flow->waits || flow->held ||
+		flow->window.count > 0 || flow->unrecorded;
+}
+
+/* Is there anything of a topic without the main cursor that is not sent, up to that number? */
 bool
-flow_anything_waits(void)
+flow_anything_waits(uint64 number)
 {
 	dlist_iter	it;
 
 	dlist_foreach(it, &flow_detached)
 	{
-		const Flow *flow = flow_in(it.cur);
-
-		if (flow->uncounted || flow->waits || flow->held || flow->window.count > 0 || flow->unrecorded ||
-			flow->state != FLOW_DETACHED || topology_error(topic_of(flow)) != NULL)
+		if (may_wait(flow_in(it.cur), number))
 			return true;
 	}
 	return false;

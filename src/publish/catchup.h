@@ -18,7 +18,7 @@ extern bool flow_read_all(bool connected);
 extern size_t flow_main_share(void);
 extern void flow_join_all(bool connected);
 extern MonoTime flow_next_retry(bool connected);
-extern bool flow_anything_waits(void);
+extern bool flow_anything_waits(uint64 number);
 extern void flow_move_to_held(int32 topic_id);
 
 #endif							/* PGF_CATCHUP_H */

@@ -269,6 +269,7 @@ chunks_record(void (*record_run) (Run *run), int *count)
 		if (newest != NULL)
 		{
 			chunk->flush_ticket = Max(chunk->flush_ticket, newest->flush_ticket);
+			chunk->flush_number = Max(chunk->flush_number, newest->flush_number);
 			chunk->load = Max(chunk->load, newest->load);
 			chunks_free(newest);
 		}

@@ -785,7 +785,8 @@ detach(Flow *flow)
 	cursor_leave(&flow->cursor, flow_main);
 	flow->held_after = 0;
 	flow->record_at = 0;
-	flow->unrecorded = true;
+	/* an entry of before stays true */
+	flow->unrecorded = flow->unrecorded || flow->state == FLOW_ATTACHED;
 }
 
 /* Has the topic ride with the main cursor from here on, behind what it has by itself. */

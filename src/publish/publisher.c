@@ -84,14 +84,24 @@
 #define SLOW_MS 200
 #define SLOW_ANYWAY_MS 1000
 
-/* How often such topics are looked for, and what is many in memory then, or much. */
+/*
+ * How often such topics are looked for; with so many messages in memory they need not be late;
+ * with less than so many bytes they do not leave the main cursor.
+ */
 #define LATE_MS 50
 #define MANY_MESSAGES (RUN_MESSAGES / 2)
-#define MUCH_BYTES (64 * 1024)
+#define PASSING_BYTES (64 * 1024)
 
 /* How many leave at once while there is no room, and what is long then. */
 #define LONG_TOPICS 10
 #define LONG_MS 3000
+
+/* flush() is served when all topics have sent what was written before it. */
+typedef struct FlushTicket
+{
+	uint64		ticket;
+	uint64		number;			/* of the main cursor's base that is behind it */
+} FlushTicket;
 
 typedef struct Publisher
 {
@@ -118,7 +128,9 @@ typedef struct Publisher
 								 * has read */
 
 	/* requests */
-	uint64		flush_recorded; /* flush() tickets behind the ledger */
+	FlushTicket flush_due;		/* what is behind the ledger, to be served
+								 * next */
+	FlushTicket flush_recorded; /* and the last one */
 	uint64		verify_pending; /* verify() tickets not served */
 	uint32		batch_load;		/* of the catalog, before the batch that is
 								 * being read */
@@ -430,10 +442,13 @@ look_meanwhile(void)
 /* ---- reading with the main cursor ---- */
 
 static void
-batch_recorded(uint64 ticket, uint32 load)
+batch_recorded(uint64 ticket, uint64 number, uint32 load)
 {
-	if (ticket > pub.flush_recorded)
-		pub.flush_recorded = ticket;
+	if (ticket > pub.flush_recorded.ticket)
+		pub.flush_recorded = (FlushTicket)
+	{
+		ticket, number
+	};
 	if (topology_keeps(load))
 		topology_drop(load);
 }
@@ -458,10 +473,11 @@ note_end_of_batch(void)
 	}
 	if (chunk == NULL)
 	{
-		batch_recorded(pub.batch_ticket, pub.batch_load);
+		batch_recorded(pub.batch_ticket, pub.cursor.number, pub.batch_load);
 		return;
 	}
 	chunk->flush_ticket = pub.batch_ticket;
+	chunk->flush_number = pub.cursor.number;
 	chunk->load = pub.batch_load;
 }
 
@@ -505,17 +521,24 @@ fill_chunk(void)
 }
 
 /*
- * Has a topic that others wait for wait no more.  One with few messages, which may only be
- * unlucky, rides on: many that leave the main cursor read much by themselves.
+ * May the topic ride on, if others do not wait for it?  It has little in memory, and may only be
+ * unlucky: many that leave the main cursor read much by themselves.
  */
+static bool
+may_let_pass(const Flow *flow)
+{
+	return flow->window.in_flight > 0 && flow_memory(flow) <= PASSING_BYTES &&
+		!flow->window.serial && flow->isolate == 0;
+}
+
+/* Has others wait for a topic no more. */
 static void
 make_way(Flow *flow)
 {
-	if (flow_memory(flow) > MUCH_BYTES || flow->window.in_flight == 0 ||
-		flow->window.serial || flow->isolate > 0)
-		flow_leave(flow, true);
-	else
+	if (may_let_pass(flow))
 		flow_let_pass(flow);
+	else
+		flow_leave(flow, true);
 }
 
 /* Has topics that let others pass, and are late still, do so with what was read now. */
@@ -528,9 +551,8 @@ let_pass_again(Chunk *chunk)
 	for (Run *run = chunk->runs; run != NULL; run = next)
 	{
 		next = run->next_of_chunk;
-		if (run->flow->state == FLOW_JOINING && run->flow->window.in_flight > 0 &&
-			sender_is_late(run->flow, now, SLOW_MS))
-			make_way(run->flow);
+		if (run->flow->state == FLOW_JOINING && may_let_pass(run->flow) && sender_is_late(run->flow, now, SLOW_MS))
+			flow_let_pass(run->flow);
 	}
 }
 
@@ -817,7 +839,7 @@ record_settled(void)
 	pub.record_flows_at = mono_later(RECORD_FLOWS_MS);
 	if (chunk != NULL)
 	{
-		batch_recorded(chunk->flush_ticket, chunk->load);
+		batch_recorded(chunk->flush_ticket, chunk->flush_number, chunk->load);
 		chunks_free(chunk);
 	}
 	return true;
@@ -847,15 +869,26 @@ record_answers(void)
 
 /* ---- flush() and verify() ---- */
 
+/* Is there a flush() to be served that is behind the ledger? */
+static bool
+flush_is_due(void)
+{
+	uint64		done = pg_atomic_read_u64(&worker_slot->flush_done);
+
+	if (pub.flush_due.ticket <= done)
+		pub.flush_due = pub.flush_recorded;
+	return pub.flush_due.ticket > done;
+}
+
+/* One after the other, so that none waits for what was written before later ones. */
 static void
 serve_flush(void)
 {
-	if (pub.flush_recorded <= pg_atomic_read_u64(&worker_slot->flush_done))
-		return;
-	if (!connected() || topology_busy() || flow_anything_waits())
-		return;
-	pg_atomic_write_u64(&worker_slot->flush_done, pub.flush_recorded);
-	ConditionVariableBroadcast(&worker_slot->progress);
+	while (flush_is_due() && connected() && !topology_busy() && !flow_anything_waits(pub.flush_due.number))
+	{
+		pg_atomic_write_u64(&worker_slot->flush_done, pub.flush_due.ticket);
+		ConditionVariableBroadcast(&worker_slot->progress);
+	}
 }
 
 static void

@@ -118,7 +118,9 @@ typedef struct Chunk
 	int64		last_id;
 	bool		ends_batch;
 	MonoTime	read_at;
-	uint64		flush_ticket;	/* flush() served when this is recorded */
+	uint64		flush_ticket;	/* flush() served when this is recorded, */
+	uint64		flush_number;	/* and topics have sent as much; see
+								 * FlushTicket */
 	uint32		load;			/* of the catalog, before the batch that it
 								 * ends; 0: it ends none */
 } Chunk;
