@@ -138,6 +138,7 @@ skips(Flow *flow, const Message *message)
 	{
 		/* kept: the topic may have to go back once more */
 		accepted->passed = flow->readings;
+		flow->unrecorded = true;
 		return true;
 	}
 	return flow_has_purged_id(flow, message->message_id);
@@ -482,19 +483,18 @@ flow_join_all(bool connected)
 }
 
 /*
- * Is it recorded that the topic has sent what the main cursor's base of that number shows?  Its
- * state does not tell: others may be late all the time with what comes.
+ * Does the topic's entry in the ledger say that it has sent what the main cursor's base of that
+ * number shows?  Its state does not tell: a topic may be late all the time with what comes.
  */
 static bool
 has_sent(const Flow *flow, uint64 number)
 {
-	const Run  *run;
+	const Run  *run = flow_own_run(flow);
 
-	if (flow->held)
+	if (flow->held || flow->unrecorded)
 		return false;
-	if (!flow_has_runs(flow))
-		return (flow_rides(flow) ? flow_main->number : flow->cursor.number) >= number;
-	run = dlist_head_element(Run, node, unconstify(dlist_head *, &flow->runs));
+	if (run == NULL)
+		return flow->cursor.number >= number;
 	return run->batch != NULL && run->batch->base_number >= number;
 }
 

@@ -268,8 +268,8 @@ chunks_record(void (*record_run) (Run *run), int *count)
 		first = chunk->next;
 		if (newest != NULL)
 		{
-			chunk->flush_ticket = Max(chunk->flush_ticket, newest->flush_ticket);
-			chunk->flush_number = Max(chunk->flush_number, newest->flush_number);
+			if (chunk->flush.ticket < newest->flush.ticket)
+				chunk->flush = newest->flush;
 			chunk->load = Max(chunk->load, newest->load);
 			chunks_free(newest);
 		}

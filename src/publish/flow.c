@@ -154,6 +154,16 @@ flow_has_runs(const Flow *flow)
 	return !dlist_is_empty(unconstify(dlist_head *, &flow->runs));
 }
 
+/* Returns the first run, if the topic has read it by itself or kept it for itself, or NULL. */
+const Run  *
+flow_own_run(const Flow *flow)
+{
+	const Run  *run = flow_has_runs(flow) ?
+		dlist_head_element(Run, node, unconstify(dlist_head *, &flow->runs)) : NULL;
+
+	return run != NULL && run->chunk == NULL ? run : NULL;
+}
+
 /* Is nothing left to be done for the topic? */
 bool
 flow_at_rest(const Topic *topic)
@@ -769,12 +779,16 @@ flow_settle(Flow *flow)
 
 /* ---- leaving the main cursor ---- */
 
-/* Takes its runs out of the main cursor's chunks, and stands where that one is. */
+/*
+ * Takes its runs out of the main cursor's chunks, and stands where that one is.  Behind a run of
+ * its own nothing is done, so that an entry in the ledger stays as it is.
+ */
 static void
 detach(Flow *flow)
 {
 	dlist_iter	it;
 
+	flow->unrecorded = flow->unrecorded || flow_own_run(flow) == NULL;
 	dlist_foreach(it, &flow->runs)
 	{
 		Run		   *run = dlist_container(Run, node, it.cur);
@@ -785,8 +799,6 @@ detach(Flow *flow)
 	cursor_leave(&flow->cursor, flow_main);
 	flow->held_after = 0;
 	flow->record_at = 0;
-	/* an entry of before stays true */
-	flow->unrecorded = flow->unrecorded || flow->state == FLOW_ATTACHED;
 }
 
 /* Has the topic ride with the main cursor from here on, behind what it has by itself. */

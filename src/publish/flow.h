@@ -71,6 +71,7 @@ extern void flow_set_state(Flow *flow, FlowState state);
 extern bool flow_reads_behind(const Flow *flow);
 extern bool flow_is_gone(const Topic *topic);
 extern bool flow_has_runs(const Flow *flow);
+extern const Run *flow_own_run(const Flow *flow);
 extern size_t flow_memory(const Flow *flow);
 extern RunLimit flow_run_limit(size_t bytes);
 extern void flow_recovered(Flow *flow);

@@ -289,14 +289,7 @@ record_progress(Flow *flow)
 static bool
 has_joined(const Flow *flow)
 {
-	const Run  *run;
-
-	if (flow->state != FLOW_JOINING || flow->stall_changed || flow->alert)
-		return false;
-	if (!flow_has_runs(flow))
-		return true;
-	run = dlist_head_element(Run, node, unconstify(dlist_head *, &flow->runs));
-	return run->chunk != NULL;
+	return flow->state == FLOW_JOINING && !flow->stall_changed && !flow->alert && flow_own_run(flow) == NULL;
 }
 
 /* Is all recorded that the main cursor read before the topic joined? */

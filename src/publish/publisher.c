@@ -96,13 +96,6 @@
 #define LONG_TOPICS 10
 #define LONG_MS 3000
 
-/* flush() is served when all topics have sent what was written before it. */
-typedef struct FlushTicket
-{
-	uint64		ticket;
-	uint64		number;			/* of the main cursor's base that is behind it */
-} FlushTicket;
-
 typedef struct Publisher
 {
 	Connection	conn;
@@ -122,6 +115,7 @@ typedef struct Publisher
 	MonoTime	batch_at;		/* the next one begins no sooner, under load */
 	uint64		recorded;		/* number of the base according to the ledger */
 	uint64		batch_ticket;	/* flush() before the batch that is being read */
+	uint64		flush_noted;	/* the last one that is behind a batch */
 	bool		batch_found;	/* that was found while there was no broker */
 	bool		unfound;		/* there may be something to find ahead of it */
 	bool		much;			/* a topic may have much in memory of what it
@@ -442,13 +436,10 @@ look_meanwhile(void)
 /* ---- reading with the main cursor ---- */
 
 static void
-batch_recorded(uint64 ticket, uint64 number, uint32 load)
+batch_recorded(FlushTicket flush, uint32 load)
 {
-	if (ticket > pub.flush_recorded.ticket)
-		pub.flush_recorded = (FlushTicket)
-	{
-		ticket, number
-	};
+	if (flush.ticket > pub.flush_recorded.ticket)
+		pub.flush_recorded = flush;
 	if (topology_keeps(load))
 		topology_drop(load);
 }
@@ -463,6 +454,7 @@ static void
 note_end_of_batch(void)
 {
 	Chunk	   *chunk = chunks_last();
+	FlushTicket flush = {pub.batch_ticket, pub.cursor.number};
 
 	if (pub.batch_found)
 	{
@@ -471,13 +463,17 @@ note_end_of_batch(void)
 			flow_count_riding();
 		return;
 	}
+	if (flush.ticket <= pub.flush_noted)
+		flush.ticket = flush.number = 0;
+	else
+		pub.flush_noted = flush.ticket;
 	if (chunk == NULL)
 	{
-		batch_recorded(pub.batch_ticket, pub.cursor.number, pub.batch_load);
+		batch_recorded(flush, pub.batch_load);
 		return;
 	}
-	chunk->flush_ticket = pub.batch_ticket;
-	chunk->flush_number = pub.cursor.number;
+	if (flush.ticket > 0)
+		chunk->flush = flush;
 	chunk->load = pub.batch_load;
 }
 
@@ -839,7 +835,7 @@ record_settled(void)
 	pub.record_flows_at = mono_later(RECORD_FLOWS_MS);
 	if (chunk != NULL)
 	{
-		batch_recorded(chunk->flush_ticket, chunk->flush_number, chunk->load);
+		batch_recorded(chunk->flush, chunk->load);
 		chunks_free(chunk);
 	}
 	return true;
@@ -1192,10 +1188,10 @@ work(void)
 	}
 	any = take_events() || any;
 	any = record_settled() || any;
+	serve_flush();
 	record_answers();
 	alert_send();
 	work_by_the_clock();
-	serve_flush();
 	serve_verify();
 	return any || may_read() || pub.load;
 }

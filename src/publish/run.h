@@ -105,6 +105,13 @@ typedef struct RunLimit
 	size_t		bytes;
 } RunLimit;
 
+/* flush() is served when all topics have sent what was written before it. */
+typedef struct FlushTicket
+{
+	uint64		ticket;			/* 0: none */
+	uint64		number;			/* of the main cursor's base that shows that */
+} FlushTicket;
+
 /* What the main cursor has read at once: the runs of several topics. */
 typedef struct Chunk
 {
@@ -118,9 +125,7 @@ typedef struct Chunk
 	int64		last_id;
 	bool		ends_batch;
 	MonoTime	read_at;
-	uint64		flush_ticket;	/* flush() served when this is recorded, */
-	uint64		flush_number;	/* and topics have sent as much; see
-								 * FlushTicket */
+	FlushTicket flush;			/* due when this is recorded */
 	uint32		load;			/* of the catalog, before the batch that it
 								 * ends; 0: it ends none */
 } Chunk;

@@ -84,16 +84,36 @@ sql(q(select fanout.declare_binding('serial', 'g', 'classic', '{"x-max-length": 
 PgFanout::flush($node);
 my $script = PostgreSQL::Test::Utils::tempdir() . '/write.sql';
 append_to_file($script, join('', map { "select fanout.publish('$_', '1', 'k' || :client_id);\n" } qw(late t1 t2 serial)));
-my $load = IPC::Run::start([ 'pgbench', '-n', '-c', 2, '-R', 20, '-T', 600, '-f', $script, $node->connstr('postgres') ],
-	'>', \my $out, '2>', \my $err, IPC::Run::timeout(600));
+
+sub load
+{
+	my ($rate) = @_;
+
+	return IPC::Run::start([ 'pgbench', '-n', '-c', 2, '-R', $rate, '-T', 600, '-f', $script, $node->connstr('postgres') ],
+		'>', \my $out, '2>', \my $err, IPC::Run::timeout(600));
+}
+
+my $load = load(50);
 sql(q(select fanout.pause('serial')));
 sleep 1;
 sql(q(select fanout.resume('serial')));
 ok($node->poll_query_until('postgres', 'select count(*) = 0 from fanout.detached'), 'a topic whose messages go one after the other rides again while it is written to');
-$broker->slow_queues(1000, 'late_g');
-$node->poll_query_until('postgres', 'select count(*) = 1 from fanout.detached') or die;
-is(sql(q(select fanout.flush('10 s'))), 't', "flush() returns while others do not wait for a topic, $_") foreach 1 .. 5;
-$broker->slow_queues(0);
+$load->signal('TERM');
+$load->finish;
+$load = load(4);
+foreach my $ms (1000, 300)
+{
+	$broker->slow_queues($ms, 'late_g', 't2_g');
+	$node->poll_query_until('postgres', 'select count(*) > 0 from fanout.detached') or die if $ms == 1000;
+	foreach my $i (1 .. 5)
+	{
+		my $waiting = sql(q(select string_agg(id::text, ',') from fanout.outbox_status where state <> 'sent'));
+
+		is(sql(q(select fanout.flush('10 s'))), 't', "flush() returns while others do not wait for a topic, confirms every $ms ms, $i");
+		is($waiting && sql("select count(*) from fanout.outbox_status where id in ($waiting) and state <> 'sent'"), $waiting && 0, 'and what was there before is sent');
+	}
+	$broker->slow_queues(0);
+}
 $load->signal('TERM');
 $load->finish;
 PgFanout::flush($node);
