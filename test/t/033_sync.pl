@@ -16,7 +16,6 @@ my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
 log_statement = none
 max_worker_processes = 24
-pg_fanout.inbox_retention = 4s
 ));
 
 $node->safe_psql('postgres', q(
@@ -132,12 +131,17 @@ deliver('users', 't', undef, $sequence, undef);
 applied(1);
 is(b(q(select string_agg(id::text, ',') from copy.users)),
 	'3', 'a TRUNCATE that comes late leaves what is younger');
+# Not before: applied() looks for its messages in the inbox.
+$node->append_conf('postgresql.conf', 'pg_fanout.inbox_retention = 1s');
+$node->reload;
 PgFanout::poll(
 	sub {
 		b('select count(*) from fanout.sync_row where deleted_at is not null') == 0;
 	},
 	'an end of deleted rows');
 pass('deleted rows are forgotten after the retention');
+$node->append_conf('postgresql.conf', 'pg_fanout.inbox_retention = 1d');
+$node->reload;
 
 # A message that fails is given up, corrected, and redriven too late
 
