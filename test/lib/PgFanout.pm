@@ -737,22 +737,28 @@ sub resume_queue { return $_[0]->eval_queue($_[1], 'sys:resume(amqqueue:get_pid(
 =item $broker->slow_queues(milliseconds, queues), $broker->slow_queues(0)
 
 Has classic queues' processes do what they have to do once in so many milliseconds, in two
-of them: they confirm as steadily as ever, but later. 0: no queue is slow any more.
+of them: they confirm as steadily as ever, but later.  Queues that were slow before are so no
+more, from now on.
 
 =cut
 
 sub slow_queues
 {
 	my ($self, $ms, @queues) = @_;
+	my $slow = '{slow, <<"' . $self->vhost . '">>}';
 
-	$self->evaluate("persistent_term:put(slow, $ms)");
-	$self->eval_queue($_, q(P = amqqueue:get_pid(Q),
-		spawn(fun Slow() ->
-			case persistent_term:get(slow) of
-				0 -> ok;
-				Ms -> sys:suspend(P), timer:sleep(Ms), sys:resume(P), timer:sleep(2), Slow()
-			end
-		end))) foreach @queues;
+	$self->evaluate(qq(
+		[begin M = monitor(process, S), S ! stop, receive {'DOWN', M, _, _, _} -> ok end end
+			|| S <- persistent_term:get($slow, [])],
+		persistent_term:put($slow, [])));
+	$self->eval_queue($_, qq(P = amqqueue:get_pid(Q),
+		S = spawn(fun Slow() ->
+			sys:suspend(P, infinity),
+			Stop = receive stop -> true after $ms -> false end,
+			sys:resume(P, infinity),
+			Stop orelse begin timer:sleep(2), Slow() end
+		end),
+		persistent_term:put($slow, [S | persistent_term:get($slow)]))) foreach @queues;
 	return;
 }
 

@@ -35,7 +35,7 @@ sub is_bounded
 	my $before = memory();
 	my $most = 0;
 
-	$broker->slow_queues(25000, map { "t${_}_g" } 1 .. $topics);
+	$broker->slow_queues(600_000, map { "t${_}_g" } 1 .. $topics);
 	sql($_) foreach @statements;
 	foreach (1 .. 50)
 	{
