@@ -270,28 +270,27 @@ maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id))
 /* ---- counters ---- */
 
 /*
- * Adds to the counters of sent messages.  ids and counts are parallel arrays;
+ * Adds to the counters of sent messages.  ids (int4) and counts (int8) are parallel arrays;
  * seconds is the time that they were counted for.
  */
 void
-maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds)
+maintenance_count_sent(Datum *topic_ids, Datum *counts, int n, double seconds)
 {
 	static CachedQuery query = {
 		"insert into fanout.topic_stat as s (topic_id, sent, rate, updated_at)"
-		" select t.topic_id, $2, $2 / $3, clock_timestamp() from fanout.topic t where t.topic_id = $1"
+		" select topic_id, c.sent, c.sent / $3, clock_timestamp()"
+		" from unnest($1, $2) c (topic_id, sent) join fanout.topic using (topic_id)"
 		" on conflict (topic_id) do update"
 		" set sent = s.sent + excluded.sent, rate = excluded.rate, updated_at = excluded.updated_at"
 	};
-	Oid			types[3] = {INT4OID, INT8OID, FLOAT8OID};
+	Oid			types[3] = {INT4ARRAYOID, INT8ARRAYOID, FLOAT8OID};
+	Datum		values[3] = {
+		PointerGetDatum(construct_array(topic_ids, n, INT4OID, sizeof(int32), true, TYPALIGN_INT)),
+		PointerGetDatum(construct_array(counts, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE)),
+		Float8GetDatum(seconds)
+	};
 
-	for (int i = 0; i < n; i++)
-	{
-		Datum		values[3] = {
-			Int32GetDatum(topic_ids[i]), Int64GetDatum(counts[i]), Float8GetDatum(seconds)
-		};
-
-		query_execute(&query, 3, types, values, NULL);
-	}
+	query_execute(&query, 3, types, values, NULL);
 }
 
 /*

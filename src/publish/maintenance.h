@@ -31,6 +31,6 @@ extern void maintenance_add_tallies(void);
 
 extern int	maintenance_current_segment(void);
 extern int	maintenance_rotate(int retention_s, void (*in_the_way) (int32 topic_id));
-extern void maintenance_count_sent(const int32 *topic_ids, const int64 *counts, int n, double seconds);
+extern void maintenance_count_sent(Datum *topic_ids, Datum *counts, int n, double seconds);
 
 #endif							/* PGF_MAINTENANCE_H */

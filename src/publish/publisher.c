@@ -968,8 +968,8 @@ count_sent(void)
 	Topic	   *topic;
 	int			i = 0;
 	int			n = 0;
-	int32	   *ids = palloc(sizeof(int32) * 64);
-	int64	   *counts = palloc(sizeof(int64) * 64);
+	Datum	   *ids = palloc(sizeof(Datum) * 64);
+	Datum	   *counts = palloc(sizeof(Datum) * 64);
 	int			room = 64;
 
 	while ((topic = topic_next(&i)) != NULL)
@@ -979,11 +979,11 @@ count_sent(void)
 		if (n == room)
 		{
 			room *= 2;
-			ids = repalloc(ids, sizeof(int32) * room);
-			counts = repalloc(counts, sizeof(int64) * room);
+			ids = repalloc(ids, sizeof(Datum) * room);
+			counts = repalloc(counts, sizeof(Datum) * room);
 		}
-		ids[n] = topic->topic_id;
-		counts[n++] = topic->sent;
+		ids[n] = Int32GetDatum(topic->topic_id);
+		counts[n++] = Int64GetDatum(topic->sent);
 		topic->sent = 0;
 	}
 	pub.counted = pg_atomic_read_u64(&worker_slot->confirmed);
