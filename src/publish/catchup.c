@@ -498,7 +498,7 @@ has_sent(const Flow *flow, uint64 number)
 	return run->batch != NULL && run->batch->base_number >= number;
 }
 
-/* Does it wait, as long as that is not known? */
+/* May the topic have anything to send up to that number?  It may as long as that is not known. */
 static bool
 may_wait(const Flow *flow, uint64 number)
 {
