@@ -23,6 +23,7 @@
 #include "miscadmin.h"
 #include "postmaster/autovacuum.h"
 #include "replication/walsender.h"
+#include "storage/latch.h"
 #include "storage/proc.h"
 #include "utils/acl.h"
 #include "utils/guc.h"
@@ -76,6 +77,17 @@ pgf_oldest_clog_xid(void)
 	return TransamVariables->oldestClogXid;
 #else
 	return ShmemVariableCache->oldestClogXid;
+#endif
+}
+
+/* 17: it belongs to a resource owner; here to none, as before */
+static inline WaitEventSet *
+pgf_create_wait_event_set(int nevents)
+{
+#if PG_VERSION_NUM >= 170000
+	return CreateWaitEventSet(NULL, nevents);
+#else
+	return CreateWaitEventSet(TopMemoryContext, nevents);
 #endif
 }
 

@@ -119,6 +119,8 @@ static volatile sig_atomic_t sigterm_received = false;
 static volatile sig_atomic_t broker_socket = -1;
 static volatile sig_atomic_t committing = false;	/* and then acking */
 static int	(*volatile hidden_socket) (void) = NULL;
+static WaitEventSet *socket_set = NULL; /* for broker_socket */
+static int	socket_pos;			/* its place there */
 
 static MonoTime attached_at = 0;
 static WorkerEnd end = WORKER_FAILED;	/* how we end, if not by SIGTERM */
@@ -630,6 +632,37 @@ worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
 /* Waiting */
 
 /*
+ * As WaitLatchOrSocket(), which makes a new set for each wait: the set for the broker's socket
+ * is kept.
+ */
+static int
+wait_for(int fd, int socket_events, long timeout_ms, uint32 wait_event)
+{
+	WaitEvent	events[2];		/* one of the latch, one of the socket */
+	int			result = 0;
+	int			n;
+
+	if (fd < 0 || fd != broker_socket)
+		return WaitLatchOrSocket(MyLatch,
+								 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
+								 (fd >= 0 ? socket_events : 0) | (timeout_ms >= 0 ? WL_TIMEOUT : 0),
+								 fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms, wait_event);
+	if (socket_set == NULL)
+	{
+		socket_set = pgf_create_wait_event_set(3);
+		AddWaitEventToSet(socket_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+		AddWaitEventToSet(socket_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+		socket_pos = AddWaitEventToSet(socket_set, socket_events, fd, NULL, NULL);
+	}
+	else
+		ModifyWaitEvent(socket_set, socket_pos, socket_events, NULL);
+	n = WaitEventSetWait(socket_set, timeout_ms, events, lengthof(events), wait_event);
+	for (int i = 0; i < n; i++)
+		result |= events[i].events;
+	return result;
+}
+
+/*
  * Does not sleep while changed settings are to be read, since their wake-up may
  * have been lost.
  */
@@ -639,20 +672,14 @@ worker_wait(int fd, bool for_write, long timeout_ms)
 	static const PgfWait wait_event[] = {
 		[WORKER_PUBLISHER] = PGF_WAIT_PUBLISHER,[WORKER_CONSUMER] = PGF_WAIT_CONSUMER,[WORKER_HISTORY] = PGF_WAIT_HISTORY
 	};
-	int			socket_events = 0;
-	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
+	int			socket_events = for_write ? WL_SOCKET_WRITEABLE : WL_SOCKET_READABLE;
+	int			events;
 
-	if (fd >= 0)
-		socket_events = for_write ? WL_SOCKET_WRITEABLE : WL_SOCKET_READABLE;
 	if (ConfigReloadPending)
 		timeout_ms = 0;
-	if (timeout_ms >= 0)
-		events |= WL_TIMEOUT;
 
 	latch_was_reset = true;
-	events = WaitLatchOrSocket(MyLatch, events | socket_events,
-							   fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms,
-							   pgf_wait_event(wait_event[worker_self->kind]));
+	events = wait_for(fd, socket_events, timeout_ms, pgf_wait_event(wait_event[worker_self->kind]));
 	if (events & WL_LATCH_SET)
 		ResetLatch(MyLatch);
 	check_stop();
@@ -710,6 +737,9 @@ worker_reloaded(void)
 void
 worker_broker_fd(int fd)
 {
+	if (socket_set != NULL)
+		FreeWaitEventSet(socket_set);
+	socket_set = NULL;
 	broker_socket = fd;
 	if (fd >= 0 && sigterm_received)
 		shutdown(fd, SHUT_RDWR);
