@@ -8,9 +8,10 @@
  * others wait for one of the pg_fanout.max_channels:
  *
  *		none -> waits -> asked for -> open -> (idle, given up, closed by the broker) -> none
- *		                               |                 ^
- *		            others wait, and its turn is over    | nothing is in flight any more,
- *		                               +-> yields -------+ or no confirm comes
+ *		          |                    ^ |               ^
+ *		          | handed over        | | others wait,  | nothing is in flight any more:
+ *		          | by another         | | its turn ends | handed over; or no confirm comes
+ *		          +--------------------+ +-> yields -----+
  *
  * Topics get channels in the order in which they began to wait.  A topic whose turn ended
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
@@ -163,6 +164,8 @@ static int	nopening = 0;		/* of these, not open yet */
 static MonoTime room_at = 0;	/* no channel can be given to another before */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
 static int	nwaiters = 0;
+static bool handed_over = false;	/* a channel was, to one of them, since
+									 * the last turns */
 static Flow *latest = NULL;		/* who published the last message; to compare,
 								 * it may be gone */
 static MonoTime latest_at = 0;	/* when */
@@ -412,6 +415,7 @@ set_channel(Flow *flow, int channel)
 	nchannels += (channel != 0) - (flow->channel != 0);
 	flow->channel = channel;
 	flow->channel_open = false;
+	flow->tag = 0;
 	flow->channel_at = flow->channel_since = mono_now();
 	flow->yields = false;
 	find_place(flow);
@@ -443,6 +447,16 @@ sender_owns(int channel)
 	return (channel != 0 && channel == ping) || (channel < nflows && flows[channel] != NULL);
 }
 
+/* The topic's channel is open. */
+static void
+channel_opened(Flow *flow)
+{
+	nopening--;
+	flow->channel_open = true;
+	flow->channel_since = flow->channel_at = mono_now();
+	find_place(flow);
+}
+
 void
 sender_opened(int channel)
 {
@@ -453,10 +467,24 @@ sender_opened(int channel)
 		ping = 0;
 		return;
 	}
-	nopening--;
-	flows[channel]->channel_open = true;
-	flows[channel]->channel_since = flows[channel]->channel_at = mono_now();
-	find_place(flows[channel]);
+	channel_opened(flows[channel]);
+}
+
+/*
+ * Gives the topic's channel to another one as it is: it is open, and nothing is in flight
+ * on it.  To close one and to open another would cost the broker more than a few messages.
+ */
+static void
+hand_over(Flow *from, Flow *to)
+{
+	int			channel = from->channel;
+	uint64		tag = from->tag;
+
+	set_channel(from, 0);
+	set_channel(to, channel);
+	to->tag = tag;
+	channel_opened(to);
+	handed_over = true;
 }
 
 /* Has the topic waited for so long for a confirm, or for its channel to be opened? */
@@ -540,11 +568,11 @@ may_yield(const Flow *flow, MonoTime now)
 }
 
 /*
- * Ends the topic's turn, since others wait.  What is in flight keeps its age.  If nothing
- * of any topic was confirmed meanwhile, turns last longer from now on.
+ * Ends the topic's turn, since others wait, next the first of them.  What is in flight keeps
+ * its age.  If nothing of any topic was confirmed meanwhile, turns last longer from now on.
  */
 static void
-end_turn(Flow *flow, MonoTime now)
+end_turn(Flow *flow, Flow *next, MonoTime now)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
@@ -555,17 +583,21 @@ end_turn(Flow *flow, MonoTime now)
 		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout / 2));
 		hung_at = now;
 	}
-	give_channel_up(flow);
+	if (item == NULL && flow->channel_open && nchannels <= pgf_max_channels)
+		hand_over(flow, next);
+	else
+		give_channel_up(flow);
 	flow_settle(flow);
 }
 
 /*
- * Closes the channel that was not used for the longest time.  If all are in use, the
- * topic that had one for the longest time publishes nothing more, and will give it up
- * once all is confirmed: so what was published need not go again.
+ * Takes the channel that was not used for the longest time, for the topic that is next.  If
+ * all are in use, the topic that had one for the longest time publishes nothing more, and
+ * will give it up once all is confirmed: so what was published need not go again.  Returns
+ * whether a channel was taken.
  */
-static void
-make_room(void)
+static bool
+make_room(Flow *next)
 {
 	MonoTime	now = mono_now();
 	Flow	   *chosen = NULL;
@@ -573,7 +605,7 @@ make_room(void)
 	int			nyield = 0;
 
 	if (room_at > now)
-		return;
+		return false;
 	for (int i = 0; i < nflows; i++)
 	{
 		Flow	   *flow = flows[i];
@@ -588,11 +620,12 @@ make_room(void)
 			longest = flow;
 	}
 	if (chosen != NULL)
-		end_turn(chosen, now);
+		end_turn(chosen, next, now);
 	else if (longest != NULL && nyield < nwaiters)
 		longest->yields = true;
 	if (chosen == NULL)
 		room_at = mono_plus(now, ROOM_MS);
+	return chosen != NULL;
 }
 
 /* Does the topic have an open channel?  If it has none, it is in line for one then. */
@@ -609,35 +642,36 @@ has_channel(Flow *flow)
 }
 
 /*
- * Asks for a channel for the topic that is first in line, unless it may not publish any
- * more: the connection is another one, say, on which its topology is not declared yet.
- * Returns false if there is none in line, or no channel is free.
+ * Gives a channel to the topic that is first in line, or asks for one, unless it may not
+ * publish any more: the connection is another one, say, on which its topology is not declared
+ * yet.  Returns false if that cannot be done now.
  */
 static bool
 serve_first(void)
 {
 	BrokerError error;
-	Flow	   *flow;
-	int			channel = 0;
+	Flow	   *flow = dlist_container(Flow, ready_node, dlist_head_node(&waiters));
+	int			channel;
 
-	if (nwaiters == 0)
-		return false;
-	if (nchannels >= pgf_max_channels)
-		make_room();
-	if (nwaiters == 0)
-		return false;
-	flow = dlist_container(Flow, ready_node, dlist_head_node(&waiters));
 	if (!may_send(flow))
 	{
 		sender_update(flow);
 		return true;
 	}
-	if (nchannels < pgf_max_channels)
-		channel = broker_open_channel(conn->broker, true, &error);
+	if (nchannels >= pgf_max_channels)
+		return make_room(flow);
+	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
 	set_channel(flow, channel);
 	return true;
+}
+
+static void
+serve_line(void)
+{
+	while (sender_may_publish() && nwaiters > 0 && serve_first())
+		;
 }
 
 /* ---- publishing ---- */
@@ -865,7 +899,7 @@ has_room(const Flow *flow)
 static uint64_t
 next_tag(Flow *flow)
 {
-	uint64_t	tag = flow->window.newest + 1;
+	uint64_t	tag = flow->tag + 1;
 	uint64_t	capacity = Max(SLOTS_AT_FIRST, flow->window.capacity * 2);
 	WindowItem **slots;
 
@@ -917,6 +951,7 @@ publish(Flow *flow, Message *message)
 	 */
 	before_change(flow);
 	window_published(&flow->window, &message->item, next_tag(flow), mono_now());
+	flow->tag = message->item.tag;
 	after_change(flow);
 	if (is_tried(flow))
 	{
@@ -989,10 +1024,7 @@ send_some(Flow *flow)
 	return n;
 }
 
-/*
- * Gives each of the topics in the ring a turn, and asks for channels for those in line;
- * returns how many messages went out.
- */
+/* Gives each of the topics in the ring a turn; returns how many messages went out. */
 static int
 round_of_turns(bool (*take_events) (void))
 {
@@ -1017,8 +1049,6 @@ round_of_turns(bool (*take_events) (void))
 	}
 	if (since > 0)
 		(void) take_events();
-	while (sender_may_publish() && serve_first())
-		;
 	return sent;
 }
 
@@ -1035,8 +1065,13 @@ sender_publish(bool (*take_events) (void))
 	if (!sender_may_publish())
 		return false;
 	broker_cork(conn->broker);
-	while (sent < ROUND_MESSAGES && (n = round_of_turns(take_events)) > 0)
+	do
+	{
+		handed_over = false;
+		n = round_of_turns(take_events);
 		sent += n;
+		serve_line();
+	} while ((n > 0 || handed_over) && sent < ROUND_MESSAGES);
 	if (conn->broker != NULL)
 		broker_uncork(conn->broker);
 	return sent > 0;

@@ -202,6 +202,7 @@ typedef struct Flow
 	/* sender.c's */
 	int			channel;		/* 0: none */
 	bool		channel_open;
+	uint64		tag;			/* the last one on its channel */
 	MonoTime	channel_since;	/* asked for, or used last */
 	MonoTime	channel_at;		/* has it since then */
 	MonoTime	confirmed_at;	/* the last confirm came */

@@ -20,12 +20,15 @@ pg_fanout.max_channels = 8
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 sub channels { return $broker->evaluate('length(rabbit_channel:list())'); }
+# of the node's life
+sub opened { return $broker->evaluate('[{_, _, _, N, _, _, _, _}] = ets:lookup(connection_churn_metrics, node()), N'); }
 
 sql("select count(fanout.declare_binding('t' || i, 'g', 'classic')) from generate_series(1, $topics) i");
 PgFanout::flush($node);
 PgFanout::poll(sub { channels() == 0 }, 'no channel');
 ok(1, 'topics without messages cost no channel');
 
+my $opened = opened();
 sql("select count(fanout.publish('t' || (i % $topics + 1), to_jsonb(i), 'k')) from generate_series(1, 6000) i");
 my $most = 0;
 for (1 .. 20)
@@ -36,6 +39,8 @@ for (1 .. 20)
 PgFanout::flush($node);
 # a slow broker lists those as well that are being closed, while the next ones are opened
 cmp_ok($most, '<=', 4 * 8, "no more channels than pg_fanout.max_channels, besides those for requests ($most)");
+$opened = opened() - $opened;
+cmp_ok($opened, '<', $topics / 2, "topics hand them over to each other: $opened were opened");
 my @queues = map { "t${_}_g" } 1 .. $topics;
 my %bodies;
 push @{ $bodies{ $_->{exchange} } }, $_->{body} foreach $broker->collect(\@queues, expect => 6000);
