@@ -100,7 +100,7 @@ is(sql('select count(*) from fanout.dead_letter'), '0', 'nor a dead letter');
 # a message that always fails
 sql('truncate log');
 app(q(do $$ begin perform fanout.unsubscribe('t', 'g');
-	perform fanout.subscribe('t', 'g', 'handle(fanout.message)', max_attempts => 3, retry_delay => '2 s', max_retry_delay => '2 s'); end $$));
+	perform fanout.subscribe('t', 'g', 'handle(fanout.message)', max_attempts => 3, retry_delay => '1 h', max_retry_delay => '1 h'); end $$));
 my $dead = sql(q(select fanout.publish('t', '{"fail": 100}', key => 'k', type => 'poison')));
 sql(q(select fanout.publish('t', '{"behind": true}', key => 'k')));
 sql(q(select fanout.publish('t', '{"other": true}', key => 'other')));
@@ -110,6 +110,12 @@ is( sql(q(select topic, consumer_group, message_id, type, key, sqlstate, split_p
 			from fanout.delivery_failure)),
 	"t|g|$dead|poison|k|P0042|t|t",
 	'a failure is recorded with its error, and when it is tried again');
+# its other attempts only now: by the clock, they might be over before one looks
+foreach my $attempt (1 .. 2)
+{
+	wait_until(qq(exists (select from fanout.delivery_failure where attempts = $attempt and sqlstate = 'P0042')));
+	sql(q(select fanout.retry('t', 'g')));
+}
 wait_until('(select count(*) from fanout.dead_letter) = 1');
 is( sql(q(select topic, consumer_group, message_id, type, key, payload::jsonb, raw, sqlstate, attempts, split_part(reason, E'\n', 1)
 			from fanout.dead_letter)),
@@ -260,9 +266,10 @@ $locker->quit;
 sql('truncate log');
 sql(q(select fanout.publish('bad', '{"do": "cancel"}', key => 'k'), fanout.publish('bad', '{"do": "good"}', key => 'k'),
 	fanout.publish('bad', '{"do": "good"}', key => 'a')));
-wait_until(q(exists (select from fanout.delivery_failure where failed_at > now() - interval '1 s' and next_try > failed_at + interval '300 ms')));
-is(sql(q(select key, attempts, sqlstate, split_part(error, E'\n', 1) from fanout.delivery_failure)) . '|' . sql('select string_agg(key, $$ $$) from log'),
-	'k|0|57014|canceling statement due to user request|a', 'a handler that is cancelled again and again: no attempt counts, and only its key waits');
+# all in one look: while it is tried again, the error is another one
+wait_until(q((select string_agg(concat_ws('|', key, attempts, sqlstate, split_part(error, chr(10), 1)), ' ') from fanout.delivery_failure
+	where next_try > failed_at + interval '300 ms') = 'k|0|57014|canceling statement due to user request'));
+is(sql('select string_agg(key, $$ $$) from log'), 'a', 'a handler that is cancelled again and again: no attempt counts, and only its key waits');
 sql('delete from fanout.waiting; select fanout.wake_consumers()');
 
 sql('truncate log');
@@ -328,25 +335,28 @@ foreach my $case (
 	pass("handler $name: it goes on");
 }
 
-# a handler that changes while it runs: the call goes on as it began
+# a handler that changes while it runs, which it does until a lock is given up: the call goes on as it began
+my $holder = PgFanout::session($node);
 sql(q(select fanout.declare_binding('swap', 'g')));
 app(q(truncate log;
-	create function swap(m fanout.message) returns void language plpgsql as $$ begin perform pg_sleep(1); insert into log (key, role) values (m.key, 'old'); end $$;
+	create function swap(m fanout.message) returns void language plpgsql as $$ begin perform pg_advisory_xact_lock(1); insert into log (key, role) values (m.key, 'old'); end $$;
 	select fanout.subscribe('swap', 'g', 'swap(fanout.message)')));
 foreach my $case (
 	[ 'replaced', q(create or replace function swap(m fanout.message) returns void language plpgsql as
-		$$ begin perform pg_sleep(1); insert into log (key, role) values (m.key, 'replaced'); end $$), 'old replaced' ],
+		$$ begin perform pg_advisory_xact_lock(1); insert into log (key, role) values (m.key, 'replaced'); end $$), 'old replaced' ],
 	[ 'dropped, and another created', q(begin; drop function swap(fanout.message); create function swap(m fanout.message) returns int language sql as
-		$$ insert into log (key, role) select m.key, 'another' from pg_sleep(1); select 1 $$; commit), 'replaced another' ],
+		$$ insert into log (key, role) select m.key, 'another' from pg_advisory_xact_lock(1); select 1 $$; commit), 'replaced another' ],
 	[ 'dropped', 'drop function swap(fanout.message)', 'another' ])
 {
 	my ($name, $change, $versions) = @$case;
 
 	sql('truncate log');
+	PgFanout::run_in($holder, 'select pg_advisory_lock(1)');
 	sql(q(select fanout.publish('swap', '{}', key => 'first')));
-	wait_until(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep')));
+	wait_until(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'advisory')));
 	app($change);
 	sql(q(select fanout.publish('swap', '{}', key => 'second')));
+	PgFanout::run_in($holder, 'select pg_advisory_unlock(1)');
 	wait_until('(select count(*) from log) = ' . scalar(split(/ /, $versions)));
 	is(sql(q(select string_agg(role, ' ' order by n) from log)), $versions, "handler $name while it runs: that call ends as it began, the next is of what is there");
 }
@@ -356,15 +366,17 @@ wait_until('(select count(*) from log) = 2');
 is(sql(q(select string_agg(key || ' ' || role, ', ' order by n) from log)), 'first another, second created again', 'once there is one again, it goes on');
 is(sql('select count(*) from fanout.delivery_failure') . sql('select count(*) from fanout.dead_letter'), '00', 'none of this is a failed attempt');
 app(q(select fanout.unsubscribe('swap', 'g')));
+$holder->{harness}->kill_kill;
 
 # attempts are counted across restarts
 sql('truncate log');
 app(q(select fanout.unsubscribe('t', 'g');
 	  select fanout.subscribe('t', 'g', 'handle(fanout.message)', max_attempts => 5, retry_delay => '2 s', max_retry_delay => '2 s')));
 sql(q(select fanout.publish('t', '{"fail": 3}', key => 'k'), fanout.publish('t', '{"behind": 1}', key => 'k')));
-wait_until('(select attempts from fanout.delivery_failure) = 1');
+wait_until('(select attempts from fanout.delivery_failure) >= 1');
 $node->restart;
-wait_until('(select attempts from fanout.delivery_failure) >= 2');
+# or it has succeeded already
+wait_until(q((select attempts from fanout.delivery_failure) >= 2 or exists (select from log where body ? 'fail')));
 sql(q(select pg_terminate_backend(pid) from fanout.stat_subscriptions where topic = 't'));
 wait_until('(select count(*) from log where body is not null) = 2');
 is(sql('select body, attempt from log order by n'),
