@@ -173,7 +173,8 @@ my $json = JSON::XS->new->utf8;
 @arrived = map { $json->decode($_) } split(/\n/, slurp_file($lines));
 %ids = map { $_->{message_id} => 1 } @arrived;
 is(scalar(keys %ids), 3000, 'a queue that is full time and again gets every message');
-is(out_of_order(@arrived), 0, 'in order per key');
+# what it took behind one that it had refused came again, behind that one
+is(PgFanout::overtaken(@arrived), 0, 'in order per key');
 
 # ---- 404: the exchange is deleted under load ----
 
