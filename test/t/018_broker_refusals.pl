@@ -24,7 +24,7 @@ my $node = PgFanout::cluster(
 	conf => qq(
 pg_fanout.uri = '$uri'
 pg_fanout.password_file = '$password_file'
-pg_fanout.heartbeat = 10s
+pg_fanout.heartbeat = 60s
 pg_fanout.retry_interval = 200ms
 ));
 my $experiment = PgFanout::Experiment->new(
