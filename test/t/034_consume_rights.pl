@@ -159,6 +159,9 @@ attempts([ 'after it', q(select current_user || current_setting('search_path') |
 app(q(select fanout.unsubscribe('t', 'g');
 	select fanout.subscribe('t', 'g', 'probe(fanout.message)', max_attempts => 1, ordered => false, handler_timeout => '1 s')));
 attempts([ 'deferred trigger that hangs', q(insert into late values ('select pg_sleep(600)')), '57014' ]);
+# the other attempts are their messages' only ones, and must not be over because the machine is busy
+app(q(select fanout.unsubscribe('t', 'g');
+	select fanout.subscribe('t', 'g', 'probe(fanout.message)', max_attempts => 1, ordered => false)));
 attempts([ 'cursor that outlives the transaction', 'declare c cursor with hold for select pg_sleep(600)', "$same " ]);
 attempts([ 'another of its name', 'declare c cursor with hold for select 1', "$same " ]);
 attempts([ 'advisory lock, and an error', 'select pg_advisory_lock(42), 1 / (select 0)', '22012' ]);
@@ -293,7 +296,8 @@ union all select d::text from fanout.delivery_failure d));
 unlike($seen, qr/$secret/, 'the password is in no view');
 like($seen, qr/authentication failed/, 'which show that the broker refused it');
 ok(slurp_file($node->logfile) !~ /$secret/, 'nor in the log');
-unlike(join(' ', map { -r $_ ? slurp_file($_) : '' } glob('/proc/[0-9]*/cmdline')), qr/$secret/, 'nor in the title of a process');
+# any of them may end meanwhile
+unlike(join(' ', map { eval { slurp_file($_) } || '' } glob('/proc/[0-9]*/cmdline')), qr/$secret/, 'nor in the title of a process');
 $broker->ctl('change_password', $user, $secret);
 $broker->ctl('delete_user', $user);
 
