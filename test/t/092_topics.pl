@@ -85,7 +85,9 @@ PgFanout::flush($node);
 cmp_ok(channels(), '>', 0, 'a topic that has had messages keeps its channel for the next ones');
 append_to_file("$offset.new", "+61\n");
 rename "$offset.new", $offset or die "$offset: $!";
-PgFanout::poll(sub { channels() == 0 }, 'the channel to be closed');
+# what is told asks nothing of the channels themselves, which may be stuck
+my $left = '{[{C, erlang:process_info(C, [current_stacktrace, message_queue_len])} || C <- rabbit_channel:list()], ets:tab2list(channel_created)}';
+PgFanout::poll(sub { channels() == 0 }, sub { 'the channel to be closed: ' . $broker->evaluate($left) . PgFanout::status($node, 'postgres') });
 is(sql('select connected_to is not null, reconnects from fanout.stat_publisher'), 't|0', 'after a minute without any it is closed, and the connection is not');
 sql(q(select fanout.publish('t1', '2')));
 PgFanout::flush($node);
