@@ -10,7 +10,6 @@ use lib "$FindBin::RealBin/../lib";
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes ();
 
 my $rows = 300_000;
 
@@ -87,12 +86,16 @@ PgFanout::run_in($open, 'commit');
 shows('t', 'pending', 35, 'once it is, it is counted, too');
 sql(q(begin; select count(fanout.publish('t', '{}')) from generate_series(1, 5); rollback));
 my $few = PgFanout::time_of_view($node, 'fanout.stat_topics');
+my $other = PgFanout::time_of_view($node, 'pg_settings');
 publish('t', $rows);
 shows('t', 'pending', $rows + 35, 'so are very many, and nothing that was rolled back');
 is(sql(q(select oldest_pending_age between '0' and '10 min' from fanout.stat_topics where topic = 't')), 't', 'the oldest one has an age');
 is(sql(q(select oldest_pending_age is null from fanout.stat_topics where topic = 'idle')), 't', 'where nothing waits there is none');
 my $time = PgFanout::time_of_view($node, 'fanout.stat_topics');
-cmp_ok($time, '<', $few + 5, "with $rows messages that wait, looking takes $time ms, with a few $few ms");
+# a view that has nothing to do with messages tells how much slower the machine is than before
+my $slower = PgFanout::time_of_view($node, 'pg_settings') / $other;
+cmp_ok($time, '<', ($few + 5) * ($slower > 1 ? $slower : 1),
+	sprintf('with %d messages that wait, looking takes %.1f ms, with a few %.1f ms, what else takes %.1f times as long', $rows, $time, $few, $slower));
 
 PgFanout::new_publisher($node);
 shows('t', 'pending', $rows + 35, 'another publisher finds them all again');
@@ -106,21 +109,21 @@ PgFanout::poll(sub { sql('select confirmed > 1000 from fanout.stat_publisher') e
 $proxy->command('cut');
 PgFanout::wait_for_publisher($node, 'disconnected');
 publish('t', 5);
-# what was confirmed last is recorded a moment later
-my $left = -1;
-PgFanout::poll(
-	sub {
-		my $before = $left;
-
-		Time::HiRes::sleep(0.5);
-		$left = sql(q(select count(*) from fanout.pending));
-		return $left == $before;
-	},
-	'what was confirmed to be recorded');
+# what was confirmed last is recorded a moment later, so that both may still change
+my ($left, $told) = ($rows, '');
+eval {
+	PgFanout::poll(
+		sub {
+			$left = sql(q(select count(*) from fanout.pending));
+			$told = sql(q(select pending from fanout.stat_topics where topic = 't'));
+			return $left < $rows && $told eq $left;
+		},
+		'what was confirmed to be recorded');
+};
 cmp_ok($left, '<', $rows, 'some of them are sent');
-shows('t', 'pending', $left, 'the rest is known when the broker goes away in the middle');
+is($told, $left, 'the rest is known when the broker goes away in the middle');
 $proxy->command('pass');
-PgFanout::flush($node, timeout => '120 s');
+PgFanout::flush($node, timeout => '600 s');
 same_messages('t', 't_g', 'every message arrives');
 shows('t', 'pending', 0, 'and nothing waits any more');
 is(sql(q(select oldest_pending_age is null from fanout.stat_topics where topic = 't')), 't', 'of any age');
