@@ -39,7 +39,7 @@ end $$));
 
 subscribe('changed', q(ordered => false, on_failure => 'requeue', retry_delay => '2 s', max_retry_delay => '2 s'));
 publish('changed', 'k', '{"fail": 3}');
-ok(soon(q((select attempts = 1 from fanout.delivery_failure))), 'a message waits in its queue');
+ok(soon(q((select attempts >= 1 from fanout.delivery_failure))), 'a message waits in its queue');
 sql(q(select fanout.alter_subscription('changed', 'g', on_failure => 'wait', retry_delay => '50 ms', max_retry_delay => '50 ms')));
 ok(soon(q((select attempt = 4 from log where topic = 'changed'))), 'once on_failure is "wait" it is tried from the waiting room, with the attempts that it had');
 is(waiting('changed'), '0|0', 'and neither waits nor is known any more');
@@ -154,7 +154,8 @@ my %fine = (
 	'prepare' => q(do $x$ begin if not exists (select from pg_prepared_statements where name = 'p') then execute 'prepare p as select 1'; end if; end $x$),
 	'many' => q(select fanout.publish('odd', '{"made": true}', key => 'made ' || i) from generate_series(1, 500) i),
 );
-sql('truncate log');
+# none of these is to be ended for its time, however slow the machine is
+sql(q(select fanout.alter_subscription('odd', 'g', handler_timeout => '120 s'); truncate log));
 foreach my $name (sort keys %fine)
 {
 	publish_body('odd', "fine $name", { do => $fine{$name} });
@@ -176,13 +177,15 @@ end_of('odd');
 
 # ---- keys and sequences of other producers ----
 
-subscribe('foreign', q(retry_delay => '1 s', max_retry_delay => '1 s'));
+subscribe('foreign', q(retry_delay => '1 h', max_retry_delay => '1 h'));
 $broker->amqp('publish', '--routing-key', 'foreign_g', '--message-id', 'f1', '--headers', '{"key": 42}', '{"fail": 1, "n": 1}');
 ok(soon(q((select attempts = 1 from fanout.delivery_failure))), 'a message with an integer as its key has failed');
 $broker->amqp('publish', '--routing-key', 'foreign_g', '--message-id', 'f2', '--headers', '{"key": 42}', '{"n": 2}');
+ok(soon(q((select waiting = 2 from fanout.stat_subscriptions where topic = 'foreign'))), 'a later one of the key waits');
+sql(q(select fanout.retry('foreign', 'g')));
 ok(soon(q((select count(*) = 2 from log where topic = 'foreign'))), 'it is applied');
-is(sql(q(select string_agg(key || ' ' || (body ->> 'n'), ' ' order by n) from log)), '42 1 42 2', 'before a later one of the key');
-sql(q(select fanout.pause('foreign', 'g'); truncate log));
+is(sql(q(select string_agg(key || ' ' || (body ->> 'n'), ' ' order by n) from log)), '42 1 42 2', 'before the later one');
+sql(q(select fanout.alter_subscription('foreign', 'g', retry_delay => '1 s', max_retry_delay => '1 s'); select fanout.pause('foreign', 'g'); truncate log));
 my $n = 0;
 my @mixed = ('{"key": "k", "sequence": 7}', '{"key": "k"}', '{"key": "k", "sequence": 8}', '{"key": "k"}');
 $broker->amqp('publish', '--routing-key', 'foreign_g', '--message-id', 'm' . ++$n, '--headers', $_, qq({"n": $n, "sleep": 0.5})) foreach @mixed;
