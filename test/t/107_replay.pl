@@ -40,9 +40,10 @@ sql(q(select fanout.publish('item', '{"by": "hand"}', key => 'k', type => 't', h
 my $until = sql('select clock_timestamp()');
 sql('delete from items where id = 7');
 PgFanout::flush($node);
-my @original = $broker->collect('item_one', expect => 1);
-$broker->collect('item_two', expect => 1);
 my $count = 150 * 20 + 1;
+# what is of that time, 1500 rows before it and one change after it
+my @original = $broker->collect('item_one', expect => 1500 + $count + 1);
+$broker->collect('item_two', expect => 1500 + $count + 1);
 my @expected = @original[ 1500 .. 1500 + $count - 1 ];
 
 my $id = sql("select fanout.replay('item', 'two', '$since', '$until')");
