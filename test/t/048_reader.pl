@@ -296,13 +296,20 @@ PgFanout::wait_for_state($node, 'dead', where => q(topic = 'mixed' and key = 'k'
 PgFanout::flush($node);
 ok(1, 'they are, once that is possible');
 
-sql('create table saved as table fanout.rotation');
-fails_with(qr/fanout\.rotation/, q(delete from fanout.rotation; select fanout.publish('mixed', '"unrecorded"', 'rotation')));
+# the message is to be there when it is looked at, and the row that is saved is to be the
+# one that is deleted
+sql(q(alter system reset pg_fanout.retention));
+$node->reload;
+sql('create table saved (like fanout.rotation)');
+fails_with(qr/fanout\.rotation/, q(with gone as (delete from fanout.rotation returning *) insert into saved select * from gone;
+	select fanout.publish('mixed', '"unrecorded"', 'rotation')));
 is(sql(q(select state from fanout.outbox_status where key = 'rotation')), 'pending',
 	'without the row that says which segment is current nothing is recorded');
 sql('insert into fanout.rotation table saved');
 PgFanout::wait_for_state($node, 'sent', where => q(key = 'rotation'), count => 1);
 ok(1, 'with it, it is');
+sql(q(alter system set pg_fanout.retention = '4s'));
+$node->reload;
 
 # ---- what a superuser adds to the tables that are written without the executor ----
 
