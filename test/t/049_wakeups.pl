@@ -50,6 +50,23 @@ sub seconds_until
 	return time - $start;
 }
 
+# Does it take less than 8 seconds, by what a try returns?  A wake-up that nobody gives is
+# missed each time; one that comes late since the machine stood still is not late thrice.
+sub is_at_once
+{
+	my ($name, $try) = @_;
+	my $seconds;
+
+	foreach my $n (1 .. 3)
+	{
+		$seconds = $try->($n);
+		last if $seconds < 8;
+		note "$name: $seconds s";
+	}
+	cmp_ok($seconds, '<', 8, $name);
+	return;
+}
+
 # ---- COMMIT PREPARED by a worker of logical replication ----
 
 sub replicate_prepared
@@ -76,15 +93,19 @@ sub replicate_prepared
 }
 
 replicate_prepared();
-sql(q(begin; insert into t values (2), (3); prepare transaction 'applied'));
-$node->wait_for_catchup('s');
-is($node->safe_psql('copy', 'select count(*) from pg_prepared_xacts where database = current_database()'),
-	1, 'the subscriber has prepared the transaction');
-sleep 2;
-sql(q(commit prepared 'applied'));
-$node->wait_for_catchup('s');
-cmp_ok(seconds_until(sub { sent('true', 'copy') == 3 }),
-	'<', 8, 'what a worker of logical replication commits by COMMIT PREPARED is sent at once');
+is_at_once('what a worker of logical replication commits by COMMIT PREPARED is sent at once', sub
+{
+	my ($n) = @_;
+
+	sql("begin; insert into t values (2 * $n), (2 * $n + 1); prepare transaction 'applied'");
+	$node->wait_for_catchup('s');
+	is($node->safe_psql('copy', 'select count(*) from pg_prepared_xacts where database = current_database()'),
+		1, 'the subscriber has prepared the transaction');
+	sleep 2;
+	sql(q(commit prepared 'applied'));
+	$node->wait_for_catchup('s');
+	return seconds_until(sub { sent('true', 'copy') == 2 * $n + 1 });
+});
 
 # ---- a worker that waits for a heavyweight lock ----
 
@@ -104,39 +125,54 @@ sub make_publisher_wait
 	return;
 }
 
-sql(q(select fanout.declare_binding('t', 'g', 'classic')));
+sql(q(select fanout.declare_binding('t', 'g' || i, 'classic') from generate_series(1, 3) i));
 PgFanout::flush($node);
 
-make_publisher_wait();
-sql(q(select fanout.publish('t', '"committed meanwhile"')));
-run_in_holder('commit');
-cmp_ok(seconds_until(sub { sent(q(topic = 't')) == 2 }),
-	'<', 8, 'a commit that comes while the publisher waits for a lock wakes it');
+my $sent = 0;
+is_at_once('a commit that comes while the publisher waits for a lock wakes it', sub
+{
+	make_publisher_wait();
+	sql(q(select fanout.publish('t', '"committed meanwhile"')));
+	run_in_holder('commit');
+	$sent += 2;
+	return seconds_until(sub { sent(q(topic = 't')) == $sent });
+});
 
-make_publisher_wait();
-my ($verify_in, $verify_out) = (q(select 'verified ' || fanout.verify('5 s')), '');
-my $verify = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres') ],
-	'<', \$verify_in, '>', \$verify_out, IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
-sleep 1;
-run_in_holder('commit');
-$verify->finish;
-like($verify_out, qr/verified true/, 'so does verify()');
+is_at_once('so does verify()', sub
+{
+	make_publisher_wait();
+	# statistics wake the publisher ten seconds after it began to wait, too late for this
+	my ($verify_in, $verify_out) = (q(select 'verified ' || fanout.verify('8 s')), '');
+	my $verify = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres') ],
+		'<', \$verify_in, '>', \$verify_out, IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	sleep 1;
+	run_in_holder('commit');
+	$verify->finish;
+	return $verify_out =~ /verified true/ ? 0 : 30;
+});
 
-make_publisher_wait();
-my $other = $broker->proxy;
-sql("alter system set pg_fanout.uri = '@{[ $other->uri ]}'");
-$node->reload;
-sleep 1;
-run_in_holder('commit');
-cmp_ok(seconds_until(sub { sql('select connected_to from fanout.stat_publisher') =~ /:@{[ $other->port ]}\b/ }),
-	'<', 8, 'and a change of settings');
+is_at_once('and a change of settings', sub
+{
+	my $other = $broker->proxy;
+
+	make_publisher_wait();
+	sql("alter system set pg_fanout.uri = '@{[ $other->uri ]}'");
+	$node->reload;
+	sleep 1;
+	run_in_holder('commit');
+	return seconds_until(sub { sql('select connected_to from fanout.stat_publisher') =~ /:@{[ $other->port ]}\b/ });
+});
 
 sql(q(create function handle(m fanout.message) returns void language sql as ''));
-make_publisher_wait();
-sql(q(select fanout.subscribe('t', 'g', 'handle(fanout.message)')));
-run_in_holder('commit');
-cmp_ok(seconds_until(sub { sql(q(select count(*) from fanout.stat_subscriptions where connected_to is not null)) == 1 }),
-	'<', 8, 'and a subscription');
+is_at_once('and a subscription', sub
+{
+	my ($n) = @_;
+
+	make_publisher_wait();
+	sql("select fanout.subscribe('t', 'g$n', 'handle(fanout.message)')");
+	run_in_holder('commit');
+	return seconds_until(sub { sql(q(select count(*) from fanout.stat_subscriptions where connected_to is not null)) == $n });
+});
 
 $holder->{in} .= "\\q\n";
 $holder->{harness}->finish;
