@@ -37,6 +37,12 @@ is(own('users', 'a', 'b'), '2 3', 'counted as its own');
 
 sql('a', q(select fanout.pause('users_b', 'g')));
 sql('b', q(select fanout.pause('users_a', 'g')));
+# the workers count anew when they begin again, and so must have ended
+foreach my $paused ([ 'a', 'users_b' ], [ 'b', 'users_a' ])
+{
+	$node->poll_query_until($paused->[0], "select state = 'paused' and pid is null from fanout.stat_subscriptions where topic = '$paused->[1]'")
+	  or die "$paused->[1] is not paused";
+}
 sql('a', 'update users set x = 10');
 sql('b', 'update users set x = 20');
 PgFanout::flush($node, dbname => $_) for 'a', 'b';
