@@ -214,7 +214,8 @@ foreach my $case ([ 'reversed', 'quorum', 10, 'reject' ], [ 'predecessor', 'clas
 	ok(soon("(select count(*) = 1 from log where topic = '$topic')"), 'a first message is applied');
 	use_uri('amqp://guest:guest@127.0.0.1:1/%2F');
 	PgFanout::poll(sub { $broker->evaluate($connections) == 0 }, 'the worker has no connection');
-	$broker->amqp('publish', '--routing-key', "${topic}_g", '--message-id', "$topic $_", '--headers', qq({"key": "k", "sequence": $_}), '{}') foreach 1 .. 10;
+	# each is in the queue before the next one, and all before somebody takes them
+	$broker->amqp('publish', '--routing-key', "${topic}_g", '--confirm', '--message-id', "$topic $_", '--headers', qq({"key": "k", "sequence": $_}), '{}') foreach 1 .. 10;
 	my $harness = start [ 'python3', $taker, $broker->uri, "${topic}_g", $taken, $how ], '<', \$in, '>', \$out, IPC::Run::timeout(300);
 	$harness->pump until $out =~ /taken/;
 	if ($how eq 'end')
