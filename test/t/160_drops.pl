@@ -32,16 +32,23 @@ foreach my $each (
 	[ 'a binding', 'queue', 'old_soon', q(fanout.declare_binding('old', 'soon')), q(fanout.drop_binding('old', 'soon')), q(fanout.binding where consumer_group = 'soon') ])
 {
 	my ($what, $kind, $name, $declare, $drop, $row) = @$each;
+	my $declared;
 
-	PgFanout::flush($node);
-	$proxy->command('delay 3000');
-	sql("select $declare");
-	PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared');
-	sql("select $drop");
-	PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
-	is(sql("select count(declared_at) from $row"), 0, "$what is dropped before the answer to its declaration has come");
-	$proxy->command('pass');
-	PgFanout::flush($node);
+	# again if all that has taken longer than the answer
+	foreach (1 .. 5)
+	{
+		PgFanout::flush($node);
+		$proxy->command('delay 3000');
+		sql("select $declare");
+		PgFanout::poll(sub { exists_at_broker($kind, $name) }, 'it to be declared');
+		sql("select $drop");
+		PgFanout::poll(sub { sql('select count(*) from fanout.topology_change') == 0 }, 'the publisher to know that');
+		$declared = sql("select count(declared_at) from $row");
+		$proxy->command('pass');
+		PgFanout::flush($node);
+		last if $declared == 0;
+	}
+	is($declared, 0, "$what is dropped before the answer to its declaration has come");
 	is(sql("select count(*) from $row"), 0, 'it is gone all the same');
 	ok(!exists_at_broker($kind, $name), 'at the broker, too');
 }
