@@ -72,10 +72,11 @@ end_of('behind');
 
 # ---- what the error of a message says while it is tried again ----
 
+# it is due again in a second, so what holds its second attempt is there before the first
+sql(q(insert into hold values ('again')));
 subscribe('again', q(retry_delay => '1 s', max_retry_delay => '1 s'));
 publish('again', 'a', '{"fail": 1}');
-ok(soon(q((select error ~ '^attempt 1' from fanout.delivery_failure))), 'a message has failed');
-sql(q(insert into hold values ('again')));
+ok(soon(q((select error ~ '\mattempt 1\M' from fanout.delivery_failure))), 'a message has failed');
 ok(handler_sleeps(), 'it is tried again');
 like(sql('select error from fanout.delivery_failure'), qr/^$unfinished; before that: attempt 1\b/, 'its error says so, and what it was before');
 end_worker('again');
@@ -217,17 +218,23 @@ sub handler_sleeps
 	return soon(q(exists (select from pg_stat_activity where backend_type = 'pg_fanout consumer' and wait_event = 'PgSleep')));
 }
 
-# Does the worker rest most of the time?  What it waits for the processor is no rest.
+# Does the worker rest most of the time?  What it waits for the processor is no rest, so one
+# that rests may seem busy while the machine is, but not each time.
 sub is_calm
 {
 	my ($topic) = @_;
 	my $pid = sql("select pid from fanout.stat_subscriptions where topic = '$topic'");
-	my ($since, $before) = (time, busy($pid));
 
-	sleep 2;
-	my $share = (busy($pid) - $before) / (time - $since);
-	note(sprintf('busy for %.2f of the time', $share));
-	return $share < 0.7;
+	foreach (1 .. 5)
+	{
+		my ($since, $before) = (time, busy($pid));
+
+		sleep 2;
+		my $share = (busy($pid) - $before) / (time - $since);
+		note(sprintf('busy for %.2f of the time', $share));
+		return 1 if $share < 0.7;
+	}
+	return 0;
 }
 
 # Seconds that a process has run for, or would have if it had got the processor.
