@@ -78,6 +78,7 @@ is(sql(q(select count(*), count(distinct left(payload::jsonb #>> '{after,v}', 1)
 # ---- schemas that swap their names, for which no lock of a table is needed ----
 
 # The worker's statement waits for a partition, and its plan is made anew when the names are swapped.
+# The table has rows for minutes, so that this is in the middle of it.
 sql(q(
 create schema blue;
 create schema green;
@@ -85,9 +86,9 @@ create table blue.items (id int primary key, v text) partition by range (id);
 create table green.items (id int primary key, v text) partition by range (id);
 create table blue.part partition of blue.items default;
 create table green.part partition of green.items default;
-insert into blue.items select i, 'blue' from generate_series(1, 200) i;
-select fanout.declare_binding('swapped', 'k'), fanout.capture('blue.items', 'swapped');
-select fanout.backfill('blue.items', 'swapped', 'k', rate => 64)));
+insert into blue.items select i, 'blue' from generate_series(1, 10000) i;
+select fanout.declare_binding('swapped', 'k'), fanout.capture('blue.items', 'swapped')));
+my $walk = sql(q(select fanout.backfill('blue.items', 'swapped', 'k', rate => 64)));
 $node->poll_query_until('postgres', q(select rows_sent >= 48 from fanout.backfills where topic = 'swapped')) or die 'not begun';
 sql(q(
 begin;
@@ -102,9 +103,12 @@ begin
 	end loop;
 end $$;
 commit));
-$node->poll_query_until('postgres', q(select state = 'done' from fanout.backfills where topic = 'swapped')) or die 'not done';
-is(sql(q(select count(distinct o.key), min(payload::jsonb #>> '{after,v}') from fanout.outbox o join fanout.topic using (topic_id)
-	where topic = 'swapped' and headers ->> 'op' = 'r')), '200|blue', 'a backfill goes on with its own table, not with the one that has its name now');
+my $sent = sql("select rows_sent from fanout.backfills where id = $walk");
+$node->poll_query_until('postgres', "select state <> 'running' or rows_sent >= $sent + 100 from fanout.backfills where id = $walk") or die 'it stands still';
+is(sql("select state from fanout.backfills where id = $walk"), 'running', 'a backfill whose table gets another name goes on');
+sql("select fanout.cancel_backfill($walk)");
+is(sql(qq(select count(distinct o.key) >= $sent + 100, count(distinct o.key) = max(o.key::int), min(payload::jsonb #>> '{after,v}')
+	from fanout.outbox o join fanout.topic using (topic_id) where topic = 'swapped' and headers ->> 'op' = 'r')), 't|t|blue', 'a backfill goes on with its own table, not with the one that has its name now');
 
 # ---- a binding that is dropped before the publisher has heard of it ----
 
