@@ -53,10 +53,17 @@ $proxy->command('cut-at nasty');
 sql(q(select fanout.publish('bad', '"nasty"')));
 my $reconnects = sql('select reconnects from fanout.stat_publisher');
 $node->poll_query_until('postgres', "select reconnects >= $reconnects + 5 from fanout.stat_publisher") or die;
-$node->poll_query_until('postgres', 'select connected_to is null from fanout.stat_publisher') or die;
-my $lost = Time::HiRes::time();
-$node->poll_query_until('postgres', 'select connected_to is not null from fanout.stat_publisher') or die;
-cmp_ok(Time::HiRes::time() - $lost, '<', 2, 'a message that nobody else is seen to get past: the connection is soon made again');
+my $took;
+# a machine may be slow once; pauses that are too long only become longer
+foreach (1 .. 3)
+{
+	$node->poll_query_until('postgres', 'select connected_to is null from fanout.stat_publisher') or die;
+	my $lost = Time::HiRes::time();
+	$node->poll_query_until('postgres', 'select connected_to is not null from fanout.stat_publisher') or die;
+	$took = Time::HiRes::time() - $lost;
+	last if $took < 2;
+}
+cmp_ok($took, '<', 2, 'a message that nobody else is seen to get past: the connection is soon made again');
 
 declare_nasty('wide');
 nasty_is_found('wide', 'a message that nobody else is seen to get past');
