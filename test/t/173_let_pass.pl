@@ -52,11 +52,21 @@ sub arrived
 sub passes
 {
 	my ($name, $event, $more) = @_;
+	my $left;
 
-	$broker->suspend_queue('late_g');
-	publish();
-	$node->poll_query_until('postgres', q(select count(*) = 1 from fanout.detached join fanout.topic using (topic_id) where topic = 'late')) or die;
-	cmp_ok(sql(q(select count(*) from fanout.outbox_status where topic ~ 't\d' and state <> 'sent')), '>', 0, "$name: in the middle of a batch");
+	# again if the others have sent all of the batch before that is seen
+	foreach (1 .. 5)
+	{
+		$broker->suspend_queue('late_g');
+		publish();
+		$node->poll_query_until('postgres', q(select count(*) = 1 from fanout.detached join fanout.topic using (topic_id) where topic = 'late')) or die;
+		$left = sql(q(select count(*) from fanout.outbox_status where topic ~ 't\d' and state <> 'sent'));
+		last if $left > 0;
+		$broker->resume_queue('late_g');
+		PgFanout::flush($node);
+		$node->poll_query_until('postgres', 'select count(*) = 0 from fanout.detached') or die;
+	}
+	cmp_ok($left, '>', 0, "$name: in the middle of a batch");
 	$event->();
 	ok($node->poll_query_until('postgres', q(select count(*) = 0 from fanout.outbox_status where topic ~ 't\d' and state <> 'sent')), "$name: others do not wait for it");
 	is(waits('late'), $messages / 1000 + ($more || 0), "$name: it is known how many messages wait");
@@ -109,7 +119,8 @@ foreach my $ms (1000, 300)
 	{
 		my $waiting = sql(q(select string_agg(id::text, ',') from fanout.outbox_status where state <> 'sent'));
 
-		is(sql(q(select fanout.flush('10 s'))), 't', "flush() returns while others do not wait for a topic, confirms every $ms ms, $i");
+		# one that waits for a topic does as long as that is written to
+		is(sql(q(select fanout.flush('60 s'))), 't', "flush() returns while others do not wait for a topic, confirms every $ms ms, $i");
 		is($waiting && sql("select count(*) from fanout.outbox_status where id in ($waiting) and state <> 'sent'"), $waiting && 0, 'and what was there before is sent');
 	}
 	$broker->slow_queues(0);
