@@ -54,18 +54,11 @@ select fanout.subscribe('t', 'g', 'handle(fanout.message)')));
 
 	# so that each of the following happens while a name is looked up
 	configure('pg_fanout.connect_timeout' => '60s');
-	foreach my $worker ([ 'one', 'publisher' ], [ 'two', 'publisher' ], [ 'two', 'subscriptions' ])
-	{
-		$node->poll_query_until($worker->[0],
-			"select state = 'connecting' and since < clock_timestamp() - interval '0.5 s' from fanout.stat_$worker->[1]");
-	}
-
-	# whoever waited for the name would do so for connect_timeout, or not be gone when the
-	# database is dropped; it takes no time, but on a machine that stands still for a while
-	within(15, 'a publisher ends while its broker is looked up',
-		sub { $node->safe_psql('one', 'select pg_terminate_backend(pid, 30000) from fanout.stat_publisher') });
-	within(15, 'a consumer ends while its broker is looked up',
-		sub { $node->safe_psql('two', 'select pg_terminate_backend(pid, 30000) from fanout.stat_subscriptions') });
+	ends_in_time('a publisher ends while its broker is looked up', 'one', 'stat_publisher');
+	ends_in_time('a consumer ends while its broker is looked up', 'two', 'stat_subscriptions');
+	is_looked_up(@$_) foreach [ 'one', 'stat_publisher' ], [ 'two', 'stat_publisher' ], [ 'two', 'stat_subscriptions' ];
+	# Whoever waited for the name would do so for connect_timeout, or not be gone when the
+	# database is dropped; a checkpoint, which is part of that, may take a while.
 	within(15, 'a database is dropped while its broker is looked up',
 		sub { $node->safe_psql('postgres', 'drop database one') });
 	within(15, 'a database is dropped while a consumer looks its broker up',
@@ -385,6 +378,38 @@ sub failed_at
 }
 
 # Does it in less than so many seconds?
+# The worker waits for the broker's name.
+sub is_looked_up
+{
+	my ($database, $view) = @_;
+
+	$node->poll_query_until($database,
+		"select bool_and(state = 'connecting' and since < clock_timestamp() - interval '0.5 s') from fanout.$view")
+	  or die "$database: no look-up";
+	return;
+}
+
+# The worker ends within 2 s while a name is looked up, if not at the first time, when the
+# machine may have stood still, then at one of the next.
+sub ends_in_time
+{
+	my ($name, $database, $view) = @_;
+	my $seconds;
+
+	foreach (1 .. 3)
+	{
+		my $begin;
+
+		is_looked_up($database, $view);
+		$begin = Time::HiRes::time();
+		$node->safe_psql($database, "select pg_terminate_backend(pid, 30000) from fanout.$view");
+		$seconds = Time::HiRes::time() - $begin;
+		last if $seconds < 2;
+	}
+	cmp_ok($seconds, '<', 2, $name);
+	return;
+}
+
 sub within
 {
 	my ($limit, $name, $do) = @_;
