@@ -708,18 +708,22 @@ pass_late(Chunk *chunk, MonoTime now)
 
 /*
  * Does the topic keep the oldest chunk waiting by its own fault?  Its messages are behind many
- * of its own, whose confirms are slow, or that are there for long.
+ * of its own, whose confirms are slow, or that are there for long; or they are passed by those
+ * of others.
  */
 static bool
 takes_long(const Flow *flow, const Chunk *chunk, MonoTime now)
 {
-	return flow->window.in_flight > 0 && !flow->yields && sender_lags(flow) &&
-		(sender_is_slow(flow, now) || mono_exceeds(chunk->read_at, now, LONG_MS));
+	if (flow->window.in_flight == 0 || flow->yields)
+		return false;
+	if (sender_lags(flow) && (sender_is_slow(flow, now) || mono_exceeds(chunk->read_at, now, LONG_MS)))
+		return true;
+	return sender_is_passed(flow, now, SLOW_ANYWAY_MS);
 }
 
 /*
- * While there is no room for what is to be read, has topics leave that take long, those with
- * the most in memory first.
+ * While there is no room for what is to be read, has topics make way that take long, those
+ * with the most in memory first.  Those that only lag would soon be in the way again.
  */
 static void
 leave_long(Chunk *chunk, MonoTime now)
@@ -736,7 +740,10 @@ leave_long(Chunk *chunk, MonoTime now)
 		}
 		if (most == NULL)
 			return;
-		flow_leave(most, true);
+		if (sender_lags(most))
+			flow_leave(most, true);
+		else
+			make_way(most);
 	}
 }
 

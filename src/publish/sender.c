@@ -108,6 +108,9 @@
 /* A confirm that takes less is never slow, however soon others come. */
 #define LONG_FLIGHT_MS 200
 
+/* After such a time without any confirm, it was the broker that was slow. */
+#define ACKS_PAUSE_MS 500
+
 /*
  * A loss of the connection counts more if nothing was confirmed since the last one; from
  * when a topic is suspected; how many losses on trial refuse it, since one may be chance where
@@ -153,6 +156,8 @@ static MonoTime wanted_at = 0;	/* a trial waits since then for others to be
 								 * quiet, which they are for a while; 0: none
 								 * does */
 static MonoTime acked_at = 0;	/* the last message of any topic was */
+static MonoTime acked_since = 0;	/* since when there was no long pause
+									 * between two of them */
 static MonoTime confirmed_from = 0; /* when the newest of those messages was
 									 * published that were confirmed */
 static MonoTime delay = 0;		/* of confirms, on average, in microseconds */
@@ -779,6 +784,18 @@ sender_is_slow(const Flow *flow, MonoTime now)
 		mono_exceeds(item->published_at, now, Max(LONG_FLIGHT_MS, sender_patience_ms()));
 }
 
+/*
+ * Has a confirm of the topic's been awaited for so long in which the broker has confirmed
+ * other messages, and is that long?  Theirs may be as slow.
+ */
+bool
+sender_is_passed(const Flow *flow, MonoTime now, int ms)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	return sender_is_slow(flow, now) && mono_exceeds(Max(item->published_at, acked_since), acked_at, ms);
+}
+
 /* For sender_confirmed(): how long did the message take that was in flight for longest? */
 static void
 note_delay(const Flow *flow)
@@ -1110,6 +1127,8 @@ sender_confirmed(const BrokerEvent *event)
 	flow->unconfirmed_since = 0;
 	if (ack)
 	{
+		if (mono_exceeds(acked_at, heard_at, ACKS_PAUSE_MS))
+			acked_since = heard_at;
 		acked_at = heard_at;
 		hung_ms = HUNG_MS;
 		careful = false;
