@@ -118,12 +118,18 @@ sql('b', q(create table old (id int primary key, x int); select fanout.sync_tabl
 my $writer = IPC::Run::start(
 	[ 'psql', '-XqAt', '-d', $node->connstr($at{a}), '-c', q(
 do $$
+declare
+    any_id int[];
 begin
     for i in 1 .. 3000 loop
-        update old set x = x + 1 where id = 1 + random() * 20000;
-        delete from old where id = 1 + random() * 20000;
+        any_id = array(select 1 + (random() * 20000)::int from generate_series(1, 3));
+        update old set x = x + 1 where id = any_id[1];
+        commit;
+        delete from old where id = any_id[2];
+        commit;
         insert into old values (20000 + i, i);
-        update old set id = 100000 + i where id = 1 + random() * 20000;
+        commit;
+        update old set id = 100000 + i where id = any_id[3];
         commit;
     end loop;
 end $$;
