@@ -187,7 +187,7 @@ compare_end(const Walk *walk, const char *failure)
 {
 	static CachedQuery query = {"select fanout.end_comparison($1, $2)"};
 	Oid			types[2] = {INT8OID, TEXTOID};
-	char		nulls[2] = "  ";
+	char		nulls[2] = {' ', ' '};
 	Datum		values[2] = {Int64GetDatum(walk->id), (Datum) 0};
 
 	values[1] = query_text_param(failure, &nulls[1]);
