@@ -287,6 +287,7 @@ load_binding(Binding *binding, int row)
 								  JsonbToCString(NULL, &arguments->root, VARSIZE(arguments)));
 	(void) query_value(row, 6, &isnull);
 	binding->dropping = !isnull;
+	binding->drop_load = current_load;
 	binding->if_unused = bool_value(row, 6);
 	binding->if_empty = bool_value(row, 7);
 	binding->undeclared = bool_value(row, 10);
@@ -354,7 +355,8 @@ inherit_bindings(Topic *topic, const Binding *old, int nold)
 				strcmp(old[j].signature, binding->signature) == 0)
 				same = &old[j];
 		}
-		binding->drop_load = (same != NULL && same->dropping) ? same->drop_load : current_load;
+		if (same != NULL && same->dropping)
+			binding->drop_load = same->drop_load;
 		keepers->inherit(topic, binding, same);
 	}
 	MemoryContextSwitchTo(oldcontext);

@@ -99,6 +99,18 @@ is($broker->count('last_g'), 1, 'a queue gets what was written when it was dropp
 like(sql(q(select last_error from fanout.binding where topic_id = (select topic_id from fanout.topic where topic = 'last'))),
 	qr/^not dropped: the queue has 1 messages$/, 'so it is not empty, and stays');
 
+# The publisher finds the messages and that the queue is to be dropped when it starts.
+sql(q(select fanout.declare_binding('start', 'g', 'classic')));
+PgFanout::flush($node);
+$proxy->command('freeze');
+sql('select pg_terminate_backend(pid) from fanout.stat_publisher');
+sql(q(select count(fanout.publish('start', to_jsonb(i))) from generate_series(1, 50) i));
+sql(q(select fanout.drop_binding('start', 'g', if_unused => false, if_empty => false)));
+$proxy->command('pass');
+PgFanout::poll(sub { sql(q(select count(*) from fanout.bindings where topic = 'start')) == 0 }, 'it to be dropped');
+is(sql(q(select string_agg(distinct state, ' ') from fanout.outbox_status where topic = 'start')), 'sent',
+	'a publisher that starts drops no queue before it has what was written');
+
 # A topic with so many messages reads them by itself, after the others.
 sql(q(select fanout.declare_binding('large', 'g', 'classic')));
 PgFanout::flush($node);
