@@ -638,27 +638,29 @@ worker_run(void (*start) (void), bool (*work) (void), void (*wait) (void))
 static int
 wait_for(int fd, int socket_events, long timeout_ms, uint32 wait_event)
 {
-	WaitEvent	events[2];		/* one of the latch, one of the socket */
+	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout_ms >= 0 ? WL_TIMEOUT : 0);
+	WaitEvent	occurred[2];	/* one of the latch, one of the socket */
 	int			result = 0;
 	int			n;
 
-	if (fd < 0 || fd != broker_socket)
-		return WaitLatchOrSocket(MyLatch,
-								 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
-								 (fd >= 0 ? socket_events : 0) | (timeout_ms >= 0 ? WL_TIMEOUT : 0),
-								 fd >= 0 ? fd : PGINVALID_SOCKET, timeout_ms, wait_event);
+	if (fd < 0)
+		return WaitLatch(MyLatch, events, timeout_ms, wait_event);
+	if (fd != broker_socket)
+		return WaitLatchOrSocket(MyLatch, events | socket_events, fd, timeout_ms, wait_event);
 	if (socket_set == NULL)
 	{
-		socket_set = pgf_create_wait_event_set(3);
-		AddWaitEventToSet(socket_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
-		AddWaitEventToSet(socket_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
-		socket_pos = AddWaitEventToSet(socket_set, socket_events, fd, NULL, NULL);
+		WaitEventSet *set = pgf_create_wait_event_set(3);
+
+		AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+		AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+		socket_pos = AddWaitEventToSet(set, socket_events, fd, NULL, NULL);
+		socket_set = set;
 	}
 	else
 		ModifyWaitEvent(socket_set, socket_pos, socket_events, NULL);
-	n = WaitEventSetWait(socket_set, timeout_ms, events, lengthof(events), wait_event);
+	n = WaitEventSetWait(socket_set, timeout_ms, occurred, lengthof(occurred), wait_event);
 	for (int i = 0; i < n; i++)
-		result |= events[i].events;
+		result |= occurred[i].events;
 	return result;
 }
 
