@@ -477,6 +477,13 @@ broker_major(const Broker *broker)
 	return broker->major;
 }
 
+/* The last one is for broker_call(). */
+int
+broker_max_channels(const Broker *broker)
+{
+	return broker->channels.limit - 1;
+}
+
 long
 broker_next_heartbeat(const Broker *broker)
 {

@@ -110,6 +110,9 @@ extern bool broker_blocked(const Broker *broker);
 /* The first number of the server's version, as it says; 0: it does not. */
 extern int	broker_major(const Broker *broker);
 
+/* How many channels broker_open_channel() may have open, by BrokerOptions and by the broker. */
+extern int	broker_max_channels(const Broker *broker);
+
 /*
  * Milliseconds until broker_next_event() must be called again for the sake of
  * heartbeats; an hour if there are none.

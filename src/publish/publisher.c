@@ -69,9 +69,6 @@
 #define LOOK_AWAY_MS 100		/* without a broker */
 #define RECHECK_TOPICS 50		/* each time maintain() runs */
 
-/* Channels besides those of topics: for requests, and some that are being closed. */
-#define OTHER_CHANNELS 32
-
 /* How long a new login waits for what is in flight. */
 #define LOGIN_WAIT_MS 5000
 
@@ -96,6 +93,9 @@
 #define LONG_TOPICS 10
 #define LONG_MS 3000
 
+/* For how long it counts that a chunk was waited for for SLOW_ANYWAY_MS. */
+#define STOOD_STILL_MS 10000
+
 typedef struct Publisher
 {
 	Connection	conn;
@@ -118,6 +118,8 @@ typedef struct Publisher
 	uint64		flush_noted;	/* the last one that is behind a batch */
 	bool		batch_found;	/* that was found while there was no broker */
 	bool		unfound;		/* there may be something to find ahead of it */
+	MonoTime	stood_still_at; /* the oldest chunk did, with no room for
+								 * another */
 	bool		much;			/* a topic may have much in memory of what it
 								 * has read */
 
@@ -345,7 +347,7 @@ use_settings(void)
 		return;
 	disconnect(true);
 	connection_use_settings(&pub.conn);
-	pub.conn.options.max_channels = pgf_max_channels + OTHER_CHANNELS;
+	pub.conn.options.max_channels = MOST_CHANNELS + OTHER_CHANNELS;
 }
 
 static bool
@@ -708,8 +710,8 @@ pass_late(Chunk *chunk, MonoTime now)
 
 /*
  * Does the topic keep the oldest chunk waiting by its own fault?  Its messages are behind many
- * of its own, whose confirms are slow, or that are there for long; or they are passed by those
- * of others.
+ * of its own, whose confirms are slow, or that are there for long; or, if chunks stood still of
+ * late, they are passed by those of others: a broker may be busy with much from all.
  */
 static bool
 takes_long(const Flow *flow, const Chunk *chunk, MonoTime now)
@@ -718,12 +720,12 @@ takes_long(const Flow *flow, const Chunk *chunk, MonoTime now)
 		return false;
 	if (sender_lags(flow) && (sender_is_slow(flow, now) || mono_exceeds(chunk->read_at, now, LONG_MS)))
 		return true;
-	return sender_is_passed(flow, now, SLOW_ANYWAY_MS);
+	return !mono_exceeds(pub.stood_still_at, now, STOOD_STILL_MS) && sender_is_passed(flow, now, SLOW_ANYWAY_MS);
 }
 
 /*
  * While there is no room for what is to be read, has topics make way that take long, those
- * with the most in memory first.  Those that only lag would soon be in the way again.
+ * with the most in memory first.  Those that lag leave: they would soon be in the way again.
  */
 static void
 leave_long(Chunk *chunk, MonoTime now)
@@ -768,6 +770,8 @@ leave_slow(void)
 		return;
 	if (pub.more && !chunks_room() && mono_exceeds(Max(chunk->read_at, from), now, SLOW_ANYWAY_MS))
 	{
+		if (mono_exceeds(Max(since, from), now, SLOW_ANYWAY_MS))
+			pub.stood_still_at = now;
 		leave_long(chunk, now);
 		pub.late_at = mono_plus(now, LATE_MS);
 	}

@@ -85,6 +85,13 @@
 /* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
 #define PUBLISH_TIMEOUT_MS 30000
 
+/*
+ * In flight of a topic of which nothing is confirmed: less than the credit that RabbitMQ
+ * gives a connection for a channel, and a channel for a queue (400 each, or 32 of a quorum
+ * queue; credit_flow.erl, rabbit_fifo_client.erl).
+ */
+#define UNPROVED_MESSAGES 200
+
 /* How long a window that was full may wait for half of it to be confirmed. */
 #define REFILL_MS 200
 #define REFILL_LATE_MS 10		/* or more, so that nobody is woken all the
@@ -124,6 +131,12 @@
 
 /* How long nobody else publishes around a trial, beside twice the way to the broker. */
 #define QUIET_MS 500
+
+/*
+ * How many topics may have a channel one after the other.  The broker keeps something of each
+ * for as long as the channel lasts, and so does a quorum queue of each channel.
+ */
+#define CHANNEL_TOPICS 32
 
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
 #define YIELD_MS 1000			/* a turn, if others wait for a channel */
@@ -420,7 +433,7 @@ set_channel(Flow *flow, int channel)
 	nchannels += (channel != 0) - (flow->channel != 0);
 	flow->channel = channel;
 	flow->channel_open = false;
-	flow->tag = 0;
+	flow->channel_topics = 1;
 	flow->channel_at = flow->channel_since = mono_now();
 	flow->yields = false;
 	find_place(flow);
@@ -483,11 +496,13 @@ static void
 hand_over(Flow *from, Flow *to)
 {
 	int			channel = from->channel;
-	uint64		tag = from->tag;
+	int			topics = from->channel_topics;
 
 	set_channel(from, 0);
 	set_channel(to, channel);
-	to->tag = tag;
+	to->channel_topics = topics + 1;
+	window_continue(&to->window, from->window.newest);
+	lose(from);
 	channel_opened(to);
 	handed_over = true;
 }
@@ -572,6 +587,13 @@ may_yield(const Flow *flow, MonoTime now)
 	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
 }
 
+/* How many channels topics may have.  The broker may allow fewer than the setting. */
+static int
+max_channels(void)
+{
+	return Max(Min(pgf_max_channels, broker_max_channels(conn->broker) - OTHER_CHANNELS), 1);
+}
+
 /*
  * Ends the topic's turn, since others wait, next the first of them.  What is in flight keeps
  * its age.  If nothing of any topic was confirmed meanwhile, turns last longer from now on.
@@ -588,7 +610,8 @@ end_turn(Flow *flow, Flow *next, MonoTime now)
 		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout / 2));
 		hung_at = now;
 	}
-	if (item == NULL && flow->channel_open && nchannels <= pgf_max_channels)
+	if (item == NULL && flow->channel_open && flow->channel_topics < CHANNEL_TOPICS &&
+		nchannels <= max_channels())
 		hand_over(flow, next);
 	else
 		give_channel_up(flow);
@@ -663,7 +686,7 @@ serve_first(void)
 		sender_update(flow);
 		return true;
 	}
-	if (nchannels >= pgf_max_channels)
+	if (nchannels >= max_channels())
 		return make_room(flow);
 	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
@@ -738,10 +761,8 @@ shared_part(MonoTime length)
  * with little in flight, so that no message's way is to wait behind others.
  */
 static double
-window_part(const Flow *flow)
+window_part(const Flow *flow, MonoTime now)
 {
-	MonoTime	now = mono_now();
-
 	if (is_alone(flow, now))
 		return 1.0;
 	if (way != 0 && mono_exceeds(way_since, now, Max(MEASURE_MS, way * MEASURE_TIMES / 1000)))
@@ -891,10 +912,26 @@ sender_suspects(void)
 	return trial != NULL || any_suspects;
 }
 
+/*
+ * How many messages may the topic have in flight?  Few, as long as none of its messages is
+ * confirmed: its queue may hang.  Of one that does, RabbitMQ takes some hundred messages, and
+ * then reads nothing more from the connection, which is that of all topics.
+ */
+static int
+most_in_flight(const Flow *flow, double part, MonoTime now)
+{
+	int			most = Max(pgf_max_in_flight * part, 1);
+
+	if (mono_exceeds(flow->confirmed_at, now, Max(LONG_FLIGHT_MS, sender_patience_ms())))
+		most = Min(most, UNPROVED_MESSAGES);
+	return most;
+}
+
 /* Has the window room for another message? */
 static bool
 has_room(const Flow *flow)
 {
+	MonoTime	now;
 	double		part;
 
 	if (flow->yields)
@@ -905,9 +942,10 @@ has_room(const Flow *flow)
 		return isolate == 0 || in_flight == 0;
 	if (flow->unconfirmed_since != 0)
 		return false;
-	part = window_part(flow);
+	now = mono_now();
+	part = window_part(flow, now);
 	return flow->isolate == 0 && isolate == 0 &&
-		flow->window.in_flight < Max(pgf_max_in_flight * part, 1) &&
+		flow->window.in_flight < most_in_flight(flow, part, now) &&
 		flow->window.bytes < MAX_WINDOW_BYTES * part &&
 		(bytes_in_flight < MAX_WINDOW_BYTES || flow->window.bytes < OWN_WINDOW_BYTES);
 }
@@ -916,7 +954,7 @@ has_room(const Flow *flow)
 static uint64_t
 next_tag(Flow *flow)
 {
-	uint64_t	tag = flow->tag + 1;
+	uint64_t	tag = flow->window.newest + 1;
 	uint64_t	capacity = Max(SLOTS_AT_FIRST, flow->window.capacity * 2);
 	WindowItem **slots;
 
@@ -968,7 +1006,6 @@ publish(Flow *flow, Message *message)
 	 */
 	before_change(flow);
 	window_published(&flow->window, &message->item, next_tag(flow), mono_now());
-	flow->tag = message->item.tag;
 	after_change(flow);
 	if (is_tried(flow))
 	{
@@ -1137,6 +1174,8 @@ sender_confirmed(const BrokerEvent *event)
 	}
 	else
 		pg_atomic_fetch_add_u64(&worker_slot->nacked, before - flow->window.in_flight);
+	if (flow->window.in_flight == 0 && nwaiters > 0)
+		room_at = 0;
 	isolated_settled(flow);
 	note_settled(flow, before - flow->window.in_flight);
 	flow_settle(flow);

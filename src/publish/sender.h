@@ -13,6 +13,9 @@
 #include "broker/connection.h"
 #include "publish/flow.h"
 
+/* Channels besides those of topics: for requests, and some that are being closed. */
+#define OTHER_CHANNELS 32
+
 extern void sender_init(Connection *connection);
 extern void sender_update(Flow *flow);
 extern void sender_release(Flow *flow);

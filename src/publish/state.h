@@ -202,7 +202,7 @@ typedef struct Flow
 	/* sender.c's */
 	int			channel;		/* 0: none */
 	bool		channel_open;
-	uint64		tag;			/* the last one on its channel */
+	int			channel_topics; /* that have had it, with this one */
 	MonoTime	channel_since;	/* asked for, or used last */
 	MonoTime	channel_at;		/* has it since then */
 	MonoTime	confirmed_at;	/* the last confirm came */

@@ -630,6 +630,14 @@ window_lost(Window *window)
 	return disturbed ? restart(window) : 0;
 }
 
+/* Goes on with a channel on which this tag was the last one. Nothing is in flight. */
+void
+window_continue(Window *window, uint64_t tag)
+{
+	window->oldest = tag + 1;
+	window->newest = tag;
+}
+
 /*
  * Returns the item that has been in flight for the longest time, or NULL.
  */

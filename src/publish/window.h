@@ -101,7 +101,7 @@ typedef struct Window
 	WindowItem **slots;			/* NULL: settled, or another window's tag */
 	uint64_t	capacity;		/* a power of two */
 	uint64_t	oldest;			/* the lowest tag in flight */
-	uint64_t	newest;			/* the last tag published */
+	uint64_t	newest;			/* the last tag published on its channel */
 	uint64_t	found;			/* tag of the last one that was looked for */
 
 	/* serial mode */
@@ -130,6 +130,7 @@ extern WindowItem *window_find(Window *window,
 							   const void *arg);
 extern void window_returned(Window *window, WindowItem *item);
 extern size_t window_lost(Window *window);
+extern void window_continue(Window *window, uint64_t tag);
 extern WindowItem *window_oldest(const Window *window);
 
 extern WindowItem *window_take_refused(Window *window);

@@ -8,6 +8,8 @@
 #ifndef PGF_GUC_H
 #define PGF_GUC_H
 
+#define MOST_CHANNELS		2000	/* for pg_fanout.max_channels */
+
 extern bool pgf_enabled;
 extern int	pgf_confirm_timeout;	/* ms */
 extern int	pgf_max_in_flight;	/* messages of a topic */

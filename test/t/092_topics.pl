@@ -65,6 +65,28 @@ my %seen = map { $_->{message_id} => 1 } $broker->collect(\@queues, expect => 60
 is(scalar(keys %seen), 600, 'and these too, once they do');
 is(sql('select reconnects from fanout.stat_publisher'), 0, 'on one connection');
 
+# ---- other limits ----
+
+# The channels of one turn are kept for a minute: without more of them, that is how long others wait.
+sub all_sent_soon
+{
+	my ($name) = @_;
+
+	sql("select count(fanout.publish('t' || i, to_jsonb(i))) from generate_series(1, $topics) i");
+	ok(sql(q(select fanout.flush('30 s'))) eq 't', $name) or diag(PgFanout::status($node, 'postgres'));
+	$broker->amqp('purge', map { ('--queue', $_) } @queues);
+	return;
+}
+
+$node->append_conf('postgresql.conf', 'pg_fanout.max_channels = 256');
+$node->reload;
+all_sent_soon('a higher limit holds as soon as it is set');
+cmp_ok(channels(), '>=', $topics, 'and each topic has a channel');
+$broker->evaluate('application:set_env(rabbit, channel_max, 50)');
+PgFanout::new_publisher($node);
+all_sent_soon('a broker that allows fewer channels than the setting: topics take turns with these');
+$broker->evaluate('application:set_env(rabbit, channel_max, 2047)');
+
 # ---- a channel that is not used for a while ----
 
 # The server's clocks go forward by a minute, so that nobody waits for it.

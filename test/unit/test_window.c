@@ -585,6 +585,21 @@ test_room(void)
 	ok(window_has_room(&window, 1000), "with nothing in flight there is room for any tag");
 }
 
+/* A channel that another topic has used. */
+static void
+test_continued(void)
+{
+	begin(false);
+	add_all("- - -");
+	window_continue(&window, 41);
+	ok(window_oldest(&window) == NULL && window.newest == 41, "nothing is in flight, whatever was sent on the channel");
+	ok(!window_ack(&window, 41, true), "what was is not the window's");
+	window_published(&window, window_next(&window), 42, 0);
+	window_published(&window, window_next(&window), 43, 0);
+	ok(window_ack(&window, 42, false) && number(window_oldest(&window)) == 2, "its own tags come behind it");
+	ok(window_lost(&window) == 1 && window.newest == 0, "after a loss they begin anew");
+}
+
 static bool
 has_bytes(const WindowItem *item, const void *arg)
 {
@@ -714,6 +729,7 @@ main(void)
 	test_discard();
 	test_confirms();
 	test_room();
+	test_continued();
 	test_find();
 	test_abandon();
 	test_shared_keys();
