@@ -247,13 +247,15 @@ sub new_publisher
 
 =pod
 
-=item PgFanout::time_of_view(node, view)
+=item my $is_quick = PgFanout::quick_view(node, view); $is_quick->(name)
 
-How long it takes to read a view, in ms: the quickest of a few looks, since on a busy
-machine the others say little.
+Returns a function which tests that looking at the view takes hardly longer than it does now,
+5 ms more at most, or as much longer as a view takes that has nothing to do with messages:
+then it is the machine that is slower.
 
 =cut
 
+# In ms: the quickest of a few looks, since on a busy machine the others say little.
 sub time_of_view
 {
 	my ($node, $view) = @_;
@@ -261,6 +263,22 @@ sub time_of_view
 	my @times = sort { $a <=> $b } $out =~ /Time: ([\d.]+)/g;
 
 	return $times[0];
+}
+
+sub quick_view
+{
+	my ($node, $view) = @_;
+	my ($few, $other) = map { time_of_view($node, $_) } $view, 'pg_settings';
+
+	return sub {
+		my ($name) = @_;
+		my $time = time_of_view($node, $view);
+		my $slower = time_of_view($node, 'pg_settings') / $other;
+
+		cmp_ok($time, '<', ($few + 5) * ($slower > 1 ? $slower : 1),
+			sprintf('%s, looking takes %.1f ms, with few %.1f ms, what else takes %.1f times as long', $name, $time, $few, $slower));
+		return;
+	};
 }
 
 =pod

@@ -51,20 +51,6 @@ sub waits_for_counting
 	return;
 }
 
-my ($few, $other);    # with hardly any messages; another view
-
-sub is_quick
-{
-	my ($name) = @_;
-	my $time = PgFanout::time_of_view($node, 'fanout.stat_topics');
-	# a view that has nothing to do with messages tells how much slower the machine is than before
-	my $slower = PgFanout::time_of_view($node, 'pg_settings') / $other;
-
-	cmp_ok($time, '<', ($few + 5) * ($slower > 1 ? $slower : 1),
-		sprintf('%s, looking takes %.1f ms, with few %.1f ms, what else takes %.1f times as long', $name, $time, $few, $slower));
-	return;
-}
-
 sub add_held
 {
 	my ($topic, $first, $last) = @_;
@@ -89,8 +75,7 @@ sql( q(select fanout.declare_binding(t, 'g', 'classic') from unnest('{a,b,c}'::t
 	   select fanout.pause('a'), fanout.pause('b')));
 PgFanout::flush($node);
 waits_for_counting('the publisher counts soon after it has started');
-$few = PgFanout::time_of_view($node, 'fanout.stat_topics');
-$other = PgFanout::time_of_view($node, 'pg_settings');
+my $is_quick = PgFanout::quick_view($node, 'fanout.stat_topics');	# with hardly any messages
 
 # ---- transactions ----
 
@@ -131,7 +116,7 @@ is(sql("select $kept_held"), sql("select $held"), 'it is known when the oldest o
 
 sql(add_held('a', 1_000_001, 1_000_000 + $rows) . add_dead('a', undef, 2_000_001, 2_000_000 + $rows) . add_dead('c', 'g', 3_000_001, 3_000_000 + $rows));
 true_counts('very many are counted');
-is_quick("with $rows held, and dead for a topic and for a subscription");
+$is_quick->("with $rows held, and dead for a topic and for a subscription");
 sql(qq(do \$\$ begin
 	for i in 1 .. 20000 loop
 		delete from fanout.held where id = 1000000 + i;
@@ -141,7 +126,7 @@ sql(qq(do \$\$ begin
 true_counts('also those that go one by one');
 sql('select fanout.add_tallies()');
 true_counts('added up, too');
-is_quick('with an old snapshot that keeps 40,000 entries from being removed');
+$is_quick->('with an old snapshot that keeps 40,000 entries from being removed');
 PgFanout::run_in($snapshot, 'commit');
 sql('delete from fanout.held');
 true_counts('when all are deleted by hand, none is left');
