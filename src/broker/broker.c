@@ -928,11 +928,11 @@ send_start_ok(Broker *broker, const char *user, const char *password, int64_t de
 	return sent;
 }
 
-/* How many channels the connection needs at most, and at least. */
+/* How many channels the connection has, if so many may be opened. */
 static int
-channels_wanted(const BrokerOptions *options, int most)
+channels_with(const BrokerOptions *options, int opened)
 {
-	return (options->max_channels < most ? options->max_channels : most) + options->consumer + 1;
+	return (opened < CHANNELS_MAX ? opened : CHANNELS_MAX) + options->consumer + 1;
 }
 
 /*
@@ -944,14 +944,14 @@ static bool
 tune(Broker *broker, const amqp_connection_tune_t *proposed, int64_t deadline)
 {
 	amqp_connection_tune_ok_t ok = {
-		.channel_max = (uint16_t) channels_wanted(broker->options, CHANNELS_MAX),
+		.channel_max = (uint16_t) channels_with(broker->options, broker->options->max_channels),
 		.frame_max = FRAME_MAX,
 		.heartbeat = (uint16_t) broker->options->heartbeat_s,
 	};
 
-	if (proposed->channel_max != 0 && proposed->channel_max < channels_wanted(broker->options, 1))
-		return lose(broker, 0, "%s allows only %d channel per connection, %d are needed",
-					broker->where, proposed->channel_max, channels_wanted(broker->options, 1));
+	if (proposed->channel_max != 0 && proposed->channel_max < channels_with(broker->options, broker->options->min_channels))
+		return lose(broker, 0, "%s allows only %d channels per connection, %d are needed",
+					broker->where, proposed->channel_max, channels_with(broker->options, broker->options->min_channels));
 	if (proposed->frame_max != 0 && proposed->frame_max < FRAME_MIN)
 		return lose(broker, 0, "%s proposes an invalid frame size", broker->where);
 

@@ -48,9 +48,10 @@ typedef struct BrokerOptions
 								 * heartbeat is at least half of it */
 	bool		consumer;		/* opens a channel that consumes */
 	bool		forwards;		/* keeps what broker_forward() needs */
-	int			max_channels;	/* how many broker_open_channel() may open,
-								 * unless the broker allows fewer; those that
-								 * are being closed count */
+	int			min_channels;	/* how many broker_open_channel() must be able
+								 * to open; those that are being closed count */
+	int			max_channels;	/* how many it may, unless the broker allows
+								 * fewer */
 
 	/*
 	 * Waits until fd is readable (or writable) or timeout_ms has passed,

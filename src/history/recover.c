@@ -161,6 +161,7 @@ initialize(void)
 	connection_init(&recovery.conn, "recovery of dead letters", "pg_fanout recover_dead");
 	recovery.conn.options.consumer = true;
 	recovery.conn.options.forwards = true;
+	recovery.conn.options.min_channels = 1;
 	recovery.conn.options.max_channels = 2;
 	recovery.conn.options.away_s = AWAY;
 	before_shmem_exit(say_goodbye, (Datum) 0);

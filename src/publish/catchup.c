@@ -441,7 +441,7 @@ is_quick(const Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
-	if (flow->list == IN_LINE || flow->unconfirmed_since != 0)
+	if (flow_in_line(flow->list) || flow->unconfirmed_since != 0)
 		return false;
 	return item == NULL || !mono_exceeds(item->published_at, mono_now(), Max(JOIN_FLIGHT_MS, flow_sender->patience_ms()));
 }

@@ -16,9 +16,12 @@
  * Topics get channels in the order in which they began to wait.  A topic whose turn ended
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
  * message alone in its next turns.  It is refused when the message is older than
- * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS or hung_ms, so
- * that time spent waiting for a channel refuses no topic by itself.  Whether a confirm is late
- * is told by those of other topics (is_behind()): a broker may be slow to all.
+ * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so
+ * that time spent waiting for a channel refuses no topic by itself.  Such topics, and those that
+ * are stalled, are ill: they wait in a line of their own, for a part of the channels, so that
+ * many queues that hang do not keep channels from topics whose queues do not.  Whether a confirm
+ * is late is told by those of other topics (is_behind()): a broker may be slow to all.  If there
+ * are none, one topic is waited for patiently, which tells (may_be_patient()).
  *
  * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
  * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
@@ -141,10 +144,11 @@
 #define IDLE_MS 60000			/* a channel that is not used is closed then */
 #define YIELD_MS 1000			/* a turn, if others wait for a channel */
 #define DELAY_CONFIRMS 16		/* over which their delay is averaged */
-#define ROOM_MS 5				/* between looks for a channel that another
-								 * may have */
+#define ROOM_MS 50				/* between looks for a channel that another
+								 * may have, if nothing is heard */
 #define HUNG_MS 3000			/* without a confirm: the channel is given up,
 								 * if others wait for it */
+#define ILL_PART 4				/* of the channels topics have that are ill */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
 								 * most */
 
@@ -174,14 +178,14 @@ static MonoTime acked_since = 0;	/* since when there was no long pause
 static MonoTime confirmed_from = 0; /* when the newest of those messages was
 									 * published that were confirmed */
 static MonoTime delay = 0;		/* of confirms, on average, in microseconds */
-static int	hung_ms = HUNG_MS;	/* longer while turns end in which nobody's
-								 * messages are confirmed */
-static MonoTime hung_at = 0;	/* when it was last made longer */
+static Flow *patient = NULL;	/* its turn does not end although nothing is
+								 * confirmed, of any topic either */
 static int	nchannels = 0;		/* that topics have */
 static int	nopening = 0;		/* of these, not open yet */
 static MonoTime room_at = 0;	/* no channel can be given to another before */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
-static int	nwaiters = 0;
+static dlist_head ill_waiters = DLIST_STATIC_INIT(ill_waiters);
+static int	nwaiters = 0;		/* in both lines */
 static bool handed_over = false;	/* a channel was, to one of them, since
 									 * the last turns */
 static Flow *latest = NULL;		/* who published the last message; to compare,
@@ -375,14 +379,16 @@ may_send(const Flow *flow)
 static void
 move_to(Flow *flow, FlowList list)
 {
+	static dlist_head * const lists[] = {[IN_RING] = &ring,[IN_LINE] = &waiters,[IN_ILL_LINE] = &ill_waiters};
+
 	if (flow->list == list)
 		return;
 	nring += (list == IN_RING) - (flow->list == IN_RING);
-	nwaiters += (list == IN_LINE) - (flow->list == IN_LINE);
+	nwaiters += flow_in_line(list) - flow_in_line(flow->list);
 	if (flow->list != IN_NONE)
 		dlist_delete(&flow->ready_node);
 	if (list != IN_NONE)
-		dlist_push_tail(list == IN_RING ? &ring : &waiters, &flow->ready_node);
+		dlist_push_tail(lists[list], &flow->ready_node);
 	flow->list = list;
 }
 
@@ -418,6 +424,8 @@ set_channel(Flow *flow, int channel)
 		flows[flow->channel] = NULL;
 	if (trial == flow)
 		trial = NULL;
+	if (patient == flow)
+		patient = NULL;
 	if (channel >= nflows)
 	{
 		int			n = Max(64, 2 * channel);
@@ -530,13 +538,18 @@ is_behind(const Flow *flow, MonoTime now, int ms)
 		waits_in_vain(Max(acked_at, item->published_at) + took, now, ms);
 }
 
-/* Does it wait for so long, and has nothing of the topic been confirmed for so long? */
+/* Does it wait for HUNG_MS, and has nothing of the topic been confirmed for so long? */
 static bool
 hangs(const Flow *flow, MonoTime now)
 {
-	int			ms = flow->stalled ? HUNG_MS : hung_ms;
+	return waits_in_vain(flow->confirmed_at, now, HUNG_MS) && is_behind(flow, now, HUNG_MS);
+}
 
-	return waits_in_vain(flow->confirmed_at, now, ms) && is_behind(flow, now, ms);
+/* Was the topic's last turn in vain, or its last attempt?  Such topics have few channels. */
+static bool
+is_ill(const Flow *flow)
+{
+	return flow->unconfirmed_since != 0 || flow->stalled;
 }
 
 /*
@@ -583,7 +596,7 @@ may_yield(const Flow *flow, MonoTime now)
 	if (!flow->channel_open)
 		return !flow->ready;
 	if (window_oldest(&flow->window) != NULL)
-		return hangs(flow, now) && !is_overdue(flow, now);
+		return flow != patient && hangs(flow, now) && !is_overdue(flow, now);
 	return flow->yields || !flow->ready || mono_exceeds(flow->channel_since, now, YIELD_MS);
 }
 
@@ -591,25 +604,36 @@ may_yield(const Flow *flow, MonoTime now)
 static int
 max_channels(void)
 {
-	return Max(Min(pgf_max_channels, broker_max_channels(conn->broker) - OTHER_CHANNELS), 1);
+	int			limit = broker_max_channels(conn->broker);
+
+	return Min(pgf_max_channels, Max(limit - OTHER_CHANNELS, limit / 2));
+}
+
+/*
+ * Do topics that are ill have as many channels as they may have?  The one that is waited for
+ * patiently does not count.
+ */
+static bool
+many_ill(void)
+{
+	int			n = 0;
+
+	for (int i = 0; i < nflows; i++)
+		n += (flows[i] != NULL && flows[i] != patient && is_ill(flows[i]));
+	return n >= max_channels() / ILL_PART;
 }
 
 /*
  * Ends the topic's turn, since others wait, next the first of them.  What is in flight keeps
- * its age.  If nothing of any topic was confirmed meanwhile, turns last longer from now on.
+ * its age.
  */
 static void
-end_turn(Flow *flow, Flow *next, MonoTime now)
+end_turn(Flow *flow, Flow *next)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
 	if (item != NULL && flow->unconfirmed_since == 0)
 		flow->unconfirmed_since = item->published_at;
-	if (item != NULL && acked_at < item->published_at && mono_exceeds(hung_at, now, hung_ms / 2))
-	{
-		hung_ms = Min(2 * hung_ms, Max(HUNG_MS, pgf_confirm_timeout / 2));
-		hung_at = now;
-	}
 	if (item == NULL && flow->channel_open && flow->channel_topics < CHANNEL_TOPICS &&
 		nchannels <= max_channels())
 		hand_over(flow, next);
@@ -619,13 +643,31 @@ end_turn(Flow *flow, Flow *next, MonoTime now)
 }
 
 /*
- * Takes the channel that was not used for the longest time, for the topic that is next.  If
- * all are in use, the topic that had one for the longest time publishes nothing more, and
- * will give it up once all is confirmed: so what was published need not go again.  Returns
- * whether a channel was taken.
+ * If the topic's turn would end, and nothing of any topic was confirmed since it published:
+ * has it keep its channel, unless another does.  Whether its queue hangs or the broker is slow
+ * to all is known once it is confirmed, or confirm_timeout is over; the turns of others can be
+ * short all the time.
  */
 static bool
-make_room(Flow *next)
+may_be_patient(Flow *flow)
+{
+	const WindowItem *item = window_oldest(&flow->window);
+
+	if (patient != NULL || item == NULL || acked_at >= item->published_at)
+		return false;
+	patient = flow;
+	return true;
+}
+
+/*
+ * Takes the channel that was not used for the longest time, for the topic that is next; of
+ * those that are ill, or of all.  If all are in use, the topic that had one for the longest
+ * time publishes nothing more, and will give it up once all is confirmed: so what was
+ * published need not go again.  Returns whether it is to be called again, or a channel was
+ * taken.
+ */
+static bool
+make_room(Flow *next, bool of_ill)
 {
 	MonoTime	now = mono_now();
 	Flow	   *chosen = NULL;
@@ -638,7 +680,7 @@ make_room(Flow *next)
 	{
 		Flow	   *flow = flows[i];
 
-		if (flow == NULL)
+		if (flow == NULL || (of_ill && !is_ill(flow)))
 			continue;
 		nyield += flow->yields;
 		if (may_yield(flow, now) && (chosen == NULL || flow->channel_since < chosen->channel_since))
@@ -647,9 +689,9 @@ make_room(Flow *next)
 			(longest == NULL || flow->channel_at < longest->channel_at))
 			longest = flow;
 	}
-	if (chosen != NULL)
-		end_turn(chosen, next, now);
-	else if (longest != NULL && nyield < nwaiters)
+	if (chosen != NULL && !may_be_patient(chosen))
+		end_turn(chosen, next);
+	else if (chosen == NULL && longest != NULL && nyield < nwaiters)
 		longest->yields = true;
 	if (chosen == NULL)
 		room_at = mono_plus(now, ROOM_MS);
@@ -662,7 +704,9 @@ has_channel(Flow *flow)
 {
 	if (flow->channel == 0)
 	{
-		move_to(flow, IN_LINE);
+		if (!is_ill(flow) && dlist_is_empty(&waiters))
+			room_at = 0;
+		move_to(flow, is_ill(flow) ? IN_ILL_LINE : IN_LINE);
 		return false;
 	}
 	flow->yields = flow->yields && nwaiters > 0;
@@ -672,13 +716,16 @@ has_channel(Flow *flow)
 /*
  * Gives a channel to the topic that is first in line, or asks for one, unless it may not
  * publish any more: the connection is another one, say, on which its topology is not declared
- * yet.  Returns false if that cannot be done now.
+ * yet.  Topics that are ill come first as long as they have few channels, and else only take
+ * those of each other.  Returns false if that cannot be done now.
  */
 static bool
 serve_first(void)
 {
 	BrokerError error;
-	Flow	   *flow = dlist_container(Flow, ready_node, dlist_head_node(&waiters));
+	bool		of_ill = !dlist_is_empty(&ill_waiters) && many_ill();
+	bool		ill = dlist_is_empty(&waiters) || (!dlist_is_empty(&ill_waiters) && !of_ill);
+	Flow	   *flow = dlist_container(Flow, ready_node, dlist_head_node(ill ? &ill_waiters : &waiters));
 	int			channel;
 
 	if (!may_send(flow))
@@ -686,8 +733,8 @@ serve_first(void)
 		sender_update(flow);
 		return true;
 	}
-	if (nchannels >= max_channels())
-		return make_room(flow);
+	if (nchannels >= max_channels() || (ill && of_ill))
+		return make_room(flow, ill && of_ill);
 	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
@@ -836,28 +883,29 @@ note_delay(const Flow *flow)
 	}
 }
 
-/* Has any topic something to publish that is suspected, or any that is not? */
 static bool
-any_ready(bool suspected)
+any_in(dlist_head * list, bool suspected)
 {
 	dlist_iter	it;
 
-	for (int i = 0; i < nflows; i++)
-	{
-		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]) == suspected)
-			return true;
-	}
-	dlist_foreach(it, &ring)
-	{
-		if (is_suspected(dlist_container(Flow, ready_node, it.cur)) == suspected)
-			return true;
-	}
-	dlist_foreach(it, &waiters)
+	dlist_foreach(it, list)
 	{
 		if (is_suspected(dlist_container(Flow, ready_node, it.cur)) == suspected)
 			return true;
 	}
 	return false;
+}
+
+/* Has any topic something to publish that is suspected, or any that is not? */
+static bool
+any_ready(bool suspected)
+{
+	for (int i = 0; i < nflows; i++)
+	{
+		if (flows[i] != NULL && flows[i]->ready && is_suspected(flows[i]) == suspected)
+			return true;
+	}
+	return any_in(&ring, suspected) || any_in(&waiters, suspected) || any_in(&ill_waiters, suspected);
 }
 
 /* Is all that is to be published, or is in flight, of topics that are suspected? */
@@ -1167,7 +1215,7 @@ sender_confirmed(const BrokerEvent *event)
 		if (mono_exceeds(acked_at, heard_at, ACKS_PAUSE_MS))
 			acked_since = heard_at;
 		acked_at = heard_at;
-		hung_ms = HUNG_MS;
+		patient = NULL;
 		careful = false;
 		connection_works(conn);
 		flow->doubted = 0;
@@ -1356,7 +1404,6 @@ sender_lost(const BrokerEvent *event, bool request)
 	if (n > 1 && blames_content(event))
 		isolate = n;
 	way = way_since = wanted_at = 0;
-	hung_ms = HUNG_MS;
 	ping = 0;
 	ping_at = 0;
 	counts_from = mono_now();

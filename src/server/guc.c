@@ -85,7 +85,7 @@ define_publishing_settings(void)
 	guc_define_int("pg_fanout.max_channels",
 				   "Maximum number of channels on which topics are published at the same time.",
 				   NULL,
-				   &pgf_max_channels, 1, MOST_CHANNELS, 0);
+				   &pgf_max_channels, FEWEST_CHANNELS, MOST_CHANNELS, 0);
 	guc_define_int("pg_fanout.retry_interval",
 				   "Time before a topic that failed is tried again, the first time.",
 				   NULL,

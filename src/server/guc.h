@@ -8,7 +8,9 @@
 #ifndef PGF_GUC_H
 #define PGF_GUC_H
 
-#define MOST_CHANNELS		2000	/* for pg_fanout.max_channels */
+/* For pg_fanout.max_channels. */
+#define FEWEST_CHANNELS		4
+#define MOST_CHANNELS		2000
 
 extern bool pgf_enabled;
 extern int	pgf_confirm_timeout;	/* ms */

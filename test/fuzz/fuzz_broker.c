@@ -958,6 +958,7 @@ static BrokerOptions options = {
 	.connect_timeout_ms = CONNECT_TIMEOUT,
 	.rpc_timeout_ms = RPC_TIMEOUT,
 	.heartbeat_s = 10,
+	.min_channels = 1,
 	.max_channels = CHANNELS,
 #ifdef CONSUMES
 	.consumer = true,

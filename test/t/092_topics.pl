@@ -10,6 +10,7 @@ use lib "$FindBin::RealBin/../lib";
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(sleep time);
 
 my $topics = 60;
 
@@ -86,6 +87,50 @@ $broker->evaluate('application:set_env(rabbit, channel_max, 50)');
 PgFanout::new_publisher($node);
 all_sent_soon('a broker that allows fewer channels than the setting: topics take turns with these');
 $broker->evaluate('application:set_env(rabbit, channel_max, 2047)');
+
+$broker->evaluate('application:set_env(rabbit, channel_max, 9)');
+PgFanout::new_publisher($node);
+all_sent_soon('and one that allows few');
+cmp_ok(channels(), '<=', 9, 'with no more than that');
+$broker->evaluate('application:set_env(rabbit, channel_max, 8)');
+PgFanout::new_publisher($node);
+PgFanout::poll(sub { sql(q(select last_error ~ 'allows only 8 channels per connection, 9 are needed' from fanout.stat_publisher)) eq 't' },
+	sub { PgFanout::status($node, 'postgres') });
+ok(1, 'one that allows fewer than are needed is an error that says so');
+$broker->evaluate('application:set_env(rabbit, channel_max, 2047)');
+PgFanout::flush($node);
+
+# ---- more queues do not confirm than there are channels, and nobody else's messages are ----
+
+$node->append_conf('postgresql.conf', "pg_fanout.max_channels = 4\npg_fanout.confirm_timeout = 60s");
+$node->reload;
+PgFanout::new_publisher($node);
+PgFanout::flush($node);
+# a second after its start the publisher declares them once more, which a queue that hangs does not answer
+sleep 2;
+PgFanout::flush($node);
+$broker->suspend_queue("t${_}_g") foreach 1 .. 16;
+sql("select count(fanout.publish('t' || i, to_jsonb(i))) from generate_series(1, 16) i");
+$node->poll_query_until('postgres', 'select in_flight > 0 from fanout.stat_publisher') or die;
+my @took;
+foreach my $n (1 .. 4)
+{
+	my $start = time;
+
+	sql(q(select fanout.publish('t60', '1')));
+	$node->poll_query_until('postgres', q(select state = 'sent' from fanout.outbox_status where topic = 't60' order by id desc limit 1)) or die PgFanout::status($node, 'postgres');
+	push @took, time - $start;
+	sleep 3;
+}
+# Each of those that hang has a channel for 3 s before that is found out, but one of them at a time longer
+cmp_ok($took[0], '<', 40, sprintf('another topic waits until it is known that they hang, %.1f s', $took[0]));
+my ($longest) = sort { $b <=> $a } @took[ 1 .. 3 ];
+cmp_ok($longest, '<', 3, sprintf('and then not for their turns, %.1f s at most', $longest));
+$broker->resume_queue("t${_}_g") foreach 1 .. 16;
+PgFanout::flush($node);
+is(sql('select count(*) from fanout.stat_topics where attempts > 0'), 0, 'none of them was refused');
+$broker->amqp('purge', map { ('--queue', $_) } @queues);
+PgFanout::poll(sub { channels() <= 4 }, 'channels');
 
 # ---- a channel that is not used for a while ----
 

@@ -141,7 +141,7 @@ my @trouble = (
 	[ 3, 'frozen', sub { $proxy->command(any('freeze', 'freeze-to-server', 'freeze-to-client', 'freeze-open')); sleep rand(any(0.5, 3)); $proxy->command('pass') } ],
 	[ 2, 'slow', sub { $proxy->command(any('delay 30', 'throttle 200000')); sleep rand(1); $proxy->command('pass') } ],
 	[ 2, 'cut', sub { $proxy->command(any('cut-in body', 'cut-in basic.ack', 'cut-in queue.declare-ok', 'cut-after 20000')); sleep rand(1); $proxy->command('pass') } ],
-	[ 2, 'settings', sub { sql('alter system set pg_fanout.max_in_flight = ' . any(1, 20, 100, 2000)); sql('alter system set pg_fanout.max_channels = ' . any(1, 3, 5, 20)); sql('select pg_reload_conf()') } ],
+	[ 2, 'settings', sub { sql('alter system set pg_fanout.max_in_flight = ' . any(1, 20, 100, 2000)); sql('alter system set pg_fanout.max_channels = ' . any(4, 5, 20)); sql('select pg_reload_conf()') } ],
 );
 
 my @crashes = (

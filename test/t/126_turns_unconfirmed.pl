@@ -13,14 +13,14 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $messages = 20;
-my @ill = map { "ill_$_" } 1 .. 4;
-my @well = map { "well_$_" } 1 .. 3;
+my @ill = map { "ill_$_" } 1 .. 8;
+my @well = map { "well_$_" } 1 .. 5;
 
-# All take turns with one channel.  A turn without a confirm takes 3 s, so that each waits
+# All take turns with four channels.  A turn without a confirm takes 3 s, so that each waits
 # for longer than confirm_timeout, and none has its channel for so long.
 my $broker = PgFanout::broker();
 my $node = PgFanout::cluster('main', $broker, conf => q(
-pg_fanout.max_channels = 1
+pg_fanout.max_channels = 4
 pg_fanout.confirm_timeout = 8s
 pg_fanout.retry_interval = 20s
 ));
@@ -42,14 +42,14 @@ my $load = IPC::Run::start(
 	'<', \undef, '>', \my $out, '2>', \my $err, IPC::Run::timeout(700));
 
 ok($node->poll_query_until('postgres',
-	q(select count(*) = 4 from fanout.stat_topics where topic ~ '^ill' and reason ~ 'did not confirm')),
+	q(select count(*) = 8 from fanout.stat_topics where topic ~ '^ill' and reason ~ 'did not confirm')),
 	'topics that take turns with a channel are found ill when their queues do not confirm')
   or diag(PgFanout::status($node, 'postgres'));
-is(sql(q(select count(*) from fanout.check() where item ~ '^topic "ill_\d" flows' and detail ~ 'did not confirm')), 4, 'check() says so');
+is(sql(q(select count(*) from fanout.check() where item ~ '^topic "ill_\d" flows' and detail ~ 'did not confirm')), 8, 'check() says so');
 
 my $id = sql('select max(id) from fanout.outbox');
 ok($node->poll_query_until('postgres', qq(
-	select count(distinct topic) = 3 from fanout.outbox_status where id > $id and topic ~ '^well' and state = 'sent')),
+	select count(distinct topic) = 5 from fanout.outbox_status where id > $id and topic ~ '^well' and state = 'sent')),
 	'healthy topics are sent meanwhile')
   or diag(PgFanout::status($node, 'postgres'));
 unlike(slurp_file($node->logfile, $offset), qr/topic "well_\d" is stalled/, 'none of them is found ill, however long it waits for a channel');

@@ -65,7 +65,7 @@ PgFanout::wait_for_state($node, 'sent');
 
 # ---- a broker that takes its time to open channels ----
 
-set('max_channels', 1);
+set('max_channels', 4);
 $proxy->command('delay 700');
 sql(join(';', map { "select fanout.publish('$_', '1')" } qw(well other), @hanging));
 PgFanout::wait_for_state($node, 'sent');

@@ -70,8 +70,8 @@ set('max_in_flight = 100');
 while_slow('30 slow queues, little in flight', 30, 400, 100, within => 3000, longest => 6000);
 
 # a turn, and what is in flight then
-set('max_channels = 2');
-while_slow('two channels for four', 3, 400, 2, within => 3000, longest => 6000);
+set('max_channels = 4');
+while_slow('four channels for eight', 7, 400, 2, within => 3000, longest => 6000);
 PgFanout::Independence::end();
 
 done_testing();

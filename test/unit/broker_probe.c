@@ -43,6 +43,7 @@ static BrokerOptions options = {
 	.connect_timeout_ms = 5000,
 	.rpc_timeout_ms = 5000,
 	.heartbeat_s = 60,
+	.min_channels = 1,
 	.max_channels = 2000,
 	.tls_verify = true,
 	.wait = wait_socket,

@@ -60,6 +60,7 @@ static BrokerOptions options = {
 	.connect_timeout_ms = CONNECT_TIMEOUT,
 	.rpc_timeout_ms = RPC_TIMEOUT,
 	.heartbeat_s = 30,
+	.min_channels = 1,
 	.max_channels = 3,
 	.wait = wait_socket,
 	.fd_changed = fd_changed,
