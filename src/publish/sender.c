@@ -61,7 +61,8 @@
  *
  * A confirm that does not come may be the fault of the topic's queue or of the whole
  * broker.  So something else is asked of the broker then, and if it answers, it was
- * the topic's.
+ * the topic's.  If it does not, while it may have been sent more for a queue that hangs than it
+ * takes before it stops reading, another connection is needed soon (may_be_stuck()).
  *
  * Must never: publish a message whose topic's topology is not there.
  *
@@ -151,6 +152,11 @@
 #define ILL_PART 4				/* of the channels topics have that are ill */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
 								 * most */
+#define SILENCE_MS 1000			/* of the broker, before it is asked whether
+								 * it reads what is sent to it */
+#define STUCK_MS 2000			/* for its answer; after the connection was
+								 * given up for that, twice as long */
+#define STUCK_FORGOTTEN_MS (10 * 60 * 1000)
 
 static Connection *conn;
 static dlist_head ring = DLIST_STATIC_INIT(ring);
@@ -207,6 +213,8 @@ static MonoTime counts_from = 0;	/* time counts against topics: the
 static int	ping = 0;			/* channel that was asked for, to find out */
 static MonoTime ping_at = 0;	/* 0: nobody wants to know */
 static MonoTime heard_at = 0;	/* the broker answered anything */
+static int	stuck_ms = STUCK_MS;
+static MonoTime stuck_at = 0;	/* when the connection was given up for that */
 
 void
 sender_init(Connection *connection)
@@ -1433,6 +1441,43 @@ ask_for_life(MonoTime now)
 		ping = broker_open_channel(conn->broker, false, &error);
 }
 
+/* Does anybody else have something that is not confirmed, not published, or not answered? */
+static bool
+others_wait(const Flow *flow)
+{
+	return in_flight > flow->window.in_flight || nring + nwaiters > (flow->list != IN_NONE) || topology_asks();
+}
+
+/*
+ * May it be that the broker has stopped reading the connection, because a topic had more in
+ * flight than it takes when its queue began to hang, and do others wait?  Those who come next
+ * are not read either: only another connection helps.
+ */
+static bool
+may_be_stuck(MonoTime now)
+{
+	if (in_flight <= UNPROVED_MESSAGES || !waits_in_vain(heard_at, now, SILENCE_MS + sender_patience_ms()))
+		return false;
+	for (int i = 0; i < nflows; i++)
+	{
+		if (flows[i] != NULL && flows[i]->window.in_flight > UNPROVED_MESSAGES && others_wait(flows[i]))
+			return waits_in_vain(window_oldest(&flows[i]->window)->published_at, now, SILENCE_MS);
+	}
+	return false;
+}
+
+/*
+ * Gives the connection up for that.  A broker that stands still now and then for all is not to
+ * lose it each time.
+ */
+static const char *
+give_up_stuck(MonoTime now)
+{
+	stuck_ms = Min(2 * stuck_ms, ANSWER_MS);
+	stuck_at = now;
+	return "the broker has read nothing from the connection for some seconds, although it is there";
+}
+
 static void
 check_flow(Flow *flow, MonoTime now)
 {
@@ -1472,10 +1517,16 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 		acquit(trial);
 		careful = false;
 	}
+	if (ping_at == 0 && may_be_stuck(now))
+		ask_for_life(now);
 	if (ping_at == 0)
 		return NULL;
+	if (mono_exceeds(stuck_at, now, STUCK_FORGOTTEN_MS))
+		stuck_ms = STUCK_MS;
 	if (answered)
 		ping_at = 0;
+	else if (may_be_stuck(now) && waits_in_vain(ping_at, now, stuck_ms + sender_patience_ms()))
+		return give_up_stuck(now);
 	else if (waits_in_vain(ping_at, now, Min(ANSWER_MS, pgf_confirm_timeout)))
 		return "the broker did not confirm a message within pg_fanout.confirm_timeout";
 	return NULL;

@@ -1,5 +1,5 @@
 # A topic that was alone for a while, and could fill its window, writes much to a queue that
-# hangs: others are sent all the same.
+# hangs, or begins to hang while it does: others are sent all the same.
 
 use strict;
 use warnings;
@@ -10,6 +10,7 @@ use lib "$FindBin::RealBin/../lib";
 use PgFanout;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(sleep time);
 
 my $broker = PgFanout::broker(private => 1);
 my $node = PgFanout::cluster('main', $broker);
@@ -34,5 +35,36 @@ foreach my $round (1 .. 2)
 	PgFanout::flush($node);
 }
 is($broker->count('alone_g'), 6000, 'all is sent once it does');
+
+# ---- it begins to hang while the window is full ----
+
+# The broker reads nothing more from the connection then.
+sleep 12;
+sql(q(select count(fanout.publish('alone', to_jsonb(i))) from generate_series(1, 100000) i));
+$node->poll_query_until('postgres', q(select published > 10000 from fanout.stat_publisher)) or die;
+$broker->suspend_queue('alone_g');
+sleep 1;
+my $flight = sql('select in_flight from fanout.stat_publisher');
+cmp_ok($flight, '>', 800, "a topic that is alone has more in flight than the broker takes for a queue: $flight");
+my $start = time;
+sql(q(select fanout.publish('other', '1')));
+ok($node->poll_query_until('postgres', q(select state = 'sent' from fanout.outbox_status where topic = 'other' order by id desc limit 1)),
+	'its queue begins to hang: another topic is sent');
+# confirm_timeout is a minute
+cmp_ok(time - $start, '<', 25, sprintf('after some seconds (%.1f s)', time - $start));
+is(sql('select reconnects from fanout.stat_publisher'), 1, 'on another connection');
+$start = time;
+sql(q(select fanout.publish('other', '1')));
+ok($node->poll_query_until('postgres', q(select state = 'sent' from fanout.outbox_status where topic = 'other' order by id desc limit 1)), 'and the next one');
+cmp_ok(time - $start, '<', 3, 'at once');
+is(sql('select reconnects from fanout.stat_publisher'), 1, 'on the same one');
+$broker->resume_queue('alone_g');
+PgFanout::flush($node, timeout => '120 s');
+# the broker may still have some from the connection before when they come again
+my %seen;
+my @got = grep { !$seen{ $_->{message_id} }++ } $broker->collect('alone_g', expect => 106000);
+is(scalar(@got), 106000, 'all of it arrives once it goes on');
+my $newest = 0;
+is(scalar(grep { my $late = $_->{headers}->{sequence} < $newest; $newest = $_->{headers}->{sequence}; $late } @got), 0, 'in order');
 
 done_testing();
