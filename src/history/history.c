@@ -68,6 +68,7 @@
 
 /* ms */
 #define FIRST_PAUSE		4
+#define LONG_PAUSE		50
 #define MAX_PAUSE		500
 #define FIRST_RETRY		100
 #define MAX_RETRY		10000
@@ -181,7 +182,31 @@ read_walks(void)
 
 /* ---- what is not sent yet ---- */
 
-/* Has the publisher not sent all that a transaction wrote for the topic? */
+/*
+ * Has the publisher recorded that all is sent of a batch that has what a transaction wrote for
+ * the topic?  That costs little to know.
+ */
+static bool
+is_batch_sent(int32 topic_id, uint64 xid)
+{
+	static CachedQuery query = {
+		"select pg_visible_in_snapshot($2::text::xid8, coalesce("
+		" (select case when not attached then base end from fanout.sent where topic_id = $1 order by sent_id desc limit 1),"
+		" (select base from fanout.sent where topic_id is null order by sent_id desc limit 1)))"
+		" and not exists (select from fanout.held where topic_id = $1 and xid = $2::text::xid8)"
+	};
+	Oid			types[2] = {INT4OID, INT8OID};
+	Datum		values[2] = {Int32GetDatum(topic_id), Int64GetDatum((int64) xid)};
+	bool		isnull;
+
+	query_execute(&query, 2, types, values, NULL);
+	return DatumGetBool(query_value(0, 1, &isnull));
+}
+
+/*
+ * Has the publisher not sent all that a transaction wrote for the topic?  If others have very
+ * many messages in the same batch, only a look at each tells.
+ */
 static bool
 is_unsent(int32 topic_id, uint64 xid)
 {
@@ -197,6 +222,14 @@ is_unsent(int32 topic_id, uint64 xid)
 	return DatumGetBool(query_value(0, 1, &isnull));
 }
 
+/* Is all that a transaction of the walk wrote known to be sent? */
+static bool
+is_sent(const Walk *walk, uint64 xid)
+{
+	return is_batch_sent(walk->topic_id, xid) ||
+		(walk->pause >= LONG_PAUSE && !is_unsent(walk->topic_id, xid));
+}
+
 /*
  * Looks what has been sent since.  Returns whether the walk may write more; else it
  * is looked at again after a pause, which takes into account how long looking took.
@@ -206,10 +239,9 @@ may_go_on(Walk *walk)
 {
 	MonoTime	begun = mono_now();
 
-	if (walk->previous_xid != 0 && !is_unsent(walk->topic_id, walk->previous_xid))
+	if (walk->previous_xid != 0 && is_sent(walk, walk->previous_xid))
 		walk->previous_xid = 0;
-	if (walk->must_drain && walk->previous_xid == 0 && walk->last_xid != 0 &&
-		!is_unsent(walk->topic_id, walk->last_xid))
+	if (walk->must_drain && walk->previous_xid == 0 && walk->last_xid != 0 && is_sent(walk, walk->last_xid))
 		walk->last_xid = 0;
 	if (walk->previous_xid == 0 && (!walk->must_drain || walk->last_xid == 0))
 	{
