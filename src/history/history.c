@@ -144,7 +144,7 @@ find_walk(int64 id)
 }
 
 static void
-list_walk(int64 id, int32 topic_id, uint64 last_xid, bool recovers)
+list_walk(int64 id, int32 topic_id, uint64 last_xid, bool recovers, bool walked)
 {
 	Walk	   *walk = find_walk(id);
 
@@ -157,6 +157,12 @@ list_walk(int64 id, int32 topic_id, uint64 last_xid, bool recovers)
 		walk->recovers = recovers;
 		walk->rows = FEWEST_ROWS;
 		walk->last_xid = last_xid;
+
+		/*
+		 * what it wrote before that was committed earlier, and is sent as
+		 * well then
+		 */
+		walk->must_drain = walked;
 	}
 	if (walk != NULL)
 		walk->listed = true;
@@ -167,7 +173,7 @@ static void
 read_walks(void)
 {
 	static CachedQuery query = {
-		"select backfill_id, topic_id, coalesce(last_xid::text, '0')::bigint, kind = 'recover_dead' from fanout.backfill"
+		"select backfill_id, topic_id, coalesce(last_xid::text, '0')::bigint, kind = 'recover_dead', walked from fanout.backfill"
 		" where state = 'running' order by backfill_id limit 8"
 	};
 	bool		isnull;
@@ -177,7 +183,8 @@ read_walks(void)
 	query_execute(&query, 0, NULL, NULL, NULL);
 	for (int i = 0; i < SPI_processed; i++)
 		list_walk(DatumGetInt64(query_value(i, 1, &isnull)), DatumGetInt32(query_value(i, 2, &isnull)),
-				  DatumGetInt64(query_value(i, 3, &isnull)), DatumGetBool(query_value(i, 4, &isnull)));
+				  DatumGetInt64(query_value(i, 3, &isnull)), DatumGetBool(query_value(i, 4, &isnull)),
+				  DatumGetBool(query_value(i, 5, &isnull)));
 }
 
 /* ---- what is not sent yet ---- */

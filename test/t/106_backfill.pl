@@ -197,6 +197,27 @@ PgFanout::poll(sub { ask("select rows_sent > $sent from fanout.backfills where i
 sql("select fanout.cancel_backfill($id)");
 is(sql("select state from fanout.backfills where id = $id"), 'cancelled', 'a backfill can be cancelled');
 
+# ---- the last message waits until all is acknowledged ----
+
+sql(q(create table few (id int primary key); insert into few select generate_series(1, 10);
+	select fanout.declare_binding('few', 'new', 'classic'), fanout.capture('few', 'few')));
+PgFanout::flush($node);
+$broker->suspend_queue('few_new');
+$id = sql(q(select fanout.backfill('few', 'few', 'new')));
+PgFanout::poll(sub { ask("select walked from fanout.backfill where backfill_id = $id") eq 't' }, 'all rows');
+foreach my $again ("select fanout.pause_backfill($id); select fanout.resume_backfill($id)",
+	q(select pg_terminate_backend(pid, 10000) from pg_stat_activity where backend_type = 'pg_fanout history'))
+{
+	sql($again);
+	PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where backend_type = 'pg_fanout history')) eq '1' }, 'a worker');
+	sleep 1;
+	is(sql(qq(select state || ' ' || (select count(*) from fanout.outbox where topic_id = b.topic_id and headers ? 'last')
+		from fanout.backfill b where backfill_id = $id)), 'running 0', 'whatever happens to it, a backfill waits until its rows have been acknowledged');
+}
+$broker->resume_queue('few_new');
+is(wait_for_end($id), 'done', 'and ends then');
+received('few_new', 11);
+
 # ---- a topic that does not flow stops its own backfill, and no other ----
 
 foreach my $case ([ 'backfill', 'odd', 'parts' ], [ 'compare', 'parts', 'odd' ])
