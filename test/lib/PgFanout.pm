@@ -283,6 +283,29 @@ sub quick_view
 
 =pod
 
+=item my $value = PgFanout::again_if_slow(limit, measure)
+
+Returns what $measure->() does, which is called up to three times, until that is less than the
+limit.  Once, a machine that stands still may be what takes so long; what is wrong takes long
+each time.  $measure->() gets the number of the try.
+
+=cut
+
+sub again_if_slow
+{
+	my ($limit, $measure) = @_;
+	my $value;
+
+	foreach my $try (1 .. 3)
+	{
+		$value = $measure->($try);
+		last if $value < $limit;
+	}
+	return $value;
+}
+
+=pod
+
 =item PgFanout::ask(node, sql, dbname)
 
 What a query returns in a database ("postgres"), as text; '' if it fails, or the server
