@@ -484,6 +484,18 @@ broker_max_channels(const Broker *broker)
 	return broker->channels.limit - 1;
 }
 
+int
+broker_free_channels(const Broker *broker)
+{
+	return broker_max_channels(broker) - broker->channels.taken;
+}
+
+int
+broker_closing_channels(const Broker *broker)
+{
+	return channels_closing(&broker->channels);
+}
+
 long
 broker_next_heartbeat(const Broker *broker)
 {

@@ -114,6 +114,10 @@ extern int	broker_major(const Broker *broker);
 /* How many channels broker_open_channel() may have open, by BrokerOptions and by the broker. */
 extern int	broker_max_channels(const Broker *broker);
 
+/* How many of these are left; and how many are not, since the broker has not closed them yet. */
+extern int	broker_free_channels(const Broker *broker);
+extern int	broker_closing_channels(const Broker *broker);
+
 /*
  * Milliseconds until broker_next_event() must be called again for the sake of
  * heartbeats; an hour if there are none.

@@ -143,6 +143,7 @@ take_number(Channels *channels, ChannelUse use)
 		channels->free = channels->all[number].next;
 	else if (channels->used < channels->limit - 1)
 		number = (uint16_t) ++channels->used;
+	channels->taken += (number != 0);
 	return number;
 }
 
@@ -156,6 +157,7 @@ put_back_number(Channels *channels, Channel *channel)
 		return;
 	channel->next = channels->free;
 	channels->free = number;
+	channels->taken--;
 }
 
 /*
@@ -294,6 +296,17 @@ channels_set_reason(Channels *channels, int number, const BrokerError *why)
 		channel->why = malloc(sizeof(BrokerError));
 	if (channel->why != NULL)
 		*channel->why = *why;
+}
+
+/* Returns how many channels wait for close-ok.  Looks at all that were ever opened. */
+int
+channels_closing(const Channels *channels)
+{
+	int			n = 0;
+
+	for (int number = 1; number <= channels->used; number++)
+		n += (channels->all[number].state == CHANNEL_CLOSING);
+	return n;
 }
 
 /* Returns the channel whose debt is the oldest, or 0 if there are no debts. */

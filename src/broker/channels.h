@@ -91,6 +91,7 @@ typedef struct Channels
 	Channel    *all;			/* by number; [0] is never used */
 	int			limit;			/* the highest number; CHANNEL_CALLS has it */
 	int			used;			/* the highest of the others ever opened */
+	int			taken;			/* how many of these are not free */
 	uint16_t	free;			/* first of those that were used */
 	uint16_t	first_debtor;
 	uint16_t	last_debtor;
@@ -105,6 +106,7 @@ extern void channels_close(Channels *channels, int number);
 extern void channels_told(Channels *channels, int number);
 extern ChannelNews channels_method(Channels *channels, int number, uint32_t method);
 extern void channels_set_reason(Channels *channels, int number, const BrokerError *why);
+extern int	channels_closing(const Channels *channels);
 extern int	channels_debtor(const Channels *channels);
 extern void channels_paid(Channels *channels);
 

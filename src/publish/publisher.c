@@ -347,7 +347,7 @@ use_settings(void)
 		return;
 	disconnect(true);
 	connection_use_settings(&pub.conn);
-	pub.conn.options.min_channels = 2 * FEWEST_CHANNELS;
+	pub.conn.options.min_channels = 2 * OTHER_CHANNELS;
 	pub.conn.options.max_channels = MOST_CHANNELS + OTHER_CHANNELS;
 }
 

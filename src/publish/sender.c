@@ -21,7 +21,7 @@
  * are stalled, are ill: they wait in a line of their own, for a part of the channels, so that
  * many queues that hang do not keep channels from topics whose queues do not.  Whether a confirm
  * is late is told by those of other topics (is_behind()): a broker may be slow to all.  If there
- * are none, one topic is waited for patiently, which tells (may_be_patient()).
+ * are none, one topic is waited for patiently, which tells (wait_patiently()).
  *
  * Topics with something to publish stand in a ring, or in line for a channel, or nowhere
  * until it is open.  Each publishes at most TURN_MESSAGES and goes to the end of the ring;
@@ -86,9 +86,6 @@
 													 * others have in flight */
 #define SLOTS_AT_FIRST 64
 
-/* Bounds one broker_publish() without progress; SIGTERM is taken meanwhile. */
-#define PUBLISH_TIMEOUT_MS 30000
-
 /*
  * In flight of a topic of which nothing is confirmed: less than the credit that RabbitMQ
  * gives a connection for a channel, and a channel for a queue (400 each, or 32 of a quorum
@@ -151,7 +148,7 @@
 								 * if others wait for it */
 #define ILL_PART 4				/* of the channels topics have that are ill */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
-								 * most */
+								 * most; and for a publish without progress */
 #define SILENCE_MS 1000			/* of the broker, before it is asked whether
 								 * it reads what is sent to it */
 #define STUCK_MS 2000			/* for its answer; after the connection was
@@ -191,7 +188,8 @@ static int	nopening = 0;		/* of these, not open yet */
 static MonoTime room_at = 0;	/* no channel can be given to another before */
 static dlist_head waiters = DLIST_STATIC_INIT(waiters); /* for one, in order */
 static dlist_head ill_waiters = DLIST_STATIC_INIT(ill_waiters);
-static int	nwaiters = 0;		/* in both lines */
+static int	nwaiters = 0;
+static int	nill_waiters = 0;
 static bool handed_over = false;	/* a channel was, to one of them, since
 									 * the last turns */
 static Flow *latest = NULL;		/* who published the last message; to compare,
@@ -213,8 +211,10 @@ static MonoTime counts_from = 0;	/* time counts against topics: the
 static int	ping = 0;			/* channel that was asked for, to find out */
 static MonoTime ping_at = 0;	/* 0: nobody wants to know */
 static MonoTime heard_at = 0;	/* the broker answered anything */
+static MonoTime spare_at = 0;	/* there were channels left */
 static int	stuck_ms = STUCK_MS;
 static MonoTime stuck_at = 0;	/* when the connection was given up for that */
+static bool stuck = false;		/* it is just now */
 
 void
 sender_init(Connection *connection)
@@ -392,7 +392,8 @@ move_to(Flow *flow, FlowList list)
 	if (flow->list == list)
 		return;
 	nring += (list == IN_RING) - (flow->list == IN_RING);
-	nwaiters += flow_in_line(list) - flow_in_line(flow->list);
+	nwaiters += (list == IN_LINE) - (flow->list == IN_LINE);
+	nill_waiters += (list == IN_ILL_LINE) - (flow->list == IN_ILL_LINE);
 	if (flow->list != IN_NONE)
 		dlist_delete(&flow->ready_node);
 	if (list != IN_NONE)
@@ -577,7 +578,8 @@ sender_is_late(const Flow *flow, MonoTime now, int ms)
 
 /*
  * Is it time to doubt a topic, or the broker?  The age of what was not confirmed in former
- * turns counts once it was not in this one either.
+ * turns counts once it was not in this one either; but only if anything was confirmed, or the
+ * topic that is waited for patiently, and another one, were so in vain.
  */
 static bool
 is_overdue(const Flow *flow, MonoTime now)
@@ -588,7 +590,8 @@ is_overdue(const Flow *flow, MonoTime now)
 		return waits_in_vain(flow->channel_since, now, pgf_confirm_timeout);
 	if (item == NULL)
 		return false;
-	if (flow->unconfirmed_since != 0 && hangs(flow, now))
+	if (flow->unconfirmed_since != 0 && hangs(flow, now) &&
+		(acked_at >= item->published_at || waits_in_vain(acked_at, now, 2 * pgf_confirm_timeout)))
 		return waits_in_vain(flow->unconfirmed_since, now, pgf_confirm_timeout);
 	return waits_in_vain(item->published_at, now, pgf_confirm_timeout);
 }
@@ -612,9 +615,7 @@ may_yield(const Flow *flow, MonoTime now)
 static int
 max_channels(void)
 {
-	int			limit = broker_max_channels(conn->broker);
-
-	return Min(pgf_max_channels, Max(limit - OTHER_CHANNELS, limit / 2));
+	return Min(pgf_max_channels, broker_max_channels(conn->broker) - OTHER_CHANNELS);
 }
 
 /*
@@ -657,7 +658,7 @@ end_turn(Flow *flow, Flow *next)
  * short all the time.
  */
 static bool
-may_be_patient(Flow *flow)
+wait_patiently(Flow *flow)
 {
 	const WindowItem *item = window_oldest(&flow->window);
 
@@ -681,6 +682,7 @@ make_room(Flow *next, bool of_ill)
 	Flow	   *chosen = NULL;
 	Flow	   *longest = NULL;
 	int			nyield = 0;
+	int			most = of_ill ? nill_waiters : Max(nwaiters, 1);
 
 	if (room_at > now)
 		return false;
@@ -697,13 +699,20 @@ make_room(Flow *next, bool of_ill)
 			(longest == NULL || flow->channel_at < longest->channel_at))
 			longest = flow;
 	}
-	if (chosen != NULL && !may_be_patient(chosen))
+	if (chosen != NULL && !wait_patiently(chosen))
 		end_turn(chosen, next);
-	else if (chosen == NULL && longest != NULL && nyield < nwaiters)
+	else if (chosen == NULL && longest != NULL && nyield < most)
 		longest->yields = true;
 	if (chosen == NULL)
 		room_at = mono_plus(now, ROOM_MS);
 	return chosen != NULL;
+}
+
+/* Does anybody wait who may have the topic's channel? */
+static bool
+is_channel_wanted(const Flow *flow)
+{
+	return nwaiters > 0 || (nill_waiters > 0 && (is_ill(flow) || !many_ill()));
 }
 
 /* Does the topic have an open channel?  If it has none, it is in line for one then. */
@@ -712,12 +721,12 @@ has_channel(Flow *flow)
 {
 	if (flow->channel == 0)
 	{
-		if (!is_ill(flow) && dlist_is_empty(&waiters))
+		if (!is_ill(flow) && nwaiters == 0)
 			room_at = 0;
 		move_to(flow, is_ill(flow) ? IN_ILL_LINE : IN_LINE);
 		return false;
 	}
-	flow->yields = flow->yields && nwaiters > 0;
+	flow->yields = flow->yields && is_channel_wanted(flow);
 	return flow->channel_open;
 }
 
@@ -731,8 +740,8 @@ static bool
 serve_first(void)
 {
 	BrokerError error;
-	bool		of_ill = !dlist_is_empty(&ill_waiters) && many_ill();
-	bool		ill = dlist_is_empty(&waiters) || (!dlist_is_empty(&ill_waiters) && !of_ill);
+	bool		of_ill = nill_waiters > 0 && many_ill();
+	bool		ill = nwaiters == 0 || (nill_waiters > 0 && !of_ill);
 	Flow	   *flow = dlist_container(Flow, ready_node, dlist_head_node(ill ? &ill_waiters : &waiters));
 	int			channel;
 
@@ -743,6 +752,8 @@ serve_first(void)
 	}
 	if (nchannels >= max_channels() || (ill && of_ill))
 		return make_room(flow, ill && of_ill);
+	if (broker_free_channels(conn->broker) <= SPARE_CHANNELS)
+		return false;
 	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
@@ -753,7 +764,7 @@ serve_first(void)
 static void
 serve_line(void)
 {
-	while (sender_may_publish() && nwaiters > 0 && serve_first())
+	while (sender_may_publish() && nwaiters + nill_waiters > 0 && serve_first())
 		;
 }
 
@@ -763,7 +774,7 @@ serve_line(void)
 bool
 sender_may_publish(void)
 {
-	return conn->broker != NULL && !broker_blocked(conn->broker) && nring + nwaiters > 0;
+	return conn->broker != NULL && !broker_blocked(conn->broker) && nring + nwaiters + nill_waiters > 0;
 }
 
 /*
@@ -1033,8 +1044,30 @@ discard(Flow *flow, Message *message, const char *reason)
 	if (message->reason == NULL)
 		message->reason = MemoryContextStrdup(message->run->context, reason);
 	window_discard(&flow->window, &message->item);
+	/* it was the oldest one, if its last turn was in vain */
+	flow->unconfirmed_since = 0;
 	note_settled(flow, 1);
 	flow_settle(flow);
+}
+
+/* Does any other topic have something that is not confirmed, or not published? */
+static bool
+others_wait(const Flow *flow)
+{
+	return in_flight > flow->window.in_flight ||
+		nring + nwaiters + nill_waiters > (flow->list != IN_NONE);
+}
+
+/*
+ * Notes that the connection is given up, since the broker reads nothing more from it.  One that
+ * stands still now and then for all is not to lose it each time, and no message is the reason.
+ */
+static void
+note_stuck(void)
+{
+	stuck_ms = Min(2 * stuck_ms, ANSWER_MS);
+	stuck_at = mono_now();
+	stuck = true;
 }
 
 /* Publishes the message that is next. */
@@ -1043,13 +1076,17 @@ publish(Flow *flow, Message *message)
 {
 	Topic	   *topic = topic_of(flow);
 	BrokerMessage *wire = &message->wire;
+	int			timeout = others_wait(flow) ? SILENCE_MS + stuck_ms + sender_patience_ms() : ANSWER_MS;
+	MonoTime	begun = mono_now();
 	BrokerError error;
 	BrokerResult result;
 
 	wire->exchange = message->queue ? "" : topic->exchange;
 	wire->routing_key = message->queue ? message->queue : "";
 	wire->content_type = message->content_type ? message->content_type : topic->content_type;
-	result = broker_publish(conn->broker, flow->channel, wire, PUBLISH_TIMEOUT_MS, &error);
+	result = broker_publish(conn->broker, flow->channel, wire, timeout, &error);
+	if (result == BROKER_LOST && mono_exceeds(begun, mono_now(), timeout - 1))
+		note_stuck();
 	if (result == BROKER_TOO_LARGE)
 	{
 		discard(flow, message, error.text);
@@ -1230,7 +1267,7 @@ sender_confirmed(const BrokerEvent *event)
 	}
 	else
 		pg_atomic_fetch_add_u64(&worker_slot->nacked, before - flow->window.in_flight);
-	if (flow->window.in_flight == 0 && nwaiters > 0)
+	if (flow->window.in_flight == 0)
 		room_at = 0;
 	isolated_settled(flow);
 	note_settled(flow, before - flow->window.in_flight);
@@ -1330,7 +1367,7 @@ blames_content(const BrokerEvent *event)
 static bool
 may_blame_message(const BrokerEvent *event)
 {
-	return event != NULL && event->code != BROKER_CONNECTION_FORCED && !broker_blocked(conn->broker) &&
+	return event != NULL && !stuck && event->code != BROKER_CONNECTION_FORCED && !broker_blocked(conn->broker) &&
 		(event->class_id == 0 || broker_blames_publish(event->class_id, event->method_id));
 }
 
@@ -1412,6 +1449,7 @@ sender_lost(const BrokerEvent *event, bool request)
 	if (n > 1 && blames_content(event))
 		isolate = n;
 	way = way_since = wanted_at = 0;
+	stuck = false;
 	ping = 0;
 	ping_at = 0;
 	counts_from = mono_now();
@@ -1428,24 +1466,19 @@ give_up_confirms(Flow *flow)
 	flow_settle(flow);
 }
 
-/* Asks something of the broker, to know whether it answers. */
+/*
+ * Asks something of the broker, to know whether it answers.  If there is no room in the socket
+ * for that, it does not read either.
+ */
 static void
 ask_for_life(MonoTime now)
 {
 	BrokerError error;
 
-	if (ping_at != 0)
-		return;
-	ping_at = now;
+	if (ping_at == 0)
+		ping_at = now;
 	if (ping == 0)
 		ping = broker_open_channel(conn->broker, false, &error);
-}
-
-/* Does anybody else have something that is not confirmed, not published, or not answered? */
-static bool
-others_wait(const Flow *flow)
-{
-	return in_flight > flow->window.in_flight || nring + nwaiters > (flow->list != IN_NONE) || topology_asks();
 }
 
 /*
@@ -1460,22 +1493,26 @@ may_be_stuck(MonoTime now)
 		return false;
 	for (int i = 0; i < nflows; i++)
 	{
-		if (flows[i] != NULL && flows[i]->window.in_flight > UNPROVED_MESSAGES && others_wait(flows[i]))
-			return waits_in_vain(window_oldest(&flows[i]->window)->published_at, now, SILENCE_MS);
+		Flow	   *flow = flows[i];
+
+		if (flow != NULL && flow->window.in_flight > UNPROVED_MESSAGES && others_wait(flow) &&
+			waits_in_vain(window_oldest(&flow->window)->published_at, now, SILENCE_MS))
+			return true;
 	}
 	return false;
 }
 
+
 /*
- * Gives the connection up for that.  A broker that stands still now and then for all is not to
- * lose it each time.
+ * Have channels been scarce for so long, because the broker does not close those that were given
+ * up?  It does not while a queue hangs that was to be declared on them.
  */
-static const char *
-give_up_stuck(MonoTime now)
+static bool
+lacks_channels(MonoTime now)
 {
-	stuck_ms = Min(2 * stuck_ms, ANSWER_MS);
-	stuck_at = now;
-	return "the broker has read nothing from the connection for some seconds, although it is there";
+	if (broker_free_channels(conn->broker) > SPARE_CHANNELS || broker_closing_channels(conn->broker) == 0)
+		spare_at = now;
+	return waits_in_vain(spare_at, now, ANSWER_MS);
 }
 
 static void
@@ -1517,7 +1554,9 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 		acquit(trial);
 		careful = false;
 	}
-	if (ping_at == 0 && may_be_stuck(now))
+	if (lacks_channels(now))
+		return "the broker has not closed channels for some seconds, and none is left";
+	if (!answered && (ping_at != 0 || may_be_stuck(now)))
 		ask_for_life(now);
 	if (ping_at == 0)
 		return NULL;
@@ -1526,7 +1565,10 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 	if (answered)
 		ping_at = 0;
 	else if (may_be_stuck(now) && waits_in_vain(ping_at, now, stuck_ms + sender_patience_ms()))
-		return give_up_stuck(now);
+	{
+		note_stuck();
+		return "the broker has read nothing from the connection for some seconds";
+	}
 	else if (waits_in_vain(ping_at, now, Min(ANSWER_MS, pgf_confirm_timeout)))
 		return "the broker did not confirm a message within pg_fanout.confirm_timeout";
 	return NULL;
@@ -1541,9 +1583,9 @@ sender_timeout(MonoTime now)
 
 	if (in_flight > 0 || ping_at != 0)
 		timeout = Min(timeout, 500);
-	if (nwaiters > 0 || trial != NULL || trial_awaits_quiet(now))
+	if (nwaiters + nill_waiters > 0 || trial != NULL || trial_awaits_quiet(now))
 		timeout = Min(timeout, 100);
-	if (nwaiters > 0 && room_at > now)
+	if (nwaiters + nill_waiters > 0 && room_at > now)
 		timeout = Min(timeout, ROOM_MS);
 	if (nopening > 0)
 		timeout = Min(timeout, 500);

@@ -13,7 +13,10 @@
 #include "broker/connection.h"
 #include "publish/flow.h"
 
-/* Channels besides those of topics: for requests, and some that are being closed. */
+/*
+ * Channels besides those of topics: for requests, and some that are being closed, or are not,
+ * while a queue hangs.
+ */
 #define OTHER_CHANNELS 32
 
 extern void sender_init(Connection *connection);

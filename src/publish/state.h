@@ -136,7 +136,8 @@ typedef enum FlowList
 	IN_NONE,
 	IN_RING,					/* it has a turn next */
 	IN_LINE,					/* waits for a channel */
-	IN_ILL_LINE,				/* the same, and its last turn was in vain */
+	IN_ILL_LINE,				/* the same, and its last turn was in vain, or
+								 * it is stalled */
 } FlowList;
 
 #define flow_in_line(list) ((list) == IN_LINE || (list) == IN_ILL_LINE)

@@ -766,6 +766,8 @@ open_control(Connection *conn, Control *control)
 {
 	BrokerError error;
 
+	if (broker_free_channels(conn->broker) <= SPARE_CHANNELS)
+		return;
 	control->channel = broker_open_channel(conn->broker, false, &error);
 	control->open = false;
 	control->asked_at = mono_now();
@@ -1152,6 +1154,8 @@ topology_timeout(void)
 
 		if (controls[i].topic_id != 0 && controls[i].held)
 			return mono_later(HELD_MS);
+		if (controls[i].topic_id != 0 && controls[i].channel == 0)
+			return mono_later(WITNESS_MS);
 		if (when <= mono_now())
 			when = mono_later(WITNESS_MS);
 		if (controls[i].channel != 0 && (controls[i].asked || !controls[i].open) &&

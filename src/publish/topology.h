@@ -13,6 +13,9 @@
 #include "broker/connection.h"
 #include "publish/state.h"
 
+/* Channels that are left for finding out whether the broker answers: here, and in sender.c. */
+#define SPARE_CHANNELS 2
+
 extern void topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load),
 						  bool (*suspected) (void));
 extern void topology_request(Topic *topic, bool first);

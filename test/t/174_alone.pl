@@ -67,4 +67,23 @@ is(scalar(@got), 106000, 'all of it arrives once it goes on');
 my $newest = 0;
 is(scalar(grep { my $late = $_->{headers}->{sequence} < $newest; $newest = $_->{headers}->{sequence}; $late } @got), 0, 'in order');
 
+# ---- the same with bodies that fill the socket ----
+
+sleep 12;
+my $before = sql('select published from fanout.stat_publisher');
+sql(q(select count(fanout.publish('alone', to_jsonb(repeat('x', 8000)))) from generate_series(1, 20000) i));
+$node->poll_query_until('postgres', "select published > $before + 500 from fanout.stat_publisher") or die;
+$broker->suspend_queue('alone_g');
+sleep 1;
+$flight = sql('select in_flight from fanout.stat_publisher');
+cmp_ok($flight, '>', 500, "large bodies: $flight in flight");
+$start = time;
+sql(q(select fanout.publish('other', '1')));
+ok($node->poll_query_until('postgres', q(select state = 'sent' from fanout.outbox_status where topic = 'other' order by id desc limit 1)),
+	'large bodies, and the queue begins to hang: another topic is sent');
+cmp_ok(time - $start, '<', 25, sprintf('after some seconds (%.1f s)', time - $start));
+is(sql(q(select count(*) from fanout.stat_topics where stalled_since is not null)), 0, 'no topic is refused for that');
+$broker->resume_queue('alone_g');
+PgFanout::flush($node, timeout => '120 s');
+
 done_testing();

@@ -223,6 +223,8 @@ consistent(void)
 	int			seen_free[LIMIT + 1] = {0};
 	int			debtors[LIMIT + 1] = {0};
 	int			last = 0;
+	int			taken = 0;
+	int			closing = 0;
 
 	for (int number = channels.free; number != 0; number = channels.all[number].next)
 	{
@@ -242,6 +244,8 @@ consistent(void)
 		const Channel *channel = &channels.all[number];
 		bool		live = channel_is_open(channel) || channel_awaits_answer(channel);
 
+		taken += (number < LIMIT && channel->state != CHANNEL_FREE);
+		closing += (number < LIMIT && channel->state == CHANNEL_CLOSING);
 		if ((channel->debt != CHANNEL_OWES_NOTHING) != debtors[number] ||
 			(number <= channels.used && (channel->state == CHANNEL_FREE) != seen_free[number]) ||
 			(live && channel->debt != CHANNEL_OWES_NOTHING) ||
@@ -250,7 +254,7 @@ consistent(void)
 			(channel->state == CHANNEL_ENDED && channel->debt == CHANNEL_OWES_NOTHING))
 			return false;
 	}
-	return true;
+	return taken == channels.taken && closing == channels_closing(&channels);
 }
 
 static void
