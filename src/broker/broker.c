@@ -172,6 +172,9 @@
  */
 #define CHANNELS_MAX		65000
 
+/* What the broker has to take some data if it has an alarm. */
+#define BLOCKED_TIMEOUT_MS	30000
+
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)
 
 struct Broker
@@ -1994,17 +1997,18 @@ write_out(Broker *broker)
 
 /*
  * Waits until a frame of so many bytes can be written without blocking, at
- * most timeout_ms without a single byte leaving the kernel's buffer.
+ * most timeout_ms without a single byte leaving the kernel's buffer, or
+ * BLOCKED_TIMEOUT_MS if the broker says that it is blocked.
  */
 static bool
 wait_for_room(Broker *broker, size_t size, long timeout_ms)
 {
-	int64_t		deadline;
+	int64_t		since;
 	int			unsent = INT_MAX;
 
 	if (!broker->lost && credit_covers(&broker->credit, size))
 		return true;
-	deadline = clock_ms() + timeout_ms;
+	since = clock_ms();
 	for (;;)
 	{
 		refill_credit(broker);
@@ -2014,12 +2018,15 @@ wait_for_room(Broker *broker, size_t size, long timeout_ms)
 		if (credit_covers(&broker->credit, size))
 			return true;
 
+		/* one that has an alarm says so, and reads nothing more */
+		if (broker->blocked && timeout_ms < BLOCKED_TIMEOUT_MS)
+			timeout_ms = BLOCKED_TIMEOUT_MS;
 		if (tcp_unsent(broker->fd) < unsent)
 		{
 			unsent = tcp_unsent(broker->fd);
-			deadline = clock_ms() + timeout_ms;
+			since = clock_ms();
 		}
-		if (clock_left(deadline) == 0)
+		if (clock_left(since + timeout_ms) == 0)
 			return lose(broker, 0, "%s has taken no data for %ld ms", broker->where,
 						timeout_ms);
 		broker->options->wait(broker->fd, true, WRITE_SLICE_MS);

@@ -148,11 +148,13 @@
 								 * if others wait for it */
 #define ILL_PART 4				/* of the channels topics have that are ill */
 #define ANSWER_MS 10000			/* to find out whether the broker is there, at
-								 * most; and for a publish without progress */
+								 * most */
 #define SILENCE_MS 1000			/* of the broker, before it is asked whether
 								 * it reads what is sent to it */
 #define STUCK_MS 2000			/* for its answer; after the connection was
 								 * given up for that, twice as long */
+#define MOST_STUCK_MS 8000		/* before the kernel gives up a peer that
+								 * takes nothing (tcp.c) */
 #define STUCK_FORGOTTEN_MS (10 * 60 * 1000)
 
 static Connection *conn;
@@ -183,6 +185,8 @@ static MonoTime confirmed_from = 0; /* when the newest of those messages was
 static MonoTime delay = 0;		/* of confirms, on average, in microseconds */
 static Flow *patient = NULL;	/* its turn does not end although nothing is
 								 * confirmed, of any topic either */
+static int	patience_in_vain = 0;	/* so many were refused, and nothing was
+									 * confirmed since */
 static int	nchannels = 0;		/* that topics have */
 static int	nopening = 0;		/* of these, not open yet */
 static MonoTime room_at = 0;	/* no channel can be given to another before */
@@ -210,11 +214,11 @@ static MonoTime counts_from = 0;	/* time counts against topics: the
 /* Is the broker there at all? */
 static int	ping = 0;			/* channel that was asked for, to find out */
 static MonoTime ping_at = 0;	/* 0: nobody wants to know */
+static MonoTime opened_at = 0;	/* it was opened */
 static MonoTime heard_at = 0;	/* the broker answered anything */
 static MonoTime spare_at = 0;	/* there were channels left */
 static int	stuck_ms = STUCK_MS;
 static MonoTime stuck_at = 0;	/* when the connection was given up for that */
-static bool stuck = false;		/* it is just now */
 
 void
 sender_init(Connection *connection)
@@ -500,6 +504,7 @@ sender_opened(int channel)
 	{
 		broker_close_channel(conn->broker, ping);
 		ping = 0;
+		opened_at = heard_at;
 		return;
 	}
 	channel_opened(flows[channel]);
@@ -578,8 +583,8 @@ sender_is_late(const Flow *flow, MonoTime now, int ms)
 
 /*
  * Is it time to doubt a topic, or the broker?  The age of what was not confirmed in former
- * turns counts once it was not in this one either; but only if anything was confirmed, or the
- * topic that is waited for patiently, and another one, were so in vain.
+ * turns counts once it was not in this one either; but only if anything was confirmed, or two
+ * topics were waited for patiently, and in vain.
  */
 static bool
 is_overdue(const Flow *flow, MonoTime now)
@@ -591,7 +596,7 @@ is_overdue(const Flow *flow, MonoTime now)
 	if (item == NULL)
 		return false;
 	if (flow->unconfirmed_since != 0 && hangs(flow, now) &&
-		(acked_at >= item->published_at || waits_in_vain(acked_at, now, 2 * pgf_confirm_timeout)))
+		(acked_at >= item->published_at || patience_in_vain > 1))
 		return waits_in_vain(flow->unconfirmed_since, now, pgf_confirm_timeout);
 	return waits_in_vain(item->published_at, now, pgf_confirm_timeout);
 }
@@ -632,6 +637,21 @@ many_ill(void)
 	return n >= max_channels() / ILL_PART;
 }
 
+/* May the topic's channel go to another one as it is? */
+static bool
+may_hand_over(const Flow *flow)
+{
+	return window_oldest(&flow->window) == NULL && flow->channel_open &&
+		flow->channel_topics < CHANNEL_TOPICS && nchannels <= max_channels();
+}
+
+/* Are there no channels but those that are kept to find out whether the broker answers? */
+static bool
+are_scarce(void)
+{
+	return broker_free_channels(conn->broker) <= SPARE_CHANNELS;
+}
+
 /*
  * Ends the topic's turn, since others wait, next the first of them.  What is in flight keeps
  * its age.
@@ -643,8 +663,7 @@ end_turn(Flow *flow, Flow *next)
 
 	if (item != NULL && flow->unconfirmed_since == 0)
 		flow->unconfirmed_since = item->published_at;
-	if (item == NULL && flow->channel_open && flow->channel_topics < CHANNEL_TOPICS &&
-		nchannels <= max_channels())
+	if (may_hand_over(flow))
 		hand_over(flow, next);
 	else
 		give_channel_up(flow);
@@ -683,6 +702,8 @@ make_room(Flow *next, bool of_ill)
 	Flow	   *longest = NULL;
 	int			nyield = 0;
 	int			most = of_ill ? nill_waiters : Max(nwaiters, 1);
+	bool		scarce = are_scarce();	/* one that is given up is not there
+										 * for long, perhaps */
 
 	if (room_at > now)
 		return false;
@@ -693,7 +714,7 @@ make_room(Flow *next, bool of_ill)
 		if (flow == NULL || (of_ill && !is_ill(flow)))
 			continue;
 		nyield += flow->yields;
-		if (may_yield(flow, now) && (chosen == NULL || flow->channel_since < chosen->channel_since))
+		if (may_yield(flow, now) && (!scarce || may_hand_over(flow)) && (chosen == NULL || flow->channel_since < chosen->channel_since))
 			chosen = flow;
 		if (!flow->yields && flow->channel_open && mono_exceeds(flow->channel_at, now, YIELD_MS) &&
 			(longest == NULL || flow->channel_at < longest->channel_at))
@@ -750,10 +771,8 @@ serve_first(void)
 		sender_update(flow);
 		return true;
 	}
-	if (nchannels >= max_channels() || (ill && of_ill))
+	if (nchannels >= max_channels() || (ill && of_ill) || are_scarce())
 		return make_room(flow, ill && of_ill);
-	if (broker_free_channels(conn->broker) <= SPARE_CHANNELS)
-		return false;
 	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
 		return false;
@@ -1045,7 +1064,8 @@ discard(Flow *flow, Message *message, const char *reason)
 		message->reason = MemoryContextStrdup(message->run->context, reason);
 	window_discard(&flow->window, &message->item);
 	/* it was the oldest one, if its last turn was in vain */
-	flow->unconfirmed_since = 0;
+	if (flow->window.in_flight == 0)
+		flow->unconfirmed_since = 0;
 	note_settled(flow, 1);
 	flow_settle(flow);
 }
@@ -1059,15 +1079,22 @@ others_wait(const Flow *flow)
 }
 
 /*
- * Notes that the connection is given up, since the broker reads nothing more from it.  One that
- * stands still now and then for all is not to lose it each time, and no message is the reason.
+ * How long has the broker to show that it reads?  After the connection was given up for that,
+ * longer: one that stands still now and then for all is not to lose it each time.
  */
-static void
-note_stuck(void)
+static int
+reading_ms(MonoTime now)
 {
-	stuck_ms = Min(2 * stuck_ms, ANSWER_MS);
-	stuck_at = mono_now();
-	stuck = true;
+	if (mono_exceeds(stuck_at, now, STUCK_FORGOTTEN_MS))
+		stuck_ms = STUCK_MS;
+	return Min(stuck_ms + sender_patience_ms(), MOST_STUCK_MS);
+}
+
+static void
+note_stuck(MonoTime now)
+{
+	stuck_ms = Min(2 * stuck_ms, MOST_STUCK_MS);
+	stuck_at = now;
 }
 
 /* Publishes the message that is next. */
@@ -1076,8 +1103,8 @@ publish(Flow *flow, Message *message)
 {
 	Topic	   *topic = topic_of(flow);
 	BrokerMessage *wire = &message->wire;
-	int			timeout = others_wait(flow) ? SILENCE_MS + stuck_ms + sender_patience_ms() : ANSWER_MS;
 	MonoTime	begun = mono_now();
+	int			timeout = others_wait(flow) ? reading_ms(begun) : MOST_STUCK_MS;
 	BrokerError error;
 	BrokerResult result;
 
@@ -1086,7 +1113,7 @@ publish(Flow *flow, Message *message)
 	wire->content_type = message->content_type ? message->content_type : topic->content_type;
 	result = broker_publish(conn->broker, flow->channel, wire, timeout, &error);
 	if (result == BROKER_LOST && mono_exceeds(begun, mono_now(), timeout - 1))
-		note_stuck();
+		note_stuck(mono_now());
 	if (result == BROKER_TOO_LARGE)
 	{
 		discard(flow, message, error.text);
@@ -1261,6 +1288,7 @@ sender_confirmed(const BrokerEvent *event)
 			acked_since = heard_at;
 		acked_at = heard_at;
 		patient = NULL;
+		patience_in_vain = 0;
 		careful = false;
 		connection_works(conn);
 		flow->doubted = 0;
@@ -1367,7 +1395,7 @@ blames_content(const BrokerEvent *event)
 static bool
 may_blame_message(const BrokerEvent *event)
 {
-	return event != NULL && !stuck && event->code != BROKER_CONNECTION_FORCED && !broker_blocked(conn->broker) &&
+	return event != NULL && event->code != BROKER_CONNECTION_FORCED && !broker_blocked(conn->broker) &&
 		(event->class_id == 0 || broker_blames_publish(event->class_id, event->method_id));
 }
 
@@ -1449,7 +1477,7 @@ sender_lost(const BrokerEvent *event, bool request)
 	if (n > 1 && blames_content(event))
 		isolate = n;
 	way = way_since = wanted_at = 0;
-	stuck = false;
+	patience_in_vain = 0;
 	ping = 0;
 	ping_at = 0;
 	counts_from = mono_now();
@@ -1461,6 +1489,7 @@ sender_lost(const BrokerEvent *event, bool request)
 static void
 give_up_confirms(Flow *flow)
 {
+	patience_in_vain += (flow == patient);
 	sender_release(flow);
 	flow_refused(flow, 0, "the broker did not confirm a message within pg_fanout.confirm_timeout");
 	flow_settle(flow);
@@ -1504,15 +1533,22 @@ may_be_stuck(MonoTime now)
 
 
 /*
- * Have channels been scarce for so long, because the broker does not close those that were given
+ * Have channels been scarce for long, because the broker does not close those that were given
  * up?  It does not while a queue hangs that was to be declared on them.
  */
 static bool
 lacks_channels(MonoTime now)
 {
-	if (broker_free_channels(conn->broker) > SPARE_CHANNELS || broker_closing_channels(conn->broker) == 0)
+	if (!are_scarce() || broker_closing_channels(conn->broker) == 0)
 		spare_at = now;
 	return waits_in_vain(spare_at, now, ANSWER_MS);
+}
+
+/* The same, and has the broker opened one that was asked for since: does it work otherwise? */
+static bool
+closes_no_channels(void)
+{
+	return mono_exceeds(Max(spare_at, counts_from), opened_at, ANSWER_MS);
 }
 
 static void
@@ -1538,6 +1574,7 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 {
 	bool		answered = (ping_at != 0 && heard_at > ping_at);
 	bool		blocked = conn->broker != NULL && broker_blocked(conn->broker);
+	bool		lacking;
 
 	/* an alarm's time does not count: the broker did not read what we sent */
 	counts_from = Max(counts_from, blocked ? now : Max(unblocked_at, conn->connected_at));
@@ -1554,19 +1591,18 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 		acquit(trial);
 		careful = false;
 	}
-	if (lacks_channels(now))
+	lacking = lacks_channels(now);
+	if (lacking && closes_no_channels())
 		return "the broker has not closed channels for some seconds, and none is left";
-	if (!answered && (ping_at != 0 || may_be_stuck(now)))
+	if (!answered && (ping_at != 0 || lacking || may_be_stuck(now)))
 		ask_for_life(now);
 	if (ping_at == 0)
 		return NULL;
-	if (mono_exceeds(stuck_at, now, STUCK_FORGOTTEN_MS))
-		stuck_ms = STUCK_MS;
 	if (answered)
 		ping_at = 0;
-	else if (may_be_stuck(now) && waits_in_vain(ping_at, now, stuck_ms + sender_patience_ms()))
+	else if (may_be_stuck(now) && waits_in_vain(ping_at, now, reading_ms(now)))
 	{
-		note_stuck();
+		note_stuck(now);
 		return "the broker has read nothing from the connection for some seconds";
 	}
 	else if (waits_in_vain(ping_at, now, Min(ANSWER_MS, pgf_confirm_timeout)))

@@ -1154,12 +1154,14 @@ topology_timeout(void)
 
 		if (controls[i].topic_id != 0 && controls[i].held)
 			return mono_later(HELD_MS);
-		if (controls[i].topic_id != 0 && controls[i].channel == 0)
-			return mono_later(WITNESS_MS);
 		if (when <= mono_now())
 			when = mono_later(WITNESS_MS);
-		if (controls[i].channel != 0 && (controls[i].asked || !controls[i].open) &&
-			(first == 0 || when < first))
+		/* none is free */
+		if (controls[i].topic_id != 0 && controls[i].channel == 0)
+			when = mono_later(WITNESS_MS);
+		else if (controls[i].channel == 0 || (controls[i].open && !controls[i].asked))
+			continue;
+		if (first == 0 || when < first)
 			first = when;
 	}
 	return first;
