@@ -49,6 +49,21 @@ cmp_ok($published, '<=', 2 * 4 * $topics, 'messages arrive whose confirms take l
 note("$published published");
 is(sql('select count(*) from fanout.stat_topics where stalled_since is not null or attempts > 0'), 0, 'and no topic is refused for that');
 
+# ---- longer than a turn in which nothing of anybody is confirmed ----
+
+# Beside a queue that hangs, which has a channel, too.
+$broker->suspend_queue('t1_g');
+$proxy->command('delay 4500');
+$before = published();
+sql("select count(fanout.publish('t' || i % $topics + 1, to_jsonb(i))) from generate_series(1, $topics) i");
+PgFanout::wait_for_state($node, 'sent', where => q(topic <> 't1'));
+$published = published() - $before;
+cmp_ok($published, '<=', 8 * $topics, 'messages arrive whose confirms take longer than that');
+note("$published published");
+is(sql(q(select count(*) from fanout.stat_topics where topic <> 't1' and (stalled_since is not null or attempts > 0))), 0, 'and no topic is refused for that either');
+$broker->resume_queue('t1_g');
+PgFanout::wait_for_state($node, 'sent');
+
 # ---- most topics wait for a channel ----
 
 $proxy->command('delay 150');
