@@ -119,7 +119,8 @@ like(sql(q(select last_error from fanout.bindings where topic = 'hated')), qr/de
 	'the request is named for which the broker has closed the connection twice');
 my ($error) = sql(q(select detail from fanout.check() where item like '%hated_g%'));
 like($error, qr/closed the connection/, 'and check() shows it');
-is_independent('while that goes on', count => 100);
+# the connection is lost for it, and a busy machine takes a second or two to log in again
+is_independent('while that goes on', count => 100, within => 3000);
 $reconnects = sql('select reconnects from fanout.stat_publisher') - $reconnects;
 my $attempts = sql(q(select attempts from fanout.stat_topics where topic = 'hated'));
 # the pauses between attempts become longer
