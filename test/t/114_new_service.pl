@@ -205,6 +205,7 @@ sub compared
 
 	PgFanout::poll(sub { ask("select count(*) from fanout.sync_comparisons where run = $run and finished_at is not null and state <> 'incomplete'", 'copy') eq '1' },
 		'the comparison', $patience);
+	note(copy("select * from fanout.sync_differences where run = $run limit 20"));
 	return copy("select state, compared, left_out, missing + different + extra from fanout.sync_comparisons where run = $run");
 }
 
