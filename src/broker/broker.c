@@ -172,7 +172,7 @@
  */
 #define CHANNELS_MAX		65000
 
-/* What the broker has to take some data if it has an alarm. */
+/* Bounds the wait for a broker that has said that it is blocked: it reads nothing meanwhile. */
 #define BLOCKED_TIMEOUT_MS	30000
 
 #define HEARTBEAT_NEVER_MS	(60 * 60 * 1000L)

@@ -158,10 +158,7 @@ list_walk(int64 id, int32 topic_id, uint64 last_xid, bool recovers, bool walked)
 		walk->rows = FEWEST_ROWS;
 		walk->last_xid = last_xid;
 
-		/*
-		 * what it wrote before that was committed earlier, and is sent as
-		 * well then
-		 */
+		/* once that is sent, so is what was committed before it */
 		walk->must_drain = walked;
 	}
 	if (walk != NULL)
@@ -189,6 +186,18 @@ read_walks(void)
 
 /* ---- what is not sent yet ---- */
 
+/* Asks something of what a transaction wrote for a topic. */
+static bool
+ask(CachedQuery *query, int32 topic_id, uint64 xid)
+{
+	Oid			types[2] = {INT4OID, INT8OID};
+	Datum		values[2] = {Int32GetDatum(topic_id), Int64GetDatum((int64) xid)};
+	bool		isnull;
+
+	query_execute(query, 2, types, values, NULL);
+	return DatumGetBool(query_value(0, 1, &isnull));
+}
+
 /*
  * Has the publisher recorded that all is sent of a batch that has what a transaction wrote for
  * the topic?  That costs little to know.
@@ -202,12 +211,8 @@ is_batch_sent(int32 topic_id, uint64 xid)
 		" (select base from fanout.sent where topic_id is null order by sent_id desc limit 1)))"
 		" and not exists (select from fanout.held where topic_id = $1 and xid = $2::text::xid8)"
 	};
-	Oid			types[2] = {INT4OID, INT8OID};
-	Datum		values[2] = {Int32GetDatum(topic_id), Int64GetDatum((int64) xid)};
-	bool		isnull;
 
-	query_execute(&query, 2, types, values, NULL);
-	return DatumGetBool(query_value(0, 1, &isnull));
+	return ask(&query, topic_id, xid);
 }
 
 /*
@@ -221,12 +226,8 @@ is_unsent(int32 topic_id, uint64 xid)
 		"select exists (select from fanout.pending where topic_id = $1 and xid = $2::text::xid8)"
 		" or exists (select from fanout.held where topic_id = $1 and xid = $2::text::xid8)"
 	};
-	Oid			types[2] = {INT4OID, INT8OID};
-	Datum		values[2] = {Int32GetDatum(topic_id), Int64GetDatum((int64) xid)};
-	bool		isnull;
 
-	query_execute(&query, 2, types, values, NULL);
-	return DatumGetBool(query_value(0, 1, &isnull));
+	return ask(&query, topic_id, xid);
 }
 
 /* Is all that a transaction of the walk wrote known to be sent? */

@@ -387,6 +387,13 @@ may_send(const Flow *flow)
 	return flow_may_send(flow) && (topology_ready(topic) || topic->declaration.gone || !topic->known);
 }
 
+/* How many topics wait for a channel, in both lines? */
+static int
+nwaiting(void)
+{
+	return nwaiters + nill_waiters;
+}
+
 /* Moves a topic to the end of a list of those that may publish, or to none. */
 static void
 move_to(Flow *flow, FlowList list)
@@ -645,13 +652,6 @@ may_hand_over(const Flow *flow)
 		flow->channel_topics < CHANNEL_TOPICS && nchannels <= max_channels();
 }
 
-/* Are there no channels but those that are kept to find out whether the broker answers? */
-static bool
-are_scarce(void)
-{
-	return broker_free_channels(conn->broker) <= SPARE_CHANNELS;
-}
-
 /*
  * Ends the topic's turn, since others wait, next the first of them.  What is in flight keeps
  * its age.
@@ -702,8 +702,9 @@ make_room(Flow *next, bool of_ill)
 	Flow	   *longest = NULL;
 	int			nyield = 0;
 	int			most = of_ill ? nill_waiters : Max(nwaiters, 1);
-	bool		scarce = are_scarce();	/* one that is given up is not there
-										 * for long, perhaps */
+	bool		scarce = topology_channels_scarce(conn);	/* one that is given up
+															 * is not there for
+															 * long, perhaps */
 
 	if (room_at > now)
 		return false;
@@ -771,7 +772,7 @@ serve_first(void)
 		sender_update(flow);
 		return true;
 	}
-	if (nchannels >= max_channels() || (ill && of_ill) || are_scarce())
+	if (nchannels >= max_channels() || (ill && of_ill) || topology_channels_scarce(conn))
 		return make_room(flow, ill && of_ill);
 	channel = broker_open_channel(conn->broker, true, &error);
 	if (channel == 0)
@@ -783,7 +784,7 @@ serve_first(void)
 static void
 serve_line(void)
 {
-	while (sender_may_publish() && nwaiters + nill_waiters > 0 && serve_first())
+	while (sender_may_publish() && nwaiting() > 0 && serve_first())
 		;
 }
 
@@ -793,7 +794,7 @@ serve_line(void)
 bool
 sender_may_publish(void)
 {
-	return conn->broker != NULL && !broker_blocked(conn->broker) && nring + nwaiters + nill_waiters > 0;
+	return conn->broker != NULL && !broker_blocked(conn->broker) && nring + nwaiting() > 0;
 }
 
 /*
@@ -921,6 +922,7 @@ note_delay(const Flow *flow)
 	}
 }
 
+/* Is any topic of the list suspected, or not? */
 static bool
 any_in(dlist_head * list, bool suspected)
 {
@@ -1075,7 +1077,7 @@ static bool
 others_wait(const Flow *flow)
 {
 	return in_flight > flow->window.in_flight ||
-		nring + nwaiters + nill_waiters > (flow->list != IN_NONE);
+		nring + nwaiting() > (flow->list != IN_NONE);
 }
 
 /*
@@ -1531,7 +1533,6 @@ may_be_stuck(MonoTime now)
 	return false;
 }
 
-
 /*
  * Have channels been scarce for long, because the broker does not close those that were given
  * up?  It does not while a queue hangs that was to be declared on them.
@@ -1539,7 +1540,7 @@ may_be_stuck(MonoTime now)
 static bool
 lacks_channels(MonoTime now)
 {
-	if (!are_scarce() || broker_closing_channels(conn->broker) == 0)
+	if (!topology_channels_scarce(conn) || broker_closing_channels(conn->broker) == 0)
 		spare_at = now;
 	return waits_in_vain(spare_at, now, ANSWER_MS);
 }
@@ -1575,6 +1576,7 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 	bool		answered = (ping_at != 0 && heard_at > ping_at);
 	bool		blocked = conn->broker != NULL && broker_blocked(conn->broker);
 	bool		lacking;
+	bool		stuck;
 
 	/* an alarm's time does not count: the broker did not read what we sent */
 	counts_from = Max(counts_from, blocked ? now : Max(unblocked_at, conn->connected_at));
@@ -1594,13 +1596,14 @@ sender_check(MonoTime now, MonoTime unblocked_at)
 	lacking = lacks_channels(now);
 	if (lacking && closes_no_channels())
 		return "the broker has not closed channels for some seconds, and none is left";
-	if (!answered && (ping_at != 0 || lacking || may_be_stuck(now)))
+	stuck = may_be_stuck(now);
+	if (!answered && (ping_at != 0 || lacking || stuck))
 		ask_for_life(now);
 	if (ping_at == 0)
 		return NULL;
 	if (answered)
 		ping_at = 0;
-	else if (may_be_stuck(now) && waits_in_vain(ping_at, now, reading_ms(now)))
+	else if (stuck && waits_in_vain(ping_at, now, reading_ms(now)))
 	{
 		note_stuck(now);
 		return "the broker has read nothing from the connection for some seconds";
@@ -1619,9 +1622,9 @@ sender_timeout(MonoTime now)
 
 	if (in_flight > 0 || ping_at != 0)
 		timeout = Min(timeout, 500);
-	if (nwaiters + nill_waiters > 0 || trial != NULL || trial_awaits_quiet(now))
+	if (nwaiting() > 0 || trial != NULL || trial_awaits_quiet(now))
 		timeout = Min(timeout, 100);
-	if (nwaiters + nill_waiters > 0 && room_at > now)
+	if (nwaiting() > 0 && room_at > now)
 		timeout = Min(timeout, ROOM_MS);
 	if (nopening > 0)
 		timeout = Min(timeout, 500);

@@ -57,6 +57,9 @@
 
 #define CONTROL_CHANNELS 8
 
+/* Channels that are left for finding out whether the broker answers: here, and in sender.c. */
+#define SPARE_CHANNELS 2
+
 /*
  * A queue that does not answer the broker is looked at so many times before it is kept.  Each
  * look takes a quarter of a second or more.
@@ -761,12 +764,19 @@ close_control(Connection *conn, Control *control)
 	control->open = false;
 }
 
+/* Are there no channels but those that are kept to find out whether the broker answers? */
+bool
+topology_channels_scarce(const Connection *conn)
+{
+	return broker_free_channels(conn->broker) <= SPARE_CHANNELS;
+}
+
 static void
 open_control(Connection *conn, Control *control)
 {
 	BrokerError error;
 
-	if (broker_free_channels(conn->broker) <= SPARE_CHANNELS)
+	if (topology_channels_scarce(conn))
 		return;
 	control->channel = broker_open_channel(conn->broker, false, &error);
 	control->open = false;

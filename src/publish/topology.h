@@ -13,9 +13,6 @@
 #include "broker/connection.h"
 #include "publish/state.h"
 
-/* Channels that are left for finding out whether the broker answers: here, and in sender.c. */
-#define SPARE_CHANNELS 2
-
 extern void topology_init(void (*declared) (Topic *topic), bool (*may_drop) (Topic *topic, uint32 load),
 						  bool (*suspected) (void));
 extern void topology_request(Topic *topic, bool first);
@@ -39,6 +36,7 @@ extern void topology_lost(const BrokerEvent *event, bool doubtful);
 extern bool topology_owns(int channel);
 extern bool topology_busy(void);
 extern bool topology_asks(void);
+extern bool topology_channels_scarce(const Connection *conn);
 extern bool topology_doubtful(const BrokerEvent *event);
 extern MonoTime topology_timeout(void);
 
