@@ -114,7 +114,9 @@ count_different(Delivery **deliveries, int n)
 
 /*
  * Takes the first deliveries for which chosen() says what is wanted, at most limit, and
- * none of an id twice.  Returns how many.
+ * none of an id twice.  A part of a comparison is taken with none before it: it leaves out
+ * what waits, and what begins to wait in its own batch is not in the table yet.  Returns
+ * how many.
  */
 int
 at_hand_take(Delivery **deliveries, int limit, DeliveryTest chosen, bool wanted)
@@ -122,7 +124,8 @@ at_hand_take(Delivery **deliveries, int limit, DeliveryTest chosen, bool wanted)
 	int			n = 0;
 	int			different;
 
-	while (n < limit && at_hand.first != NULL && chosen(at_hand.first) == wanted)
+	while (n < limit && at_hand.first != NULL && chosen(at_hand.first) == wanted &&
+		   !(n > 0 && at_hand.first->order.free))
 		deliveries[n++] = take_first();
 	different = count_different(deliveries, n);
 	at_hand_put_back(deliveries + different, n - different);

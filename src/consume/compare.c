@@ -27,6 +27,9 @@
  * The last are rows that were made here, and are on their way to others: a repair
  * that deletes them would delete them everywhere.
  *
+ * What waits is read from fanout.waiting, where all that stood before the message and is
+ * not applied must be: so no delivery comes before it in its batch (at_hand.c).
+ *
  * Values are compared as the copy has them: those of the message are read as any
  * change's would be, and then both must have the same text.  So columns that are
  * mapped, ignored, or of another type need nothing of their own.
