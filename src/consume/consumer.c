@@ -103,7 +103,7 @@
 #define SETTLE_TIMEOUT_MS 30000
 
 /* What is delivered again is gathered until nothing came for so long. */
-#define GATHER_MS 100
+#define GATHER_MS 500
 
 /* A probe is a delivery; if none has come for so long, one from the waiting room. */
 #define PROBE_WAIT_MS 1000
