@@ -1,7 +1,8 @@
 # A service that comes late gets every row of a table that is written all the time,
 # while workers, consumers, server and broker fail: declare_binding() and backfill()
-# are all it takes.  The copy of sync_table() is equal, compare() agrees, and the
-# consumers of the README, in Python, Node and Go, reach the same.
+# are all it takes.  The copy of sync_table() is equal, compare() agrees, also while the
+# copy refuses a row now and then, and the consumers of the README, in Python, Node and
+# Go, reach the same.
 #
 # PG_FANOUT_LONG=1: a million rows and 30 faults in place of 5,000 and 9; they are sent
 # to the topic once, in place of each queue.
@@ -130,7 +131,7 @@ my @groups = $long ? ('null') : map { "'$_'" } @languages, 'copy';
 sql("select fanout.declare_binding('account', '$_')") foreach @languages, 'copy';
 sql("select fanout.backfill('accounts', 'account', consumer_group => $_, rate => $rate)") foreach @groups;
 start_consumer($_) foreach @languages;
-copy(q(select fanout.sync_table('account', 'copy', 'accounts')));
+copy(q(select fanout.sync_table('account', 'copy', 'accounts', retry_delay => '300 ms')));
 
 # ---- faults ----
 
@@ -210,6 +211,18 @@ sub compared
 }
 
 like(compared(), qr/^equal\|\d+\|\d+\|0$/, 'compare() finds no difference while all of them are written');
+copy(q(
+create function refuse() returns trigger language plpgsql as $$
+begin
+	if random() < 0.2 then
+		raise 'not now';
+	end if;
+	return coalesce(new, old);
+end $$;
+create trigger refuse before insert or update or delete on accounts for each row execute function refuse();
+));
+like(compared(), qr/^equal\|\d+\|\d+\|0$/, "nor while one of five is refused at first, $_") foreach 1 .. 10;
+copy('drop trigger refuse on accounts');
 end_beside('load');
 PgFanout::poll(sub { ask(q(select count(*) from pg_stat_activity where application_name = 'pgbench')) eq '0' }, 'the end of the load');
 PgFanout::flush($node, timeout => "$patience s");
