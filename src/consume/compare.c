@@ -894,7 +894,12 @@ settle_row(Comparison *c, const SourceRow *row)
 	if (row->left_out || (!equal && has_waiting(c, &row->values)))
 		c->others.left_out++;
 	else if (equal)
+	{
+		/* which deletes what is older than it, once it is applied */
+		if (c->repair && c->truncate_waits)
+			sync_rows_set(known, c->message->sequence, c->message->xid, true);
 		c->others.compared++;
+	}
 	else
 		settle_different(c, known, row);
 }
