@@ -350,6 +350,30 @@ prepare_update(SyncTarget *target, Bitmapset *columns, bool with_key)
 }
 
 /*
+ * Makes sure that a row that was just written is no other subscription's.  What is known of it
+ * was loaded before, and the other one may have written it since; now it is locked, or
+ * the key is taken.
+ */
+static void
+check_others(const SyncTarget *target, const SyncValues *row)
+{
+	static CachedQuery query = {
+		"select from fanout.sync_row where subscription_id = any ($1) and subscription_id <> $2 and hash = $3"
+		" and deleted_at is null"
+	};
+	Oid			types[] = {INT4ARRAYOID, INT4OID, UUIDOID};
+	Datum		values[] = {target->sharers, Int32GetDatum(target->subscription_id), UUIDPGetDatum(&row->hash)};
+
+	if (!target->shared)
+		return;
+	owner_execute(&query, 3, types, values, NULL);
+	if (SPI_processed > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("another subscription has written a row of table %s meanwhile", target->qualified)));
+}
+
+/*
  * sync_write_update
  *		Updates the row of that key; false: there is none, or a trigger left it out.
  *
@@ -386,6 +410,8 @@ sync_write_move(SyncTarget *target, const SyncValues *row, const SyncValues *old
 		return false;
 	found = execute(target, statements->move, row, old_key) > 0;
 	check_identity(target);
+	check_others(target, row);
+	check_others(target, old_key);
 	return found;
 }
 
@@ -423,11 +449,12 @@ sync_write_insert(SyncTarget *target, const SyncValues *row)
 bool
 sync_write_put(SyncTarget *target, const SyncValues *row)
 {
-	if (sync_write_update(target, row))
-		return true;
-	if (target->skips_updates && sync_write_exists(target, row))
-		return false;
-	return sync_write_insert(target, row);
+	bool		written = sync_write_update(target, row);
+
+	if (!written && !(target->skips_updates && sync_write_exists(target, row)))
+		written = sync_write_insert(target, row);
+	check_others(target, row);
+	return written;
 }
 
 /*
@@ -437,6 +464,8 @@ sync_write_put(SyncTarget *target, const SyncValues *row)
 bool
 sync_write_delete(SyncTarget *target, const SyncValues *key)
 {
+	bool		found;
+
 	if (target->delete_plan == NULL)
 	{
 		StringInfoData sql;
@@ -448,8 +477,9 @@ sync_write_delete(SyncTarget *target, const SyncValues *key)
 		append_key(&sql, target, 1);
 		target->delete_plan = prepare(target, sql.data, NULL, true);
 	}
-	return execute(target, target->delete_plan, NULL, key) > 0 || !target->skips_deletes ||
-		!sync_write_exists(target, key);
+	found = execute(target, target->delete_plan, NULL, key) > 0;
+	check_others(target, key);
+	return found || !target->skips_deletes || !sync_write_exists(target, key);
 }
 
 /*
