@@ -79,6 +79,9 @@ static MonoTime deadline;		/* of the batch */
 static int64 recorded;			/* message whose attempt was recorded; 0: none */
 static pg_uuid_t late;			/* message whose call did not end in time */
 static bool have_late = false;
+static Failure late_failure;	/* its own */
+static int64 singly;			/* message of the waiting room that is tried
+								 * alone; 0: none */
 static bool lost;				/* the handler was, in the middle */
 static bool ending;				/* an error is to be the last of the
 								 * transaction */
@@ -293,6 +296,7 @@ apply_late(SubscriptionRow *row, Batch *batch, Delivery *delivery)
 		return true;
 	have_late = false;
 	batch->tries++;
+	batch->failure = late_failure;
 	return message_failed(row, batch, delivery);
 }
 
@@ -508,15 +512,19 @@ get_messages(const SubscriptionRow *row, Batch *batch, ApplyMode mode, MemoryCon
 	waiting_look(row);
 	if (!batch->from_room)
 	{
-		inbox_look_up(row->inbox_id, batch->deliveries, batch->n);
+		/* skip() moves a message from the one to the other */
 		waiting_filter(row, batch->deliveries, batch->n, &order);
+		inbox_look_up(row->inbox_id, batch->deliveries, batch->n);
 		if (batch->probe || batch->store)
 			take_early(batch);
 	}
 	else if (mode == MODE_AGAIN || mode == MODE_GIVE_UP)
 		take_recorded(row, batch, context);
 	else
+	{
 		batch->n = waiting_take(row, batch->limit, batch->memory, batch->singly || batch->probe, context, batch->deliveries);
+		singly = (batch->n == 1) ? batch->deliveries[0]->waiting_id : 0;
+	}
 }
 
 /*
@@ -717,6 +725,14 @@ write_failure(SubscriptionRow *row, Batch *batch)
 	return result;
 }
 
+/* All was undone: was that because one did not end in time? */
+static void
+note_late(const SubscriptionRow *row, const Batch *batch)
+{
+	have_late = batch->failure.late && !row->batch;
+	late_failure = batch->failure;
+}
+
 /*
  * Applies deliveries of the broker's.  If the result is COMMITTED, those with an
  * outcome can be acked.  If it is UNDONE, there are several, and they should be
@@ -731,7 +747,7 @@ apply_batch(SubscriptionRow *row, Batch *batch)
 	have_late = false;
 	if (result == APPLY_UNDONE && !careful)
 	{
-		have_late = batch->failure.late && !row->batch;
+		note_late(row, batch);
 		batch->careful = true;
 		result = run(row, batch, MODE_GROUPS);
 	}
@@ -755,6 +771,18 @@ apply_recorded(SubscriptionRow *row, Batch *batch)
 	return result;
 }
 
+/* Puts off a message of which not even the failure can be written, so that others have their turn. */
+static void
+put_off(const SubscriptionRow *row, const Failure *failure)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+
+	worker_begin();
+	waiting_put_off(row, singly, failure);
+	worker_commit();
+	MemoryContextSwitchTo(oldcontext);
+}
+
 /*
  * Applies messages of the waiting room that are due: batch->deliveries has room
  * for batch->limit, and gets them.  UNDONE: they should be taken singly.
@@ -764,19 +792,21 @@ apply_due(SubscriptionRow *row, Batch *batch)
 {
 	ApplyResult result;
 
-	recorded = 0;
+	recorded = singly = 0;
 	result = run(row, batch, batch->careful || batch->singly ? MODE_GROUPS : MODE_TOGETHER);
 	if (result != APPLY_COMMITTED)
 		recorded = 0;
 	if (result == APPLY_UNDONE && !batch->careful && !batch->singly)
 	{
-		have_late = batch->failure.late && !row->batch;
+		note_late(row, batch);
 		batch->careful = true;
 		result = run(row, batch, MODE_GROUPS);
 		have_late = false;
 	}
 	if (result == APPLY_COMMITTED && recorded != 0)
 		result = apply_recorded(row, batch);
+	if (result == APPLY_UNDONE && singly != 0 && (batch->singly || batch->probe))
+		put_off(row, &batch->failure);
 	return result;
 }
 

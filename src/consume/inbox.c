@@ -194,7 +194,7 @@ find_seen(IdScan *scan, int32 inbox_id, Delivery **sorted, int n)
 }
 
 /*
- * Sets the outcome of deliveries: SEEN if its id is in the inbox, else NONE.  In a
+ * Sets the outcome of deliveries whose ids are in the inbox to SEEN.  In a
  * transaction of worker_begin().  There is no planner in it: workers keep their plans,
  * and one made for an empty inbox is as slow as can be for one that has grown.
  */
@@ -206,8 +206,6 @@ inbox_look_up(int32 inbox_id, Delivery **deliveries, int n)
 	Delivery  **sorted = sort_by_id(deliveries, n);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 
-	for (int i = 0; i < n; i++)
-		deliveries[i]->outcome = OUTCOME_NONE;
 	for (int back = 0; back < LOOKED_INTO; back++)
 	{
 		IdScan		scan = begin_scan((segment + INBOX_SEGMENTS - back) % INBOX_SEGMENTS, snapshot);

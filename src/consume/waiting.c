@@ -29,7 +29,8 @@
  * of the one before it; and among equals that of storing.  So what the broker
  * delivers again in another order than at first still has its place.  Whether a
  * message is really the first of its keys is decided when it is taken, by all
- * that is before it; promote() may err towards taking too early, never too late.
+ * that is before it; promote() may err towards taking too early.  What it did not see
+ * while others changed the room is found by promote_all() soon after.
  *
  * A subscription that has its failed messages given back to their queue
  * (on_failure) stores none of them: a row without a body remembers the attempts, and
@@ -85,6 +86,9 @@
 /* After so many milliseconds it is looked whether others have let go of messages. */
 #define LOCKED_MS 200
 #define PROMOTE_AGAIN_MS 1000
+
+/* waiting_put_off() puts a message off as so many attempts do. */
+#define PUT_OFF_TRIES 5
 
 /* hasten() makes so many messages due at once, at most. */
 #define HASTEN_MAX 1000
@@ -152,6 +156,8 @@ static KnownMessage known[KNOWN_MAX];
 static int	nknown = -1;		/* -1: to be read */
 static MonoTime promote_at = 0; /* others had locked what was to be due; 0:
 								 * none */
+static MonoTime heads_at = 0;	/* all of the room is looked at no sooner,
+								 * unless it has to be */
 static MonoTime hastened_at = 0;	/* when hasten() made messages due; 0:
 									 * never */
 static MonoTime hasten_at = 0;	/* when it is to do that once more; 0: no need */
@@ -263,10 +269,23 @@ promote_all(const SubscriptionRow *row)
 	};
 	Oid			types[1] = {INT4OID};
 	Datum		values[1] = {Int32GetDatum(row->subscription_id)};
+	MonoTime	begun = mono_now();
 
 	promote_at = 0;
 	run_promote(&query, 1, types, values);
 	promote_barrier(row);
+	heads_at = mono_plus(begun, Max(PROMOTE_AGAIN_MS, (mono_now() - begun) * RECOUNT_PART / 1000));
+}
+
+/*
+ * Has all of the room looked at, soon: what others, or a transaction that was undone, have
+ * left of it may have a message that is the first of its keys and is not due.
+ */
+static void
+promote_soon(void)
+{
+	if (promote_at == 0)
+		promote_at = Max(mono_now(), heads_at);
 }
 
 /* When the next one is due after that time; 0: never.  *barrier: is one behind others? */
@@ -477,6 +496,8 @@ waiting_look(const SubscriptionRow *row)
 	forget_order(row);
 	heed_clock(row);
 	count_room(row);
+	if (waiting_room.count > 0)
+		promote_soon();
 	find_last_place(row);
 	find_next_due(row, DT_NOBEGIN);
 	waiting_room.stale = false;
@@ -1625,6 +1646,23 @@ waiting_take_again(const SubscriptionRow *row, int64 waiting_id, MemoryContext c
 	Delivery   *delivery;
 
 	return load(row, &id, 1, context, &delivery) == 1 ? delivery : NULL;
+}
+
+/* Writes that what had become of a message could not be written, and when it is tried again. */
+void
+waiting_put_off(const SubscriptionRow *row, int64 waiting_id, const Failure *failure)
+{
+	static CachedQuery query = {
+		"update fanout.waiting set postponed = postponed + 1, sqlstate = $2, error = $3, next_try = $4,"
+		" failed_at = clock_timestamp() where waiting_id = $1"
+	};
+	Oid			types[4] = {INT8OID, TEXTOID, TEXTOID, TIMESTAMPTZOID};
+	Datum		values[4] = {
+		Int64GetDatum(waiting_id), CStringGetTextDatum(failure->sqlstate), CStringGetTextDatum(failure->text),
+		TimestampTzGetDatum(failure_next_try(row, PUT_OFF_TRIES))
+	};
+
+	owner_execute(&query, 4, types, values, NULL);
 }
 
 /*

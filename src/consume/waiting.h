@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "consume/delivery.h"
+#include "consume/failure.h"
 #include "consume/order.h"
 #include "consume/subscription.h"
 #include "server/monotime.h"
@@ -35,6 +36,7 @@ extern void waiting_settle(const SubscriptionRow *row, Delivery **deliveries, in
 extern int	waiting_take(const SubscriptionRow *row, int limit, size_t memory, bool singly,
 						 MemoryContext context, Delivery **deliveries);
 extern Delivery *waiting_take_again(const SubscriptionRow *row, int64 waiting_id, MemoryContext context);
+extern void waiting_put_off(const SubscriptionRow *row, int64 waiting_id, const Failure *failure);
 extern void waiting_begin_attempt(const SubscriptionRow *row, int64 waiting_id, int attempts);
 extern void waiting_forget(int retention_s);
 
