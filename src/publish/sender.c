@@ -17,8 +17,8 @@
  * without a confirm keeps the age of its oldest message (unconfirmed_since), and sends that
  * message alone in its next turns.  It is refused when the message is older than
  * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so
- * that time spent waiting for a channel refuses no topic by itself.  Such topics, and those that
- * are stalled, are ill: they wait in a line of their own, for a part of the channels, so that
+ * that time spent waiting for a channel refuses no topic by itself.  Such topics, also
+ * once they are paused and resumed, and those that are stalled, are ill: they wait in a line of their own, for a part of the channels, so that
  * many queues that hang do not keep channels from topics whose queues do not.  Whether a confirm
  * is late is told by those of other topics (is_behind()): a broker may be slow to all.  If there
  * are none, one topic is waited for patiently, which tells (wait_patiently()).
@@ -479,12 +479,27 @@ give_channel_up(Flow *flow)
 	lose(flow);
 }
 
+/* Was the topic's last turn in vain, or its last attempt?  Such topics have few channels. */
+bool
+sender_is_ill(const Flow *flow)
+{
+	return flow->unconfirmed_since != 0 || flow->in_vain || flow->stalled;
+}
+
+/* Forgets how old the oldest message is, but not that nothing was confirmed. */
+static void
+forget_age(Flow *flow)
+{
+	flow->in_vain = sender_is_ill(flow);
+	flow->unconfirmed_since = 0;
+}
+
 /* The topic publishes nothing more for now: it gives its channel up. */
 void
 sender_release(Flow *flow)
 {
 	give_channel_up(flow);
-	flow->unconfirmed_since = 0;
+	forget_age(flow);
 }
 
 bool
@@ -566,13 +581,6 @@ hangs(const Flow *flow, MonoTime now)
 	return waits_in_vain(flow->confirmed_at, now, HUNG_MS) && is_behind(flow, now, HUNG_MS);
 }
 
-/* Was the topic's last turn in vain, or its last attempt?  Such topics have few channels. */
-static bool
-is_ill(const Flow *flow)
-{
-	return flow->unconfirmed_since != 0 || flow->stalled;
-}
-
 /*
  * Is it the topic's own fault that others wait for its messages to be confirmed, at least for
  * so long?  Not if it waits for a channel, unless nothing came of its last turn; nor if the
@@ -640,7 +648,7 @@ many_ill(void)
 	int			n = 0;
 
 	for (int i = 0; i < nflows; i++)
-		n += (flows[i] != NULL && flows[i] != patient && is_ill(flows[i]));
+		n += (flows[i] != NULL && flows[i] != patient && sender_is_ill(flows[i]));
 	return n >= max_channels() / ILL_PART;
 }
 
@@ -712,7 +720,7 @@ make_room(Flow *next, bool of_ill)
 	{
 		Flow	   *flow = flows[i];
 
-		if (flow == NULL || (of_ill && !is_ill(flow)))
+		if (flow == NULL || (of_ill && !sender_is_ill(flow)))
 			continue;
 		nyield += flow->yields;
 		if (may_yield(flow, now) && (!scarce || may_hand_over(flow)) && (chosen == NULL || flow->channel_since < chosen->channel_since))
@@ -734,7 +742,7 @@ make_room(Flow *next, bool of_ill)
 static bool
 is_channel_wanted(const Flow *flow)
 {
-	return nwaiters > 0 || (nill_waiters > 0 && (is_ill(flow) || !many_ill()));
+	return nwaiters > 0 || (nill_waiters > 0 && (sender_is_ill(flow) || !many_ill()));
 }
 
 /* Does the topic have an open channel?  If it has none, it is in line for one then. */
@@ -743,9 +751,9 @@ has_channel(Flow *flow)
 {
 	if (flow->channel == 0)
 	{
-		if (!is_ill(flow) && nwaiters == 0)
+		if (!sender_is_ill(flow) && nwaiters == 0)
 			room_at = 0;
-		move_to(flow, is_ill(flow) ? IN_ILL_LINE : IN_LINE);
+		move_to(flow, sender_is_ill(flow) ? IN_ILL_LINE : IN_LINE);
 		return false;
 	}
 	flow->yields = flow->yields && is_channel_wanted(flow);
@@ -1284,6 +1292,7 @@ sender_confirmed(const BrokerEvent *event)
 	sender_heard();
 	flow->confirmed_at = heard_at;
 	flow->unconfirmed_since = 0;
+	flow->in_vain = false;
 	if (ack)
 	{
 		if (mono_exceeds(acked_at, heard_at, ACKS_PAUSE_MS))
@@ -1366,6 +1375,7 @@ sender_closed(const BrokerEvent *event)
 	set_channel(flow, 0);
 	lose(flow);
 	flow->unconfirmed_since = 0;
+	flow->in_vain = false;
 	if (event->code == BROKER_ACCESS_REFUSED &&
 		!connection_believes(conn, &flow->doubted, flow->stalled && flow->code == BROKER_ACCESS_REFUSED))
 	{

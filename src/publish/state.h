@@ -84,6 +84,8 @@ typedef struct Declaration
 	int			code;			/* of the last refusal */
 	bool		queued;			/* something has to be asked of the broker */
 	bool		asking;			/* it is */
+	bool		hangs;			/* something was not answered in time, the
+								 * last time */
 	bool		unrecorded;		/* there are answers to record */
 	dlist_node	queue_node;
 	dlist_node	unrecorded_node;
@@ -213,6 +215,8 @@ typedef struct Flow
 	MonoTime	unconfirmed_since;	/* the oldest message was published first,
 									 * if a turn ended without a confirm
 									 * since; 0: none did */
+	bool		in_vain;		/* it was ill when it lost its channel, and
+								 * nothing was confirmed since */
 	bool		yields;			/* others wait for it: publishes nothing more */
 	bool		ready;			/* it may publish */
 	FlowList	list;

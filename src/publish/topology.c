@@ -4,7 +4,7 @@
  *		Declares on the broker what the catalog says.
  *
  * Nothing here waits for the broker.  Topics of which something has to be asked
- * stand in a queue.  Up to CONTROL_CHANNELS of them are worked on at a time, each
+ * stand in a line.  Up to CONTROL_CHANNELS of them are worked on at a time, each
  * on a channel of its own, one request after the other:
  *
  *		exchange.declare -> for each queue: queue.declare -> queue.bind
@@ -26,8 +26,16 @@
  *	 exchange or binding, which is not tried again until topology_forget_topic() is
  *	 called.  A 403 first asks for a new login (connection_believes()).
  *
- * - A request that is not answered within REPLY_TIMEOUT_MS is refused, and its
- *	 channel is abandoned.
+ * - A request that is not answered within REPLY_TIMEOUT_MS is refused.  RabbitMQ closes
+ *	 no channel before the queue has answered, so the channel is kept, if there is room,
+ *	 and the same is not asked again: once the answer comes after all, everything is.
+ *
+ * A queue that hangs does not keep others waiting: a request that takes longer than SLOW_MS
+ * does not count, and topics of which something hung the last time, or whose messages are
+ * not confirmed, stand in a line of their own, for ILL_CONTROLS.
+ *
+ *		well_line -> CONTROL_CHANNELS -+-> answered
+ *		ill_line --> ILL_CONTROLS -----+-> slow -> answered, or late: refused, the channel is kept
  *
  * - If the connection is lost with a code that blames a request, that may be each
  *	 of those under way.  On the next connection they go one at a time, and the one
@@ -51,11 +59,26 @@
 #include "utils/memutils.h"
 
 #include "broker/broker.h"
+#include "publish/sender.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
 #include "server/monotime.h"
 
 #define CONTROL_CHANNELS 8
+#define ILL_CONTROLS 2
+
+/*
+ * With those on which a request takes long, of which the ill ones leave CONTROL_CHANNELS to the
+ * others; and those on which one was not answered in time.
+ */
+#define MAX_CONTROLS 20
+#define MAX_LATE 128
+
+/* A request takes long. */
+#define SLOW_MS 300
+
+/* No more is asked of the ill ones if the broker allows no more channels than these. */
+#define FEW_CHANNELS (CONTROL_CHANNELS + SPARE_CHANNELS)
 
 /* Channels that are left for finding out whether the broker answers: here, and in sender.c. */
 #define SPARE_CHANNELS 2
@@ -100,16 +123,20 @@ typedef struct Control
 	bool		dropping;
 	bool		held;			/* its request waits until no topic is
 								 * suspected */
+	bool		ill;			/* the topic has come out of the ill line */
 } Control;
 
 static void (*tell_declared) (Topic *topic);
 static bool (*topic_may_drop) (Topic *topic, uint32 load);
 static bool (*messages_suspected) (void);
-static Control controls[CONTROL_CHANNELS];
-static dlist_head queue = DLIST_STATIC_INIT(queue);
+static Control controls[MAX_CONTROLS];
+static Control late[MAX_LATE];	/* only what was asked, and the channel */
+static dlist_head well_line = DLIST_STATIC_INIT(well_line);
+static dlist_head ill_line = DLIST_STATIC_INIT(ill_line);
 static dlist_head unrecorded = DLIST_STATIC_INIT(unrecorded);
-static int	nqueued = 0;		/* in the queue, and being worked on */
+static int	nqueued = 0;		/* in the lines, and being worked on */
 static bool one_at_a_time = false;
+static bool few_channels = false;	/* are free */
 static bool may_hold = true;	/* requests may be held back on this
 								 * connection */
 
@@ -313,10 +340,31 @@ topology_forget_topic(Topic *topic)
 	topology_request(topic, false);
 }
 
+/* ---- looking again ---- */
+
+/* Has all of the topic declared again; until then it counts as there. */
+static void
+recheck_topic(Topic *topic)
+{
+	Declaration *declaration = &topic->declaration;
+
+	declaration->rechecked = declaration->rechecked || declaration->confirmed;
+	declaration->confirmed = false;
+	for (int b = 0; b < topic->nbindings; b++)
+	{
+		BindingAnswer *answer = &topic->bindings[b].answer;
+
+		answer->rechecked = answer->rechecked || answer->confirmed;
+		forget_answer(answer);
+	}
+	topology_request(topic, false);
+}
+
 /*
  * Everything has to be declared again: another connection (anew), or verify().  What
  * costs the connection is left to the topic's next attempt: else connections would be
- * made and lost for it all the time.
+ * made and lost for it all the time.  verify() keeps no topic from publishing of which
+ * all was there.
  */
 void
 topology_forget_confirmed(bool anew)
@@ -328,11 +376,13 @@ topology_forget_confirmed(bool anew)
 	{
 		if (anew && topic->declaration.lost_for_it && topic->flow.stalled)
 			continue;
-		topology_forget_topic(topic);
+		if (anew || topology_error(topic) != NULL || topic->dropping ||
+			!(topic->declaration.confirmed || topic->declaration.rechecked))
+			topology_forget_topic(topic);
+		else
+			recheck_topic(topic);
 	}
 }
-
-/* ---- looking again ---- */
 
 static Topic *
 longest_unchecked(uint32 round)
@@ -368,19 +418,8 @@ topology_recheck(int count)
 	round++;
 	while (count-- > 0 && (topic = longest_unchecked(round)) != NULL)
 	{
-		Declaration *declaration = &topic->declaration;
-
-		declaration->recheck = round;
-		declaration->rechecked = declaration->confirmed;
-		declaration->confirmed = false;
-		for (int b = 0; b < topic->nbindings; b++)
-		{
-			BindingAnswer *answer = &topic->bindings[b].answer;
-
-			answer->rechecked = answer->confirmed;
-			forget_answer(answer);
-		}
-		topology_request(topic, false);
+		topic->declaration.recheck = round;
+		recheck_topic(topic);
 	}
 }
 
@@ -459,11 +498,12 @@ find_next(Topic *topic, Next *next)
 	return topic->dropping && declaration->error == NULL && may_drop(topic, topic->drop_load);
 }
 
-/* Puts the topic into the queue if anything has to be asked; first: at its head. */
+/* Puts the topic into its line if anything has to be asked; first: at its head. */
 void
 topology_request(Topic *topic, bool first)
 {
 	Declaration *declaration = &topic->declaration;
+	dlist_head *line = (declaration->hangs || sender_is_ill(&topic->flow)) ? &ill_line : &well_line;
 	Next		next;
 
 	if (declaration->asking || !find_next(topic, &next))
@@ -476,9 +516,9 @@ topology_request(Topic *topic, bool first)
 		nqueued++;
 	declaration->queued = true;
 	if (first)
-		dlist_push_head(&queue, &declaration->queue_node);
+		dlist_push_head(line, &declaration->queue_node);
 	else
-		dlist_push_tail(&queue, &declaration->queue_node);
+		dlist_push_tail(line, &declaration->queue_node);
 }
 
 /* The same of all topics. */
@@ -699,21 +739,33 @@ answered(Control *control, int code, const char *error, const BrokerEvent *event
 /* ---- channels ---- */
 
 static Control *
-control_of(int channel)
+find_control(Control *list, int n, int channel)
 {
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < n; i++)
 	{
-		if (channel != 0 && controls[i].channel == channel)
-			return &controls[i];
+		if (channel != 0 && list[i].channel == channel)
+			return &list[i];
 	}
 	return NULL;
+}
+
+static Control *
+control_of(int channel)
+{
+	return find_control(controls, MAX_CONTROLS, channel);
+}
+
+static Control *
+late_of(int channel)
+{
+	return find_control(late, MAX_LATE, channel);
 }
 
 /* Is it a channel of this file? */
 bool
 topology_owns(int channel)
 {
-	return channel != 0 && (channel == witness || control_of(channel) != NULL);
+	return channel != 0 && (channel == witness || control_of(channel) != NULL || late_of(channel) != NULL);
 }
 
 /* The broker has taken in all that it was asked before it was asked for the witness. */
@@ -748,6 +800,8 @@ release_topic(Control *control, bool again)
 	if (topic == NULL)
 		return;
 	topic->declaration.asking = false;
+	if (!again && topology_error(topic) == NULL)
+		topic->declaration.hangs = false;
 	if (again)
 		topology_request(topic, true);
 	else
@@ -783,27 +837,63 @@ open_control(Connection *conn, Control *control)
 	control->asked_at = mono_now();
 }
 
-static void
-take_topic(Control *control)
+/* Does the request that is under way take long? */
+static bool
+is_slow(const Control *control)
 {
-	Topic	   *topic = dlist_container(Topic, declaration.queue_node, dlist_pop_head_node(&queue));
+	return control->asked && mono_exceeds(control->asked_at, mono_now(), SLOW_MS);
+}
+
+/* Topics of a line that are worked on; all: those, too, of which a request takes long. */
+static int
+count_taken(bool ill, bool all)
+{
+	int			n = 0;
+
+	for (int i = 0; i < MAX_CONTROLS; i++)
+		n += (controls[i].topic_id != 0 && controls[i].ill == ill && (all || !is_slow(&controls[i])));
+	return n;
+}
+
+/* The line whose first topic may be worked on, or NULL. */
+static dlist_head *
+line_to_take(void)
+{
+	if (!dlist_is_empty(&well_line) && count_taken(false, false) < CONTROL_CHANNELS)
+		return &well_line;
+	if (!dlist_is_empty(&ill_line) && !few_channels && count_taken(true, false) < ILL_CONTROLS &&
+		count_taken(true, true) < MAX_CONTROLS - CONTROL_CHANNELS)
+		return &ill_line;
+	return NULL;
+}
+
+static void
+take_topic(Control *control, dlist_head * line)
+{
+	Topic	   *topic = dlist_container(Topic, declaration.queue_node, dlist_pop_head_node(line));
 
 	topic->declaration.queued = false;
 	topic->declaration.asking = true;
 	control->topic_id = topic->topic_id;
+	control->ill = (line == &ill_line);
 	control->asked = control->held = false;
+}
+
+static void
+forget_request(Control *control)
+{
+	if (control->group == NULL)
+		return;
+	pfree(control->group);
+	pfree(control->signature);
+	control->group = control->signature = NULL;
 }
 
 /* Remembers what is being asked, whatever becomes of the topic meanwhile. */
 static void
 note_request(Control *control, const Next *next)
 {
-	if (control->group != NULL)
-	{
-		pfree(control->group);
-		pfree(control->signature);
-		control->group = control->signature = NULL;
-	}
+	forget_request(control);
 	control->kind = next->kind;
 	control->dead = next->dead;
 	if (next->binding == NULL)
@@ -812,6 +902,72 @@ note_request(Control *control, const Next *next)
 	control->signature = MemoryContextStrdup(TopMemoryContext, next->binding->signature);
 	control->dropping = next->binding->dropping;
 }
+
+/* ---- what was not answered in time ---- */
+
+/* Is the broker still to answer the very request? */
+static bool
+is_late(const Control *control)
+{
+	for (int i = 0; i < MAX_LATE; i++)
+	{
+		const Control *other = &late[i];
+
+		if (other->channel != 0 && other->topic_id == control->topic_id && other->kind == control->kind &&
+			other->dead == control->dead && (other->group == NULL) == (control->group == NULL) &&
+			(other->group == NULL ||
+			 (strcmp(other->group, control->group) == 0 && strcmp(other->signature, control->signature) == 0)))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Keeps the channel on which a request was not answered, apart from the others.  False: there is
+ * no room for that.
+ */
+static bool
+keep_late(Control *control)
+{
+	for (int i = 0; i < MAX_LATE; i++)
+	{
+		if (late[i].channel != 0)
+			continue;
+		late[i] = *control;
+		control->group = control->signature = NULL;
+		control->channel = 0;
+		control->open = false;
+		return true;
+	}
+	return false;
+}
+
+/* The broker has answered after all, or closed the channel: whatever hung does no more. */
+static void
+late_answered(Connection *conn, Control *control, bool closed)
+{
+	Topic	   *topic = topic_find(control->topic_id);
+
+	if (!closed)
+		broker_close_channel(conn->broker, control->channel);
+	control->channel = 0;
+	forget_request(control);
+	if (topic == NULL || !topic->known)
+		return;
+	topic->declaration.hangs = false;
+	topic->flow.retry_at = 0;
+	topology_forget_topic(topic);
+}
+
+static char *request_text(const Control *control);
+
+static char *
+unanswered_text(const Control *control)
+{
+	return psprintf("%s: the broker did not answer", request_text(control));
+}
+
+/* ---- requests ---- */
 
 /* Makes the next request of the topic, or has done with it.  *busy: not now. */
 static void
@@ -829,6 +985,12 @@ ask_next(Connection *conn, Control *control, bool *busy)
 		return;
 	}
 	note_request(control, &next);
+	if (is_late(control))
+	{
+		topic->declaration.hangs = true;
+		answered(control, 0, unanswered_text(control), NULL);
+		return;
+	}
 	control->held = may_hold && is_lost_request(control, &topic->declaration) && messages_suspected();
 	if (control->held)
 	{
@@ -900,29 +1062,37 @@ check_timeout(Connection *conn, Control *control)
 		call_witness(conn);
 		return;
 	}
-	close_control(conn, control);
 	if (control->asked)
 	{
-		answered(control, 0, psprintf("%s: the broker did not answer", request_text(control)), NULL);
+		Topic	   *topic = topic_find(control->topic_id);
+
+		answered(control, 0, unanswered_text(control), NULL);
+		if (topic != NULL)
+			topic->declaration.hangs = true;
+		if (!keep_late(control))
+			close_control(conn, control);
 		release_topic(control, true);
 	}
+	else
+		close_control(conn, control);
 }
 
 /* Does what can be done on one channel. */
 static void
 step(Connection *conn, Control *control)
 {
+	dlist_head *line;
 	bool		busy = false;
 
 	check_timeout(conn, control);
-	if (control->topic_id == 0 && !dlist_is_empty(&queue))
-		take_topic(control);
+	if (control->topic_id == 0 && (line = line_to_take()) != NULL)
+		take_topic(control, line);
 	if (control->topic_id != 0 && control->channel == 0)
 		open_control(conn, control);
 	while (control->open && !control->asked && control->topic_id != 0 && !busy)
 		ask_next(conn, control, &busy);
 	/* at once, for the next step may be a minute away */
-	if (control->topic_id == 0 && control->channel != 0 && dlist_is_empty(&queue))
+	if (control->topic_id == 0 && control->channel != 0 && line_to_take() == NULL)
 		close_control(conn, control);
 }
 
@@ -930,7 +1100,7 @@ step(Connection *conn, Control *control)
 static bool
 has_channels(void)
 {
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		if (controls[i].channel != 0)
 			return true;
@@ -950,7 +1120,8 @@ topology_step(Connection *conn)
 
 	if (nqueued == 0 && !has_channels())
 		return false;
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	few_channels = broker_free_channels(conn->broker) <= FEW_CHANNELS;
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		bool		asked = controls[i].asked;
 
@@ -971,9 +1142,10 @@ topology_replied(Connection *conn, const BrokerEvent *event)
 {
 	Control    *control = control_of(event->channel);
 
-	if (control == NULL || !control->asked)
-		return;
-	answered(control, 0, NULL, event);
+	if (control != NULL && control->asked)
+		answered(control, 0, NULL, event);
+	else if ((control = late_of(event->channel)) != NULL)
+		late_answered(conn, control, false);
 }
 
 /*
@@ -986,6 +1158,11 @@ topology_refused(Connection *conn, const BrokerEvent *event)
 	Control    *control = control_of(event->channel);
 	Topic	   *topic;
 
+	if (control == NULL && late_of(event->channel) != NULL)
+	{
+		late_answered(conn, late_of(event->channel), true);
+		return true;
+	}
 	if (control == NULL)
 	{
 		take_witness();
@@ -1045,7 +1222,7 @@ is_old(const Control *control)
 bool
 topology_doubtful(const BrokerEvent *event)
 {
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		if (may_blame_request(&controls[i], event) && (event->class_id != 0 || !is_old(&controls[i])))
 			return true;
@@ -1084,13 +1261,18 @@ topology_lost(const BrokerEvent *event, bool doubtful)
 	bool		any_held = false;
 
 	witness = 0;
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_LATE; i++)
+	{
+		late[i].channel = 0;
+		forget_request(&late[i]);
+	}
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		asked += controls[i].asked;
 		any_held = any_held || (controls[i].topic_id != 0 && controls[i].held);
 	}
 	may_hold = !any_held;
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		Control    *control = &controls[i];
 		Topic	   *topic = topic_find(control->topic_id);
@@ -1108,7 +1290,7 @@ topology_lost(const BrokerEvent *event, bool doubtful)
 void
 topology_unblocked(void)
 {
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 		controls[i].asked_at = mono_now();
 	witness_at = mono_now();
 }
@@ -1142,14 +1324,14 @@ topology_asks(void)
 {
 	bool		any_free = false;
 
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		if (controls[i].topic_id == 0)
 			any_free = true;
 		else if (!controls[i].held && !is_old(&controls[i]))
 			return true;
 	}
-	return any_free && !dlist_is_empty(&queue);
+	return any_free && line_to_take() != NULL;
 }
 
 /* When the next answer is overdue, or what is held back is to be looked at; or 0. */
@@ -1158,12 +1340,15 @@ topology_timeout(void)
 {
 	MonoTime	first = 0;
 
-	for (int i = 0; i < CONTROL_CHANNELS; i++)
+	for (int i = 0; i < MAX_CONTROLS; i++)
 	{
 		MonoTime	when = mono_plus(controls[i].asked_at, REPLY_TIMEOUT_MS);
 
 		if (controls[i].topic_id != 0 && controls[i].held)
 			return mono_later(HELD_MS);
+		/* then another topic may be taken */
+		if (controls[i].asked && !is_slow(&controls[i]) && !(dlist_is_empty(&well_line) && dlist_is_empty(&ill_line)))
+			when = mono_plus(controls[i].asked_at, SLOW_MS + 1);
 		if (when <= mono_now())
 			when = mono_later(WITNESS_MS);
 		/* none is free */
