@@ -867,6 +867,26 @@ line_to_take(void)
 	return NULL;
 }
 
+/* May the channel take a topic?  One that is open goes before one that is not. */
+static bool
+is_next(const Control *control)
+{
+	if (control->topic_id != 0)
+		return false;
+	for (int i = 0; i < MAX_CONTROLS && control->channel == 0; i++)
+	{
+		if (controls[i].topic_id == 0 && controls[i].channel != 0)
+			return false;
+	}
+	return true;
+}
+
+static bool
+lines_are_empty(void)
+{
+	return dlist_is_empty(&well_line) && dlist_is_empty(&ill_line);
+}
+
 static void
 take_topic(Control *control, dlist_head * line)
 {
@@ -1085,14 +1105,14 @@ step(Connection *conn, Control *control)
 	bool		busy = false;
 
 	check_timeout(conn, control);
-	if (control->topic_id == 0 && (line = line_to_take()) != NULL)
+	if (is_next(control) && (line = line_to_take()) != NULL)
 		take_topic(control, line);
 	if (control->topic_id != 0 && control->channel == 0)
 		open_control(conn, control);
 	while (control->open && !control->asked && control->topic_id != 0 && !busy)
 		ask_next(conn, control, &busy);
 	/* at once, for the next step may be a minute away */
-	if (control->topic_id == 0 && control->channel != 0 && line_to_take() == NULL)
+	if (control->topic_id == 0 && control->channel != 0 && lines_are_empty())
 		close_control(conn, control);
 }
 
@@ -1347,7 +1367,7 @@ topology_timeout(void)
 		if (controls[i].topic_id != 0 && controls[i].held)
 			return mono_later(HELD_MS);
 		/* then another topic may be taken */
-		if (controls[i].asked && !is_slow(&controls[i]) && !(dlist_is_empty(&well_line) && dlist_is_empty(&ill_line)))
+		if (controls[i].asked && !is_slow(&controls[i]) && !lines_are_empty())
 			when = mono_plus(controls[i].asked_at, SLOW_MS + 1);
 		if (when <= mono_now())
 			when = mono_later(WITNESS_MS);
