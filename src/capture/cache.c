@@ -58,6 +58,7 @@
 #include "utils/syscache.h"
 
 #include "capture/cache.h"
+#include "capture/taken.h"
 #include "server/compat.h"
 #include "server/tables.h"
 
@@ -574,16 +575,30 @@ explicit_key(const ColumnList *key, const ColumnList *exclude, TupleDesc desc)
 /* ---- texts ---- */
 
 static void
-put_header(JsonbParseState **state, const char *name, const char *value)
+put_string(JsonbParseState **state, JsonbIteratorToken token, const char *string)
 {
 	JsonbValue	v;
 
 	v.type = jbvString;
-	v.val.string.val = unconstify(char *, name);
-	v.val.string.len = strlen(name);
-	pushJsonbValue(state, WJB_KEY, &v);
-	v.val.string.val = unconstify(char *, value);
-	v.val.string.len = strlen(value);
+	v.val.string.val = unconstify(char *, string);
+	v.val.string.len = strlen(string);
+	pushJsonbValue(state, token, &v);
+}
+
+static void
+put_header(JsonbParseState **state, const char *name, const char *value)
+{
+	put_string(state, WJB_KEY, name);
+	put_string(state, WJB_VALUE, value);
+}
+
+static void
+put_true(JsonbParseState **state, const char *name)
+{
+	JsonbValue	v = {.type = jbvBool};
+
+	v.val.boolean = true;
+	put_string(state, WJB_KEY, name);
 	pushJsonbValue(state, WJB_VALUE, &v);
 }
 
@@ -607,6 +622,8 @@ cache_headers(const ChangeHeaders *headers)
 	put_optional(&state, "old_key", headers->old_key);
 	put_optional(&state, "key_columns", headers->key_columns);
 	put_optional(&state, "via", headers->via);
+	if (headers->taken)
+		put_true(&state, "taken");
 	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
 }
 
@@ -727,6 +744,7 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	ColumnList *columns = column_option(trigger, trigger_name, entity, "columns");
 	ColumnList *exclude = column_option(trigger, trigger_name, entity, "exclude");
 	ColumnList *key = column_option(trigger, trigger_name, entity, "key");
+	char	   *filter;
 
 	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : default_key(entity, exclude);
 	map_columns(columns, entity, rel);
@@ -739,6 +757,9 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	info->key_columns = name_columns(key, desc, info->context);
 	info->keys = keep_attnums(key, info->context);
 	info->key = rowjson_plan(desc, key->attnums, key->count, info->context);
+	info->key_index = taken_index(rel, key->attnums, key->count);
+	filter = OidIsValid(info->key_index) ? taken_filter(rel, trigger) : NULL;
+	info->filter = (filter != NULL) ? MemoryContextStrdup(info->context, filter) : NULL;
 }
 
 /* What the messages of updates tell of, if it is not an update; else -1. */
