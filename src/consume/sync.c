@@ -449,7 +449,7 @@ apply_leave(SyncTarget *target, SyncRow *known, const SyncValues *key, const Syn
 {
 	if (!message->taken && !known->foreign && !sync_write_delete(target, key))
 		counting.ignored++;
-	sync_rows_set(known, message->sequence, message->xid, message->taken);
+	sync_rows_set(known, message->sequence, message->xid, message->taken && known->live);
 }
 
 static void
