@@ -67,7 +67,8 @@ typedef struct CaptureInfo
 	RowJson    *key;			/* the key's columns */
 	Oid			key_index;		/* by which the key is unique only in the end;
 								 * InvalidOid: none, see taken.c */
-	char	   *filter;			/* with key_index: of taken_filter(), or NULL */
+	char	   *filter;			/* with key_index: which rows are sent, an
+								 * expression; NULL: all */
 	char	   *schema;			/* of the table captured */
 	char	   *table;
 	char	   *source;			/* constant part of Debezium's "source" */

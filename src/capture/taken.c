@@ -35,8 +35,8 @@
  *
  * - Keys that are equal and look different, as 1.0 and 1.00: these are two keys.
  *
- * - The key has a unique index that is not deferrable, or none at all: nothing is
- *	 searched.
+ * - The key has a unique index that is not deferrable, or none at all: cache.c has
+ *	 found no index, and nothing is searched.
  *
  * It must never wait for anybody, nor find a row of a transaction that is still
  * running: nobody knows what becomes of it.  (Rows of two transactions that have
@@ -52,9 +52,7 @@
 #include "access/htup_details.h"
 #include "access/stratnum.h"
 #include "access/tableam.h"
-#include "catalog/pg_index.h"
 #include "executor/executor.h"
-#include "nodes/makefuncs.h"
 #include "nodes/primnodes.h"
 #include "optimizer/optimizer.h"
 #include "rewrite/rewriteManip.h"
@@ -65,112 +63,6 @@
 #include "capture/key.h"
 #include "capture/taken.h"
 #include "server/compat.h"
-
-/* ---- what is known of a capture before any row is written ---- */
-
-/* Are all columns of a unique index among the key's, so that it keeps the key unique? */
-static bool
-is_on_key(Relation index, const AttrNumber *keys, int nkeys)
-{
-	Form_pg_index form = index->rd_index;
-
-	if (!form->indisunique || !form->indisvalid || !heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
-		return false;
-	for (int i = 0; i < form->indnkeyatts; i++)
-	{
-		int			k = 0;
-
-		while (k < nkeys && keys[k] != form->indkey.values[i])
-			k++;
-		if (k == nkeys)
-			return false;
-	}
-	return true;
-}
-
-/*
- * taken_index
- *		Returns the unique index by which a key is unique only when the transaction
- *		or the statement ends; InvalidOid: it is unique at each moment, or never.
- *
- * keys: numbers of the key's columns in rel, which the caller has locked.
- */
-Oid
-taken_index(Relation rel, const AttrNumber *keys, int nkeys)
-{
-	List	   *indexes = RelationGetIndexList(rel);
-	ListCell   *cell;
-	Oid			deferrable = InvalidOid;
-	bool		immediate = false;
-
-	foreach(cell, indexes)
-	{
-		Relation	index = index_open(lfirst_oid(cell), AccessShareLock);
-
-		if (is_on_key(index, keys, nkeys) && index->rd_index->indimmediate)
-			immediate = true;
-		else if (is_on_key(index, keys, nkeys))
-			deferrable = RelationGetRelid(index);
-		index_close(index, AccessShareLock);
-	}
-	list_free(indexes);
-	return immediate ? InvalidOid : deferrable;
-}
-
-/* Is it the trigger of the same capture that tells of rows which leave the filter? */
-static bool
-tells_of_leaving(const Trigger *trigger, const Trigger *one)
-{
-	const char *sent_as = cache_option(trigger->tgargs, trigger->tgnargs, "sent_as");
-
-	return trigger->tgfoid == one->tgfoid && trigger->tgnargs > 0 && trigger->tgqual != NULL &&
-		strcmp(trigger->tgargs[0], one->tgargs[0]) == 0 &&
-		cache_option(trigger->tgargs, trigger->tgnargs, "idle") == NULL &&
-		sent_as != NULL && strcmp(sent_as, "delete") == 0;
-}
-
-/* Returns the condition's parts, but for the call of fanout.count_change(). */
-static List *
-condition_parts(const Trigger *trigger)
-{
-	List	   *parts = make_ands_implicit(stringToNode(trigger->tgqual));
-
-	return parts != NIL && cache_is_count(llast(parts)) ? list_delete_last(parts) : parts;
-}
-
-/*
- * taken_filter
- *		Returns the condition that a row must meet to be among those that the capture
- *		sends, over OLD and NEW of which either may be the row, as the server writes
- *		expressions; NULL: all rows are sent.
- *
- * rel: a table with triggers; trigger: any of the capture that fires for its rows,
- * as it is now.  Where "when" is given, too, only the trigger of updates that take a row
- * out of the filter tells which part is the filter: its last one.  If there is none,
- * the condition counts as a whole.  The text is in the current context.
- */
-char *
-taken_filter(Relation rel, Trigger *trigger)
-{
-	TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
-
-	if (cache_option(trigger->tgargs, trigger->tgnargs, "where") == NULL || trigger->tgqual == NULL)
-		return NULL;
-	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
-	{
-		List	   *parts;
-
-		if (!tells_of_leaving(&triggers->triggers[i], trigger))
-			continue;
-		parts = condition_parts(&triggers->triggers[i]);
-		if (parts != NIL && IsA(llast(parts), BooleanTest) &&
-			llast_node(BooleanTest, parts)->booltesttype == IS_NOT_TRUE)
-			return nodeToString(llast_node(BooleanTest, parts)->arg);
-	}
-	return nodeToString(make_ands_explicit(condition_parts(trigger)));
-}
-
-/* ---- searching ---- */
 
 /*
  * Makes the keys of a search for what conflicts with a row; false: nothing does,
@@ -243,7 +135,7 @@ is_known_by(const CaptureInfo *info, Relation rel, TupleTableSlot *slot, const c
  *		Returns a row that has the key which another one has left, in the current
  *		context; NULL: there is none.
  *
- * left: the row as it was, in rel, whose trigger fires.  The caller draws the id of
+ * info: of a capture that has a key_index; left: the row as it was, in rel, whose trigger fires.  The caller draws the id of
  * the message of the row that is found before anything else runs.  Raises errors of
  * the capture's "where" and of types' functions.
  */

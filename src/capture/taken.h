@@ -11,13 +11,10 @@
 #include "postgres.h"
 
 #include "access/htup.h"
-#include "commands/trigger.h"
 #include "utils/rel.h"
 
 #include "capture/cache.h"
 
-extern Oid	taken_index(Relation rel, const AttrNumber *keys, int nkeys);
-extern char *taken_filter(Relation rel, Trigger *trigger);
 extern HeapTuple taken_find(const CaptureInfo *info, Relation rel, HeapTuple left);
 
 #endif							/* PGF_TAKEN_H */
