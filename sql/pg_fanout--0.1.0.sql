@@ -3873,7 +3873,6 @@ create table fanout.sync_row (
     hash            uuid    not null,
     sequence        bigint  not null,
     xid             bigint,
-    taken_by        bigint,
     deleted_at      timestamptz,
     -- the subscription first: a TRUNCATE reads all rows of one, and none of the others
     primary key (subscription_id, hash)
@@ -3882,7 +3881,6 @@ create index sync_row_deleted_at_idx on fanout.sync_row (deleted_at) where delet
 comment on table fanout.sync_row is 'internal: sequence of what was last applied, by key';
 comment on column fanout.sync_row.hash is 'of the key''s values';
 comment on column fanout.sync_row.xid is 'the transaction at the source that made what was last applied';
-comment on column fanout.sync_row.taken_by is 'the transaction at the source that put the row where another one was';
 comment on column fanout.sync_row.deleted_at is 'not NULL: the row is deleted; forgotten after pg_fanout.inbox_retention';
 revoke all on fanout.sync_row from public;
 

@@ -574,16 +574,30 @@ explicit_key(const ColumnList *key, const ColumnList *exclude, TupleDesc desc)
 /* ---- texts ---- */
 
 static void
-put_header(JsonbParseState **state, const char *name, const char *value)
+put_string(JsonbParseState **state, JsonbIteratorToken token, const char *string)
 {
 	JsonbValue	v;
 
 	v.type = jbvString;
-	v.val.string.val = unconstify(char *, name);
-	v.val.string.len = strlen(name);
-	pushJsonbValue(state, WJB_KEY, &v);
-	v.val.string.val = unconstify(char *, value);
-	v.val.string.len = strlen(value);
+	v.val.string.val = unconstify(char *, string);
+	v.val.string.len = strlen(string);
+	pushJsonbValue(state, token, &v);
+}
+
+static void
+put_header(JsonbParseState **state, const char *name, const char *value)
+{
+	put_string(state, WJB_KEY, name);
+	put_string(state, WJB_VALUE, value);
+}
+
+static void
+put_true(JsonbParseState **state, const char *name)
+{
+	JsonbValue	v = {.type = jbvBool};
+
+	v.val.boolean = true;
+	put_string(state, WJB_KEY, name);
 	pushJsonbValue(state, WJB_VALUE, &v);
 }
 
@@ -607,6 +621,8 @@ cache_headers(const ChangeHeaders *headers)
 	put_optional(&state, "old_key", headers->old_key);
 	put_optional(&state, "key_columns", headers->key_columns);
 	put_optional(&state, "via", headers->via);
+	if (headers->taken)
+		put_true(&state, "taken");
 	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
 }
 
@@ -689,6 +705,99 @@ cache_option(char **args, int nargs, const char *name)
 	return NULL;
 }
 
+/* ---- a key that is unique only in the end: see taken.c ---- */
+
+/* Are all columns of a unique index among the key's, so that it keeps the key unique? */
+static bool
+is_on_key(Relation index, const ColumnList *key)
+{
+	Form_pg_index form = index->rd_index;
+
+	if (!form->indisunique || !form->indisvalid || !heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+		return false;
+	for (int i = 0; i < form->indnkeyatts; i++)
+	{
+		if (!has_attnum(key->attnums, key->count, form->indkey.values[i]))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Returns the unique index by which a key is unique only when the transaction or the
+ * statement ends; InvalidOid: it is unique at each moment, or never.
+ */
+static Oid
+deferrable_index(Relation rel, const ColumnList *key)
+{
+	List	   *indexes = RelationGetIndexList(rel);
+	ListCell   *cell;
+	Oid			deferrable = InvalidOid;
+	bool		immediate = false;
+
+	foreach(cell, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(cell), AccessShareLock);
+
+		if (is_on_key(index, key) && index->rd_index->indimmediate)
+			immediate = true;
+		else if (is_on_key(index, key))
+			deferrable = RelationGetRelid(index);
+		index_close(index, AccessShareLock);
+	}
+	list_free(indexes);
+	return immediate ? InvalidOid : deferrable;
+}
+
+/* Is it the trigger of the same capture that tells of rows which leave the filter? */
+static bool
+tells_of_leaving(const Trigger *trigger, const Trigger *one)
+{
+	const char *sent_as = cache_option(trigger->tgargs, trigger->tgnargs, "sent_as");
+
+	return trigger->tgfoid == one->tgfoid && trigger->tgnargs > 0 && trigger->tgqual != NULL &&
+		strcmp(trigger->tgargs[0], one->tgargs[0]) == 0 &&
+		cache_option(trigger->tgargs, trigger->tgnargs, "idle") == NULL &&
+		sent_as != NULL && strcmp(sent_as, "delete") == 0;
+}
+
+/* Returns the condition's parts, but for the call of fanout.count_change(). */
+static List *
+condition_parts(const Trigger *trigger)
+{
+	List	   *parts = make_ands_implicit(stringToNode(trigger->tgqual));
+
+	return parts != NIL && cache_is_count(llast(parts)) ? list_delete_last(parts) : parts;
+}
+
+/*
+ * Returns the condition that a row must meet to be among those that the capture sends,
+ * over OLD and NEW of which either may be the row, as the server writes expressions;
+ * NULL: all rows are sent.  Where "when" is given, too, only the trigger of updates that
+ * take a row out of the filter tells which part is the filter: its last one.  If there
+ * is none, the condition counts as a whole.
+ */
+static char *
+row_filter(Relation rel, Trigger *trigger)
+{
+	TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
+
+	if (cache_option(trigger->tgargs, trigger->tgnargs, "where") == NULL || trigger->tgqual == NULL)
+		return NULL;
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
+	{
+		List	   *parts;
+
+		if (!tells_of_leaving(&triggers->triggers[i], trigger))
+			continue;
+		parts = condition_parts(&triggers->triggers[i]);
+		if (parts != NIL && IsA(llast(parts), BooleanTest) &&
+			llast_node(BooleanTest, parts)->booltesttype == IS_NOT_TRUE)
+			return nodeToString(llast_node(BooleanTest, parts)->arg);
+	}
+	return nodeToString(make_ands_explicit(condition_parts(trigger)));
+}
+
 /* ---- one capture ---- */
 
 static AttrNumber *
@@ -727,6 +836,7 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	ColumnList *columns = column_option(trigger, trigger_name, entity, "columns");
 	ColumnList *exclude = column_option(trigger, trigger_name, entity, "exclude");
 	ColumnList *key = column_option(trigger, trigger_name, entity, "key");
+	char	   *filter;
 
 	key = key->given ? explicit_key(key, exclude, RelationGetDescr(entity)) : default_key(entity, exclude);
 	map_columns(columns, entity, rel);
@@ -739,6 +849,9 @@ plan_columns(CaptureInfo *info, Relation rel, Relation entity, Trigger *trigger,
 	info->key_columns = name_columns(key, desc, info->context);
 	info->keys = keep_attnums(key, info->context);
 	info->key = rowjson_plan(desc, key->attnums, key->count, info->context);
+	info->key_index = deferrable_index(rel, key);
+	filter = OidIsValid(info->key_index) ? row_filter(rel, trigger) : NULL;
+	info->filter = (filter != NULL) ? MemoryContextStrdup(info->context, filter) : NULL;
 }
 
 /* What the messages of updates tell of, if it is not an update; else -1. */

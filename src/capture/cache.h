@@ -65,6 +65,10 @@ typedef struct CaptureInfo
 	int			nkeys;			/* 0: no key */
 	AttrNumber *keys;
 	RowJson    *key;			/* the key's columns */
+	Oid			key_index;		/* by which the key is unique only in the end;
+								 * InvalidOid: none, see taken.c */
+	char	   *filter;			/* with key_index: which rows are sent, an
+								 * expression; NULL: all */
 	char	   *schema;			/* of the table captured */
 	char	   *table;
 	char	   *source;			/* constant part of Debezium's "source" */
@@ -95,6 +99,8 @@ typedef struct ChangeHeaders
 	const char *old_key;		/* only if the key changed */
 	const char *key_columns;	/* the same: their names, a JSON array */
 	const char *via;
+	bool		taken;			/* a message follows of the row that has the
+								 * key which this one's row has left */
 } ChangeHeaders;
 
 extern Jsonb *cache_headers(const ChangeHeaders *headers);

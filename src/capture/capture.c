@@ -24,7 +24,6 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/datetime.h"
-#include "utils/datum.h"
 #include "utils/json.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -37,11 +36,13 @@
 #include "capture/cache.h"
 #include "capture/capture.h"
 #include "capture/ids.h"
+#include "capture/key.h"
 #include "capture/msgid.h"
 #include "capture/nesting.h"
 #include "capture/outbox.h"
 #include "capture/rights.h"
 #include "capture/rowjson.h"
+#include "capture/taken.h"
 #include "capture/via.h"
 #include "server/append.h"
 
@@ -61,67 +62,11 @@ typedef struct Change
 	HeapTuple	new_row;
 	const char *key;			/* NULL: none */
 	bool		key_changed;
+	bool		taken;			/* another row has the key that it leaves */
 	Jsonb	   *headers;
 	TimestampTz now;
 	pg_uuid_t	message_id;
 } Change;
-
-/* ---- keys ---- */
-
-static bool
-keys_differ(const Change *change)
-{
-	CaptureInfo *info = change->info;
-
-	for (int i = 0; i < info->nkeys; i++)
-	{
-		Form_pg_attribute attr = TupleDescAttr(change->desc, info->keys[i] - 1);
-		bool		old_null;
-		bool		new_null;
-		Datum		old_value = heap_getattr(change->old_row, info->keys[i], change->desc, &old_null);
-		Datum		new_value = heap_getattr(change->new_row, info->keys[i], change->desc, &new_null);
-
-		if (old_null != new_null)
-			return true;
-		if (!old_null && !datum_image_eq(old_value, new_value, attr->attbyval, attr->attlen))
-			return true;
-	}
-	return false;
-}
-
-/*
- * The key as text: of a single column its value, of several a JSON array.
- * NULL if there is no key, or all of it is NULL.
- */
-static char *
-render_key(CaptureInfo *info, HeapTuple row, TupleDesc desc)
-{
-	StringInfoData out;
-	bool		all_null = true;
-
-	if (info->nkeys == 0)
-		return NULL;
-	if (info->nkeys == 1)
-	{
-		bool		isnull;
-		Datum		value = heap_getattr(row, info->keys[0], desc, &isnull);
-
-		return rowjson_text(info->key, 0, value, isnull);
-	}
-
-	initStringInfo(&out);
-	for (int i = 0; i < info->nkeys; i++)
-	{
-		bool		isnull;
-		Datum		value = heap_getattr(row, info->keys[i], desc, &isnull);
-
-		appendStringInfoChar(&out, i == 0 ? '[' : ',');
-		rowjson_append_value(&out, info->key, i, value, isnull);
-		all_null = all_null && isnull;
-	}
-	appendStringInfoChar(&out, ']');
-	return all_null ? NULL : out.data;
-}
 
 /* ---- bodies ---- */
 
@@ -237,25 +182,34 @@ render_body(StringInfo out, const Change *change)
 /*
  * A changed key is a message of the new key that must not overtake messages
  * of the old one: the publisher learns of it by the header "old_key".  What is
- * written while a message is handled tells the way that it has come.
+ * written while a message is handled tells the way that it has come.  The header
+ * "taken" announces a message of the row that has the key by now.
  */
 static Jsonb *
 change_headers(const Change *change)
 {
 	CaptureInfo *info = change->info;
 	ChangeHeaders headers = {
-		.op = capture_op_code[change->op],.format = topic_format_name[info->topic.format],.via = via_current()
+		.op = capture_op_code[change->op],.format = topic_format_name[info->topic.format],.via = via_current(),
+		.taken = change->taken
 	};
 
 	if (change->key_changed)
-		headers.old_key = render_key(info, change->old_row, change->desc);
-	if (headers.old_key == NULL && headers.via == NULL)
+		headers.old_key = key_render(info, change->old_row, change->desc);
+	if (headers.old_key == NULL && headers.via == NULL && !headers.taken)
 		return info->headers[change->op];
 	if (headers.old_key != NULL)
 		headers.key_columns = info->key_columns;
 	headers.schema = info->schema;
 	headers.table = info->table;
 	return cache_headers(&headers);
+}
+
+/* Returns the headers with others added, in the current context. */
+static Jsonb *
+add_headers(Jsonb *headers, Jsonb *more)
+{
+	return DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(headers), JsonbPGetDatum(more)));
 }
 
 /* ---- all of it ---- */
@@ -266,7 +220,7 @@ render(StringInfo body, Change *change)
 	HeapTuple	row = change->new_row != NULL ? change->new_row : change->old_row;
 
 	if (row != NULL)
-		change->key = render_key(change->info, row, change->desc);
+		change->key = key_render(change->info, row, change->desc);
 	render_body(body, change);
 	change->headers = change_headers(change);
 }
@@ -384,6 +338,18 @@ operation_of(TriggerEvent event)
 	return OP_TRUNCATE;
 }
 
+/* Begins a message of a change of a row, or of a row that was there. */
+static void
+begin_change(Change *change, CaptureInfo *info, TupleDesc desc, CaptureOp op)
+{
+	memset(change, 0, sizeof(*change));
+	change->info = info;
+	change->desc = desc;
+	change->op = op;
+	change->now = GetCurrentTimestamp();
+	msgid_new(&change->message_id);
+}
+
 /*
  * Finds out what the message says: of an update that takes a row out of the
  * capture's filter, that it was deleted; of one that brings it in, inserted.
@@ -391,48 +357,92 @@ operation_of(TriggerEvent event)
 static void
 describe_change(Change *change, TriggerData *trigdata)
 {
+	CaptureInfo *info = cache_of_trigger(trigdata);
 	CaptureOp	event = operation_of(trigdata->tg_event);
 
-	memset(change, 0, sizeof(*change));
-	change->info = cache_of_trigger(trigdata);
-	change->desc = RelationGetDescr(trigdata->tg_relation);
-	change->op = (event == OP_UPDATE && change->info->sent_as >= 0) ? change->info->sent_as : event;
-	change->now = GetCurrentTimestamp();
-	msgid_new(&change->message_id);
-
+	begin_change(change, info, RelationGetDescr(trigdata->tg_relation),
+				 (event == OP_UPDATE && info->sent_as >= 0) ? info->sent_as : event);
 	if (change->op == OP_UPDATE || change->op == OP_DELETE)
 		change->old_row = trigdata->tg_trigtuple;
 	if (change->op == OP_UPDATE || change->op == OP_INSERT)
 		change->new_row = (event == OP_UPDATE) ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
 	if (change->op == OP_UPDATE)
-		change->key_changed = keys_differ(change);
+		change->key_changed = key_differs(info, change->old_row, change->new_row, change->desc);
 }
 
+/*
+ * Renders a message and puts it into the outbox.  large: its rows may be too large
+ * to be rendered; queue: NULL, or the only one to get it; more: an object that is
+ * added to its headers, or NULL.  Returns the bytes of the body.
+ */
+static Size
+write_change(Change *change, bool large, int64 id, const char *queue, Jsonb *more)
+{
+	StringInfoData body;
+	OutboxRow	row;
+
+	initStringInfo(&body);
+	if (large)
+		render_large(&body, change);
+	else
+		render(&body, change);
+
+	memset(&row, 0, sizeof(row));
+	row.id = id;
+	row.topic_id = change->info->topic.topic_id;
+	row.message_id = change->message_id;
+	row.type = change->info->type[change->op];
+	row.key = change->key;
+	row.headers = (more == NULL) ? change->headers : add_headers(change->headers, more);
+	row.payload = body.data;
+	row.payload_len = body.len;
+	row.queue = queue;
+	row.created_at = change->now;
+	outbox_insert(&row, false);
+	return body.len;
+}
+
+/* Are the change's rows so large that they may not be rendered? */
+static bool
+is_large(const Change *change)
+{
+	return row_size(change->old_row, change->desc) + row_size(change->new_row, change->desc) > ORDINARY_ROW;
+}
+
+/* Finds the row that has the key which the change's row has left; NULL: there is none. */
+static HeapTuple
+find_taker(const Change *change, Relation rel)
+{
+	if (!OidIsValid(change->info->key_index) || (change->op != OP_DELETE && !change->key_changed))
+		return NULL;
+	return taken_find(change->info, rel, change->old_row);
+}
+
+/*
+ * Writes the message of a change, and one of the row that has taken the key which it
+ * leaves.  Their ids are drawn right after that row was read, before rendering runs
+ * any code that could change it.
+ */
 static void
 capture_change(TriggerData *trigdata)
 {
 	Change		change;
-	StringInfoData body;
-	OutboxRow	row;
+	Change		taker;
+	HeapTuple	row;
+	int64		id;
+	int64		taker_id;
 
 	describe_change(&change, trigdata);
-	initStringInfo(&body);
-	if (row_size(change.old_row, change.desc) + row_size(change.new_row, change.desc) > ORDINARY_ROW)
-		render_large(&body, &change);
-	else
-		render(&body, &change);
-
-	memset(&row, 0, sizeof(row));
-	row.topic_id = change.info->topic.topic_id;
-	row.message_id = change.message_id;
-	row.type = change.info->type[change.op];
-	row.key = change.key;
-	row.headers = change.headers;
-	row.payload = body.data;
-	row.payload_len = body.len;
-	row.created_at = change.now;
-	row.id = nesting_take_id(change.info->counted);
-	outbox_insert(&row, false);
+	row = find_taker(&change, trigdata->tg_relation);
+	change.taken = (row != NULL);
+	id = nesting_take_id(change.info->counted);
+	taker_id = change.taken ? ids_draw(1) : 0;
+	(void) write_change(&change, is_large(&change), id, NULL, NULL);
+	if (!change.taken)
+		return;
+	begin_change(&taker, change.info, change.desc, OP_READ);
+	taker.new_row = row;
+	(void) write_change(&taker, is_large(&taker), taker_id, NULL, NULL);
 }
 
 /* A value that is too large to render says nothing of a trigger. */
@@ -468,13 +478,6 @@ pgf_capture_trigger(PG_FUNCTION_ARGS)
 
 /* ---- rows that were there before ---- */
 
-/* Adds what tells of the backfill to headers.  Both in the current context. */
-static Jsonb *
-backfill_headers(Jsonb *headers, Jsonb *backfill)
-{
-	return DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(headers), JsonbPGetDatum(backfill)));
-}
-
 /*
  * Writes the message of a row that the caller has locked, as the capture whose
  * trigger that is (on rel, for each row) would write it, with op "r".  Its id is
@@ -489,35 +492,10 @@ capture_read_row(Relation rel, Trigger *trigger, HeapTuple tuple, const char *qu
 {
 	TriggerData trigdata = {.tg_relation = rel,.tg_trigger = trigger};
 	Change		change;
-	StringInfoData body;
-	OutboxRow	row;
 
-	memset(&change, 0, sizeof(change));
-	change.info = cache_of_trigger(&trigdata);
-	change.desc = RelationGetDescr(rel);
-	change.op = OP_READ;
-	change.now = GetCurrentTimestamp();
+	begin_change(&change, cache_of_trigger(&trigdata), RelationGetDescr(rel), OP_READ);
 	change.new_row = tuple;
-	msgid_new(&change.message_id);
-	initStringInfo(&body);
-	if (tuple->t_len > LARGE_READ)
-		render_large(&body, &change);
-	else
-		render(&body, &change);
-
-	memset(&row, 0, sizeof(row));
-	row.topic_id = change.info->topic.topic_id;
-	row.message_id = change.message_id;
-	row.type = change.info->type[OP_READ];
-	row.key = change.key;
-	row.headers = backfill_headers(change.headers, headers);
-	row.payload = body.data;
-	row.payload_len = body.len;
-	row.queue = queue;
-	row.created_at = change.now;
-	row.id = ids_draw(1);
-	outbox_insert(&row, false);
-	return body.len;
+	return write_change(&change, tuple->t_len > LARGE_READ, ids_draw(1), queue, headers);
 }
 
 /*
@@ -558,7 +536,7 @@ reserved_header(const char *name, int len)
 {
 	static const char *const reserved[] = {
 		"op", "schema", "table", "format", "key", "old_key", "key_columns", "sequence", "xid", "via",
-		"backfill", "last", "replay", "replay_of", "compare"
+		"backfill", "last", "replay", "replay_of", "compare", "taken"
 	};
 
 	for (int i = 0; i < lengthof(reserved); i++)

@@ -54,9 +54,8 @@
  * - Events of capture triggers made by hand, without count_change().  They take
  *	 the next id when they fire.
  *
- * And a key that is unique only when the transaction ends (a deferrable
- * constraint) may be that of two rows for a while: then its last message may
- * tell of the row that has left it.
+ * A key that is unique only when the transaction ends (a deferrable constraint) may
+ * be that of two rows for a while: see taken.c.
  *
  * Outside nested statements this costs one call for each event.  No id is drawn
  * that no event takes, unless events are rolled back.  Memory: eight bytes for

@@ -17,13 +17,14 @@
  * key does; the header "key" only has to be made of the same values, since else a
  * change of the key could go unnoticed.
  *
- * Where the source's key is deferrable, a row may come to a key that another one
- * is about to leave in the same transaction.  It takes the other's place, and is
- * marked with that transaction, so that the message that moves or deletes the
- * other one does not take it for that:
+ * Where the source's key is deferrable, a row may leave a key that another one has
+ * already.  The header "taken" says so: then nothing is deleted, so that no row that
+ * refers to the key is in the way or goes with it, and the message of the other row,
+ * which follows, writes what is there:
  *
- *		1 -> 2 (2 is there)		writes 2, deletes 1, marks 2
- *		2 -> 3 (2 is marked)	writes 3, leaves 2, takes the mark away
+ *		1 -> 2 (2 is there)				writes 2, deletes 1
+ *		2 -> 3 (taken)					writes 3, leaves 2
+ *		2 is there						writes 2
  *
  * Rights: everything that runs code of others, input functions, defaults,
  * triggers and constraints, runs as the table's owner, as the role that subscribed
@@ -88,6 +89,8 @@ typedef struct SyncMessage
 	int64		compare;		/* the run that it is a part of; 0: none */
 	int64		sequence;
 	bool		has_sequence;
+	bool		taken;			/* another row has the key that this one
+								 * leaves; a message of it follows */
 	char	   *body;			/* in the server encoding; NULL: it cannot be */
 
 	/* looked into */
@@ -408,29 +411,11 @@ is_stale(const SyncTarget *target, const SyncRow *known, const SyncMessage *mess
 	return message->sequence <= Max(known->sequence, target->floor);
 }
 
-/* Has a row of the same transaction come to the key that this one leaves? */
-static bool
-is_displaced(const SyncRow *known, const SyncMessage *message)
-{
-	return known->taken_by != 0 && known->taken_by == message->xid;
-}
-
 static void
 put_row(SyncTarget *target, const SyncMessage *message)
 {
 	if (!sync_write_put(target, &message->row))
 		counting.ignored++;
-}
-
-/* Remembers it; a new row where the source has another one takes its place. */
-static void
-remember(SyncRow *known, const SyncMessage *message, bool arrives)
-{
-	bool		takes = arrives && known->live;
-
-	sync_rows_set(known, message->sequence, message->xid, true);
-	if (takes)
-		known->taken_by = message->xid;
 }
 
 static void
@@ -455,18 +440,16 @@ apply_write(SyncTarget *target, const SyncMessage *message)
 	}
 	refuse_foreign(target, known);
 	put_row(target, message);
-	remember(known, message, has_op(message, "c"));
+	sync_rows_set(known, message->sequence, message->xid, true);
 }
 
-/* Takes away what was at a key, unless it is another row that came to it. */
+/* Takes away what was at a key, unless another row has it at the source. */
 static void
 apply_leave(SyncTarget *target, SyncRow *known, const SyncValues *key, const SyncMessage *message)
 {
-	bool		displaced = is_displaced(known, message);
-
-	if (!displaced && !known->foreign && !sync_write_delete(target, key))
+	if (!message->taken && !known->foreign && !sync_write_delete(target, key))
 		counting.ignored++;
-	sync_rows_set(known, message->sequence, message->xid, displaced);
+	sync_rows_set(known, message->sequence, message->xid, message->taken && known->live);
 }
 
 static void
@@ -496,18 +479,18 @@ apply_move(SyncTarget *target, const SyncMessage *message)
 		counting.stale++;
 	if (arrives)
 		refuse_foreign(target, known);
-	if (arrives && leaves && !is_displaced(known_old, message) && !known_old->foreign &&
+	if (arrives && leaves && !message->taken && !known_old->foreign &&
 		!sync_write_occupied(target, &message->row, &message->old_key_values) &&
 		sync_write_move(target, &message->row, &message->old_key_values))
 	{
 		sync_rows_set(known_old, message->sequence, message->xid, false);
-		remember(known, message, true);
+		sync_rows_set(known, message->sequence, message->xid, true);
 		return;
 	}
 	if (arrives)
 	{
 		put_row(target, message);
-		remember(known, message, true);
+		sync_rows_set(known, message->sequence, message->xid, true);
 	}
 	if (leaves)
 		apply_leave(target, known_old, &message->old_key_values, message);
@@ -643,6 +626,17 @@ integer_header(Jsonb *headers, const char *name)
 	return DatumGetInt64(DirectFunctionCall1(numeric_int8, NumericGetDatum(value->val.numeric)));
 }
 
+static bool
+boolean_header(Jsonb *headers, const char *name)
+{
+	JsonbValue	buffer;
+	JsonbValue *value = NULL;
+
+	if (headers != NULL && JB_ROOT_IS_OBJECT(headers))
+		value = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
+	return value != NULL && value->type == jbvBool && value->val.boolean;
+}
+
 /* The body's own bytes, since jsonb does not keep all that they say. */
 static char *
 read_body(const Datum *values, const bool *nulls)
@@ -672,6 +666,7 @@ read_message(SyncMessage *message, const Datum *values, const bool *nulls)
 	message->via = via_of_message(headers_string(headers, "via"), message->schema, message->table);
 	message->xid = integer_header(headers, "xid");
 	message->compare = integer_header(headers, "compare");
+	message->taken = boolean_header(headers, "taken");
 	message->has_sequence = !nulls[MESSAGE_SEQUENCE];
 	if (message->has_sequence)
 		message->sequence = DatumGetInt64(values[MESSAGE_SEQUENCE]);

@@ -96,8 +96,7 @@ read_row(int i, int32 subscription_id)
 	}
 	row->live = live;
 	row->sequence = DatumGetInt64(query_value(i, 3, &isnull));
-	row->taken_by = DatumGetInt64(query_value(i, 5, &isnull));
-	row->xid = DatumGetInt64(query_value(i, 6, &isnull));
+	row->xid = DatumGetInt64(query_value(i, 5, &isnull));
 }
 
 /*
@@ -111,7 +110,7 @@ void
 sync_rows_load(int32 subscription_id, Datum sharers, const SyncHash *hashes, int count)
 {
 	static CachedQuery query = {
-		"select subscription_id, hash, sequence, deleted_at is null, coalesce(taken_by, 0), coalesce(xid, 0)"
+		"select subscription_id, hash, sequence, deleted_at is null, coalesce(xid, 0)"
 		" from fanout.sync_row where subscription_id = any ($1) and hash = any ($2)"
 	};
 	HASHCTL		control = {
@@ -152,7 +151,6 @@ sync_rows_set(SyncRow *row, int64 sequence, uint64 xid, bool live)
 	row->sequence = sequence;
 	row->xid = xid;
 	row->live = live;
-	row->taken_by = 0;
 	row->changed = true;
 }
 
@@ -164,18 +162,17 @@ void
 sync_rows_store(int32 subscription_id)
 {
 	static CachedQuery query = {
-		"insert into fanout.sync_row as s (subscription_id, hash, sequence, taken_by, deleted_at, xid)"
-		" select $1, hash, sequence, nullif(taken_by, 0), case when not live then now() end, nullif(xid, 0)"
-		" from unnest($2, $3, $4, $5, $6) as given (hash, sequence, taken_by, live, xid)"
+		"insert into fanout.sync_row as s (subscription_id, hash, sequence, deleted_at, xid)"
+		" select $1, hash, sequence, case when not live then now() end, nullif(xid, 0)"
+		" from unnest($2, $3, $4, $5) as given (hash, sequence, live, xid)"
 		" on conflict (subscription_id, hash) do update"
-		" set sequence = excluded.sequence, xid = excluded.xid, taken_by = excluded.taken_by, deleted_at = excluded.deleted_at"
+		" set sequence = excluded.sequence, xid = excluded.xid, deleted_at = excluded.deleted_at"
 		" where s.sequence <= excluded.sequence"
 	};
-	Oid			types[] = {INT4OID, UUIDARRAYOID, INT8ARRAYOID, INT8ARRAYOID, BOOLARRAYOID, INT8ARRAYOID};
+	Oid			types[] = {INT4OID, UUIDARRAYOID, INT8ARRAYOID, BOOLARRAYOID, INT8ARRAYOID};
 	long		room = hash_get_num_entries(rows) + 1;
 	SyncHash   *hashes = palloc(room * sizeof(SyncHash));
 	Datum	   *sequences = palloc(room * sizeof(Datum));
-	Datum	   *taken_by = palloc(room * sizeof(Datum));
 	Datum	   *live = palloc(room * sizeof(Datum));
 	Datum	   *xids = palloc(room * sizeof(Datum));
 	int			n = 0;
@@ -189,7 +186,6 @@ sync_rows_store(int32 subscription_id)
 			continue;
 		hashes[n] = row->hash;
 		sequences[n] = Int64GetDatum(row->sequence);
-		taken_by[n] = Int64GetDatum(row->taken_by);
 		xids[n] = Int64GetDatum((int64) row->xid);
 		live[n++] = BoolGetDatum(row->live);
 		row->changed = false;
@@ -199,12 +195,11 @@ sync_rows_store(int32 subscription_id)
 		Datum		values[] = {
 			Int32GetDatum(subscription_id), uuid_array(hashes, n),
 			PointerGetDatum(construct_array(sequences, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE)),
-			PointerGetDatum(construct_array(taken_by, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE)),
 			PointerGetDatum(construct_array(live, n, BOOLOID, 1, true, TYPALIGN_CHAR)),
 			PointerGetDatum(construct_array(xids, n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE))
 		};
 
-		owner_execute(&query, 6, types, values, NULL);
+		owner_execute(&query, 5, types, values, NULL);
 	}
 }
 

@@ -24,8 +24,6 @@ typedef struct SyncRow
 								 * 0: not known */
 	bool		live;			/* it left a row there */
 	bool		foreign;		/* another subscription has a row there */
-	int64		taken_by;		/* the transaction at the source that put a
-								 * row where another one was; 0: none */
 	bool		changed;		/* has to be stored */
 } SyncRow;
 

@@ -856,11 +856,15 @@ forget_removed(Datum *keys)
 
 #define CHANGES "'c', 'u', 'r', 'd'"
 
+/* Another row has the key that its row leaves: only the message behind it says what is there. */
+#define IS_TAKEN "l.headers ->> 'taken' = 'true'"
+
 /*
  * Removes messages of sync_table() that wait for something, typically the other row of
  * a foreign key, if a later message of the same row is there, or a TRUNCATE: that says
  * what becomes of the whole row, and what the earlier one waits for may never come,
- * because it is gone by now at the source.  Makes those behind them due.  One that
+ * because it is gone by now at the source.  A message that another row has taken the key
+ * says nothing of that row, but the one behind it does.  Makes those behind them due.  One that
  * changes a key tells of two rows, so another message of one of them is not enough.
  * Returns true if there were any.
  */
@@ -870,8 +874,10 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 	static CachedQuery query = {
 		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2)"
 		" and not barrier and headers ->> 'op' in (" CHANGES ")"
-		" and (key2 is null and " LATER("l.key1 = w.key1 and l.key = w.key", CHANGES)
-		" or key2 is null and " LATER("l.key2 = w.key1 and l.headers ->> 'old_key' = w.key", CHANGES)
+		" and (key2 is null and " LATER("l.key1 = w.key1 and l.key = w.key"
+										" and not (l.headers ->> 'op' = 'd' and coalesce(" IS_TAKEN ", false))", CHANGES)
+		" or key2 is null and " LATER("l.key2 = w.key1 and l.headers ->> 'old_key' = w.key"
+									  " and not coalesce(" IS_TAKEN ", false)", CHANGES)
 		" or " LATER("l.barrier", "'t'") ") returning message_id, key1, key2"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};

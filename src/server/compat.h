@@ -23,6 +23,7 @@
 #include "miscadmin.h"
 #include "postmaster/autovacuum.h"
 #include "replication/walsender.h"
+#include "rewrite/rewriteHandler.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
 #include "utils/acl.h"
@@ -216,6 +217,28 @@ pgf_index_beginscan(Relation heap, Relation index, Snapshot snapshot, int nkeys)
 	return index_beginscan(heap, index, snapshot, NULL, nkeys, 0);
 #else
 	return index_beginscan(heap, index, snapshot, nkeys, 0);
+#endif
+}
+
+/* 15: a unique index may take NULL for one value */
+static inline bool
+pgf_nulls_not_distinct(Relation index)
+{
+#if PG_VERSION_NUM >= 150000
+	return index->rd_index->indnullsnotdistinct;
+#else
+	return false;
+#endif
+}
+
+/* 18: virtual generated columns are not in the row, but what they are generated from is */
+static inline Node *
+pgf_expand_generated(Node *expression, Relation rel, int varno)
+{
+#if PG_VERSION_NUM >= 180000
+	return expand_generated_columns_in_expr(expression, rel, varno);
+#else
+	return expression;
 #endif
 }
 
