@@ -47,26 +47,37 @@ is($broker->count('alone_g'), 6000, 'all is sent once it does');
 
 # ---- it begins to hang while the window is full ----
 
-# The broker reads nothing more from the connection then.
-sleep 12;
-sql(q(select count(fanout.publish('alone', to_jsonb(i))) from generate_series(1, 100000) i));
-$node->poll_query_until('postgres', q(select published > 10000 from fanout.stat_publisher)) or die;
-$broker->suspend_queue('alone_g');
-sleep 1;
-my $flight = sql('select in_flight from fanout.stat_publisher');
-cmp_ok($flight, '>', 800, "a topic that is alone has more in flight than the broker takes for a queue: $flight");
-my $took = other_is_sent('its queue begins to hang: another topic is sent');
-# confirm_timeout is a minute
-cmp_ok($took, '<', 25, sprintf('after some seconds (%.1f s)', $took));
-is(sql('select reconnects from fanout.stat_publisher'), 1, 'on another connection');
-cmp_ok(other_is_sent('and the next one'), '<', 3, 'at once');
-is(sql('select reconnects from fanout.stat_publisher'), 1, 'on the same one');
-$broker->resume_queue('alone_g');
-PgFanout::flush($node, timeout => '120 s');
+# The broker reads nothing more from the connection then, unless most of it was with the queue.
+my ($flight, $took);
+my $rounds = 0;
+
+do
+{
+	my $published = sql('select published from fanout.stat_publisher');
+
+	$rounds++;
+	sleep 12;
+	sql(q(select count(fanout.publish('alone', to_jsonb(i))) from generate_series(1, 100000) i));
+	$node->poll_query_until('postgres', "select published > $published + 10000 from fanout.stat_publisher") or die;
+	$broker->suspend_queue('alone_g');
+	sleep 1;
+	$flight = sql('select in_flight from fanout.stat_publisher');
+	cmp_ok($flight, '>', 800, "a topic that is alone has more in flight than the broker takes for a queue: $flight");
+	$took = other_is_sent('its queue begins to hang: another topic is sent');
+	# confirm_timeout is a minute
+	cmp_ok($took, '<', 25, sprintf('after some seconds (%.1f s)', $took));
+	my $reconnects = sql('select reconnects from fanout.stat_publisher');
+	is($reconnects, 1, 'on another connection') if $took > 1;
+	cmp_ok(other_is_sent('and the next one'), '<', 3, 'at once');
+	is(sql('select reconnects from fanout.stat_publisher'), $reconnects, 'on the same one');
+	$broker->resume_queue('alone_g');
+	PgFanout::flush($node, timeout => '120 s');
+} while ($took <= 1 && $rounds < 5);
+my $all = 6000 + 100000 * $rounds;
 # the broker may still have some from the connection before when they come again
 my %seen;
-my @got = grep { !$seen{ $_->{message_id} }++ } $broker->collect('alone_g', expect => 106000);
-is(scalar(@got), 106000, 'all of it arrives once it goes on');
+my @got = grep { !$seen{ $_->{message_id} }++ } $broker->collect('alone_g', expect => $all);
+is(scalar(@got), $all, 'all of it arrives once it goes on');
 my $newest = 0;
 is(scalar(grep { my $late = $_->{headers}->{sequence} < $newest; $newest = $_->{headers}->{sequence}; $late } @got), 0, 'in order');
 
