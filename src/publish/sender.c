@@ -479,18 +479,11 @@ give_channel_up(Flow *flow)
 	lose(flow);
 }
 
-/* Was the topic's last turn in vain, or its last attempt?  Such topics have few channels. */
-bool
-sender_is_ill(const Flow *flow)
-{
-	return flow->unconfirmed_since != 0 || flow->in_vain || flow->stalled;
-}
-
 /* Forgets how old the oldest message is, but not that nothing was confirmed. */
 static void
 forget_age(Flow *flow)
 {
-	flow->in_vain = sender_is_ill(flow);
+	flow->in_vain = flow_is_ill(flow);
 	flow->unconfirmed_since = 0;
 }
 
@@ -648,7 +641,7 @@ many_ill(void)
 	int			n = 0;
 
 	for (int i = 0; i < nflows; i++)
-		n += (flows[i] != NULL && flows[i] != patient && sender_is_ill(flows[i]));
+		n += (flows[i] != NULL && flows[i] != patient && flow_is_ill(flows[i]));
 	return n >= max_channels() / ILL_PART;
 }
 
@@ -720,7 +713,7 @@ make_room(Flow *next, bool of_ill)
 	{
 		Flow	   *flow = flows[i];
 
-		if (flow == NULL || (of_ill && !sender_is_ill(flow)))
+		if (flow == NULL || (of_ill && !flow_is_ill(flow)))
 			continue;
 		nyield += flow->yields;
 		if (may_yield(flow, now) && (!scarce || may_hand_over(flow)) && (chosen == NULL || flow->channel_since < chosen->channel_since))
@@ -742,7 +735,7 @@ make_room(Flow *next, bool of_ill)
 static bool
 is_channel_wanted(const Flow *flow)
 {
-	return nwaiters > 0 || (nill_waiters > 0 && (sender_is_ill(flow) || !many_ill()));
+	return nwaiters > 0 || (nill_waiters > 0 && (flow_is_ill(flow) || !many_ill()));
 }
 
 /* Does the topic have an open channel?  If it has none, it is in line for one then. */
@@ -751,9 +744,9 @@ has_channel(Flow *flow)
 {
 	if (flow->channel == 0)
 	{
-		if (!sender_is_ill(flow) && nwaiters == 0)
+		if (!flow_is_ill(flow) && nwaiters == 0)
 			room_at = 0;
-		move_to(flow, sender_is_ill(flow) ? IN_ILL_LINE : IN_LINE);
+		move_to(flow, flow_is_ill(flow) ? IN_ILL_LINE : IN_LINE);
 		return false;
 	}
 	flow->yields = flow->yields && is_channel_wanted(flow);

@@ -30,7 +30,6 @@ extern bool sender_may_publish(void);
 extern bool sender_idle(void);
 extern bool sender_is_slow(const Flow *flow, MonoTime now);
 extern bool sender_is_passed(const Flow *flow, MonoTime now, int ms);
-extern bool sender_is_ill(const Flow *flow);
 extern bool sender_is_late(const Flow *flow, MonoTime now, int ms);
 
 extern bool sender_owns(int channel);

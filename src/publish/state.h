@@ -235,6 +235,12 @@ typedef struct Flow
 	MonoTime	refill_at;		/* at the latest; 0: the window was not full */
 } Flow;
 
+/*
+ * Was the topic's last turn in vain, or its last attempt?  Such topics have few channels, of
+ * sender.c's and of topology.c's.
+ */
+#define flow_is_ill(flow) ((flow)->unconfirmed_since != 0 || (flow)->in_vain || (flow)->stalled)
+
 /* A binding: what the catalog says, and what the broker said of it. */
 typedef struct Binding
 {

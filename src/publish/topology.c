@@ -59,7 +59,6 @@
 #include "utils/memutils.h"
 
 #include "broker/broker.h"
-#include "publish/sender.h"
 #include "publish/topic.h"
 #include "publish/topology.h"
 #include "server/monotime.h"
@@ -503,7 +502,7 @@ void
 topology_request(Topic *topic, bool first)
 {
 	Declaration *declaration = &topic->declaration;
-	dlist_head *line = (declaration->hangs || sender_is_ill(&topic->flow)) ? &ill_line : &well_line;
+	dlist_head *line = (declaration->hangs || flow_is_ill(&topic->flow)) ? &ill_line : &well_line;
 	Next		next;
 
 	if (declaration->asking || !find_next(topic, &next))
