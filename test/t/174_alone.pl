@@ -67,12 +67,12 @@ do
 	# confirm_timeout is a minute
 	cmp_ok($took, '<', 25, sprintf('after some seconds (%.1f s)', $took));
 	my $reconnects = sql('select reconnects from fanout.stat_publisher');
-	is($reconnects, 1, 'on another connection') if $took > 1;
 	cmp_ok(other_is_sent('and the next one'), '<', 3, 'at once');
 	is(sql('select reconnects from fanout.stat_publisher'), $reconnects, 'on the same one');
 	$broker->resume_queue('alone_g');
 	PgFanout::flush($node, timeout => '120 s');
-} while ($took <= 1 && $rounds < 5);
+} while ($took <= 1 && $rounds < 10);
+is(sql('select reconnects from fanout.stat_publisher'), 1, 'on another connection, where the broker was stuck');
 my $all = 6000 + 100000 * $rounds;
 # the broker may still have some from the connection before when they come again
 my %seen;
@@ -83,13 +83,21 @@ is(scalar(grep { my $late = $_->{headers}->{sequence} < $newest; $newest = $_->{
 
 # ---- the same with bodies that fill the socket ----
 
-sleep 12;
-my $before = sql('select published from fanout.stat_publisher');
-sql(q(select count(fanout.publish('alone', to_jsonb(repeat('x', 8000)))) from generate_series(1, 20000) i));
-$node->poll_query_until('postgres', "select published > $before + 500 from fanout.stat_publisher") or die;
-$broker->suspend_queue('alone_g');
-sleep 1;
-$flight = sql('select in_flight from fanout.stat_publisher');
+# again, if the queue began to hang at a moment at which little was in flight
+foreach my $try (1 .. 10)
+{
+	sleep 12;
+	my $before = sql('select published from fanout.stat_publisher');
+
+	sql(q(select count(fanout.publish('alone', to_jsonb(repeat('x', 8000)))) from generate_series(1, 20000) i));
+	$node->poll_query_until('postgres', "select published > $before + 500 from fanout.stat_publisher") or die;
+	$broker->suspend_queue('alone_g');
+	sleep 1;
+	$flight = sql('select in_flight from fanout.stat_publisher');
+	last if $flight > 500;
+	$broker->resume_queue('alone_g');
+	PgFanout::flush($node, timeout => '120 s');
+}
 cmp_ok($flight, '>', 500, "large bodies: $flight in flight");
 $took = other_is_sent('large bodies, and the queue begins to hang: another topic is sent');
 cmp_ok($took, '<', 25, sprintf('after some seconds (%.1f s)', $took));
