@@ -27,8 +27,9 @@
  * The last are rows that were made here, and are on their way to others: a repair
  * that deletes them would delete them everywhere.
  *
- * What waits is read from fanout.waiting, where all that stood before the message and is
- * not applied must be: so no delivery comes before it in its batch (at_hand.c).
+ * Reads from fanout.waiting which messages wait.  A batch writes there only when it ends,
+ * so a message of a comparison is the first of its batch (at_hand_take()): then all that
+ * stood before it is applied, or in that table.
  *
  * Values are compared as the copy has them: those of the message are read as any
  * change's would be, and then both must have the same text.  So columns that are

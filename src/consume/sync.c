@@ -613,14 +613,21 @@ text_value(Datum value, bool isnull)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
+/* Finds a header; NULL: there is none.  buffer: for the result. */
+static JsonbValue *
+find_header(Jsonb *headers, const char *name, JsonbValue *buffer)
+{
+	if (headers == NULL || !JB_ROOT_IS_OBJECT(headers))
+		return NULL;
+	return getKeyJsonValueFromContainer(&headers->root, name, strlen(name), buffer);
+}
+
 static int64
 integer_header(Jsonb *headers, const char *name)
 {
 	JsonbValue	buffer;
-	JsonbValue *value = NULL;
+	JsonbValue *value = find_header(headers, name, &buffer);
 
-	if (headers != NULL && JB_ROOT_IS_OBJECT(headers))
-		value = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
 	if (value == NULL || value->type != jbvNumeric)
 		return 0;
 	return DatumGetInt64(DirectFunctionCall1(numeric_int8, NumericGetDatum(value->val.numeric)));
@@ -630,10 +637,8 @@ static bool
 boolean_header(Jsonb *headers, const char *name)
 {
 	JsonbValue	buffer;
-	JsonbValue *value = NULL;
+	JsonbValue *value = find_header(headers, name, &buffer);
 
-	if (headers != NULL && JB_ROOT_IS_OBJECT(headers))
-		value = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
 	return value != NULL && value->type == jbvBool && value->val.boolean;
 }
 

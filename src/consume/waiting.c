@@ -857,7 +857,7 @@ forget_removed(Datum *keys)
 #define CHANGES "'c', 'u', 'r', 'd'"
 
 /* Another row has the key that its row leaves: only the message behind it says what is there. */
-#define IS_TAKEN "l.headers ->> 'taken' = 'true'"
+#define IS_TAKEN "coalesce(l.headers ->> 'taken' = 'true', false)"
 
 /*
  * Removes messages of sync_table() that wait for something, typically the other row of
@@ -875,9 +875,9 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2)"
 		" and not barrier and headers ->> 'op' in (" CHANGES ")"
 		" and (key2 is null and " LATER("l.key1 = w.key1 and l.key = w.key"
-										" and not (l.headers ->> 'op' = 'd' and coalesce(" IS_TAKEN ", false))", CHANGES)
+										" and not (l.headers ->> 'op' = 'd' and " IS_TAKEN ")", CHANGES)
 		" or key2 is null and " LATER("l.key2 = w.key1 and l.headers ->> 'old_key' = w.key"
-									  " and not coalesce(" IS_TAKEN ", false)", CHANGES)
+									  " and not " IS_TAKEN, CHANGES)
 		" or " LATER("l.barrier", "'t'") ") returning message_id, key1, key2"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};

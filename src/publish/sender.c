@@ -18,8 +18,8 @@
  * message alone in its next turns.  It is refused when the message is older than
  * confirm_timeout and one more turn has brought no confirm either, for HUNG_MS, so
  * that time spent waiting for a channel refuses no topic by itself.  Such topics, also
- * once they are paused and resumed, and those that are stalled, are ill: they wait in a line of their own, for a part of the channels, so that
- * many queues that hang do not keep channels from topics whose queues do not.  Whether a confirm
+ * once they are paused and resumed, and those that are stalled, are ill: they wait in a
+ * line of their own, for a part of the channels, so that many queues that hang do not keep channels from topics whose queues do not.  Whether a confirm
  * is late is told by those of other topics (is_behind()): a broker may be slow to all.  If there
  * are none, one topic is waited for patiently, which tells (wait_patiently()).
  *
@@ -479,20 +479,16 @@ give_channel_up(Flow *flow)
 	lose(flow);
 }
 
-/* Forgets how old the oldest message is, but not that nothing was confirmed. */
-static void
-forget_age(Flow *flow)
-{
-	flow->in_vain = flow_is_ill(flow);
-	flow->unconfirmed_since = 0;
-}
-
-/* The topic publishes nothing more for now: it gives its channel up. */
+/*
+ * The topic publishes nothing more for now: it gives its channel up.  How old its oldest message
+ * is is forgotten, but not that nothing was confirmed.
+ */
 void
 sender_release(Flow *flow)
 {
 	give_channel_up(flow);
-	forget_age(flow);
+	flow->in_vain = flow_is_ill(flow);
+	flow->unconfirmed_since = 0;
 }
 
 bool

@@ -978,7 +978,19 @@ late_answered(Connection *conn, Control *control, bool closed)
 	topology_forget_topic(topic);
 }
 
-static char *request_text(const Control *control);
+/* What the request that is under way is, in words. */
+static char *
+request_text(const Control *control)
+{
+	Topic	   *topic = topic_find(control->topic_id);
+	Binding    *binding = control->group && topic ? topic_binding(topic, control->group) : NULL;
+
+	const char *name = topic ? topic->name : "";
+
+	if (binding != NULL && binding->queue != NULL)
+		name = control->dead && binding->dead_queue ? binding->dead_queue : binding->queue;
+	return psprintf("%s \"%s\"", request_name[control->kind], name);
+}
 
 static char *
 unanswered_text(const Control *control)
@@ -1042,20 +1054,6 @@ ask_next(Connection *conn, Control *control, bool *busy)
 	*busy = (result == BROKER_BUSY || result == BROKER_REFUSED || result == BROKER_LOST);
 	if (result == BROKER_TOO_LARGE)
 		answered(control, 0, error.text, NULL);
-}
-
-/* What the request that is under way is, in words. */
-static char *
-request_text(const Control *control)
-{
-	Topic	   *topic = topic_find(control->topic_id);
-	Binding    *binding = control->group && topic ? topic_binding(topic, control->group) : NULL;
-
-	const char *name = topic ? topic->name : "";
-
-	if (binding != NULL && binding->queue != NULL)
-		name = control->dead && binding->dead_queue ? binding->dead_queue : binding->queue;
-	return psprintf("%s \"%s\"", request_name[control->kind], name);
 }
 
 static void
@@ -1175,11 +1173,12 @@ bool
 topology_refused(Connection *conn, const BrokerEvent *event)
 {
 	Control    *control = control_of(event->channel);
+	Control    *late_one = late_of(event->channel);
 	Topic	   *topic;
 
-	if (control == NULL && late_of(event->channel) != NULL)
+	if (late_one != NULL)
 	{
-		late_answered(conn, late_of(event->channel), true);
+		late_answered(conn, late_one, true);
 		return true;
 	}
 	if (control == NULL)
