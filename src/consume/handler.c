@@ -87,6 +87,8 @@ static const SubscriptionRow *called = NULL;	/* whose handler runs, if it
 												 * may do a message in part */
 static List *rests = NIL;		/* of Rest, of the latest call; in
 								 * call_context */
+static uint64 latest_way = 0;	/* of the delivery that was latest begun with */
+static char *latest_via = NULL; /* its text, in TopMemoryContext */
 
 /* Says why the handler of the latest call did only a part of a message. */
 typedef struct Rest
@@ -194,11 +196,38 @@ message_datum(MessageValues *message)
 }
 
 /*
- * Makes a message, in the current memory context; what that took is let go.  What is
- * written from now on comes of it.
+ * Says that what is written from now on has come the message's way.  Most deliveries
+ * have come the way of the one before.
+ */
+static void
+begin_way(const Delivery *delivery, const MessageValues *message)
+{
+	char	   *via;
+
+	if (delivery->wire == NULL)
+	{
+		via_begin(delivery_via(message));
+		return;
+	}
+	if (delivery->way != latest_way)
+	{
+		via = delivery_via(message);
+		if (via != NULL)
+			via = MemoryContextStrdup(TopMemoryContext, via);
+		if (latest_via != NULL)
+			pfree(latest_via);
+		latest_via = via;
+		latest_way = delivery->way;
+	}
+	via_begin(latest_via);
+}
+
+/*
+ * Makes a message, in the current memory context; what that took is let go.  If it is
+ * the first of a call, the call has come its way.
  */
 static Datum
-delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
+delivery_datum(const SubscriptionRow *row, const Delivery *delivery, bool first)
 {
 	MemoryContext oldcontext = MemoryContextSwitchTo(value_context);
 	MessageValues message;
@@ -206,7 +235,8 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery)
 	MemoryContextReset(value_context);
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
 	set_body(row, &message);
-	via_begin(delivery_via(&message));
+	if (first)
+		begin_way(delivery, &message);
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
 }
@@ -356,7 +386,7 @@ handler_call(const SubscriptionRow *row, Delivery **deliveries, int n, int timeo
 	forget_call();
 	messages = palloc(n * sizeof(Datum));
 	for (int i = 0; i < n; i++)
-		messages[i] = delivery_datum(row, deliveries[i]);
+		messages[i] = delivery_datum(row, deliveries[i], i == 0);
 	called = row;
 	call(row->batch ? array_datum(row, messages, n) : messages[0], timeout_ms, others);
 	called = NULL;

@@ -5,13 +5,15 @@
  *
  * Making these two is a good part of what a message costs.  The server's way is
  * to push one token after another onto a stack of states, copy each string, and sort
- * the members of each object at its end.  Here the tree that JsonbValueToJsonb()
- * writes out is made at once, with strings that stay where they are.
+ * the members of each object at its end, and to append each value to a buffer that
+ * may grow.  Here a tree is made at once, with strings that stay where they are, and
+ * written to memory that has room for all of it.
  *
  * Only plain JSON texts are read here, as nearly all are: without escapes, with numbers
  * of at most MAX_NUMBER characters and no exponents, nested at most MAX_DEPTH deep, and
  * of at most MAX_TEXT bytes.  All other texts, JSON or not, are left to jsonb_in(), which
- * raises the errors.  The result is the same, byte for byte.  RFC 8259 has the grammar.
+ * raises the errors.  The result is the same, byte for byte.  RFC 8259 has the grammar,
+ * utils/jsonb.h what jsonb is in memory and on disk.
  *
  * The text is in an encoding whose multibyte characters have no ASCII bytes, as all
  * server encodings are.
@@ -146,6 +148,140 @@ set_numeric(JsonbValue *value, char *digits)
 															 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
 }
 
+/* ---- jsonb ---- */
+
+/* Numbers and containers begin at multiples of this. */
+#define JSONB_ALIGN 4
+
+/* Bytes that a value takes at most. */
+static size_t
+size_limit(const JsonbValue *value)
+{
+	size_t		size = JSONB_ALIGN + sizeof(uint32);
+
+	switch (value->type)
+	{
+		case jbvString:
+			return value->val.string.len;
+		case jbvNumeric:
+			return JSONB_ALIGN + VARSIZE_ANY(value->val.numeric);
+		case jbvArray:
+			for (int i = 0; i < value->val.array.nElems; i++)
+				size += sizeof(JEntry) + size_limit(&value->val.array.elems[i]);
+			return size;
+		case jbvObject:
+			for (int i = 0; i < value->val.object.nPairs; i++)
+				size += 2 * sizeof(JEntry) + size_limit(&value->val.object.pairs[i].key) +
+					size_limit(&value->val.object.pairs[i].value);
+			return size;
+		default:
+			return 0;
+	}
+}
+
+static char *
+write_bytes(char *out, const void *bytes, size_t len)
+{
+	memcpy(out, bytes, len);
+	return out + len;
+}
+
+static char *
+write_padding(char *out)
+{
+	while ((uintptr_t) out % JSONB_ALIGN != 0)
+		*out++ = '\0';
+	return out;
+}
+
+static char *write_value(char *out, const JsonbValue *value, JEntry * entry);
+
+/*
+ * Writes entries of a container, from the first of all: each tells the length of its
+ * value, but some where it ends, from the beginning of the first value on.
+ */
+static char *
+write_entry(char *out, const JsonbValue *value, JEntry * entries, int index, const char *values)
+{
+	out = write_value(out, value, &entries[index]);
+	if (index % JB_OFFSET_STRIDE == 0)
+		entries[index] = (entries[index] & JENTRY_TYPEMASK) | (out - values) | JENTRY_HAS_OFF;
+	return out;
+}
+
+static char *
+write_container(char *out, const JsonbValue *value)
+{
+	bool		object = (value->type == jbvObject);
+	int			count = object ? value->val.object.nPairs : value->val.array.nElems;
+	uint32		header = count | (object ? JB_FOBJECT : JB_FARRAY);
+	JEntry	   *entries;
+	char	   *values;
+
+	if (!object && value->val.array.rawScalar)
+		header |= JB_FSCALAR;
+	out = write_bytes(write_padding(out), &header, sizeof(header));
+	entries = (JEntry *) out;
+	values = out = (char *) (entries + (object ? 2 * count : count));
+	for (int i = 0; i < count; i++)
+		out = write_entry(out, object ? &value->val.object.pairs[i].key : &value->val.array.elems[i],
+						  entries, i, values);
+	for (int i = 0; object && i < count; i++)
+		out = write_entry(out, &value->val.object.pairs[i].value, entries, count + i, values);
+	return out;
+}
+
+/* Writes a value, after padding if it needs that; *entry tells its type and how much that was. */
+static char *
+write_value(char *out, const JsonbValue *value, JEntry * entry)
+{
+	const char *begin = out;
+	JEntry		type;
+
+	switch (value->type)
+	{
+		case jbvString:
+			type = JENTRY_ISSTRING;
+			out = write_bytes(out, value->val.string.val, value->val.string.len);
+			break;
+		case jbvNumeric:
+			type = JENTRY_ISNUMERIC;
+			out = write_bytes(write_padding(out), value->val.numeric, VARSIZE_ANY(value->val.numeric));
+			break;
+		case jbvBool:
+			type = value->val.boolean ? JENTRY_ISBOOL_TRUE : JENTRY_ISBOOL_FALSE;
+			break;
+		case jbvNull:
+			type = JENTRY_ISNULL;
+			break;
+		default:
+			type = JENTRY_ISCONTAINER;
+			out = write_container(out, value);
+			break;
+	}
+	*entry = type | (out - begin);
+	return out;
+}
+
+/* Returns the value as jsonb, in the current context: a scalar is an array of its own kind. */
+static Jsonb *
+write_jsonb(JsonbValue *value)
+{
+	JsonbValue	scalar = *value;
+	Jsonb	   *jsonb;
+	char	   *end;
+
+	if (value->type != jbvArray && value->type != jbvObject)
+	{
+		make_array(&scalar, 1, value);
+		value->val.array.rawScalar = true;
+	}
+	jsonb = palloc(VARHDRSZ + size_limit(value));
+	end = write_container((char *) &jsonb->root, value);
+	SET_VARSIZE(jsonb, end - (char *) jsonb);
+	return jsonb;
+}
+
 /* ---- fields ---- */
 
 static void set_field(const BrokerField *field, JsonbValue *value);
@@ -229,7 +365,7 @@ jsonbuild_fields(const BrokerField *fields, int count)
 	JsonbValue	object;
 
 	set_table(fields, count, &object);
-	return JsonbValueToJsonb(&object);
+	return write_jsonb(&object);
 }
 
 /* ---- text ---- */
@@ -245,10 +381,10 @@ typedef struct TextReader
 static bool read_value(TextReader *reader, JsonbValue *value);
 
 /* Skips blanks, and returns the character that follows; NUL, which no JSON has: none. */
-static char
+static inline char
 peek(TextReader *reader)
 {
-	while (reader->next < reader->end &&
+	while (reader->next < reader->end && (unsigned char) *reader->next <= ' ' &&
 		   (*reader->next == ' ' || *reader->next == '\t' || *reader->next == '\n' || *reader->next == '\r'))
 		reader->next++;
 	return reader->next < reader->end ? *reader->next : '\0';
@@ -444,5 +580,5 @@ jsonbuild_text(const char *json, size_t len)
 
 	if (len > MAX_TEXT || !read_value(&reader, &value) || peek(&reader) != '\0' || reader.next != reader.end)
 		return NULL;
-	return JsonbValueToJsonb(&value);
+	return write_jsonb(&value);
 }

@@ -77,6 +77,33 @@ convert(FmgrInfo *conversion, int from, int to, const char *text, size_t len)
 }
 
 /*
+ * Is a text of ASCII alone, but NUL?  It is the same in all encodings that the server
+ * has.  Most are; a word at a time, since this is asked of each of a message's headers.
+ */
+static bool
+is_ascii(const char *text, size_t len)
+{
+	const uint64 low = UINT64CONST(0x7f7f7f7f7f7f7f7f);
+	uint64		high = 0;		/* has the highest bit of a byte that is none */
+	uint64		nonzero = ~low; /* and this not, of one that is NUL */
+
+	for (; len >= sizeof(uint64); len -= sizeof(uint64), text +=sizeof(uint64))
+	{
+		uint64		word;
+
+		memcpy(&word, text, sizeof(word));
+		high |= word;
+		nonzero &= (word & low) + low;
+	}
+	for (; len > 0; len--, text ++)
+	{
+		if ((signed char) *text <=0)
+			return false;
+	}
+	return (high & ~low) == 0 && (nonzero & ~low) == ~low;
+}
+
+/*
  * Returns a text of the server's in UTF-8, not necessarily terminated; *utf8_len: its
  * length.  In the current context, or the text itself.  NULL: it has no such form.
  */
@@ -112,6 +139,8 @@ utf8_view(const char *utf8, size_t len, size_t *text_len)
 	const char *decoded;
 
 	*text_len = len;
+	if (len <= MAX_DECODED && is_ascii(utf8, len))
+		return utf8;
 	if (len > MAX_DECODED || !pg_verify_mbstr(PG_UTF8, utf8, len, true))
 		return NULL;
 	if (encoding == PG_UTF8 || encoding == PG_SQL_ASCII)
