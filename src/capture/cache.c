@@ -707,13 +707,13 @@ cache_option(char **args, int nargs, const char *name)
 
 /* ---- a key that is unique only in the end: see taken.c ---- */
 
-/* Are all columns of a unique index among the key's, so that it keeps the key unique? */
+/* Are all columns of an index among the key's, so that what it keeps unique is the key? */
 static bool
 is_on_key(Relation index, const ColumnList *key)
 {
 	Form_pg_index form = index->rd_index;
 
-	if (!form->indisunique || !form->indisvalid || !heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+	if ((!form->indisunique && !form->indisexclusion) || !form->indisvalid || !heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
 		return false;
 	for (int i = 0; i < form->indnkeyatts; i++)
 	{

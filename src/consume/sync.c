@@ -91,6 +91,8 @@ typedef struct SyncMessage
 	bool		has_sequence;
 	bool		taken;			/* another row has the key that this one
 								 * leaves; a message of it follows */
+	bool		superseded;		/* a later one tells where its row has come
+								 * to: see waiting.c */
 	char	   *body;			/* in the server encoding; NULL: it cannot be */
 
 	/* looked into */
@@ -433,7 +435,7 @@ apply_write(SyncTarget *target, const SyncMessage *message)
 {
 	SyncRow    *known = sync_rows_find(&message->row.hash);
 
-	if (is_stale(target, known, message))
+	if (message->superseded || is_stale(target, known, message))
 	{
 		counting.stale++;
 		return;
@@ -473,7 +475,7 @@ apply_move(SyncTarget *target, const SyncMessage *message)
 	SyncRow    *known_old = sync_rows_find(&message->old_key_values.hash);
 	SyncRow    *known = sync_rows_find(&message->row.hash);
 	bool		leaves = !is_stale(target, known_old, message);
-	bool		arrives = !is_stale(target, known, message);
+	bool		arrives = !message->superseded && !is_stale(target, known, message);
 
 	if (!leaves || !arrives)
 		counting.stale++;
@@ -672,6 +674,7 @@ read_message(SyncMessage *message, const Datum *values, const bool *nulls)
 	message->xid = integer_header(headers, "xid");
 	message->compare = integer_header(headers, "compare");
 	message->taken = boolean_header(headers, "taken");
+	message->superseded = boolean_header(headers, "superseded");
 	message->has_sequence = !nulls[MESSAGE_SEQUENCE];
 	if (message->has_sequence)
 		message->sequence = DatumGetInt64(values[MESSAGE_SEQUENCE]);

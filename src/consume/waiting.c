@@ -859,13 +859,37 @@ forget_removed(Datum *keys)
 /* Another row has the key that its row leaves: only the message behind it says what is there. */
 #define IS_TAKEN "coalesce(l.headers ->> 'taken' = 'true', false)"
 
+/* Does a later message say what becomes of the row that has a key? */
+#define TOLD(hash, key) \
+	"(" LATER("l.key1 = " hash " and l.key = " key " and not (l.headers ->> 'op' = 'd' and " IS_TAKEN ")", CHANGES) \
+	" or " LATER("l.key2 = " hash " and l.headers ->> 'old_key' = " key " and not " IS_TAKEN, CHANGES) ")"
+
+/*
+ * Messages that change a key, and of which later ones tell only where their row has come
+ * to: they are tried again at once, with a header that has sync_table() do nothing but take
+ * the row away from where it was.
+ */
+static void
+mark_superseded(Oid *types, Datum *values)
+{
+	static CachedQuery query = {
+		"update fanout.waiting w set headers = headers || '{\"superseded\": true}', next_try = clock_timestamp()"
+		" where subscription_id = $1 and message_id = any ($2) and not barrier and headers ->> 'op' in (" CHANGES ")"
+		" and key2 is not null and not headers ? 'superseded' and " TOLD("w.key1", "w.key")
+	};
+
+	owner_execute(&query, 2, types, values, NULL);
+	if (SPI_processed > 0)
+		waiting_room.next_due = mono_now();
+}
+
 /*
  * Removes messages of sync_table() that wait for something, typically the other row of
  * a foreign key, if a later message of the same row is there, or a TRUNCATE: that says
  * what becomes of the whole row, and what the earlier one waits for may never come,
  * because it is gone by now at the source.  A message that another row has taken the key
  * says nothing of that row, but the one behind it does.  Makes those behind them due.  One that
- * changes a key tells of two rows, so another message of one of them is not enough.
+ * changes a key tells of two rows, so it goes only if later ones tell of both.
  * Returns true if there were any.
  */
 static bool
@@ -874,10 +898,7 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 	static CachedQuery query = {
 		"delete from fanout.waiting w where subscription_id = $1 and message_id = any ($2)"
 		" and not barrier and headers ->> 'op' in (" CHANGES ")"
-		" and (key2 is null and " LATER("l.key1 = w.key1 and l.key = w.key"
-										" and not (l.headers ->> 'op' = 'd' and " IS_TAKEN ")", CHANGES)
-		" or key2 is null and " LATER("l.key2 = w.key1 and l.headers ->> 'old_key' = w.key"
-									  " and not " IS_TAKEN, CHANGES)
+		" and (" TOLD("w.key1", "w.key") " and (key2 is null or " TOLD("w.key2", "w.headers ->> 'old_key'") ")"
 		" or " LATER("l.barrier", "'t'") ") returning message_id, key1, key2"
 	};
 	Oid			types[2] = {INT4OID, UUIDARRAYOID};
@@ -893,6 +914,7 @@ drop_superseded(const SubscriptionRow *row, Delivery **deliveries, int n)
 	count = SPI_processed;
 	promote(row, keys, forget_removed(keys));
 	set_count(waiting_room.count - count);
+	mark_superseded(types, values);
 	return count > 0;
 }
 

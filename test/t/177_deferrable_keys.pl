@@ -49,6 +49,19 @@ equal('there', 'all places are changed');
 is(copy(q(select concat_ws(' ', failed, stale, dead) from fanout.stat_subscriptions where topic = 'there')), '0 0 0', 'nothing failed: no row that others refer to was deleted');
 is(copy(q(select count(*) from there where note = 'local')), 10, 'the copy has the columns of its own');
 
+# ---- a key that is kept unique by a constraint of exclusion ----
+
+source(q(
+create table excluded (id int not null, x text, exclude using btree (id with =) deferrable initially deferred);
+select fanout.declare_binding('excluded', 'g'), fanout.capture('excluded', 'excluded', key => '{id}');
+insert into excluded values (1, 'a'), (2, 'b'), (3, 'c')));
+copy(qq(
+create table excluded (id int primary key, x text);
+select fanout.sync_table('excluded', 'g', 'excluded', $options)));
+source(q(begin; insert into excluded values (3, 'new'); delete from excluded where x = 'c'; commit;
+update excluded set id = 3 - id where id < 3));
+equal('excluded', 'rows of a constraint of exclusion change places');
+
 # ---- a row of which the copy knows nothing, since its message was given up ----
 
 source(q(
@@ -202,7 +215,8 @@ sub copy { return $node->safe_psql('copy', $_[0]); }
 sub rows
 {
 	my ($where, $name) = @_;
-	my $columns = { there => 'id, x', refused => 'id, x', child => 'id, parent, x' }->{$name} || 'id, a, no, x, parent';
+	my $columns =
+	  { there => 'id, x', excluded => 'id, x', refused => 'id, x', child => 'id, parent, x' }->{$name} || 'id, a, no, x, parent';
 	my $filter = $filter{$name} || 'true';
 
 	return $where->("select string_agg(row($columns)::text, ' ' order by row($columns)::text) from $name where $filter");
