@@ -77,30 +77,30 @@ convert(FmgrInfo *conversion, int from, int to, const char *text, size_t len)
 }
 
 /*
- * Is a text of ASCII alone, but NUL?  It is the same in all encodings that the server
- * has.  Most are; a word at a time, since this is asked of each of a message's headers.
+ * Is it a text of ASCII alone, without NUL?  It is the same in all encodings that the
+ * server has.  Most are; eight bytes at a time, since each header of a message is looked at.
  */
 static bool
-is_ascii(const char *text, size_t len)
+is_ascii(const char *bytes, size_t len)
 {
 	const uint64 low = UINT64CONST(0x7f7f7f7f7f7f7f7f);
-	uint64		high = 0;		/* has the highest bit of a byte that is none */
-	uint64		nonzero = ~low; /* and this not, of one that is NUL */
+	uint64		any = 0;		/* bits that any byte has */
+	uint64		nonzero = ~low; /* highest bit: no byte at that place was NUL */
 
-	for (; len >= sizeof(uint64); len -= sizeof(uint64), text +=sizeof(uint64))
+	for (; len >= sizeof(uint64); len -= sizeof(uint64), bytes += sizeof(uint64))
 	{
 		uint64		word;
 
-		memcpy(&word, text, sizeof(word));
-		high |= word;
+		memcpy(&word, bytes, sizeof(word));
+		any |= word;
 		nonzero &= (word & low) + low;
 	}
-	for (; len > 0; len--, text ++)
+	for (; len > 0; len--, bytes++)
 	{
-		if ((signed char) *text <=0)
+		if (*bytes == '\0' || (*bytes & 0x80) != 0)
 			return false;
 	}
-	return (high & ~low) == 0 && (nonzero & ~low) == ~low;
+	return (any & ~low) == 0 && (nonzero & ~low) == ~low;
 }
 
 /*

@@ -5,6 +5,7 @@ time is let go.  All take a thousand deliveries in advance, remember the ids of
 messages, and ack after the commit; the bare one just acks.  The worker's start
 counts as its time; the queue is long enough for that not to matter.
 
+consume_limit: handlers that do nothing, against the bare one, more often.
 consume_failing: of the messages, one in a hundred fails at its first attempt.
 consume_rows: each message updates one of the same 50 rows, by one subscription,
 and by two at the same time, with a queue each.
@@ -147,6 +148,15 @@ def consume(env):
     return results_of('consume', 'quorum queue', 'messages/s', values, 'Python, batches', {'one insert, batches': 3})
 
 
+def consume_limit(env):
+    run = Consume(env)
+    names = ('bare C, acks only', 'no-op, each message', 'no-op, batches')
+    variants = {name: variant for name, variant in run.variants().items() if name in names}
+    values = alternate(variants, 3 * env.rounds)
+    run.end()
+    return results_of('consume_limit', 'quorum queue', 'messages/s', values, names[0], {name: 0.8 for name in names[1:]})
+
+
 def consume_failing(env):
     run = Consume(env)
     variants = {'none fails': lambda: run.handler('never_fails(fanout.message)'),
@@ -166,4 +176,4 @@ def consume_rows(env):
                       {'two subscriptions': 0.8})
 
 
-SCENARIOS = {'consume': consume, 'consume_failing': consume_failing, 'consume_rows': consume_rows}
+SCENARIOS = {'consume': consume, 'consume_limit': consume_limit, 'consume_failing': consume_failing, 'consume_rows': consume_rows}
