@@ -154,7 +154,8 @@ def consume_limit(env):
     variants = {name: variant for name, variant in run.variants().items() if name in names}
     values = alternate(variants, 3 * env.rounds)
     run.end()
-    return results_of('consume_limit', 'quorum queue', 'messages/s', values, names[0], {name: 0.8 for name in names[1:]})
+    return results_of('consume_limit', 'quorum queue', 'messages/s', values, names[0],
+                      {name: 0.8 for name in names[1:]})
 
 
 def consume_failing(env):
@@ -176,4 +177,5 @@ def consume_rows(env):
                       {'two subscriptions': 0.8})
 
 
-SCENARIOS = {'consume': consume, 'consume_limit': consume_limit, 'consume_failing': consume_failing, 'consume_rows': consume_rows}
+SCENARIOS = {'consume': consume, 'consume_limit': consume_limit, 'consume_failing': consume_failing,
+             'consume_rows': consume_rows}

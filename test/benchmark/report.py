@@ -18,8 +18,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 README = os.path.join(HERE, '..', '..', 'README.md')
 BEGIN, END = '<!-- benchmark -->', '<!-- /benchmark -->'
 SUITES = ('bookworm', 'trixie')
-SCENARIOS = ('drain', 'channels', 'latency', 'beside', 'capture', 'consume', 'consume_limit', 'consume_failing', 'consume_rows', 'streams', 'cost',
-             'stability', 'hot row', 'TPC-B', 'resume', 'history')
+SCENARIOS = ('drain', 'channels', 'latency', 'beside', 'capture', 'consume', 'consume_limit', 'consume_failing',
+             'consume_rows', 'streams', 'cost', 'stability', 'hot row', 'TPC-B', 'resume', 'history')
 LIMITS = ('bare C', 'bare C, 8 publishers', 'bare C, acks only', 'floor')  # what does only what cannot be left out
 
 
