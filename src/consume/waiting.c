@@ -22,6 +22,7 @@
  *		(broker) -> DUE LATER, BEHIND	waiting_store()
  *		DUE -> gone, DUE LATER			waiting_settle()
  *		DUE LATER -> gone				drop_superseded(), called by both
+ *		DUE LATER -> DUE				mark_superseded(), called by that
  *		BEHIND -> DUE					promote(), called by both
  *		DUE -> BEHIND					waiting_take()
  *
