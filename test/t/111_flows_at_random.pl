@@ -285,7 +285,8 @@ foreach my $round (1 .. $rounds)
 }
 note join(', ', map { "$done{$_} x $_" } sort keys %done);
 note join(', ', map { "$refused{$_} x $_" } sort keys %refused);
-is(sql(q(select count(*) from committed join fanout.dead_letter using (message_id) where committed.dead) ), sql(q(select count(*) from committed where dead and message_id not in (select message_id from purged))),
+# one that was purged while it waited may have become one just before
+is(sql(q(select count(*) from committed where dead and message_id not in (select message_id from purged union select message_id from fanout.dead_letter))), 0,
 	'messages that no frame has room for are dead letters');
 my $total = sql('select count(*) from committed');
 append_to_file($rows, "| pause(), resume(), purge(), declare, drop, redrive() at random, with failures of everything | 111_flows_at_random | $writers clients | $total | 0 | 0 |\n");
