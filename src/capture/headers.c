@@ -11,14 +11,20 @@
 
 #include "capture/headers.h"
 
+JsonbValue *
+headers_find(Jsonb *headers, const char *name, JsonbValue *buffer)
+{
+	if (headers == NULL || !JB_ROOT_IS_OBJECT(headers))
+		return NULL;
+	return getKeyJsonValueFromContainer(&headers->root, name, strlen(name), buffer);
+}
+
 char *
 headers_string(Jsonb *headers, const char *name)
 {
 	JsonbValue	buffer;
-	JsonbValue *value = NULL;
+	JsonbValue *value = headers_find(headers, name, &buffer);
 
-	if (headers != NULL && JB_ROOT_IS_OBJECT(headers))
-		value = getKeyJsonValueFromContainer(&headers->root, name, strlen(name), &buffer);
 	if (value == NULL || value->type != jbvString)
 		return NULL;
 	return pnstrdup(value->val.string.val, value->val.string.len);

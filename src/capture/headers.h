@@ -12,6 +12,9 @@
 
 #include "utils/jsonb.h"
 
+/* Finds a header, which may be put into the buffer; NULL: there is none. */
+extern JsonbValue *headers_find(Jsonb *headers, const char *name, JsonbValue *buffer);
+
 /* A string among them, in the current context; NULL: there is none. */
 extern char *headers_string(Jsonb *headers, const char *name);
 

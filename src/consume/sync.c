@@ -615,20 +615,11 @@ text_value(Datum value, bool isnull)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
-/* Finds a header; NULL: there is none.  buffer: for the result. */
-static JsonbValue *
-find_header(Jsonb *headers, const char *name, JsonbValue *buffer)
-{
-	if (headers == NULL || !JB_ROOT_IS_OBJECT(headers))
-		return NULL;
-	return getKeyJsonValueFromContainer(&headers->root, name, strlen(name), buffer);
-}
-
 static int64
 integer_header(Jsonb *headers, const char *name)
 {
 	JsonbValue	buffer;
-	JsonbValue *value = find_header(headers, name, &buffer);
+	JsonbValue *value = headers_find(headers, name, &buffer);
 
 	if (value == NULL || value->type != jbvNumeric)
 		return 0;
@@ -639,7 +630,7 @@ static bool
 boolean_header(Jsonb *headers, const char *name)
 {
 	JsonbValue	buffer;
-	JsonbValue *value = find_header(headers, name, &buffer);
+	JsonbValue *value = headers_find(headers, name, &buffer);
 
 	return value != NULL && value->type == jbvBool && value->val.boolean;
 }
