@@ -707,13 +707,17 @@ cache_option(char **args, int nargs, const char *name)
 
 /* ---- a key that is unique only in the end: see taken.c ---- */
 
-/* Are all columns of an index among the key's, so that what it keeps unique is the key? */
+/*
+ * Tells whether an index keeps the key unique: that of a unique or exclusion constraint, all
+ * columns of which are among the key's.
+ */
 static bool
 is_on_key(Relation index, const ColumnList *key)
 {
 	Form_pg_index form = index->rd_index;
 
-	if ((!form->indisunique && !form->indisexclusion) || !form->indisvalid || !heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+	if ((!form->indisunique && !form->indisexclusion) || !form->indisvalid ||
+		!heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
 		return false;
 	for (int i = 0; i < form->indnkeyatts; i++)
 	{

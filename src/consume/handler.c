@@ -87,8 +87,10 @@ static const SubscriptionRow *called = NULL;	/* whose handler runs, if it
 												 * may do a message in part */
 static List *rests = NIL;		/* of Rest, of the latest call; in
 								 * call_context */
-static uint64 latest_way = 0;	/* of the delivery that was latest begun with */
-static char *latest_via = NULL; /* its text, in TopMemoryContext */
+static char *latest_via = NULL; /* of the latest delivery, see via.h; in
+								 * TopMemoryContext */
+static uint64 latest_way = 0;	/* that delivery's way, of which the text is
+								 * latest_via */
 
 /* Says why the handler of the latest call did only a part of a message. */
 typedef struct Rest
@@ -196,35 +198,33 @@ message_datum(MessageValues *message)
 }
 
 /*
- * Says that what is written from now on has come the message's way.  Most deliveries
- * have come the way of the one before.
+ * Returns the message's way.  Keeps that of the latest delivery, because the next one has
+ * mostly come the same.  Stored messages have numbers of their own for their ways
+ * (delivery.c), so that theirs are always made anew.
  */
-static void
-begin_way(const Delivery *delivery, const MessageValues *message)
+static const char *
+via_of(const Delivery *delivery, const MessageValues *message)
 {
 	char	   *via;
 
 	if (delivery->wire == NULL)
-	{
-		via_begin(delivery_via(message));
-		return;
-	}
-	if (delivery->way != latest_way)
-	{
-		via = delivery_via(message);
-		if (via != NULL)
-			via = MemoryContextStrdup(TopMemoryContext, via);
-		if (latest_via != NULL)
-			pfree(latest_via);
-		latest_via = via;
-		latest_way = delivery->way;
-	}
-	via_begin(latest_via);
+		return delivery_via(message);
+	if (delivery->way == latest_way)
+		return latest_via;
+	via = delivery_via(message);
+	if (via != NULL)
+		via = MemoryContextStrdup(TopMemoryContext, via);
+	if (latest_via != NULL)
+		pfree(latest_via);
+	latest_via = via;
+	latest_way = delivery->way;
+	return latest_via;
 }
 
 /*
- * Makes a message, in the current memory context; what that took is let go.  If it is
- * the first of a call, the call has come its way.
+ * Makes a message, in the current memory context; what that took is let go.  The first
+ * of a call also says which way has come what is written from now on: all of a call have
+ * come the same, but for sync_table(), which says it for each.
  */
 static Datum
 delivery_datum(const SubscriptionRow *row, const Delivery *delivery, bool first)
@@ -236,7 +236,7 @@ delivery_datum(const SubscriptionRow *row, const Delivery *delivery, bool first)
 	delivery_values(delivery, row->topic, row->consumer_group, &message);
 	set_body(row, &message);
 	if (first)
-		begin_way(delivery, &message);
+		via_begin(via_of(delivery, &message));
 	MemoryContextSwitchTo(oldcontext);
 	return message_datum(&message);
 }

@@ -4,9 +4,8 @@
  *		jsonb of what a message has: headers, and a body.
  *
  * Making these two is a good part of what a message costs.  The server's way is
- * to push one token after another onto a stack of states, copy each string, and sort
- * the members of each object at its end, and to append each value to a buffer that
- * may grow.  Here a tree is made at once, with strings that stay where they are, and
+ * to push one token after another onto a stack of states, copy each string, sort the
+ * members of each object at its end, and append each value to a buffer that may grow.  Here a tree is made at once, with strings that stay where they are, and
  * written to memory that has room for all of it.
  *
  * Only plain JSON texts are read here, as nearly all are: without escapes, with numbers
@@ -150,21 +149,18 @@ set_numeric(JsonbValue *value, char *digits)
 
 /* ---- jsonb ---- */
 
-/* Numbers and containers begin at multiples of this. */
-#define JSONB_ALIGN 4
-
-/* Bytes that a value takes at most. */
+/* Returns how many bytes a value takes at most, with the padding before it. */
 static size_t
 size_limit(const JsonbValue *value)
 {
-	size_t		size = JSONB_ALIGN + sizeof(uint32);
+	size_t		size = ALIGNOF_INT + sizeof(uint32);
 
 	switch (value->type)
 	{
 		case jbvString:
 			return value->val.string.len;
 		case jbvNumeric:
-			return JSONB_ALIGN + VARSIZE_ANY(value->val.numeric);
+			return ALIGNOF_INT + VARSIZE_ANY(value->val.numeric);
 		case jbvArray:
 			for (int i = 0; i < value->val.array.nElems; i++)
 				size += sizeof(JEntry) + size_limit(&value->val.array.elems[i]);
@@ -186,10 +182,11 @@ write_bytes(char *out, const void *bytes, size_t len)
 	return out + len;
 }
 
+/* Numbers and containers are aligned as an int is. */
 static char *
 write_padding(char *out)
 {
-	while ((uintptr_t) out % JSONB_ALIGN != 0)
+	while (out != (char *) INTALIGN(out))
 		*out++ = '\0';
 	return out;
 }
@@ -197,8 +194,8 @@ write_padding(char *out)
 static char *write_value(char *out, const JsonbValue *value, JEntry * entry);
 
 /*
- * Writes entries of a container, from the first of all: each tells the length of its
- * value, but some where it ends, from the beginning of the first value on.
+ * Writes the value of a container's entry, and then sets the entry: to the value's length or,
+ * in each JB_OFFSET_STRIDE'th, to where it ends, counted from the first value's beginning.
  */
 static char *
 write_entry(char *out, const JsonbValue *value, JEntry * entries, int index, const char *values)
@@ -231,7 +228,7 @@ write_container(char *out, const JsonbValue *value)
 	return out;
 }
 
-/* Writes a value, after padding if it needs that; *entry tells its type and how much that was. */
+/* Writes a value, after padding if it needs that; sets *entry to its type and the bytes written. */
 static char *
 write_value(char *out, const JsonbValue *value, JEntry * entry)
 {
@@ -263,7 +260,7 @@ write_value(char *out, const JsonbValue *value, JEntry * entry)
 	return out;
 }
 
-/* Returns the value as jsonb, in the current context: a scalar is an array of its own kind. */
+/* Returns the value as jsonb, in the current context.  jsonb has a scalar as an array of one. */
 static Jsonb *
 write_jsonb(JsonbValue *value)
 {

@@ -866,9 +866,10 @@ forget_removed(Datum *keys)
 	" or " LATER("l.key2 = " hash " and l.headers ->> 'old_key' = " key " and not " IS_TAKEN, CHANGES) ")"
 
 /*
- * Messages that change a key, and of which later ones tell only where their row has come
- * to: they are tried again at once, with a header that has sync_table() do nothing but take
- * the row away from where it was.
+ * Gives messages that change a key the header "superseded", and makes them due, if a later
+ * message says what becomes of the row at its new key.  With that header, sync_table() only
+ * removes the row from its old key, because no later message need say that (drop_superseded()
+ * has removed those of which one does).
  */
 static void
 mark_superseded(Oid *types, Datum *values)

@@ -480,8 +480,8 @@ give_channel_up(Flow *flow)
 }
 
 /*
- * The topic publishes nothing more for now: it gives its channel up.  How old its oldest message
- * is is forgotten, but not that nothing was confirmed.
+ * Gives up the channel of a topic that publishes nothing more for now.  Forgets how old its
+ * oldest message is, but not that nothing was confirmed.
  */
 void
 sender_release(Flow *flow)

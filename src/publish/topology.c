@@ -978,13 +978,12 @@ late_answered(Connection *conn, Control *control, bool closed)
 	topology_forget_topic(topic);
 }
 
-/* What the request that is under way is, in words. */
+/* Names the request that waits for an answer, and the queue or topic it is about, for error texts. */
 static char *
 request_text(const Control *control)
 {
 	Topic	   *topic = topic_find(control->topic_id);
 	Binding    *binding = control->group && topic ? topic_binding(topic, control->group) : NULL;
-
 	const char *name = topic ? topic->name : "";
 
 	if (binding != NULL && binding->queue != NULL)

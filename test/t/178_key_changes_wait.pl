@@ -1,6 +1,6 @@
-# A change of a key may wait for a parent that is gone by now at the source.  It holds
-# nothing up for longer than there is no later message of its row: what those tell of is
-# left out of it, and the row is taken away from where it was if they do not say so.
+# A change of a key may wait for a parent that is gone by now at the source.  Once later
+# messages tell of its row, the row is not written as the change says.  Unless they tell of
+# the old key, too, it is still removed from there.
 
 use strict;
 use warnings;
